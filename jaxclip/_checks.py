@@ -1,0 +1,164 @@
+"""Eager checks of what users pass in, the tree paths their messages name, and which leaves count.
+
+Only Python and NumPy numbers are checked by value. A jax array may be traced, so of any jax
+array only shape and dtype are checked: its value meets a stated policy inside the
+transform, the same in eager and jitted code.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def is_concrete(value: Any) -> bool:
+    """True unless `value` is being traced by jax."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def _describe(value: Any) -> str:
+    return f"got {value!r} of type {type(value).__name__}"
+
+
+def _concrete_scalar(name: str, value: Any, rule: str) -> float | None:
+    """`value` as a Python float; None for a jax array. Raises TypeError or ValueError."""
+    if isinstance(value, (bool, np.bool_, str, bytes, complex)) or value is None:
+        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
+    if isinstance(value, (int, float)):
+        return float(value)
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None or dtype is None:
+        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if not real:
+        raise TypeError(f"{name} must be {rule}, got an array of dtype {dtype}.")
+    if shape != ():
+        raise ValueError(f"{name} must be {rule}, got an array of shape {shape}.")
+    return None if isinstance(value, jax.Array) else float(value)
+
+
+def check_threshold(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in [0, inf], or a jax array."""
+    number = _concrete_scalar(name, value, "a number in [0, inf]")
+    if number is not None and not number >= 0:
+        raise ValueError(f"{name} must be in [0, inf], {_describe(value)}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in (0, inf), or a jax array."""
+    number = _concrete_scalar(name, value, "a positive number")
+    if number is not None and not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite, {_describe(value)}.")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite number, or a jax array."""
+    number = _concrete_scalar(name, value, "a finite number")
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, {_describe(value)}.")
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in [0, inf), or a jax array."""
+    number = _concrete_scalar(name, value, "a non-negative number")
+    if number is not None and not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, {_describe(value)}.")
+
+
+def check_decay_rate(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in [0, 1], or a jax array."""
+    number = _concrete_scalar(name, value, "a number in [0, 1]")
+    if number is not None and not 0 <= number <= 1:
+        raise ValueError(f"{name} must be in [0, 1], {_describe(value)}.")
+
+
+def check_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raises unless `value` is one of `allowed`, of the same type."""
+    if not any(type(value) is type(a) and value == a for a in allowed):
+        raise ValueError(f"{name} must be one of {list(allowed)}, {_describe(value)}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, {_describe(value)}.")
+
+
+def path_name(path: tuple) -> str:
+    """A tree path as `layer/kernel`; flax nnx's trailing `.value` is left out."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removesuffix("/value").removesuffix("/.value")
+
+
+def is_clippable(leaf: Any) -> bool:
+    """True for real and complex floating leaves; all others pass through transforms."""
+    if isinstance(leaf, (bool, int)):
+        return False
+    if isinstance(leaf, (float, complex)):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def map_clippable(fn: Any, tree: Any, *rest: Any) -> Any:
+    """Maps over the floating leaves, as jax arrays; the other leaves of `tree` pass through."""
+
+    def apply(x: Any, *others: Any) -> Any:
+        return fn(jnp.asarray(x), *others) if is_clippable(x) else x
+
+    return jax.tree.map(apply, tree, *rest)
+
+
+def increment(count: jax.Array, condition: Any = True) -> jax.Array:
+    """`count + 1` where `condition` holds, stopping at the largest integer."""
+    return jnp.where(condition, jnp.asarray(optax.safe_increment(count)), count)
+
+
+def compute_dtype(*dtypes: Any) -> Any:
+    """Float32, or wider or complex if one of `dtypes` is: what leaf functions compute in."""
+    is_wide = any(jnp.finfo(d).bits == 64 for d in dtypes)
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
+        return jnp.complex128 if is_wide else jnp.complex64
+    return jnp.float64 if is_wide else jnp.float32
+
+
+def keep_weak_type(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x`, weakly typed if `like` is; both have the same shape and dtype."""
+    if like.weak_type and not x.weak_type:
+        return like.at[...].set(x)
+    return x
+
+
+def check_params_given(name: str, params: Any) -> None:
+    """Raises if a transform that reads the parameters was not given them."""
+    if params is None:
+        raise ValueError(
+            f"{name} needs the parameters: call `tx.update(updates, state, params)` with params."
+        )
+
+
+def check_same_structure(name: str, updates: Any, other_name: str, other: Any) -> None:
+    """Raises naming the first path at which two trees differ in structure or shape."""
+    left = jax.tree_util.tree_leaves_with_path(updates)
+    right = jax.tree_util.tree_leaves_with_path(other)
+    for (path, a), (other_path, b) in zip(left, right, strict=False):
+        if path_name(path) != path_name(other_path):
+            raise ValueError(
+                f"{name} and {other_name} must have the same structure; they first differ at "
+                f"'{path_name(path)}' in {name} against '{path_name(other_path)}' in {other_name}."
+            )
+        if is_clippable(a) and np.shape(a) != np.shape(b):
+            raise ValueError(
+                f"{name} and {other_name} must have the same shapes; at '{path_name(path)}' "
+                f"{name} has {np.shape(a)} and {other_name} has {np.shape(b)}."
+            )
+    if len(left) != len(right):
+        longer, where = (left, name) if len(left) > len(right) else (right, other_name)
+        extra = path_name(longer[min(len(left), len(right))][0])
+        raise ValueError(
+            f"{name} and {other_name} must have the same structure; '{extra}' is only in {where}."
+        )

@@ -1,0 +1,240 @@
+"""Gradient clipping with a threshold the user gives.
+
+Every clip multiplies by one float32 coefficient and casts once. Float16 and bfloat16
+results are rounded towards zero, so that a bound holds in exact arithmetic on the values
+that come out; at or below the threshold the output is the input, bit for bit.
+
+A step whose gradient holds a NaN or an infinity is a bad step: a clip by norm returns
+zeros for all leaves and counts it in `num_nonfinite`; an element-wise clip bounds the
+infinities, zeroes the NaNs, and counts it too. To leave the optimizer's state untouched
+as well, use `make_train_step`, which skips the whole step.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxclip import _checks
+from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
+from jaxclip.norms import rescaled_global_norm, unit_and_modulus
+from jaxclip.thresholds import (
+    ThresholdRule,
+    check_threshold_tree,
+    resolve_threshold,
+    round_toward_zero,
+)
+
+__all__ = ["ClipByGlobalNormState", "ClipByValueState", "clip_by_global_norm", "clip_by_value"]
+
+
+class ClipByValueState(NamedTuple):
+    """State of `clip_by_value`.
+
+    Attributes:
+      step: Scalar int32, steps so far.
+      clip_rate: Scalar float32, share of the entries that the last step clipped.
+      num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
+    """
+
+    step: jax.Array
+    clip_rate: jax.Array
+    num_nonfinite: jax.Array
+
+
+class ClipByGlobalNormState(NamedTuple):
+    """State of `clip_by_global_norm`.
+
+    Attributes:
+      step: Scalar int32, steps so far.
+      pre_norm: Scalar float32, norm of the last gradient before the clip.
+      post_norm: Scalar float32, `clip_coef * pre_norm`; 0 after a bad step.
+      clip_coef: Scalar float32 in [0, 1], what the last gradient was multiplied by.
+      clip_rate: Scalar float32, share of the steps so far that were clipped.
+      num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
+    """
+
+    step: jax.Array
+    pre_norm: jax.Array
+    post_norm: jax.Array
+    clip_coef: jax.Array
+    clip_rate: jax.Array
+    num_nonfinite: jax.Array
+
+
+def clip_by_value(max_abs: Any) -> optax.GradientTransformationExtraArgs:
+    """Clips every gradient entry to `[-max_abs, max_abs]`.
+
+    `g <- min(max(g, -c), c)`; complex entries are scaled to modulus at most `c`. An
+    infinity becomes the bound with its sign; NaN becomes 0.
+
+    Args:
+      max_abs: A threshold: number in [0, inf], traced scalar, schedule, rule, or a prefix
+        tree of these, in the units of the gradient.
+
+    Returns:
+      A transform; shapes, dtypes and weak types of the updates are kept. The bound holds
+      for `max_abs` as given: it is rounded towards zero into each leaf's dtype.
+
+    Raises:
+      TypeError: If a threshold is of a wrong type.
+      ValueError: If a concrete threshold is negative or NaN.
+
+    Example:
+      >>> tx = clip_by_value(1.0)
+      >>> grads = jnp.array([-3.0, 0.5, 2.0])
+      >>> tx.update(grads, tx.init(grads))[0]
+      Array([-1. ,  0.5,  1. ], dtype=float32)
+    """
+    check_threshold_tree("max_abs", max_abs)
+
+    def init_fn(params):
+        del params
+        return ClipByValueState(
+            step=jnp.zeros((), jnp.int32),
+            clip_rate=jnp.zeros((), jnp.float32),
+            num_nonfinite=jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        bounds = resolve_threshold(max_abs, updates, state.step)
+        clipped = map_clippable(_clip_entries, updates, bounds)
+        rate, is_bad = _entry_stats(updates, bounds)
+        return clipped, ClipByValueState(
+            step=increment(state.step),
+            clip_rate=rate,
+            num_nonfinite=increment(state.num_nonfinite, is_bad),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clip_by_global_norm(
+    max_norm: Any, *, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales all gradients by one coefficient so that their global norm is at most `max_norm`.
+
+    `g <- g * min(1, max_norm / norm(g))`. As `optax.clip_by_global_norm`, and right where
+    that is not: half-precision and very large or small gradients, `max_norm` 0, a traced
+    `max_norm` with bfloat16 gradients.
+
+    Args:
+      max_norm: Number in [0, inf], traced scalar (below 0 counts as 0), or schedule, in
+        the units of the gradient. A traced NaN makes a bad step.
+      axis_name: Mapped axis to take the norm over inside `shard_map` or `pmap`. Under
+        `jit` on sharded arrays leave it None: the norm is global already.
+
+    Returns:
+      A transform; shapes, dtypes and weak types of the updates are kept. The norm of the
+      result is at most `max_norm` in exact arithmetic; gradients at or below it come back
+      bit-identical; a bad step gives zeros.
+
+    Raises:
+      TypeError: If `max_norm` is of a wrong type.
+      ValueError: If `max_norm` is negative or NaN.
+
+    Example:
+      >>> tx = clip_by_global_norm(1.0)
+      >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
+      >>> clipped, state = tx.update(grads, tx.init(grads))
+      >>> print(f"{clipped['b']:.3f} {state.pre_norm:.3f} {state.post_norm:.3f}")
+      0.800 5.000 1.000
+
+    References:
+      Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, 2013,
+      https://arxiv.org/abs/1211.5063
+    """
+    schedule: Any = max_norm if callable(max_norm) else None
+    if schedule is None:
+        _checks.check_threshold("max_norm", max_norm)
+    elif isinstance(max_norm, ThresholdRule):
+        raise TypeError("max_norm must be a number or a schedule: a rule bounds single leaves.")
+
+    def init_fn(params):
+        del params
+        # An array for each field: one array twice could not be donated.
+        return ClipByGlobalNormState(
+            step=jnp.zeros((), jnp.int32),
+            pre_norm=jnp.zeros((), jnp.float32),
+            post_norm=jnp.zeros((), jnp.float32),
+            clip_coef=jnp.ones((), jnp.float32),
+            clip_rate=jnp.zeros((), jnp.float32),
+            num_nonfinite=jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        bound: Any = schedule(state.step) if schedule else max_norm
+        norm, rescale = rescaled_global_norm(updates, axis_name=axis_name)
+        bound = jnp.maximum(jnp.asarray(round_toward_zero(bound, norm.dtype)), 0)
+        # Compared without dividing by `rescale`, so that neither side overflows.
+        is_clipped = norm > bound * rescale
+        is_bad = ~jnp.isfinite(norm) | jnp.isnan(bound)
+        # The margin covers the rounding of the norm, the coefficient and the products.
+        margin = 1 - 8 * jnp.finfo(norm.dtype).eps
+        safe_norm = jnp.where(is_clipped & ~is_bad, norm, jnp.ones_like(norm))
+        coef = jnp.where(is_clipped, bound / safe_norm * margin, jnp.ones_like(norm))
+        case = jnp.where(is_bad, 2, is_clipped.astype(jnp.int32))
+        clipped = map_clippable(lambda g: _scale_case(g, rescale, coef, case), updates)
+
+        pre_norm = (norm / rescale).astype(jnp.float32)
+        clip_coef = jnp.where(is_clipped, coef * rescale, coef).astype(jnp.float32)
+        clip_coef = jnp.where(is_bad, 0, clip_coef)
+        post_norm = jnp.where(is_clipped, coef * norm, pre_norm).astype(jnp.float32)
+        step = increment(state.step)
+        is_clipped = (is_clipped & ~is_bad).astype(jnp.float32)
+        return clipped, ClipByGlobalNormState(
+            step=step,
+            pre_norm=jnp.where(is_bad, state.pre_norm, pre_norm),
+            post_norm=jnp.where(is_bad, 0, post_norm),
+            clip_coef=clip_coef,
+            clip_rate=state.clip_rate + (is_clipped - state.clip_rate) / step.astype(jnp.float32),
+            num_nonfinite=increment(state.num_nonfinite, is_bad),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _scale_case(g: jax.Array, rescale: jax.Array, coef: jax.Array, case: jax.Array) -> jax.Array:
+    """`g`, `g * rescale * coef` rounded towards zero, or zeros, for case 0, 1 or 2."""
+    wide = compute_dtype(g.dtype)
+    real = jnp.finfo(wide).dtype
+    # `rescale` first: the product of the two factors alone can underflow to 0.
+    scaled = g.astype(wide) * rescale.astype(real) * coef.astype(real)
+    narrow = wide != g.dtype
+    scaled = round_toward_zero(scaled, g.dtype) if narrow else scaled
+    return keep_weak_type(lax.select_n(case, g, scaled, jnp.zeros_like(g)), g)
+
+
+def _clip_entries(g: jax.Array, bound: Any) -> jax.Array:
+    bound = _entry_bound(g, bound)
+    if jnp.iscomplexobj(g):
+        unit, modulus = unit_and_modulus(g)
+        margin = 1 - 4 * jnp.finfo(bound.dtype).eps
+        clipped = jnp.where(modulus > bound, unit * (bound * margin).astype(g.dtype), g)
+        return keep_weak_type(jnp.where(jnp.isfinite(g), clipped, jnp.zeros_like(g)), g)
+    clipped = jnp.clip(g, -bound, bound)
+    return keep_weak_type(jnp.where(jnp.isnan(g), jnp.zeros_like(g), clipped), g)
+
+
+def _entry_bound(g: jax.Array, bound: Any) -> jax.Array:
+    """The bound in the real dtype of `g`; a traced NaN bounds to 0, a bad step."""
+    bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(g.dtype).dtype))
+    return jnp.where(jnp.isnan(bound), jnp.zeros_like(bound), bound)
+
+
+def _entry_stats(updates: Any, bounds: Any) -> tuple[jax.Array, jax.Array]:
+    """Share of floating entries above their bound, and whether any is not finite."""
+    total, num_clipped, is_bad = 0, jnp.zeros((), jnp.float32), jnp.zeros((), bool)
+    leaves = zip(jax.tree.leaves(updates), jax.tree.leaves(bounds), strict=True)
+    for g, bound in leaves:
+        if not _checks.is_clippable(g):
+            continue
+        g = jnp.asarray(g)
+        total += g.size
+        num_clipped += jnp.sum(jnp.abs(g) > _entry_bound(g, bound), dtype=jnp.float32)
+        is_bad |= ~jnp.all(jnp.isfinite(g)) | jnp.any(jnp.isnan(bound))
+    return num_clipped / max(total, 1), is_bad

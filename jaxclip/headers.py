@@ -1,0 +1,340 @@
+"""The header of a file: written for a plan, and read with suspicion.
+
+A header is JSON behind an 8-byte length, as in every safetensors file. Ours adds one
+metadata entry with the tree, the grids of low-bit leaves and a CRC-32 for each tensor and
+for the header itself; `docs/format.md` has it in full.
+
+What is wrong with a header raises ValueError naming the tensor; `checkpoints` adds the
+file's name.
+"""
+
+import dataclasses
+import json
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclip.grids import Granularity, code_range
+from jaxclip.layout import (
+    DEPTH_LIMIT,
+    DTYPES,
+    FilePlan,
+    Tensor,
+    leaf_name,
+    plan_file,
+    restore_leaf,
+)
+from jaxclip.quantization import QuantizedArray
+
+__all__ = ["FileContents", "header_length", "make_header", "parse_header"]
+
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
+_VERSION = 1
+# Every version begins like this, so that the header's checksum has a fixed place.
+_PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
+_CRC_PLACE = slice(8 + len(_PREFIX), 16 + len(_PREFIX))
+_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> bytes:
+    """Returns a file's header, its length prefix included.
+
+    Args:
+      plan: What `plan_file` returned.
+      checksums: CRC-32 of each tensor's bytes; None for zeros, as the size is the same.
+
+    Returns:
+      Bytes that depend on nothing else; a multiple of 8, so that tensors are aligned.
+
+    Raises:
+      ValueError: If the tree has too many leaves for a header.
+
+    Example:
+      >>> len(make_header(plan_file(None))), make_header(plan_file(None))[8:36]
+      (128, b'{"__metadata__":{"jaxclip":"')
+    """
+    crc = {t.name: f"{checksums[t.name] if checksums else 0:08x}" for t in plan.tensors}
+    quantized = {n: leaf for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray)}
+    inner = {
+        "header_crc": "00000000",
+        "version": _VERSION,
+        "tree": plan.tree,
+        "leaves": {name: _quantized_info(leaf) for name, leaf in quantized.items()},
+        "crc": crc,
+    }
+    outer: dict[str, Any] = {"__metadata__": {"jaxclip": _to_json(inner)}}
+    for t in plan.tensors:
+        offsets = [t.start, t.stop]
+        outer[t.name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
+    text = _to_json(outer).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER_BYTES:
+        raise ValueError(
+            f"the tree has {len(plan.leaves):,} leaves, whose names and shapes take {len(text):,} "
+            f"bytes; a safetensors header may have {_MAX_HEADER_BYTES:,}."
+        )
+    raw = bytearray(struct.pack("<Q", len(text)) + text)
+    raw[_CRC_PLACE] = f"{zlib.crc32(raw):08x}".encode("ascii")
+    return bytes(raw)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _quantized_info(leaf: QuantizedArray) -> dict[str, Any]:
+    axis, group_size = leaf.granularity.axis, leaf.granularity.group_size
+    return {
+        "bits": leaf.bits,
+        "full_signed": bool(leaf.full_signed),
+        "axis": [int(a) for a in axis] if isinstance(axis, tuple) else _int_or_none(axis),
+        "group_size": _int_or_none(group_size),
+        "shape": list(leaf.shape),
+        "dtype": _DTYPE_CODES[jnp.dtype(leaf.dtype)],
+    }
+
+
+def _int_or_none(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+# --- Reading --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FileContents:
+    """What a header says a file holds.
+
+    Attributes:
+      tensors: The tensors by name.
+      checksums: CRC-32 of each tensor's bytes; empty for a file of other origin.
+      tree: The tree with shapes for arrays, or None for a file of other origin.
+      leaves: Its leaves by name, in the order of the tree.
+    """
+
+    tensors: dict[str, Tensor]
+    checksums: dict[str, int]
+    tree: Any = None
+    leaves: dict[str, Any] | None = None
+
+    def restore(self, read: Callable[[Tensor], np.ndarray]) -> Any:
+        """Returns the tree, with `read` called once a tensor; a flat dict if not our file."""
+        if self.leaves is None:
+            return {name: read(tensor) for name, tensor in self.tensors.items()}
+        restored = [self._restore_leaf(name, like, read) for name, like in self.leaves.items()]
+        structure = jax.tree.structure(self.tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
+        return jax.tree.unflatten(structure, restored)
+
+    def _restore_leaf(self, name: str, like: Any, read: Callable[[Tensor], np.ndarray]) -> Any:
+        if not isinstance(like, QuantizedArray):
+            return read(self.tensors[name])
+        scale, packed = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
+        return restore_leaf(name, like, scale, packed)
+
+
+def header_length(prefix: bytes, file_size: int) -> int:
+    """Reads how long the header is behind its length prefix.
+
+    Args:
+      prefix: The first 8 bytes of a file.
+      file_size: Its size in bytes.
+
+    Returns:
+      A number of bytes that the file has.
+
+    Raises:
+      ValueError: If no header of a safetensors file can be that long.
+
+    Example:
+      >>> header_length(b"\\x02" + bytes(7), 10)
+      2
+    """
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or not 2 <= length <= file_size - 8:
+        raise ValueError("not a safetensors file, or cut short: its header is not all there.")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header is larger than {_MAX_HEADER_BYTES:,} bytes.")
+    return length
+
+
+def parse_header(raw: bytes, data_bytes: int) -> FileContents:
+    """Reads a header, ours or any safetensors header, and checks all it says.
+
+    Args:
+      raw: The header, its length prefix included.
+      data_bytes: How many bytes follow it in the file.
+
+    Returns:
+      The contents; sizes add up to `data_bytes`.
+
+    Raises:
+      ValueError: If the header is damaged, of a newer version, or contradicts itself.
+
+    Example:
+      >>> plan = plan_file([np.zeros(3, np.int8)])
+      >>> parse_header(make_header(plan), plan.data_bytes).tree
+      [ShapeDtypeStruct(shape=(3,), dtype=int8)]
+    """
+    outer = _strict_json(raw[8:])
+    metadata = outer.pop("__metadata__", {}) if type(outer) is dict else None
+    if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
+        raise ValueError("the header is not that of a safetensors file.")
+    # Ours has one key. If damage renamed it, its text still tells.
+    ours = [text for key, text in metadata.items() if key == "jaxclip" or '"header_crc"' in text]
+    if not ours:
+        return FileContents(_parse_tensors(outer, data_bytes), {})
+    zeroed = bytearray(raw)
+    zeroed[_CRC_PLACE] = b"00000000"
+    checksum = f"{zlib.crc32(zeroed):08x}".encode("ascii")
+    if not raw.startswith(_PREFIX, 8) or raw[_CRC_PLACE] != checksum:
+        raise ValueError("the header is damaged or was rewritten: its checksum does not match.")
+    inner = _strict_json(ours[0].encode())
+    version = inner.get("version")
+    if version != _VERSION or type(version) is not int:
+        raise ValueError(
+            f"the file has version {version!r} of the format and this jaxclip reads version "
+            f"{_VERSION}: a jaxclip that reads version {version!r} is needed."
+        )
+    return _parse_ours(inner, _parse_tensors(outer, data_bytes))
+
+
+def _strict_json(text: bytes) -> Any:
+    """`json.loads` without duplicate keys, NaN, fractions, giant numbers or deep nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return result
+
+    def whole(number: str) -> int:
+        if len(number) > 20 or not number.lstrip("-").isdigit():
+            raise ValueError(f"{number[:20]} is not a size")
+        return int(number)
+
+    hooks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), whole)
+    try:
+        return json.loads(text.decode(), object_pairs_hook=unique, **hooks)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the header is not valid JSON: {error}.") from error
+
+
+def _is_shape(value: Any) -> bool:
+    sizes = type(value) is list and len(value) <= 64  # as many as NumPy has
+    return sizes and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _parse_tensors(entries: dict[str, Any], data_bytes: int) -> dict[str, Tensor]:
+    """The header's tensors; they must fill the data without holes or overlaps."""
+    tensors = {}
+    for name, entry in entries.items():
+        if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"tensor {name!r}: its entry in the header is not valid.")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if type(dtype) is not str or dtype not in DTYPES:
+            raise ValueError(f"tensor {name!r}: its dtype {dtype!r} is not supported.")
+        if not _is_shape(shape) or not _is_shape(offsets) or len(offsets) != 2:
+            raise ValueError(f"tensor {name!r}: its shape or its place is not valid.")
+        if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+            raise ValueError(f"tensor {name!r}: its shape does not fit its size.")
+        tensors[name] = Tensor(name, dtype, tuple(shape), *offsets)
+    position = 0
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+        if tensor.start != position:
+            raise ValueError(f"tensor {tensor.name!r}: the data has a hole or an overlap there.")
+        position = tensor.stop
+    if position != data_bytes:
+        raise ValueError(
+            f"the tensors take {position} bytes by the header, but {data_bytes} bytes follow it."
+        )
+    return tensors
+
+
+def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileContents:
+    infos, checksums = inner.get("leaves"), inner.get("crc")
+    if type(infos) is not dict or type(checksums) is not dict or "tree" not in inner:
+        raise ValueError("the header has no tree, leaves or checksums.")
+
+    def shapes_of(name: str) -> Any:
+        if name in infos:
+            return _abstract_quantized(name, infos[name])
+        if name not in tensors:
+            raise ValueError(f"tensor {name!r}: it is missing.")
+        return jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].numpy_dtype)
+
+    tree = _abstract_node(inner["tree"], (), shapes_of)
+    # Laid out again, the tree must give the tensors that the file has.
+    plan = plan_file(tree)
+    wanted = {t.name: (t.dtype, t.shape) for t in plan.tensors}
+    for name in {**wanted, **tensors, **checksums}:
+        tensor, crc = tensors.get(name), checksums.get(name)
+        if tensor is None or (tensor.dtype, tensor.shape) != wanted.get(name):
+            raise ValueError(f"tensor {name!r}: it does not fit the tree in the header.")
+        if type(crc) is not str or len(crc) != 8 or set(crc) - set("0123456789abcdef"):
+            raise ValueError(f"tensor {name!r}: it has no checksum.")
+    if not infos.keys() <= plan.leaves.keys():
+        raise ValueError("the header describes a leaf that is not in the tree.")
+    checksums = {name: int(crc, 16) for name, crc in checksums.items()}
+    return FileContents(tensors, checksums, tree, plan.leaves)
+
+
+def _abstract_node(node: Any, path: tuple[str | int, ...], shapes_of: Callable[[str], Any]) -> Any:
+    """The tree that a header describes, with shapes for arrays."""
+    if len(path) > DEPTH_LIMIT:
+        raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT}.")
+    if node is None:
+        return None
+    if type(node) is int and node == 0:
+        return shapes_of(leaf_name(path))
+    kind, children = ("dict", node) if type(node) is dict else _split_node(node)
+    if isinstance(children, dict):
+        as_key = int if kind == "int_keys" else str
+        return {
+            as_key(key): _abstract_node(child, (*path, key), shapes_of)
+            for key, child in children.items()
+        }
+    nodes = [_abstract_node(c, (*path, i), shapes_of) for i, c in enumerate(children)]
+    return tuple(nodes) if kind == "tuple" else nodes
+
+
+def _split_node(node: Any) -> tuple[str, Any]:
+    if type(node) is list and node[:1] in (["list"], ["tuple"]):
+        return node[0], node[1:]
+    if type(node) is list and node[:1] == ["int_keys"] and len(node) == 2:
+        keys = node[1] if type(node[1]) is dict else ()
+        if keys and all(key.lstrip("-").isdecimal() and str(int(key)) == key for key in keys):
+            return node[0], node[1]
+    raise ValueError("the tree in the header is not valid.")
+
+
+def _abstract_quantized(name: str, info: Any) -> QuantizedArray:
+    keys = {"bits", "full_signed", "axis", "group_size", "shape", "dtype"}
+    if type(info) is not dict or set(info) != keys or not _is_shape(info["shape"]):
+        raise ValueError(f"tensor {name!r}: its description in the header is not valid.")
+    axis, shape, dtype = info["axis"], tuple(info["shape"]), info["dtype"]
+    stored = DTYPES.get(dtype) if type(dtype) is str else None
+    is_float = stored is not None and jnp.issubdtype(stored, jnp.floating)
+    if type(info["full_signed"]) is not bool or not is_float:
+        raise ValueError(f"tensor {name!r}: its grid or dtype is not valid.")
+    try:
+        code_range(info["bits"])
+        granularity = Granularity(tuple(axis) if type(axis) is list else axis, info["group_size"])
+        scale_shape = granularity.scale_shape(shape)
+        qvalue: Any = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))
+        scale: Any = jax.ShapeDtypeStruct(scale_shape, np.dtype(np.float32))
+        return QuantizedArray(
+            qvalue=qvalue,
+            scale=scale,
+            bits=info["bits"],
+            full_signed=info["full_signed"],
+            granularity=granularity,
+            dtype=stored,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"tensor {name!r}: {error}") from error

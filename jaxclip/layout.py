@@ -1,0 +1,363 @@
+"""The layout of a file: a tree as named tensors, and the bytes of each.
+
+All of it follows from shapes and dtypes, so the size of a file is known before any data is
+touched, or without any data. `headers` writes down what is planned here; `docs/format.md`
+has the format byte by byte.
+
+What is wrong with a tree raises TypeError or ValueError naming the leaf; `checkpoints` adds
+the file's name.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclip import _checks
+from jaxclip.grids import code_range
+from jaxclip.quantization import (
+    QuantizedArray,
+    num_packed_bytes,
+    pack_codes,
+    unpack_codes,
+)
+
+__all__ = [
+    "DEPTH_LIMIT",
+    "DTYPES",
+    "FilePlan",
+    "Tensor",
+    "check_has_values",
+    "check_leaf",
+    "leaf_name",
+    "plan_file",
+    "restore_leaf",
+]
+
+DEPTH_LIMIT = 64  # of nested nodes
+DTYPES = {
+    "BOOL": jnp.dtype(bool),
+    **{f"{s}{8 * n}": jnp.dtype(f"{s.lower()}{n}") for s in "UI" for n in (1, 2, 4, 8)},
+    **{f"F{8 * n}": jnp.dtype(f"f{n}") for n in (2, 4, 8)},
+    "BF16": jnp.dtype(jnp.bfloat16),
+    "F8_E4M3": jnp.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
+}
+_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Codes packed at once: bounds memory; a multiple of 40 ends on a byte at every width.
+_CHUNK = 40 * 2**15
+
+
+# --- Writing --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file.
+
+    Attributes:
+      name: Its name in the container.
+      dtype: safetensors' code for its dtype, such as "F32".
+      shape: Its shape.
+      start: Its first byte, counted from the end of the header.
+      stop: The byte after its last.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def leaf(self) -> str:
+        """The name of the leaf that it holds, or holds a part of."""
+        return self.name.partition(":")[0]
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype that `dtype` stands for."""
+        return DTYPES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePlan:
+    """A file before it is written.
+
+    Attributes:
+      tensors: The tensors, in the order of the file.
+      leaves: The tree's leaves by name, in the order of the tree.
+      tree: The tree's structure, as the header stores it.
+    """
+
+    tensors: tuple[Tensor, ...]
+    leaves: dict[str, Any]
+    tree: Any
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of all tensors."""
+        return self.tensors[-1].stop if self.tensors else 0
+
+    def chunks(self, tensor: Tensor) -> Iterator[np.ndarray]:
+        """Yields the bytes of one tensor; a jax array is fetched only here."""
+        name, part = tensor.leaf, tensor.name.removeprefix(tensor.leaf)
+        leaf = self.leaves[name]
+        if part == ":codes":
+            yield from _packed_chunks(name, leaf)
+            return
+        array = np.asarray(leaf.scale if part == ":scale" else leaf)
+        if part == ":scale":
+            _check_scale(name, array)
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def plan_file(tree: Any) -> FilePlan:
+    """Lays out a tree as a file.
+
+    Args:
+      tree: Nested dicts (keys all strings or all integers), lists, tuples and None, with
+        arrays and `QuantizedArray` as leaves; `jax.ShapeDtypeStruct` may stand for an array.
+
+    Returns:
+      The plan. Equal structures, shapes and dtypes make equal plans.
+
+    Raises:
+      TypeError: If a node or leaf is of a kind that a file cannot hold.
+      ValueError: If the tree is too deep or has too many leaves, a key is not valid text,
+        or the parts of a `QuantizedArray` do not fit together.
+
+    Example:
+      >>> plan = plan_file({"layer": {"kernel": np.zeros((2, 3), np.float16)}})
+      >>> [(t.name, t.dtype, t.shape) for t in plan.tensors], plan.data_bytes
+      ([('layer/kernel', 'F16', (2, 3))], 12)
+    """
+    leaves: dict[str, Any] = {}
+    skeleton = _skeleton(tree, (), leaves)
+    parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf)]
+    parts.sort(key=lambda part: (-DTYPES[part[1]].itemsize, part[0]))  # aligned, no holes
+    tensors, start = [], 0
+    for name, dtype, shape in parts:
+        stop = start + math.prod(shape) * DTYPES[dtype].itemsize
+        tensors.append(Tensor(name, dtype, shape, start, stop))
+        start = stop
+    return FilePlan(tuple(tensors), leaves, skeleton)
+
+
+def _skeleton(node: Any, path: tuple[str | int, ...], leaves: dict[str, Any]) -> Any:
+    """The structure of `node` as JSON, 0 for a leaf; its leaves go into `leaves` by name."""
+    name = leaf_name(path)
+    if len(path) > DEPTH_LIMIT:
+        raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT} at '{name[:60]}...'.")
+    if node is None:
+        return None
+    if type(node) is dict:
+        kinds = {type(key) for key in node}
+        if not (kinds <= {str} or kinds == {int}):
+            raise TypeError(
+                f"the keys of a dict must be all strings or all integers; at '{name}' got "
+                f"{sorted(kind.__name__ for kind in kinds)}."
+            )
+        children = {str(k): _skeleton(node[k], (*path, k), leaves) for k in sorted(node)}
+        return ["int_keys", children] if kinds == {int} else children
+    if type(node) in (list, tuple):
+        nodes = (_skeleton(child, (*path, i), leaves) for i, child in enumerate(node))
+        return [type(node).__name__, *nodes]
+    check_leaf(name, node.qvalue if isinstance(node, QuantizedArray) else node)
+    leaves[name] = node
+    return 0
+
+
+def leaf_name(path: tuple[str | int, ...]) -> str:
+    """Returns the name of the leaf at a path; different paths have different names.
+
+    Args:
+      path: Keys of dicts and positions in lists and tuples, from the root.
+
+    Returns:
+      The keys joined by "/", with "%", "/" and ":" in a key written as in a URL.
+
+    Raises:
+      ValueError: If a key is not valid Unicode text.
+
+    Example:
+      >>> leaf_name(("layers", 0, "a/b")), leaf_name(())
+      ('layers/0/a%2Fb', 'array')
+    """
+    return "/".join(_escape(str(key)) for key in path) if path else "array"
+
+
+def _escape(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the key {text!r} of a dict is not valid Unicode text.") from error
+    if text == "__metadata__":  # safetensors' own
+        return "%5F_metadata__"
+    return text.replace("%", "%25").replace("/", "%2F").replace(":", "%3A")
+
+
+def check_leaf(name: str, leaf: Any) -> None:
+    """Raises TypeError unless `leaf` is an array, of any dtype, saying what to do instead.
+
+    Args:
+      name: The leaf's path, for the message.
+      leaf: Anything.
+
+    Raises:
+      TypeError: If it is no array.
+
+    Example:
+      >>> check_leaf("lr", 0.1)
+      Traceback (most recent call last):
+      TypeError: leaf 'lr' is the Python number 0.1, which has no dtype: wrap it, for
+      instance as np.float32(0.1).
+    """
+    arrays = (np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
+    if isinstance(leaf, arrays) and not isinstance(leaf, np.ma.MaskedArray):
+        return
+    if isinstance(leaf, (bool, int, float, complex)):
+        raise TypeError(
+            f"leaf '{name}' is the Python number {leaf!r}, which has no dtype: wrap it, for "
+            f"instance as np.float32({leaf!r})."
+        )
+    raise TypeError(
+        f"'{name}' is of type {type(leaf).__name__}: a file holds dicts, lists, tuples, None, "
+        "arrays and QuantizedArrays. Convert it first: `nnx.to_pure_dict(state)` for nnx, "
+        "`flax.core.unfreeze(params)` for FrozenDict, `._asdict()` for a NamedTuple."
+    )
+
+
+def check_has_values(name: str, array: Any) -> None:
+    """Raises unless the values of `array` can be read in this process.
+
+    Args:
+      name: The leaf's path, for the message.
+      array: An array, possibly traced, abstract or sharded.
+
+    Raises:
+      TypeError: If it is traced or abstract.
+      ValueError: If a part of it lies on other processes.
+
+    Example:
+      >>> check_has_values("w", jax.ShapeDtypeStruct((2,), np.float32))
+      Traceback (most recent call last):
+      TypeError: leaf 'w' has no values: it is a ShapeDtypeStruct.
+    """
+    if isinstance(array, jax.ShapeDtypeStruct) or not _checks.is_concrete(array):
+        raise TypeError(f"leaf '{name}' has no values: it is a {type(array).__name__}.")
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        raise ValueError(
+            f"leaf '{name}' lies partly on other processes: gather it first, for instance "
+            "with `jax.experimental.multihost_utils.process_allgather`."
+        )
+
+
+def _leaf_tensors(name: str, leaf: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of the tensors that hold a leaf."""
+    if not isinstance(leaf, QuantizedArray):
+        return [(name, _dtype_code(name, leaf.dtype), tuple(leaf.shape))]
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(f"QuantizedArray '{name}' must stand for a float, got {leaf.dtype}.")
+    _dtype_code(name, jnp.dtype(leaf.dtype))
+    try:
+        code_range(leaf.bits, leaf.full_signed)
+        wanted = leaf.granularity.scale_shape(leaf.shape)
+    except ValueError as error:
+        raise ValueError(f"QuantizedArray '{name}': {error}") from error
+    given = (leaf.qvalue.dtype, leaf.scale.dtype, tuple(leaf.scale.shape))
+    if given != (np.dtype(np.int8), np.dtype(np.float32), wanted):
+        raise ValueError(
+            f"QuantizedArray '{name}' of shape {leaf.shape} must have int8 codes and float32 "
+            f"scales of shape {wanted}; got {given[0]}, {given[1]} and {given[2]}."
+        )
+    num_bytes = num_packed_bytes(math.prod(leaf.shape), leaf.bits)
+    return [(f"{name}:codes", "U8", (num_bytes,)), (f"{name}:scale", "F32", wanted)]
+
+
+def _dtype_code(name: str, dtype: Any) -> str:
+    native = dtype if getattr(dtype, "isnative", True) else dtype.newbyteorder("=")
+    code = _DTYPE_CODES.get(native)
+    if code is None:
+        hint = ""
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            hint = " Save `jax.random.key_data(key)` instead."
+        elif jnp.issubdtype(dtype, jnp.complexfloating):
+            hint = " Save real and imaginary parts instead."
+        raise TypeError(f"leaf '{name}' has dtype {dtype}, which a file cannot hold.{hint}")
+    return code
+
+
+def _packed_chunks(name: str, leaf: QuantizedArray) -> Iterator[np.ndarray]:
+    codes = np.asarray(leaf.qvalue).reshape(-1)
+    for start in range(0, codes.size, _CHUNK):
+        chunk = codes[start : start + _CHUNK]
+        _check_codes(name, chunk, leaf)
+        yield pack_codes(chunk, leaf.bits, full_signed=leaf.full_signed)
+
+
+def _check_codes(name: str, codes: np.ndarray, leaf: QuantizedArray) -> None:
+    low, high = code_range(leaf.bits, leaf.full_signed)
+    inside = low <= codes.min(initial=high) and codes.max(initial=low) <= high
+    if not inside or (leaf.bits == 1 and not codes.all()):
+        raise ValueError(f"'{name}': codes are not in the range of bits={leaf.bits!r}.")
+
+
+def _check_scale(name: str, scale: np.ndarray) -> None:
+    if not np.all(np.isfinite(scale) & (scale != 0)):
+        raise ValueError(f"'{name}': scales must be finite and not 0.")
+
+
+# --- Reading --------------------------------------------------------------------------
+
+
+def restore_leaf(
+    name: str, like: QuantizedArray, scale: np.ndarray, packed: np.ndarray
+) -> QuantizedArray:
+    """Returns a low-bit array from the two tensors that a file has for it.
+
+    Args:
+      name: The leaf's path, for messages.
+      like: The same with shapes for arrays.
+      scale: Scales, in the shape of `like.scale`.
+      packed: Codes as `pack_codes` packs them.
+
+    Returns:
+      A `QuantizedArray` of NumPy arrays.
+
+    Raises:
+      ValueError: If a scale is 0 or not finite, a code is outside the grid, or the codes
+        are not packed as `pack_codes` does.
+
+    Example:
+      >>> from jaxclip.quantization import quantize
+      >>> q = jax.eval_shape(lambda: quantize(jnp.array([0.5, -0.5]), 1))
+      >>> restore_leaf("w", q, np.array([0.5], np.float32), np.array([1], np.uint8)).qvalue
+      array([ 1, -1], dtype=int8)
+    """
+    _check_scale(name, scale)
+    codes = _unpacked(name, packed, like)
+    return dataclasses.replace(like, qvalue=codes.reshape(like.shape), scale=scale)
+
+
+def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray:
+    """The codes in `packed`; bytes that `pack_codes` never makes are refused."""
+    count, bits, full_signed = math.prod(like.shape), like.bits, like.full_signed
+    codes = np.empty(count, np.int8)
+    for start in range(0, count, _CHUNK):
+        stop = min(start + _CHUNK, count)
+        piece = packed[num_packed_bytes(start, bits) : num_packed_bytes(stop, bits)]
+        codes[start:stop] = unpack_codes(piece, bits, stop - start, full_signed=full_signed)
+        _check_codes(name, codes[start:stop], like)
+    tail = count - count % 40
+    padded = pack_codes(codes[tail:], bits, full_signed=full_signed)
+    too_big = bits == "ternary" and packed.max(initial=0) > 242
+    if too_big or not np.array_equal(padded, packed[num_packed_bytes(tail, bits) :]):
+        raise ValueError(f"'{name}': codes are not packed as the format says.")
+    return codes

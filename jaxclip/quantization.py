@@ -1,0 +1,294 @@
+"""Arrays at 1 to 8 bits: thresholds to codes, codes to packed bytes, and back.
+
+    code = clip(round(w / scale), low, high)        round half to even
+    w'   = scale * code
+
+`scale = threshold / high`, one for each tensor, channel or group. Inside the threshold
+`|w - w'| <= |scale| / 2`. One bit has no zero: `code = 1 if w >= 0 else -1`, and
+`scale = threshold`. A full signed grid has one level more on one side, `low = -high - 1`;
+the sign of the scale puts it where it lowers the squared error.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxclip import _checks
+from jaxclip.grids import Bits, Granularity, code_range
+from jaxclip.thresholds import ThresholdRule, mse_optimal
+
+__all__ = [
+    "QuantizedArray",
+    "dequantize",
+    "num_packed_bytes",
+    "pack_codes",
+    "quantize",
+    "unpack_codes",
+]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("qvalue", "scale"),
+    meta_fields=("bits", "full_signed", "granularity", "dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """An array as integer codes and scales, a pytree that passes through jit and vmap.
+
+    `dequantize(q) == q.scale * q.qvalue`, with one scale per block as `granularity` says.
+
+    Attributes:
+      qvalue: int8 codes in `code_range(bits, full_signed)`, in the array's shape.
+      scale: float32, not 0 and finite; 1 along shared axes, one a group along a grouped one.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      full_signed: Whether the level -2**(bits-1) is used.
+      granularity: Which entries share a scale.
+      dtype: Dtype of the array that was quantized, and of what `dequantize` returns.
+    """
+
+    qvalue: jax.Array
+    scale: jax.Array
+    bits: Bits
+    full_signed: bool
+    granularity: Granularity
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.qvalue.shape
+
+    @property
+    def threshold(self) -> jax.Array:
+        """The clip threshold of each block, `|scale| * high`."""
+        return jnp.abs(self.scale) * code_range(self.bits, self.full_signed)[1]
+
+
+def quantize(
+    array: ArrayLike,
+    bits: Bits = 4,
+    *,
+    threshold: Any = mse_optimal,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+    full_signed: bool = True,
+    name: str = "array",
+) -> QuantizedArray:
+    """Rounds an array to a low-bit grid inside a clip threshold.
+
+    Args:
+      array: Real floating array of any shape. May be traced.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      threshold: A rule or a rule's factory (`mse_optimal`, `max_abs`), bound here to the
+        grid and granularity; or a number in (0, inf), or an array of one a block.
+      axis: Channel axis or axes with a scale each; None for one scale.
+      group_size: Entries that share a scale along the last non-channel axis.
+      full_signed: Whether grids of two bits or more use the level -2**(bits-1).
+      name: What to call the array in errors.
+
+    Returns:
+      A `QuantizedArray`. `|w - dequantize| <= |scale| / 2` inside the threshold. Blocks of
+      zeros, and blocks whose scale would underflow, get the smallest normal scale.
+
+    Raises:
+      TypeError: If `array` is not real floating, or `threshold` is no threshold.
+      ValueError: If `bits` is not allowed, or a concrete entry is NaN or infinite.
+
+    Example:
+      >>> q = quantize(jnp.array([0.9, -1.1, 1.0, 0.05]), "ternary")
+      >>> print(q.qvalue, q.scale.round(3))
+      [ 1 -1  1  0] [1.]
+    """
+    low, high = code_range(bits, full_signed)
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be real floating to be quantized, got {array.dtype}.")
+    _check_all_finite(name, array)
+    granularity = Granularity(axis, group_size)
+    t = _block_thresholds(array, bits, full_signed, granularity, threshold)
+    qvalue, scale = _encode(array, t, bits, low, high, granularity)
+    return QuantizedArray(qvalue, scale, bits, full_signed, granularity, array.dtype)
+
+
+def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
+    """Returns `scale * code`, the array that a `QuantizedArray` stands for.
+
+    Args:
+      quantized: What `quantize` returned, or a file held.
+      dtype: Floating dtype of the result; None for the dtype that was quantized.
+
+    Returns:
+      An array in the original shape, multiplied in float32 and cast once. Inside jit it
+      fuses into its consumer.
+
+    Example:
+      >>> dequantize(quantize(jnp.array([0.9, -1.1, 0.25]), "ternary", threshold=0.5))
+      Array([ 0.5, -0.5,  0. ], dtype=float32)
+    """
+    scale = quantized.granularity.expand(jnp.asarray(quantized.scale), quantized.shape)
+    values = scale * jnp.asarray(quantized.qvalue).astype(jnp.float32)
+    return values.astype(quantized.dtype if dtype is None else dtype)
+
+
+def _check_all_finite(name: str, array: jax.Array) -> None:
+    if not _checks.is_concrete(array) or not array.is_fully_addressable:
+        return
+    with jax.ensure_compile_time_eval():  # a concrete array inside somebody's jit
+        all_finite = bool(jnp.all(jnp.isfinite(array)))
+    if not all_finite:
+        index = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array, np.float64)))[0])
+        raise ValueError(f"{name} must be finite to be quantized, got {array[index]} at {index}.")
+
+
+def _block_thresholds(
+    array: jax.Array, bits: Bits, full_signed: bool, granularity: Granularity, threshold: Any
+) -> jax.Array:
+    """One threshold a block, in the compact form of scales."""
+    if callable(threshold) and not isinstance(threshold, ThresholdRule):
+        threshold = threshold()  # a rule's factory
+    if isinstance(threshold, ThresholdRule):
+        t = jnp.asarray(threshold.bind(bits, full_signed, granularity).compact(array))
+    else:
+        if np.ndim(threshold) == 0:
+            _checks.check_threshold("threshold", threshold)
+        t = jnp.asarray(threshold, jnp.float32)
+    shape = granularity.scale_shape(array.shape)
+    try:
+        return jnp.broadcast_to(t.reshape((1,) * (len(shape) - t.ndim) + t.shape), shape)
+    except ValueError as error:
+        raise ValueError(
+            f"threshold must broadcast to one value a block, {shape}, got shape {t.shape}."
+        ) from error
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _encode(
+    array: jax.Array, t: jax.Array, bits: Bits, low: int, high: int, granularity: Granularity
+) -> tuple[jax.Array, jax.Array]:
+    x = array.astype(jnp.float32)
+    info = jnp.finfo(jnp.float32)
+    scale = jnp.clip(t / high, info.tiny, info.max)
+    if bits == 1:
+        return jnp.where(x < 0, -1, 1).astype(jnp.int8), scale
+
+    def ratio(scale: jax.Array) -> jax.Array:
+        return x / granularity.expand(scale, array.shape)
+
+    def block_error(scale: jax.Array) -> jax.Array:
+        """Squared error of each block in units of the scale, so that it cannot overflow."""
+        r = ratio(scale)
+        blocks, axes = granularity.split(jnp.square(r - jnp.clip(jnp.round(r), low, high)))
+        return granularity.compact(jnp.sum(blocks, axis=axes, keepdims=True), x.ndim)
+
+    if low < -high:
+        scale = jnp.where(block_error(-scale) < block_error(scale), -scale, scale)
+    return jnp.clip(jnp.round(ratio(scale)), low, high).astype(jnp.int8), scale
+
+
+# --- Packing --------------------------------------------------------------------------
+
+_TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
+
+
+def num_packed_bytes(count: int, bits: Bits) -> int:
+    """Returns how many bytes `pack_codes` makes of `count` codes.
+
+    Args:
+      count: Number of codes.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary" (five codes a byte).
+
+    Returns:
+      A count of bytes.
+
+    Raises:
+      ValueError: If `bits` is not allowed.
+
+    Example:
+      >>> num_packed_bytes(10, "ternary"), num_packed_bytes(10, 3)
+      (2, 4)
+    """
+    code_range(bits)
+    return -(-count // 5) if bits == "ternary" else -(-count * int(bits) // 8)
+
+
+def pack_codes(codes: Any, bits: Bits, *, full_signed: bool = True) -> Any:
+    """Packs integer codes densely into bytes.
+
+    Code i becomes the unsigned `code - low`. Ternary codes go five to a byte in base 3,
+    the first the least significant digit; one bit is 0 for -1 and 1 for 1; other widths
+    fill bits `[i * bits, (i + 1) * bits)` of the stream, least significant bit first. The
+    last byte is filled up with zeros.
+
+    Args:
+      codes: Integer array of any shape, entries in `code_range(bits, full_signed)`; taken
+        in row-major order. NumPy arrays stay NumPy; jax arrays may be traced.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      full_signed: As in `code_range`.
+
+    Returns:
+      A flat uint8 array of `num_packed_bytes(codes.size, bits)` bytes.
+
+    Raises:
+      ValueError: If `bits` is not allowed.
+
+    Example:
+      >>> pack_codes(np.array([1, -1, 0, 1, 1]), "ternary")
+      array([227], dtype=uint8)
+    """
+    low, _ = code_range(bits, full_signed)
+    xp = np if isinstance(codes, np.ndarray) else jnp
+    flat = xp.reshape(codes, (-1,)).astype(np.int16)
+    unsigned = ((flat + 1) // 2 if bits == 1 else flat - low).astype(np.uint8)
+    if bits == "ternary":
+        trits = xp.pad(unsigned, (0, -flat.size % 5)).reshape(-1, 5)
+        return xp.sum(trits * _TRITS[None], axis=1, dtype=np.uint8)
+    if bits == 8:
+        return unsigned
+    places = np.arange(int(bits), dtype=np.uint8)
+    stream = (unsigned[:, None] >> places[None]) & np.uint8(1)
+    return xp.packbits(stream.reshape(-1), bitorder="little")
+
+
+def unpack_codes(packed: Any, bits: Bits, count: int, *, full_signed: bool = True) -> Any:
+    """Unpacks what `pack_codes` packed.
+
+    Args:
+      packed: Flat uint8 array, NumPy or jax.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      count: How many codes were packed.
+      full_signed: As in `code_range`.
+
+    Returns:
+      A flat int8 array of `count` codes.
+
+    Raises:
+      ValueError: If `bits` is not allowed, or `packed` does not have the right length.
+
+    Example:
+      >>> unpack_codes(np.array([227], np.uint8), "ternary", 5)
+      array([ 1, -1,  0,  1,  1], dtype=int8)
+    """
+    low, _ = code_range(bits, full_signed)
+    if packed.shape != (num_packed_bytes(count, bits),):
+        raise ValueError(
+            f"packed must have {num_packed_bytes(count, bits)} bytes for {count} codes at "
+            f"bits={bits!r}, got shape {packed.shape}."
+        )
+    xp = np if isinstance(packed, np.ndarray) else jnp
+    if bits == "ternary":
+        unsigned = ((packed[:, None] // _TRITS[None]) % np.uint8(3)).reshape(-1)[:count]
+    elif bits == 8:
+        unsigned = packed
+    else:
+        stream = xp.unpackbits(packed, count=count * int(bits), bitorder="little")
+        weights = np.uint8(1) << np.arange(int(bits), dtype=np.uint8)
+        unsigned = xp.sum(stream.reshape(count, int(bits)) * weights[None], axis=1, dtype=np.uint8)
+    if bits == 1:
+        return unsigned.astype(np.int8) * np.int8(2) - np.int8(1)
+    return (unsigned.astype(np.int16) + np.int16(low)).astype(np.int8)

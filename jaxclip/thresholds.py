@@ -1,0 +1,436 @@
+"""What may be given as a threshold, and the rules that choose one.
+
+A threshold is, wherever one is asked for:
+
+* a number in [0, inf], or a 0-d array, possibly traced (inf: never clip);
+* a schedule, `step -> number`;
+* a rule made by a factory of this module, `array -> threshold`;
+* a prefix tree of these, one for each part of the parameters.
+
+A bound holds for the number as given: it is rounded towards zero into the dtype of what
+it bounds, so 0.1 never becomes bfloat16's 0.10009766.
+
+Rules measure with reductions along axes and never sort or flatten. What has a threshold
+of its own is said by `axis` and `group_size`, as in `jaxclip.grids`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxclip import _checks
+from jaxclip.grids import Bits, Granularity, code_range
+
+__all__ = [
+    "ThresholdRule",
+    "check_threshold_tree",
+    "fan_in",
+    "max_abs",
+    "mse_optimal",
+    "resolve_threshold",
+    "round_toward_zero",
+]
+
+# --- Thresholds as given --------------------------------------------------------------
+
+
+def round_toward_zero(value: ArrayLike, dtype: Any) -> Any:
+    """Returns `value` in `dtype`, never larger in magnitude than it was given.
+
+    Args:
+      value: Real number or array, in any dtype. May be traced.
+      dtype: A real floating dtype.
+
+    Returns:
+      An array of `dtype`: NumPy's if `value` is a Python or NumPy number, else jax's.
+      Infinities stay. A number beyond the dtype becomes inf (it bounds nothing there), an
+      array entry beyond it the largest finite value. Derivatives are those of a cast.
+
+    Example:
+      >>> round_toward_zero(0.1, jnp.bfloat16)
+      array(0.0996094, dtype=bfloat16)
+    """
+    dtype = jnp.dtype(dtype)
+    if isinstance(value, (int, float, np.ndarray, np.generic)):
+        return _round_concrete(np.asarray(value, np.float64), dtype)
+    value = jnp.asarray(value)
+    if dtype.itemsize >= value.dtype.itemsize:
+        return value.astype(dtype)
+    return _truncate(value, dtype)
+
+
+def _round_concrete(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    largest = float(jnp.finfo(dtype).max)
+    bounded = np.where(np.abs(value) > largest, np.copysign(np.inf, value), value)
+    rounded = np.asarray(bounded.astype(dtype))
+    grew = np.abs(rounded.astype(np.float64)) > np.abs(bounded)
+    return np.asarray(np.where(grew, np.nextafter(rounded, np.zeros((), dtype)), rounded))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _truncate(value: jax.Array, dtype: np.dtype) -> jax.Array:
+    # By bits: XLA may keep a bfloat16 in float32 inside a fusion, so rounding first and
+    # comparing afterwards can see a difference of zero.
+    value = value.astype(jnp.float32)
+    info = jnp.finfo(dtype)
+    mask = np.uint32(0xFFFFFFFF & ~((1 << (23 - info.nmant)) - 1))
+    bits = lax.bitcast_convert_type(value, jnp.uint32)
+    cut = lax.bitcast_convert_type(bits & mask, jnp.float32)
+    if info.nexp < 8:
+        ulp = np.float32(info.smallest_subnormal)
+        inverse = np.float32(1 / float(info.smallest_subnormal))
+        small = jnp.abs(value) < np.float32(info.tiny)
+        cut = jnp.where(small, jnp.trunc(value * inverse) * ulp, cut)
+        largest = np.float32(info.max)
+        cut = jnp.where(jnp.isinf(value), value, jnp.clip(cut, -largest, largest))
+    return jnp.where(jnp.isnan(value), value, cut).astype(dtype)
+
+
+@_truncate.defjvp
+def _truncate_jvp(
+    dtype: np.dtype, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return _truncate(*primals, dtype), tangents[0].astype(dtype)
+
+
+def check_threshold_tree(name: str, threshold: Any) -> None:
+    """Raises unless every entry of a threshold tree is a number, schedule or rule.
+
+    Args:
+      name: The argument's name, for the message.
+      threshold: What was given. Traced numbers are not looked at.
+
+    Raises:
+      TypeError: If an entry is a string, None, bool, complex, or a rule's factory.
+      ValueError: If a concrete number is negative or NaN.
+
+    Example:
+      >>> check_threshold_tree("max_abs", {"w": -1.0})
+      Traceback (most recent call last):
+      ValueError: max_abs at 'w' must be in [0, inf], got -1.0 of type float.
+    """
+    entries = jax.tree_util.tree_leaves_with_path(threshold, is_leaf=_is_threshold_leaf)
+    for path, given in entries:
+        if any(given is factory for factory in (fan_in, max_abs, mse_optimal)):
+            raise TypeError(f"{name} is the factory {given.__name__}: call it to make a rule.")
+        if not callable(given):
+            _check_number_at(name, path, given)
+
+
+def _is_threshold_leaf(x: Any) -> bool:
+    return x is None or callable(x)
+
+
+def _check_number_at(name: str, path: tuple, given: Any) -> None:
+    where = f"{name} at '{_checks.path_name(path)}'" if path else name
+    _checks.check_threshold(where, given)
+
+
+def resolve_threshold(threshold: Any, params: Any, step: Any = None) -> Any:
+    """Returns a threshold for every leaf of `params`, from whatever was given.
+
+    Args:
+      threshold: A number, 0-d array, schedule, rule, or prefix tree of these.
+      params: Pytree whose leaves are bounded. Rules look at shapes or values.
+      step: Scalar integer for schedules; without it they are taken at step 0.
+
+    Returns:
+      A tree with the structure of `params`. Each leaf is a Python float if it was given
+      as a number, else a float32 array that broadcasts against the leaf. A traced number
+      below 0 counts as 0; leaves that have no threshold (integers, or biases under
+      `fan_in`) get `inf`.
+
+    Raises:
+      TypeError: If a threshold is a string, None, bool, complex, or a rule's factory.
+      ValueError: If a concrete number is negative or NaN, or the prefix does not fit.
+
+    Example:
+      >>> resolve_threshold({"w": 0.5, "b": float("inf")}, {"w": jnp.ones(2), "b": jnp.ones(2)})
+      {'b': inf, 'w': 0.5}
+    """
+    step = jnp.zeros((), jnp.int32) if step is None else step
+
+    def resolve_subtree(prefix_path: tuple, given: Any, subtree: Any) -> Any:
+        if callable(given) and not isinstance(given, ThresholdRule):
+            given = jnp.asarray(given(step), jnp.float32)
+        if not isinstance(given, ThresholdRule):
+            _check_number_at("threshold", prefix_path, given)
+
+        def resolve_leaf(path: tuple, leaf: Any) -> Any:
+            if not _checks.is_clippable(leaf):
+                return float("inf")
+            if isinstance(given, ThresholdRule):
+                return given.for_leaf(_checks.path_name(prefix_path + path), leaf, step)
+            return _as_threshold(given)
+
+        return jax.tree_util.tree_map_with_path(resolve_leaf, subtree)
+
+    try:
+        return jax.tree_util.tree_map_with_path(
+            resolve_subtree, threshold, params, is_leaf=_is_threshold_leaf
+        )
+    except ValueError as error:
+        if "tree" in str(error) or "prefix" in str(error) or "Expected" in str(error):
+            raise ValueError(
+                "threshold must be one value or a prefix tree of the parameters; "
+                f"this one is not: {error}"
+            ) from error
+        raise
+
+
+def _as_threshold(given: Any) -> Any:
+    if isinstance(given, (int, float, np.number)) or (
+        isinstance(given, np.ndarray) and given.shape == ()
+    ):
+        return float(given)
+    return jnp.maximum(jnp.asarray(given, jnp.float32), 0)
+
+
+# --- Rules ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ThresholdRule:
+    """A callable `array -> threshold`, made by a factory of this module.
+
+    Attributes:
+      granularity: Which entries share a threshold.
+    """
+
+    granularity: Granularity = dataclasses.field(default_factory=Granularity)
+
+    def __call__(self, array: ArrayLike) -> jax.Array:
+        """Returns thresholds that broadcast against `array`, in float32."""
+        array = jnp.asarray(array)
+        return self.granularity.expand(self.compact(array), array.shape)
+
+    def compact(self, array: jax.Array) -> jax.Array:
+        """Returns one threshold a block; 0 for blocks of zeros."""
+        array = jnp.asarray(array)
+        blocks, axes = self.granularity.split(array)
+        counts = self.granularity.block_counts(array.shape)
+        return self.granularity.compact(self.measure(blocks, axes, counts), array.ndim)
+
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        """Returns the threshold of each block, reduced over `axes` with dims kept.
+
+        `counts` is the number of entries of each block without the zeros that pad the
+        last group; it broadcasts against the result.
+        """
+        raise TypeError(f"{type(self).__name__} must define `measure`.")
+
+    def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
+        """Returns the threshold of the leaf at `path`; what `resolve_threshold` calls."""
+        del path, step
+        return self(leaf)
+
+    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> "ThresholdRule":
+        """Returns this rule for one grid and granularity; what `quantize` calls."""
+        del bits, full_signed
+        return dataclasses.replace(self, granularity=granularity)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MaxAbs(ThresholdRule):
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        del counts
+        return jnp.max(_magnitude(blocks), axis=axes, keepdims=True, initial=0)
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+    return jnp.abs(x).astype(jnp.float32)
+
+
+def max_abs(
+    *, axis: int | tuple[int, ...] | None = None, group_size: int | None = None
+) -> ThresholdRule:
+    """Makes the rule `t = max |w|`: nothing is clipped.
+
+    Args:
+      axis: Channel axis or axes with a threshold each; None for one threshold.
+      group_size: Entries that share a threshold along the last non-channel axis.
+
+    Returns:
+      A rule: array -> float32 thresholds that broadcast against the array.
+
+    Raises:
+      TypeError: If `axis` is not an integer, a tuple of them or None.
+      ValueError: If `group_size` is not a positive integer.
+
+    Example:
+      >>> max_abs(axis=1)(jnp.array([[1.0, -4.0], [-2.0, 3.0]]))
+      Array([[2., 4.]], dtype=float32)
+    """
+    return _MaxAbs(Granularity(axis, group_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _FanIn(ThresholdRule):
+    kappa: Any = 1.0
+    stacked_axes: int = 0
+
+    def __call__(self, array: ArrayLike) -> Any:
+        return self.for_leaf("", array, jnp.zeros((), jnp.int32))
+
+    def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
+        shape = np.shape(leaf)[self.stacked_axes :]
+        if len(shape) < 2:
+            return float("inf")
+        kappa = self.kappa(step) if callable(self.kappa) else self.kappa
+        return _as_threshold(kappa) * float(np.sqrt(2 / max(_fan_in_of(path, shape), 1)))
+
+    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
+        return self
+
+
+def _fan_in_of(path: str, shape: tuple[int, ...]) -> int:
+    """The number of inputs each output sums, by the layer conventions of flax."""
+    names = path.split("/")
+    if names[-1] == "embedding":
+        return shape[-1]
+    if len(names) > 1 and names[-2] in ("query", "key", "value") and len(shape) == 3:
+        return shape[0]  # (features, heads, head_dim)
+    return int(np.prod(shape[:-1]))
+
+
+def fan_in(kappa: Any = 1.0, *, stacked_axes: int = 0) -> ThresholdRule:
+    """Makes the rule `t = kappa * sqrt(2 / fan_in)`, kappa times the He standard deviation.
+
+    Fan-in is read from the shape as flax lays layers out: all axes but the last (Dense,
+    Conv HWIO, DenseGeneral); the first for the query, key and value kernels of attention;
+    the last for an `embedding`. Leaves with fewer than two dimensions (biases, norm
+    scales) get `inf`: they stay free.
+
+    Args:
+      kappa: Number in [0, inf], a traced scalar, or a schedule `step -> number`.
+      stacked_axes: Leading axes that stack layers (scan over layers), not counted.
+
+    Returns:
+      A rule; on one array it gives a scalar threshold.
+
+    Raises:
+      TypeError: If `kappa` is not a number or a schedule.
+      ValueError: If `kappa` is negative or NaN, or `stacked_axes` not a count.
+
+    Example:
+      >>> float(fan_in(1.0)(jnp.zeros((8, 3))))
+      0.5
+
+    References:
+      He et al., Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852
+      Elsayed et al., Weight Clipping for Deep Continual and Reinforcement Learning, 2024,
+      https://arxiv.org/abs/2407.01704
+    """
+    if not callable(kappa):
+        _checks.check_threshold("kappa", kappa)
+    if stacked_axes != 0:
+        _checks.check_count("stacked_axes", stacked_axes)
+    return _FanIn(Granularity(), kappa, stacked_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MseOptimal(ThresholdRule):
+    bits: Bits | None = None
+    full_signed: bool = True
+
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        if self.bits is None:
+            raise ValueError("mse_optimal needs bits: mse_optimal(4)(array).")
+        low, high = code_range(self.bits, self.full_signed)
+        x = blocks.astype(jnp.float32)
+        if self.bits == 1:
+            return jnp.sum(jnp.abs(x) / counts, axis=axes, keepdims=True)
+        return jnp.abs(_best_scale(x, axes, low, high)) * high
+
+    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
+        return _MseOptimal(granularity, bits, full_signed)
+
+
+def mse_optimal(
+    bits: Bits | None = None,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+    full_signed: bool = True,
+) -> ThresholdRule:
+    """Makes the rule that minimizes the squared error of rounding to a low-bit grid.
+
+    Searches `min over s of sum (w - s * clip(round(w / s), low, high))**2` from 24
+    geometric starts, each improved by the least-squares step for its codes, then refined;
+    `t = s * high`. For one bit the optimum is `t = mean |w|`. The result is never worse
+    than `max_abs`, whose step is one of the starts.
+
+    Args:
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where `quantize` or `compress` fills it.
+      axis: Channel axis or axes with a threshold each; None for one threshold.
+      group_size: Entries that share a threshold along the last non-channel axis.
+      full_signed: As in `code_range`.
+
+    Returns:
+      A rule: array -> float32 thresholds that broadcast against the array.
+
+    Raises:
+      TypeError: If `axis` is not an integer, a tuple of them or None.
+      ValueError: If `bits` or `group_size` is not allowed.
+
+    Example:
+      >>> w = jnp.array([0.9, -1.1, 1.0, 0.05])
+      >>> print(mse_optimal("ternary")(w).round(3))
+      [1.]
+
+    References:
+      Idelbayev et al., Optimal Quantization Using Scaled Codebook, 2021,
+      https://doi.org/10.1109/CVPR46437.2021.01191
+    """
+    if bits is not None:
+        code_range(bits, full_signed)
+    return _MseOptimal(Granularity(axis, group_size), bits, full_signed)
+
+
+# Step of the uniform grid with the least squared error on Gaussian data, in units of its
+# rms, by highest code (J. Max, Quantizing for Minimum Distortion, 1960, table II).
+_GAUSSIAN_STEP = {1: 1.2, 3: 0.6, 7: 0.335, 15: 0.188, 31: 0.104, 127: 0.031}
+_NUM_STARTS = 24
+_NUM_REFITS = 3
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _best_scale(x: jax.Array, axes: tuple[int, ...], low: int, high: int) -> jax.Array:
+    """The (signed) scale of least squared error for each block of `x`."""
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    unit = x / jnp.where(largest > 0, largest, 1)
+
+    def block_sum(y: jax.Array) -> jax.Array:
+        return jnp.sum(y, axis=axes, keepdims=True)
+
+    def codes(scale: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.round(unit / scale), low, high)
+
+    count = max(int(np.prod([x.shape[a] for a in axes])), 1)
+    rms = jnp.sqrt(block_sum(unit * unit) / count)
+    top = 1.0 / high
+    bottom = jnp.clip(0.35 * _GAUSSIAN_STEP[high] * rms, 1e-6, 0.5 * top)
+    signs = 2 if low < -high else 1
+
+    def consider(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        best_scale, best_error = best
+        nth, sign = i // signs, 1 - 2 * (i % signs)
+        start = sign * top * (bottom / top) ** (nth / (_NUM_STARTS - 1))
+        start = jnp.where(nth < _NUM_STARTS, start, best_scale)
+        code = codes(start)
+        energy = block_sum(code * code)
+        scale = jnp.where(energy > 0, block_sum(unit * code) / jnp.maximum(energy, 1), start)
+        error = block_sum(jnp.square(unit - scale * codes(scale)))
+        better = error < best_error
+        return jnp.where(better, scale, best_scale), jnp.where(better, error, best_error)
+
+    start = jnp.full_like(largest, top), jnp.full_like(largest, jnp.inf)
+    rounds = signs * (_NUM_STARTS + _NUM_REFITS)
+    best_scale, _ = lax.fori_loop(0, rounds, consider, start)
+    return best_scale * largest

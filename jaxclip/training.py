@@ -1,0 +1,248 @@
+"""The jitted train step: loss, gradients, optimizer, exact box, telemetry.
+
+    state, info = step(state, batch)
+
+One step is one compiled program. A step whose loss or gradients are not finite changes
+neither parameters nor optimizer state: it is skipped and counted.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+
+from jaxclip.norms import rescaled_global_norm
+from jaxclip.telemetry import clip_stats
+from jaxclip.thresholds import check_threshold_tree
+from jaxclip.weights import clip_weights, weight_clip_rate
+
+__all__ = ["StepInfo", "TrainState", "TrainStep", "make_train_step"]
+
+
+class TrainState(NamedTuple):
+    """What the next step needs; a plain pytree.
+
+    Attributes:
+      step: Scalar int32, steps taken, skipped ones included.
+      params: The parameters.
+      opt_state: State of the optimizer.
+      key: PRNG key for losses that take one, or None.
+      num_skipped: Scalar int32, steps skipped so far because something was not finite.
+    """
+
+    step: jax.Array
+    params: optax.Params
+    opt_state: optax.OptState
+    key: jax.Array | None
+    num_skipped: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        params: optax.Params,
+        optimizer: optax.GradientTransformation,
+        *,
+        key: jax.Array | None = None,
+    ) -> "TrainState":
+        """Returns the state before the first step.
+
+        Args:
+          params: Initial parameters. They are copied, so a step that donates its state
+            leaves the caller's arrays alone.
+          optimizer: The transformation that `make_train_step` gets too.
+          key: PRNG key, for losses `(params, batch, key)`.
+
+        Returns:
+          A `TrainState` at step 0.
+        """
+        params, key = jax.tree.map(jnp.copy, (params, key))
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            key=key,
+            num_skipped=jnp.zeros((), jnp.int32),
+        )
+
+
+class StepInfo(NamedTuple):
+    """What a reader of the step wants to know; all of it is on the device.
+
+    Attributes:
+      loss: Scalar, the loss before the step.
+      aux: What the loss returned beside it, or None.
+      stats: `clip_stats` of the optimizer; the first clip of the chain also under its bare
+        names, such as `stats["pre_norm"]`.
+      weight_clip_rate: Scalar float32, share of the boxed weights that are on the bound; 0
+        without a box.
+      num_skipped: Scalar int32, steps skipped so far.
+    """
+
+    loss: jax.Array
+    aux: Any
+    stats: dict[str, jax.Array]
+    weight_clip_rate: jax.Array
+    num_skipped: jax.Array
+
+
+class TrainStep:
+    """A train step `(state, batch) -> (state, info)`, compiled on first use.
+
+    Called with arrays it runs as one jitted program; inside another `jit`, `vmap` or
+    `scan` it is the plain function, to be compiled with the rest.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[TrainState, Any], tuple[TrainState, StepInfo]],
+        donate: bool,
+        compiler_options: Mapping[str, Any] | None,
+    ):
+        self.__wrapped__ = function
+        self._donate = donate
+        self._compiler_options = compiler_options
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
+        """Returns the state after one step, and what happened in it."""
+        leaves = jax.tree.leaves((state, batch))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self.__wrapped__(state, batch)
+        return self._jitted(state, batch)
+
+    def lower(self, state: TrainState, batch: Any) -> Any:
+        """Returns the lowered program, as `jax.jit(...).lower` does."""
+        return self._jitted.lower(state, batch)
+
+    @functools.cached_property
+    def _jitted(self) -> Any:
+        options = _backend_options() | dict(self._compiler_options or {})
+        return jax.jit(
+            self.__wrapped__,
+            donate_argnums=(0,) if self._donate else (),
+            compiler_options=options or None,
+        )
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    weight_threshold: Any = None,
+    mask: Any = None,
+    has_aux: bool = False,
+    donate: bool = True,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> TrainStep:
+    """Makes the jitted step: gradients, optimizer, apply, projection onto the box.
+
+    Args:
+      loss_fn: `(params, batch) -> loss` or `(params, batch, key) -> loss`; a third
+        parameter, or one named `key`, gets a fresh PRNG key each step. With `has_aux` it
+        returns `(loss, aux)`.
+      optimizer: Any optax transformation; it is also given `value=loss`.
+      weight_threshold: A threshold as in `clip_weights` (`fan_in(1.0)`, a number, a
+        schedule, ...): parameters are projected after every step. None for no box.
+        Pretrained weights outside the box are brought in by the first step.
+      mask: As in `clip_weights`.
+      has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      donate: Whether the step may reuse the memory of the state it is given; that state
+        can then not be used again.
+      compiler_options: Options for XLA, over those set here. On CPU the step sets
+        `xla_cpu_copy_insertion_use_region_analysis`, without which XLA copies every
+        momentum before updating it in place; results are the same bit for bit.
+
+    Returns:
+      `step(state, batch) -> (state, info)`, a `TrainStep`. If the loss or a gradient is
+      not finite, parameters and optimizer state come back bit-identical and `num_skipped`
+      goes up by one.
+
+    Raises:
+      TypeError: If `weight_threshold` is of a wrong type.
+      ValueError: If `weight_threshold` is out of range, or there is a mask without one.
+
+    Example:
+      >>> import jaxclip
+      >>> loss_fn = lambda w, target: jnp.sum((w - target) ** 2)
+      >>> tx = jaxclip.sign_sgd(0.25)
+      >>> step = make_train_step(loss_fn, tx, weight_threshold=0.5)
+      >>> state = TrainState.create(jnp.zeros(2), tx)
+      >>> for _ in range(3):
+      ...     state, info = step(state, jnp.array([2.0, -0.2]))
+      >>> print(state.params, info.weight_clip_rate)
+      [ 0.5  -0.25] 0.5
+    """
+    if weight_threshold is not None:
+        check_threshold_tree("weight_threshold", weight_threshold)
+    elif mask is not None:
+        raise ValueError("mask says which weights are boxed; it needs a weight_threshold.")
+    optimizer = optax.with_extra_args_support(optimizer)
+    takes_key = _takes_key(loss_fn)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
+        key, arguments = state.key, (state.params, batch)
+        if takes_key:
+            if key is None:
+                raise ValueError("loss_fn takes a key: TrainState.create(..., key=...) needs one.")
+            key, loss_key = jax.random.split(key)
+            arguments = (*arguments, loss_key)
+        value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(*arguments)
+        loss, aux = value if has_aux else (value, None)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, updates)
+        on_bound = jnp.zeros((), jnp.float32)
+        if weight_threshold is not None:
+            params = clip_weights(params, weight_threshold, mask, step=state.step)
+
+        is_good = jnp.isfinite(loss) & jnp.isfinite(rescaled_global_norm(grads).norm)
+        stats = clip_stats(opt_state)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_good, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        if weight_threshold is not None:
+            on_bound = weight_clip_rate(params, weight_threshold, mask, step=state.step)
+        num_skipped = state.num_skipped + jnp.where(is_good, 0, 1)
+        info = StepInfo(loss, aux, stats | _bare_names(stats), on_bound, num_skipped)
+        return TrainState(state.step + 1, params, opt_state, key, num_skipped), info
+
+    return TrainStep(step, donate, compiler_options)
+
+
+def _takes_key(loss_fn: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(loss_fn).parameters
+    except (TypeError, ValueError):
+        return False
+    positional = [
+        p
+        for p in parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    return "key" in parameters or len(positional) >= 3
+
+
+def _bare_names(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The statistics of the first clip in the chain, without its name."""
+    first = next((k.split("/")[0] for k in stats if k.endswith("/clip_rate")), None)
+    prefix = f"{first}/"
+    return {k.removeprefix(prefix): v for k, v in stats.items() if k.startswith(prefix)}
+
+
+@functools.cache
+def _backend_options() -> dict[str, Any]:
+    """XLA options for the default backend; none where this jaxlib does not know them."""
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except Exception:  # whatever a jaxlib raises for an option it does not have
+        return {}
+    return options
