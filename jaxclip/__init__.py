@@ -1,6 +1,6 @@
 """Clipping and sign steps for JAX: train by sign inside a weight box, ship at low bits."""
 
-from jaxclip import checkpoints
+from jaxclip import checkpoints, plots
 from jaxclip.compression import compress, decompress, size_report
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.norms import global_norm
@@ -32,6 +32,7 @@ __all__ = [
     "max_abs",
     "mse_optimal",
     "pack_codes",
+    "plots",
     "quantize",
     "resolve_threshold",
     "scale_by_lion",

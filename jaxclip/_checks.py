@@ -5,6 +5,7 @@ array only shape and dtype are checked: its value meets a stated policy inside t
 transform, the same in eager and jitted code.
 """
 
+import importlib
 import math
 from typing import Any
 
@@ -111,6 +112,16 @@ def map_clippable(fn: Any, tree: Any, *rest: Any) -> Any:
         return fn(jnp.asarray(x), *others) if is_clippable(x) else x
 
     return jax.tree.map(apply, tree, *rest)
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Imports an optional module, or raises ImportError naming the extra that has it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module} is needed here; install it with: pip install 'jaxclip[{extra}]'"
+        ) from error
 
 
 def increment(count: jax.Array, condition: Any = True) -> jax.Array:

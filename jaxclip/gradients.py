@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
-from jaxclip.norms import rescaled_global_norm, unit_and_modulus
+from jaxclip.norms import RescaledNorm, rescaled_global_norm, unit_and_modulus
 from jaxclip.thresholds import (
     ThresholdRule,
     check_threshold_tree,
@@ -27,7 +27,14 @@ from jaxclip.thresholds import (
     round_toward_zero,
 )
 
-__all__ = ["ClipByGlobalNormState", "ClipByValueState", "clip_by_global_norm", "clip_by_value"]
+__all__ = [
+    "ClipByGlobalNormState",
+    "ClipByValueState",
+    "NormClip",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "clip_to_norm",
+]
 
 
 class ClipByValueState(NamedTuple):
@@ -168,34 +175,80 @@ def clip_by_global_norm(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         bound: Any = schedule(state.step) if schedule else max_norm
-        norm, rescale = rescaled_global_norm(updates, axis_name=axis_name)
-        bound = jnp.maximum(jnp.asarray(round_toward_zero(bound, norm.dtype)), 0)
-        # Compared without dividing by `rescale`, so that neither side overflows.
-        is_clipped = norm > bound * rescale
-        is_bad = ~jnp.isfinite(norm) | jnp.isnan(bound)
-        # The margin covers the rounding of the norm, the coefficient and the products.
-        margin = 1 - 8 * jnp.finfo(norm.dtype).eps
-        safe_norm = jnp.where(is_clipped & ~is_bad, norm, jnp.ones_like(norm))
-        coef = jnp.where(is_clipped, bound / safe_norm * margin, jnp.ones_like(norm))
-        case = jnp.where(is_bad, 2, is_clipped.astype(jnp.int32))
-        clipped = map_clippable(lambda g: _scale_case(g, rescale, coef, case), updates)
-
-        pre_norm = (norm / rescale).astype(jnp.float32)
-        clip_coef = jnp.where(is_clipped, coef * rescale, coef).astype(jnp.float32)
-        clip_coef = jnp.where(is_bad, 0, clip_coef)
-        post_norm = jnp.where(is_clipped, coef * norm, pre_norm).astype(jnp.float32)
+        norm = rescaled_global_norm(updates, axis_name=axis_name)
+        clipped, clip = clip_to_norm(updates, norm, bound)
         step = increment(state.step)
-        is_clipped = (is_clipped & ~is_bad).astype(jnp.float32)
+        rate_change = (clip.is_clipped - state.clip_rate) / step.astype(jnp.float32)
         return clipped, ClipByGlobalNormState(
             step=step,
-            pre_norm=jnp.where(is_bad, state.pre_norm, pre_norm),
-            post_norm=jnp.where(is_bad, 0, post_norm),
-            clip_coef=clip_coef,
-            clip_rate=state.clip_rate + (is_clipped - state.clip_rate) / step.astype(jnp.float32),
-            num_nonfinite=increment(state.num_nonfinite, is_bad),
+            pre_norm=jnp.where(clip.is_bad, state.pre_norm, clip.pre_norm),
+            post_norm=clip.post_norm,
+            clip_coef=clip.clip_coef,
+            clip_rate=state.clip_rate + rate_change,
+            num_nonfinite=increment(state.num_nonfinite, clip.is_bad),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class NormClip(NamedTuple):
+    """What `clip_to_norm` did; all scalars.
+
+    Attributes:
+      pre_norm: Float32, the norm before; not finite after a bad step.
+      post_norm: Float32, `clip_coef * pre_norm`; 0 after a bad step.
+      clip_coef: Float32 in [0, 1], what the tree was multiplied by; 0 after a bad step.
+      is_clipped: Float32, 1 if the norm was above the bound and the step not bad, else 0.
+      is_bad: Bool, whether the norm or the bound was not a number, or the norm infinite.
+    """
+
+    pre_norm: jax.Array
+    post_norm: jax.Array
+    clip_coef: jax.Array
+    is_clipped: jax.Array
+    is_bad: jax.Array
+
+
+def clip_to_norm(tree: Any, norm: RescaledNorm, bound: Any) -> tuple[Any, NormClip]:
+    """Scales a tree whose norm is known so that its norm is at most `bound`.
+
+    Args:
+      tree: Pytree of arrays; leaves that are not floating pass through.
+      norm: Its norm, as `rescaled_global_norm` gives it.
+      bound: Number in [0, inf] or scalar array; below 0 counts as 0, NaN is a bad step.
+
+    Returns:
+      The tree: the input, bit for bit, at or below the bound; else times one coefficient
+      with a norm of at most `bound`; zeros if the step is bad. And a `NormClip`.
+
+    Example:
+      >>> g = jnp.array([3.0, 4.0])
+      >>> clipped, clip = clip_to_norm(g, rescaled_global_norm(g), 10.0)
+      >>> print(clipped, clip.pre_norm, clip.clip_coef)
+      [3. 4.] 5.0 1.0
+    """
+    size, rescale = norm
+    bound = jnp.maximum(jnp.asarray(round_toward_zero(bound, size.dtype)), 0)
+    # Compared without dividing by `rescale`, so that neither side overflows.
+    is_above = size > bound * rescale
+    is_bad = ~jnp.isfinite(size) | jnp.isnan(bound)
+    # The margin covers the rounding of the norm, the coefficient and the products.
+    margin = 1 - 8 * jnp.finfo(size.dtype).eps
+    divisor = jnp.where(is_above & ~is_bad, size, jnp.ones_like(size))
+    coef = jnp.where(is_above, bound / divisor * margin, jnp.ones_like(size))
+    case = jnp.where(is_bad, 2, is_above.astype(jnp.int32))
+    scaled = map_clippable(lambda g: _scale_case(g, rescale, coef, case), tree)
+
+    pre_norm = size / rescale
+    post_norm = jnp.where(is_above, coef * size, pre_norm)
+    clip_coef = jnp.where(is_above, coef * rescale, coef)
+    return scaled, NormClip(
+        pre_norm=pre_norm.astype(jnp.float32),
+        post_norm=jnp.where(is_bad, 0, post_norm).astype(jnp.float32),
+        clip_coef=jnp.where(is_bad, 0, clip_coef).astype(jnp.float32),
+        is_clipped=(is_above & ~is_bad).astype(jnp.float32),
+        is_bad=is_bad,
+    )
 
 
 def _scale_case(g: jax.Array, rescale: jax.Array, coef: jax.Array, case: jax.Array) -> jax.Array:

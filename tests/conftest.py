@@ -1,0 +1,26 @@
+"""Every test runs with strict promotion, no implicit rank promotion, and warnings as errors."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The sharding tests need eight devices; one process then serves all tests.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "jaxclip", deadline=None, max_examples=40, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("jaxclip")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
