@@ -25,28 +25,47 @@ def _describe(value: Any) -> str:
     return f"got {value!r} of type {type(value).__name__}"
 
 
+def _check_real(name: str, value: Any, rule: str) -> None:
+    """Raises TypeError unless `value` is a real number or array."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return
+    if value is None or isinstance(value, (bool, str, bytes, complex)):
+        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not hasattr(value, "shape"):
+        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be {rule}, got an array of dtype {dtype}.")
+
+
 def _concrete_scalar(name: str, value: Any, rule: str) -> float | None:
     """`value` as a Python float; None for a jax array. Raises TypeError or ValueError."""
-    if isinstance(value, (bool, np.bool_, str, bytes, complex)) or value is None:
-        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
-    if isinstance(value, (int, float)):
+    _check_real(name, value, rule)
+    if np.shape(value) != ():
+        raise ValueError(f"{name} must be {rule}, got an array of shape {np.shape(value)}.")
+    if isinstance(value, jax.Array):
+        return None
+    try:
         return float(value)
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is None or dtype is None:
-        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
-    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    if not real:
-        raise TypeError(f"{name} must be {rule}, got an array of dtype {dtype}.")
-    if shape != ():
-        raise ValueError(f"{name} must be {rule}, got an array of shape {shape}.")
-    return None if isinstance(value, jax.Array) else float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be {rule}, got an integer beyond float64.") from error
 
 
 def check_threshold(name: str, value: Any) -> None:
-    """Raises unless `value` is a number in [0, inf], or a jax array."""
+    """Raises unless `value` is a number in [0, inf], or a scalar jax array."""
     number = _concrete_scalar(name, value, "a number in [0, inf]")
     if number is not None and not number >= 0:
         raise ValueError(f"{name} must be in [0, inf], {_describe(value)}.")
+
+
+def check_threshold_array(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in [0, inf], an array of them, or a jax array."""
+    if np.ndim(value) == 0:
+        check_threshold(name, value)
+        return
+    _check_real(name, value, "an array of numbers in [0, inf]")
+    if isinstance(value, np.ndarray) and not np.all(value >= 0):
+        raise ValueError(f"{name} must be in [0, inf] everywhere, got {value.min()}.")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -34,7 +34,7 @@ def compress(
 
     Args:
       params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
-        stay as they are.
+        stay as they are, and so do low-bit leaves.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
       rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
         `max_abs`), bound here to the grid and granularity; or a number.
@@ -61,7 +61,9 @@ def compress(
       ('ternary', dtype('float32'))
     """
     code_range(bits)
-    rules = [(re.compile(pattern), width) for pattern, width in policy]
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in policy):
+        raise ValueError(f"policy must be pairs (regex, bits), got {policy!r}.")
+    rules = [(_compiled(pattern), width) for pattern, width in policy]
     for _, width in rules:
         if width is not None:
             code_range(width)
@@ -75,9 +77,11 @@ def compress(
         return bits if np.ndim(leaf) >= 2 else None
 
     def compress_leaf(path: tuple, leaf: Any) -> Any:
+        if _is_quantized(leaf):
+            return leaf
         name = _checks.path_name(path)
         width = width_of(name, leaf)
-        is_real = _checks.is_clippable(leaf) and jnp.isrealobj(leaf)
+        is_real = _checks.is_clippable(leaf) and not jnp.iscomplexobj(leaf)
         if width is None or not is_real:
             return leaf
         return quantize(
@@ -90,7 +94,7 @@ def compress(
             name=f"params at '{name}'",
         )
 
-    small = jax.tree_util.tree_map_with_path(compress_leaf, params)
+    small = jax.tree_util.tree_map_with_path(compress_leaf, params, is_leaf=_is_quantized)
     unmatched = [policy[i][0] for i in range(len(rules)) if i not in matched]
     if unmatched:
         raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
@@ -206,6 +210,15 @@ def size_report(small: Any) -> SizeReport:
     overhead_bytes = len(make_header(plan))
     raw_bytes = sum(leaf.raw_bytes for leaf in leaves)
     return SizeReport(leaves, overhead_bytes, overhead_bytes + plan.data_bytes, raw_bytes)
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"policy has {pattern!r}, which is no regular expression: {error}"
+        ) from error
 
 
 def _is_quantized(leaf: Any) -> bool:

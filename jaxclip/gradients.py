@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
-from jaxclip.norms import RescaledNorm, rescaled_global_norm, unit_and_modulus
+from jaxclip.norms import MeasuredNorm, RescaledNorm, rescaled_global_norm, unit_and_modulus
 from jaxclip.thresholds import (
     ThresholdRule,
     check_threshold_tree,
@@ -120,28 +121,33 @@ def clip_by_value(max_abs: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def clip_by_global_norm(
-    max_norm: Any, *, axis_name: str | None = None
+    max_norm: Any, *, ord: float | None = None, eps: ArrayLike = 0.0, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Scales all gradients by one coefficient so that their global norm is at most `max_norm`.
 
-    `g <- g * min(1, max_norm / norm(g))`. As `optax.clip_by_global_norm`, and right where
+    `g <- g * min(1, max_norm / (norm(g) + eps))`. As `optax.clip_by_global_norm`, and right where
     that is not: half-precision and very large or small gradients, `max_norm` 0, a traced
     `max_norm` with bfloat16 gradients.
 
     Args:
       max_norm: Number in [0, inf], traced scalar (below 0 counts as 0), or schedule, in
         the units of the gradient. A traced NaN makes a bad step.
+      ord: 1, 2 or inf; which norm. None is 2 (a number by default would be traced under
+        `optax.inject_hyperparams`).
+      eps: Added to the norm, not negative; 1e-6 gives PyTorch's `clip_grad_norm_`, which
+        also shrinks gradients less than eps below `max_norm`.
       axis_name: Mapped axis to take the norm over inside `shard_map` or `pmap`. Under
         `jit` on sharded arrays leave it None: the norm is global already.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept. The norm of the
       result is at most `max_norm` in exact arithmetic; gradients at or below it come back
-      bit-identical; a bad step gives zeros.
+      bit-identical; a bad step gives zeros. `update(..., pre_norm=n)` takes a norm that is
+      known already (a number, or a `norms.MeasuredNorm`, used if it is of these updates).
 
     Raises:
       TypeError: If `max_norm` is of a wrong type.
-      ValueError: If `max_norm` is negative or NaN.
+      ValueError: If `max_norm` is negative or NaN, `ord` not 1, 2 or inf, or `eps` negative.
 
     Example:
       >>> tx = clip_by_global_norm(1.0)
@@ -154,6 +160,9 @@ def clip_by_global_norm(
       Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, 2013,
       https://arxiv.org/abs/1211.5063
     """
+    ord = 2 if ord is None else ord
+    _checks.check_choice("ord", ord, (1, 2, 1.0, 2.0, float("inf")))
+    _checks.check_nonnegative("eps", eps)
     schedule: Any = max_norm if callable(max_norm) else None
     if schedule is None:
         _checks.check_threshold("max_norm", max_norm)
@@ -173,10 +182,12 @@ def clip_by_global_norm(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del params
         bound: Any = schedule(state.step) if schedule else max_norm
-        norm = rescaled_global_norm(updates, axis_name=axis_name)
-        clipped, clip = clip_to_norm(updates, norm, bound)
+        norm = _norm_given(extra_args.get("pre_norm"), updates)
+        if norm is None:
+            norm = rescaled_global_norm(updates, ord=ord, axis_name=axis_name)
+        clipped, clip = clip_to_norm(updates, norm, bound, eps)
         step = increment(state.step)
         rate_change = (clip.is_clipped - state.clip_rate) / step.astype(jnp.float32)
         return clipped, ClipByGlobalNormState(
@@ -209,13 +220,16 @@ class NormClip(NamedTuple):
     is_bad: jax.Array
 
 
-def clip_to_norm(tree: Any, norm: RescaledNorm, bound: Any) -> tuple[Any, NormClip]:
+def clip_to_norm(
+    tree: Any, norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0
+) -> tuple[Any, NormClip]:
     """Scales a tree whose norm is known so that its norm is at most `bound`.
 
     Args:
       tree: Pytree of arrays; leaves that are not floating pass through.
       norm: Its norm, as `rescaled_global_norm` gives it.
       bound: Number in [0, inf] or scalar array; below 0 counts as 0, NaN is a bad step.
+      eps: Added to the norm.
 
     Returns:
       The tree: the input, bit for bit, at or below the bound; else times one coefficient
@@ -228,13 +242,15 @@ def clip_to_norm(tree: Any, norm: RescaledNorm, bound: Any) -> tuple[Any, NormCl
       [3. 4.] 5.0 1.0
     """
     size, rescale = norm
+    # Covers the rounding of the norm, the coefficient and the products.
+    margin = 1 - 8 * jnp.finfo(size.dtype).eps
+    # The norm that decides and divides; `size` itself stays what telemetry reports.
+    padded = size + jnp.asarray(eps).astype(size.dtype) * rescale
     bound = jnp.maximum(jnp.asarray(round_toward_zero(bound, size.dtype)), 0)
     # Compared without dividing by `rescale`, so that neither side overflows.
-    is_above = size > bound * rescale
+    is_above = padded > bound * rescale
     is_bad = ~jnp.isfinite(size) | jnp.isnan(bound)
-    # The margin covers the rounding of the norm, the coefficient and the products.
-    margin = 1 - 8 * jnp.finfo(size.dtype).eps
-    divisor = jnp.where(is_above & ~is_bad, size, jnp.ones_like(size))
+    divisor = jnp.where(is_above & ~is_bad, padded, jnp.ones_like(size))
     coef = jnp.where(is_above, bound / divisor * margin, jnp.ones_like(size))
     case = jnp.where(is_bad, 2, is_above.astype(jnp.int32))
     scaled = map_clippable(lambda g: _scale_case(g, rescale, coef, case), tree)
@@ -249,6 +265,16 @@ def clip_to_norm(tree: Any, norm: RescaledNorm, bound: Any) -> tuple[Any, NormCl
         is_clipped=(is_above & ~is_bad).astype(jnp.float32),
         is_bad=is_bad,
     )
+
+
+def _norm_given(pre_norm: Any, updates: Any) -> RescaledNorm | None:
+    """A norm that somebody has measured already; None if it is not of these updates."""
+    if isinstance(pre_norm, MeasuredNorm):
+        return pre_norm.norm if pre_norm.is_of(updates) else None
+    if pre_norm is None:
+        return None
+    pre_norm = jnp.asarray(pre_norm)
+    return RescaledNorm(pre_norm, jnp.ones_like(pre_norm))
 
 
 def _scale_case(g: jax.Array, rescale: jax.Array, coef: jax.Array, case: jax.Array) -> jax.Array:
@@ -266,8 +292,9 @@ def _clip_entries(g: jax.Array, bound: Any) -> jax.Array:
     bound = _entry_bound(g, bound)
     if jnp.iscomplexobj(g):
         unit, modulus = unit_and_modulus(g)
-        margin = 1 - 4 * jnp.finfo(bound.dtype).eps
-        clipped = jnp.where(modulus > bound, unit * (bound * margin).astype(g.dtype), g)
+        eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
+        inside = (bound * (1 - 4 * eps)).astype(g.dtype)
+        clipped = jnp.where(modulus > bound * (1 - 2 * eps), unit * inside, g)
         return keep_weak_type(jnp.where(jnp.isfinite(g), clipped, jnp.zeros_like(g)), g)
     clipped = jnp.clip(g, -bound, bound)
     return keep_weak_type(jnp.where(jnp.isnan(g), jnp.zeros_like(g), clipped), g)

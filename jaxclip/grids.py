@@ -64,8 +64,8 @@ class Granularity:
 
     def __post_init__(self) -> None:
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        for a in axes:
-            if isinstance(a, bool) or not isinstance(a, (int, np.integer, type(None))):
+        for a in axes if self.axis is not None else ():
+            if isinstance(a, bool) or not isinstance(a, (int, np.integer)):
                 raise TypeError(f"axis must be an integer, a tuple of them or None, got {a!r}.")
         if self.group_size is not None:
             _checks.check_count("group_size", self.group_size)

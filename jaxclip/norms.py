@@ -17,9 +17,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxclip._checks import check_choice, is_clippable
+from jaxclip._checks import check_choice, compute_dtype, is_clippable
 
-__all__ = ["RescaledNorm", "global_norm", "rescaled_global_norm", "unit_and_modulus"]
+__all__ = [
+    "MeasuredNorm",
+    "RescaledNorm",
+    "global_norm",
+    "rescaled_global_norm",
+    "unit_and_modulus",
+]
+
+
+class MeasuredNorm(NamedTuple):
+    """The norm of a tree, to be used again where that same tree comes by.
+
+    Attributes:
+      tree: What was measured.
+      norm: Its `RescaledNorm`.
+    """
+
+    tree: Any
+    norm: "RescaledNorm"
+
+    def is_of(self, tree: Any) -> bool:
+        """Whether `tree` holds the very arrays that were measured."""
+        mine, theirs = jax.tree.leaves(self.tree), jax.tree.leaves(tree)
+        pairs = zip(mine, theirs, strict=False)
+        return len(mine) == len(theirs) and all(a is b for a, b in pairs)
 
 
 class RescaledNorm(NamedTuple):
@@ -90,45 +114,85 @@ def rescaled_global_norm(
       >>> bool(jnp.isfinite(norm)), float(rescale) == 2.0**-90
       (True, True)
     """
-    check_choice("ord", float(ord), (1.0, 2.0, float("inf")))
+    check_choice("ord", ord, (1, 2, 1.0, 2.0, float("inf")))
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_clippable(x)]
     return _rescaled_norm(leaves, float(ord), axis_name)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _rescaled_norm(leaves: list[jax.Array], ord: float, axis_name: str | None) -> RescaledNorm:
-    wide = any(x.dtype in (jnp.float64, jnp.complex128) for x in leaves)
-    dtype = jnp.float64 if wide else jnp.float32
-    # 2**±power brings the largest and smallest magnitudes of the dtype to squares that
-    # neither overflow (for up to 2**50 entries) nor sink below the normal range.
-    power, floor = (540, 2.0**-800) if wide else (90, 2.0**-64)
-    total = _accumulate(leaves, None, dtype, ord, axis_name)
-    # A NaN fails both comparisons and goes straight through.
-    rescale = jnp.where(total > jnp.finfo(dtype).max, 2.0**-power, jnp.ones((), dtype))
+    return _measure(leaves, ord, axis_name)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _measure(leaves: list[jax.Array], ord: float, axis_name: str | None) -> RescaledNorm:
+    dtype, power, floor = _range_of(leaves)
+
+    def rescale_for(total: jax.Array) -> jax.Array:
+        # A NaN fails both comparisons and goes straight through.
+        rescale = jnp.where(total > jnp.finfo(dtype).max, 2.0**-power, jnp.ones((), dtype))
+        return jnp.where(total < floor, 2.0**power, rescale) if ord == 2 else rescale
+
+    # A loop that ends after its first round for ordinary magnitudes. The program holds the
+    # reductions once, where a branch for the second round would hold them twice.
+    def another_round(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        rescale, _, num_rounds = carry
+        total = _accumulate(leaves, rescale, dtype, ord, axis_name)
+        better = jnp.where(num_rounds == 0, rescale_for(total), rescale)
+        return better, total, num_rounds + jnp.where(better == rescale, 2, 1)
+
+    start = (jnp.ones((), dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
+    rescale, total, _ = lax.while_loop(lambda carry: carry[2] < 2, another_round, start)
+    return RescaledNorm(jnp.sqrt(total) if ord == 2 else total, rescale)
+
+
+@_rescaled_norm.defjvp
+def _rescaled_norm_jvp(
+    ord: float, axis_name: str | None, primals: Any, tangents: Any
+) -> tuple[RescaledNorm, RescaledNorm]:
+    """`d norm = sum(x * dx) / norm` for ord 2; 0 at 0, so that a clip there is the identity."""
+    leaves, changes = primals[0], tangents[0]
+    norm, rescale = _rescaled_norm(leaves, ord, axis_name)
+    divisor = jnp.where(norm > 0, norm, jnp.ones_like(norm))
+    total = jnp.zeros_like(norm)
+    for x, dx in zip(leaves, changes, strict=True):
+        slope = _slope(x, norm, rescale, divisor, ord)
+        product = slope * (dx.astype(slope.dtype) * rescale.astype(slope.dtype))
+        total += jnp.sum(jnp.real(product))
+    total = total if axis_name is None else lax.psum(total, axis_name)
+    return RescaledNorm(norm, rescale), RescaledNorm(total, jnp.zeros_like(rescale))
+
+
+def _slope(
+    x: jax.Array, norm: jax.Array, rescale: jax.Array, divisor: jax.Array, ord: float
+) -> jax.Array:
+    """Derivative of the rescaled norm by each rescaled entry (conjugated if complex)."""
+    wide = compute_dtype(x.dtype)
+    scaled = jnp.conj(x.astype(wide)) * rescale.astype(wide)
     if ord == 2:
-        rescale = jnp.where(total < floor, 2.0**power, rescale)
-    total = lax.cond(
-        rescale == 1,
-        lambda: total,
-        lambda: _accumulate(leaves, rescale, dtype, ord, axis_name),
-    )
-    return RescaledNorm(_safe_sqrt(total) if ord == 2 else total, rescale)
+        return scaled / divisor.astype(wide)
+    modulus = jnp.abs(scaled)
+    direction = scaled / jnp.where(modulus > 0, modulus, jnp.ones_like(modulus)).astype(wide)
+    return direction if ord == 1 else direction * (modulus == norm).astype(wide)
+
+
+def _range_of(leaves: list[jax.Array]) -> tuple[Any, int, float]:
+    """What to accumulate in; a power of two that brings its largest and smallest magnitudes
+    to squares that neither overflow (for up to 2**50 entries) nor sink below the normal
+    range; and the sum of squares below which some of them may have sunk."""
+    if any(x.dtype in (jnp.float64, jnp.complex128) for x in leaves):
+        return jnp.float64, 540, 2.0**-800
+    return jnp.float32, 90, 2.0**-64
 
 
 def _accumulate(
-    leaves: list[jax.Array],
-    rescale: jax.Array | None,
-    dtype: Any,
-    ord: float,
-    axis_name: str | None,
+    leaves: list[jax.Array], rescale: jax.Array, dtype: Any, ord: float, axis_name: str | None
 ) -> jax.Array:
     """Sum of |x * rescale|**ord, or the largest |x * rescale|, over leaves and devices."""
 
     def leaf_total(x: jax.Array) -> jax.Array:
         parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
-        parts = [p.astype(dtype) for p in parts]
-        if rescale is not None:
-            parts = [p * rescale for p in parts]
+        parts = [p.astype(dtype) * rescale for p in parts]
         if ord == 2:
             squares = [jnp.square(p) for p in parts]
             return jnp.sum(squares[0] if len(squares) == 1 else squares[0] + squares[1])
@@ -138,12 +202,6 @@ def _accumulate(
     add, reduce_devices = (jnp.add, lax.psum) if ord < float("inf") else (jnp.maximum, lax.pmax)
     total = functools.reduce(add, map(leaf_total, leaves)) if leaves else jnp.zeros((), dtype)
     return total if axis_name is None else reduce_devices(total, axis_name)
-
-
-def _safe_sqrt(x: jax.Array) -> jax.Array:
-    """Square root whose derivative at 0 is 0 instead of infinite."""
-    positive = jnp.where(x == 0, jnp.ones_like(x), x)
-    return jnp.where(x == 0, jnp.zeros_like(x), jnp.sqrt(positive))
 
 
 def unit_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:

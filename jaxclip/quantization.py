@@ -133,7 +133,10 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
     """
     scale = quantized.granularity.expand(jnp.asarray(quantized.scale), quantized.shape)
     values = scale * jnp.asarray(quantized.qvalue).astype(jnp.float32)
-    return values.astype(quantized.dtype if dtype is None else dtype)
+    dtype = quantized.dtype if dtype is None else dtype
+    # The largest code times the scale may round past the largest number of the dtype.
+    largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
+    return jnp.clip(values, -largest, largest).astype(dtype)
 
 
 def _check_all_finite(name: str, array: jax.Array) -> None:
@@ -150,14 +153,17 @@ def _block_thresholds(
     array: jax.Array, bits: Bits, full_signed: bool, granularity: Granularity, threshold: Any
 ) -> jax.Array:
     """One threshold a block, in the compact form of scales."""
-    if callable(threshold) and not isinstance(threshold, ThresholdRule):
+    if getattr(threshold, "__annotations__", {}).get("return") is ThresholdRule:
         threshold = threshold()  # a rule's factory
     if isinstance(threshold, ThresholdRule):
         t = jnp.asarray(threshold.bind(bits, full_signed, granularity).compact(array))
+    elif callable(threshold):
+        raise TypeError(f"threshold must be a number, an array or a rule, got {threshold!r}.")
     else:
+        _checks.check_threshold_array("threshold", threshold)
         if np.ndim(threshold) == 0:
-            _checks.check_threshold("threshold", threshold)
-        t = jnp.asarray(threshold, jnp.float32)
+            _checks.check_positive("threshold", threshold)
+        t = jnp.asarray(threshold).astype(jnp.float32)
     shape = granularity.scale_shape(array.shape)
     try:
         return jnp.broadcast_to(t.reshape((1,) * (len(shape) - t.ndim) + t.shape), shape)
@@ -178,7 +184,11 @@ def _encode(
         return jnp.where(x < 0, -1, 1).astype(jnp.int8), scale
 
     def ratio(scale: jax.Array) -> jax.Array:
-        return x / granularity.expand(scale, array.shape)
+        # Near the top of float32 the reciprocal that XLA may divide by would be subnormal.
+        smaller = jnp.where(jnp.abs(scale) > 1, 0.25, jnp.ones_like(scale))
+        return (x * granularity.expand(smaller, x.shape)) / granularity.expand(
+            scale * smaller, x.shape
+        )
 
     def block_error(scale: jax.Array) -> jax.Array:
         """Squared error of each block in units of the scale, so that it cannot overflow."""

@@ -44,13 +44,14 @@ def round_toward_zero(value: ArrayLike, dtype: Any) -> Any:
     """Returns `value` in `dtype`, never larger in magnitude than it was given.
 
     Args:
-      value: Real number or array, in any dtype. May be traced.
+      value: Real number or floating array. May be traced.
       dtype: A real floating dtype.
 
     Returns:
       An array of `dtype`: NumPy's if `value` is a Python or NumPy number, else jax's.
-      Infinities stay. A number beyond the dtype becomes inf (it bounds nothing there), an
-      array entry beyond it the largest finite value. Derivatives are those of a cast.
+      Infinities stay. A Python or NumPy number beyond the dtype becomes inf (it bounds
+      nothing there), an entry of a jax array its largest finite value. Derivatives are
+      those of a cast.
 
     Example:
       >>> round_toward_zero(0.1, jnp.bfloat16)
@@ -60,9 +61,9 @@ def round_toward_zero(value: ArrayLike, dtype: Any) -> Any:
     if isinstance(value, (int, float, np.ndarray, np.generic)):
         return _round_concrete(np.asarray(value, np.float64), dtype)
     value = jnp.asarray(value)
-    if dtype.itemsize >= value.dtype.itemsize:
-        return value.astype(dtype)
-    return _truncate(value, dtype)
+    if value.dtype == jnp.float64 and dtype != jnp.float64:
+        value = _to_float32(value)
+    return _truncate(value, dtype) if dtype.itemsize < 4 else value.astype(dtype)
 
 
 def _round_concrete(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -71,6 +72,21 @@ def _round_concrete(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     rounded = np.asarray(bounded.astype(dtype))
     grew = np.abs(rounded.astype(np.float64)) > np.abs(bounded)
     return np.asarray(np.where(grew, np.nextafter(rounded, np.zeros((), dtype)), rounded))
+
+
+@jax.custom_jvp
+def _to_float32(value: jax.Array) -> jax.Array:
+    """Float64 rounded towards zero."""
+    largest = float(jnp.finfo(jnp.float32).max)
+    bounded = jnp.where(jnp.isinf(value), value, jnp.clip(value, -largest, largest))
+    rounded = bounded.astype(jnp.float32)
+    grew = jnp.abs(rounded.astype(value.dtype)) > jnp.abs(value)
+    return jnp.where(grew, jnp.nextafter(rounded, jnp.zeros_like(rounded)), rounded)
+
+
+@_to_float32.defjvp
+def _to_float32_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _to_float32(*primals), tangents[0].astype(jnp.float32)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -117,79 +133,89 @@ def check_threshold_tree(name: str, threshold: Any) -> None:
     """
     entries = jax.tree_util.tree_leaves_with_path(threshold, is_leaf=_is_threshold_leaf)
     for path, given in entries:
-        if any(given is factory for factory in (fan_in, max_abs, mse_optimal)):
-            raise TypeError(f"{name} is the factory {given.__name__}: call it to make a rule.")
+        where = f"{name} at '{_checks.path_name(path)}'" if path else name
+        if getattr(given, "__annotations__", {}).get("return") is ThresholdRule:
+            raise TypeError(f"{where} is the factory {given.__name__}: call it to make a rule.")
         if not callable(given):
-            _check_number_at(name, path, given)
+            _checks.check_threshold_array(where, given)
 
 
 def _is_threshold_leaf(x: Any) -> bool:
     return x is None or callable(x)
 
 
-def _check_number_at(name: str, path: tuple, given: Any) -> None:
-    where = f"{name} at '{_checks.path_name(path)}'" if path else name
-    _checks.check_threshold(where, given)
-
-
 def resolve_threshold(threshold: Any, params: Any, step: Any = None) -> Any:
     """Returns a threshold for every leaf of `params`, from whatever was given.
 
     Args:
-      threshold: A number, 0-d array, schedule, rule, or prefix tree of these.
+      threshold: A number, schedule, rule, an array that broadcasts against the leaves, or
+        a prefix tree of these.
       params: Pytree whose leaves are bounded. Rules look at shapes or values.
       step: Scalar integer for schedules; without it they are taken at step 0.
 
     Returns:
       A tree with the structure of `params`. Each leaf is a Python float if it was given
-      as a number, else a float32 array that broadcasts against the leaf. A traced number
-      below 0 counts as 0; leaves that have no threshold (integers, or biases under
-      `fan_in`) get `inf`.
+      as a number, else a float32 array that broadcasts against the leaf (float64 if it was
+      given so). A jax array's entries below 0 count as 0; leaves that have no threshold
+      (integers, or biases under `fan_in`) get `inf`.
 
     Raises:
       TypeError: If a threshold is a string, None, bool, complex, or a rule's factory.
-      ValueError: If a concrete number is negative or NaN, or the prefix does not fit.
+      ValueError: If a concrete number is negative or NaN, an array does not broadcast, or
+        the prefix does not fit; the message names the path.
 
     Example:
       >>> resolve_threshold({"w": 0.5, "b": float("inf")}, {"w": jnp.ones(2), "b": jnp.ones(2)})
       {'b': inf, 'w': 0.5}
     """
+    check_threshold_tree("threshold", threshold)
     step = jnp.zeros((), jnp.int32) if step is None else step
 
     def resolve_subtree(prefix_path: tuple, given: Any, subtree: Any) -> Any:
         if callable(given) and not isinstance(given, ThresholdRule):
-            given = jnp.asarray(given(step), jnp.float32)
-        if not isinstance(given, ThresholdRule):
-            _check_number_at("threshold", prefix_path, given)
+            given = jnp.asarray(given(step))
 
         def resolve_leaf(path: tuple, leaf: Any) -> Any:
+            name = _checks.path_name(prefix_path + path)
             if not _checks.is_clippable(leaf):
                 return float("inf")
             if isinstance(given, ThresholdRule):
-                return given.for_leaf(_checks.path_name(prefix_path + path), leaf, step)
-            return _as_threshold(given)
+                return given.for_leaf(name, leaf, step)
+            return _as_threshold(given, name, np.shape(leaf))
 
         return jax.tree_util.tree_map_with_path(resolve_leaf, subtree)
 
     try:
-        return jax.tree_util.tree_map_with_path(
-            resolve_subtree, threshold, params, is_leaf=_is_threshold_leaf
+        entries, treedef = jax.tree_util.tree_flatten_with_path(
+            threshold, is_leaf=_is_threshold_leaf
         )
+        subtrees = treedef.flatten_up_to(params)
     except ValueError as error:
-        if "tree" in str(error) or "prefix" in str(error) or "Expected" in str(error):
-            raise ValueError(
-                "threshold must be one value or a prefix tree of the parameters; "
-                f"this one is not: {error}"
-            ) from error
-        raise
+        raise ValueError(
+            "threshold must be one value or a prefix tree of the parameters; "
+            f"this one is not: {error}"
+        ) from error
+    resolved = [
+        resolve_subtree(*entry, tree) for entry, tree in zip(entries, subtrees, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, resolved)
 
 
-def _as_threshold(given: Any) -> Any:
-    if isinstance(given, (int, float, np.number)) or (
-        isinstance(given, np.ndarray) and given.shape == ()
-    ):
+def _as_threshold(given: Any, name: str = "", shape: tuple[int, ...] = ()) -> Any:
+    """A Python float, or a jax array of the rank of the leaf that it bounds."""
+    if np.ndim(given) == 0 and not isinstance(given, jax.Array):
         return float(given)
-    return jnp.maximum(jnp.asarray(given, jnp.float32), 0)
+    t = jnp.asarray(given)
+    if t.ndim:
+        padded = (1,) * (len(shape) - t.ndim) + t.shape
+        if len(padded) != len(shape) or any(
+            n not in (1, m) for n, m in zip(padded, shape, strict=True)
+        ):
+            raise ValueError(
+                f"threshold for '{name}' must broadcast to its shape {shape}, got {t.shape}."
+            )
+        t = t.reshape(padded)
+    return jnp.maximum(t if t.dtype == jnp.float64 else t.astype(jnp.float32), 0)
 
 
 # --- Rules ----------------------------------------------------------------------------
@@ -282,11 +308,13 @@ class _FanIn(ThresholdRule):
         shape = np.shape(leaf)[self.stacked_axes :]
         if len(shape) < 2:
             return float("inf")
-        kappa = self.kappa(step) if callable(self.kappa) else self.kappa
+        kappa = jnp.asarray(self.kappa(step)) if callable(self.kappa) else self.kappa
         return _as_threshold(kappa) * float(np.sqrt(2 / max(_fan_in_of(path, shape), 1)))
 
-    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
-        return self
+    def compact(self, array: jax.Array) -> jax.Array:
+        if np.ndim(array) < 2:
+            raise ValueError(f"fan_in needs two dimensions or more, got shape {array.shape}.")
+        return jnp.full(self.granularity.scale_shape(array.shape), self(array), jnp.float32)
 
 
 def _fan_in_of(path: str, shape: tuple[int, ...]) -> int:
@@ -361,10 +389,12 @@ def mse_optimal(
 ) -> ThresholdRule:
     """Makes the rule that minimizes the squared error of rounding to a low-bit grid.
 
-    Searches `min over s of sum (w - s * clip(round(w / s), low, high))**2` from 24
-    geometric starts, each improved by the least-squares step for its codes, then refined;
-    `t = s * high`. For one bit the optimum is `t = mean |w|`. The result is never worse
-    than `max_abs`, whose step is one of the starts.
+    Searches `min over s of sum (w - s * clip(round(w / s), low, high))**2` from geometric
+    starts and from the scales that put weights piled on a bound on the grid, each improved
+    by the least-squares step for its codes; `t = s * high`. The error is within 1 % of the
+    exact optimum up to 4 bits and within 3 % above, on the distributions of the tests
+    (boxed, Gaussian, heavy-tailed, with outliers). For one bit the optimum is
+    `t = mean |w|`. Never worse than `max_abs`, whose scale is one of the starts.
 
     Args:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where `quantize` or `compress` fills it.
@@ -396,8 +426,24 @@ def mse_optimal(
 # Step of the uniform grid with the least squared error on Gaussian data, in units of its
 # rms, by highest code (J. Max, Quantizing for Minimum Distortion, 1960, table II).
 _GAUSSIAN_STEP = {1: 1.2, 3: 0.6, 7: 0.335, 15: 0.188, 31: 0.104, 127: 0.031}
-_NUM_STARTS = 24
 _NUM_REFITS = 3
+
+
+def _starts(low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the search for a scale starts, for a block whose largest entry is 1.
+
+    The first are exponents of a geometric series from the scale of max_abs (0) down to
+    well below the best one for a Gaussian (1). The others are scales `1 / k`: weights
+    piled on the bounds of a box are free of error there, so each is a minimum of its own.
+    """
+    spacing = 0.25 if high <= 31 else 0.5
+    piles = 1 / np.arange(high / 2 if high > 1 else 1, high + 1.5 + spacing, spacing)
+    geometric = np.linspace(0, 1, 24)
+    signs = (1, -1) if low < -high else (1,)
+    # An exponent below 0 marks a scale.
+    starts = np.concatenate([geometric, np.full(len(piles), -1.0)])
+    scales = np.concatenate([np.ones(24), piles])
+    return np.tile(starts, len(signs)), np.concatenate([s * scales for s in signs])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -416,13 +462,15 @@ def _best_scale(x: jax.Array, axes: tuple[int, ...], low: int, high: int) -> jax
     rms = jnp.sqrt(block_sum(unit * unit) / count)
     top = 1.0 / high
     bottom = jnp.clip(0.35 * _GAUSSIAN_STEP[high] * rms, 1e-6, 0.5 * top)
-    signs = 2 if low < -high else 1
+    exponents, scales = (jnp.asarray(a, jnp.float32) for a in _starts(low, high))
+    num_starts = exponents.size
 
     def consider(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         best_scale, best_error = best
-        nth, sign = i // signs, 1 - 2 * (i % signs)
-        start = sign * top * (bottom / top) ** (nth / (_NUM_STARTS - 1))
-        start = jnp.where(nth < _NUM_STARTS, start, best_scale)
+        nth = jnp.minimum(i, num_starts - 1)
+        geometric = top * (bottom / top) ** exponents[nth]
+        start = scales[nth] * jnp.where(exponents[nth] < 0, jnp.ones_like(geometric), geometric)
+        start = jnp.where(i < num_starts, start, best_scale)
         code = codes(start)
         energy = block_sum(code * code)
         scale = jnp.where(energy > 0, block_sum(unit * code) / jnp.maximum(energy, 1), start)
@@ -430,7 +478,6 @@ def _best_scale(x: jax.Array, axes: tuple[int, ...], low: int, high: int) -> jax
         better = error < best_error
         return jnp.where(better, scale, best_scale), jnp.where(better, error, best_error)
 
-    start = jnp.full_like(largest, top), jnp.full_like(largest, jnp.inf)
-    rounds = signs * (_NUM_STARTS + _NUM_REFITS)
-    best_scale, _ = lax.fori_loop(0, rounds, consider, start)
+    best = (jnp.full_like(largest, top), jnp.full_like(largest, jnp.inf))
+    best_scale, _ = lax.fori_loop(0, num_starts + _NUM_REFITS, consider, best)
     return best_scale * largest

@@ -66,7 +66,8 @@ def clip_weights(
     Returns:
       New parameters of the same structure, shapes, dtypes and weak types. `|w| <= t`
       for `t` as given, rounded towards zero into each leaf's dtype; clipped entries are
-      on that bound exactly, the others are untouched. NaN stays NaN.
+      on that bound exactly, the others are untouched. NaN weights stay NaN; a traced
+      threshold of NaN bounds nothing.
 
     Raises:
       TypeError: If a threshold is of a wrong type.
@@ -113,7 +114,7 @@ def weight_clip_rate(
         if not _checks.is_clippable(w) or _is_free(t):
             continue
         w = jnp.asarray(w)
-        t = jnp.asarray(round_toward_zero(t, jnp.finfo(w.dtype).dtype))
+        t = _bound_in(t, w)
         has_box = jnp.isfinite(t)
         modulus = jnp.abs(w)
         if jnp.iscomplexobj(w):  # `_project` stays a few ulps inside the circle
@@ -181,7 +182,6 @@ def keep_weights_within(
 
 def _bounds(params: Any, threshold: Any, mask: _Mask | None, step: Any) -> Any:
     """The threshold of every leaf, inf where the mask is False."""
-    check_threshold_tree("threshold", threshold)
     bounds = resolve_threshold(threshold, params, step)
     if mask is None:
         return bounds
@@ -200,12 +200,19 @@ def _is_free(bound: Any) -> bool:
 def _project(w: jax.Array, bound: Any) -> jax.Array:
     if _is_free(bound):
         return w
-    bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(w.dtype).dtype))
+    bound = _bound_in(bound, w)
     if jnp.iscomplexobj(w):
         unit, modulus = unit_and_modulus(w)
-        inside = (bound * (1 - 4 * jnp.finfo(bound.dtype).eps)).astype(w.dtype)
-        return keep_weak_type(jnp.where(modulus > bound, unit * inside, w), w)
+        eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
+        inside = (bound * (1 - 4 * eps)).astype(w.dtype)
+        return keep_weak_type(jnp.where(modulus > bound * (1 - 2 * eps), unit * inside, w), w)
     return keep_weak_type(jnp.clip(w, -bound, bound), w)
+
+
+def _bound_in(bound: Any, w: jax.Array) -> jax.Array:
+    """The bound in the real dtype of `w`; a traced NaN bounds nothing."""
+    bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(w.dtype).dtype))
+    return jnp.where(jnp.isnan(bound), jnp.full_like(bound, jnp.inf), bound)
 
 
 def _corrected_update(u: jax.Array, w: Any, bound: Any) -> jax.Array:
@@ -218,7 +225,7 @@ def _corrected_update(u: jax.Array, w: Any, bound: Any) -> jax.Array:
     v = (target.astype(wide) - w.astype(wide)).astype(u.dtype)
     if jnp.iscomplexobj(w):
         return keep_weak_type(v, u)
-    bound = jnp.asarray(round_toward_zero(bound, w.dtype))
+    bound = _bound_in(bound, w)
     after = _rounded_sum(w, v)
     above = jnp.nextafter(v, jnp.full_like(v, -jnp.inf))
     below = jnp.nextafter(v, jnp.full_like(v, jnp.inf))

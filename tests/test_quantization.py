@@ -1,0 +1,519 @@
+"""Codes, scales and packed bytes against float64 NumPy and plain Python integers."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import jaxclip
+from jaxclip.grids import code_range
+from jaxclip.quantization import (
+    QuantizedArray,
+    dequantize,
+    num_packed_bytes,
+    pack_codes,
+    quantize,
+    unpack_codes,
+)
+
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
+ALL_BITS = [1, "ternary", 2, 3, 4, 5, 6, 8]
+GRIDS = [(b, True) for b in ALL_BITS] + [(b, False) for b in (2, 3, 4, 5, 6, 8)]
+TINY = 2.0**-126
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_grid = pytest.mark.parametrize(("bits", "full_signed"), GRIDS)
+# One grid of each kind, for what compiles anew for each.
+each_kind_of_grid = pytest.mark.parametrize(
+    ("bits", "full_signed"), [(1, True), ("ternary", True), (2, True), (4, False), (8, True)]
+)
+every_rule = pytest.mark.parametrize("rule", [jaxclip.mse_optimal, jaxclip.max_abs])
+
+
+def weights_of_any_size(dtype, shape=(3, 8)):
+    """Finite numbers by their bits, from subnormals to the largest."""
+    unsigned = np.dtype(f"uint{8 * np.dtype(dtype).itemsize}")
+
+    largest = float(ml_dtypes.finfo(dtype).max)
+
+    def finite(bits):
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            x = bits.view(dtype).astype(np.float64)
+        return np.nan_to_num(x, nan=1.0, posinf=largest, neginf=-largest).astype(dtype)
+
+    return hnp.arrays(unsigned, shape).map(finite)
+
+
+def exact(q: QuantizedArray) -> np.ndarray:
+    """Scale times code in float64, for one scale a row."""
+    return np.asarray(q.scale, np.float64) * np.asarray(q.qvalue, np.float64)
+
+
+# --- Error bounds ----------------------------------------------------------------------
+
+
+@every_grid
+@settings(max_examples=25)
+@given(x=weights_of_any_size(np.float32), power=st.integers(-110, 110))
+def test_the_error_is_half_a_step_inside_the_threshold_and_the_excess_outside(
+    bits, full_signed, x, power
+):
+    threshold = float(np.float32(0.7 * 2.0**power))
+    q = quantize(jnp.asarray(x), bits, threshold=threshold, full_signed=full_signed)
+    scale, t = abs(float(q.scale.item())), float(np.asarray(q.threshold).item())
+    assert scale > 0
+    np.testing.assert_allclose(t, threshold, rtol=1e-6)
+    size = np.abs(x.astype(np.float64))
+    error = np.abs(x.astype(np.float64) - exact(q))
+    rounding = 1e-6 * np.minimum(size, 2 * t) + TINY  # the division rounds, subnormals flush
+    inside = size <= t
+    if bits == 1:
+        assert np.all(error <= np.maximum(t, size - t) + rounding)
+        return
+    assert np.all(error[inside] <= (scale / 2 + rounding)[inside])
+    assert np.all(error[~inside] <= (size - t + rounding + 1e-6 * size)[~inside])
+    low, high = code_range(bits, full_signed)
+    if low == -high:
+        np.testing.assert_allclose(error[~inside], (size - t)[~inside], rtol=1e-5, atol=1e-5 * t)
+
+
+@each_kind_of_grid
+@every_rule
+@settings(max_examples=15)
+@given(x=weights_of_any_size(np.float32))
+def test_finite_weights_have_finite_nonzero_scales_and_codes_in_range(bits, full_signed, rule, x):
+    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=full_signed)
+    scale, codes = np.asarray(q.scale), np.asarray(q.qvalue)
+    low, high = code_range(bits, full_signed)
+    assert q.scale.dtype == jnp.float32
+    assert q.qvalue.dtype == jnp.int8
+    assert np.all(np.isfinite(scale))
+    assert np.all(np.abs(scale) >= TINY)
+    assert codes.min() >= low
+    assert codes.max() <= high
+    if bits == 1:
+        assert set(np.unique(codes)) <= {-1, 1}
+
+
+@every_dtype
+@every_rule
+@pytest.mark.parametrize(
+    ("bits", "full_signed"), [(1, True), ("ternary", True), (4, False), (8, True)]
+)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_finite_weights_decode_to_finite_weights(bits, full_signed, rule, dtype, data):
+    x = data.draw(weights_of_any_size(dtype))
+    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=full_signed)
+    decoded = dequantize(q)
+    assert decoded.dtype == dtype
+    assert np.all(np.isfinite(np.asarray(decoded, np.float64)))
+
+
+@every_dtype
+@pytest.mark.parametrize(("bits", "full_signed"), [(2, True), (4, False)])
+@given(data=st.data())
+def test_max_abs_clips_nothing_so_every_error_is_half_a_step(bits, full_signed, dtype, data):
+    x = data.draw(weights_of_any_size(dtype))
+    q = quantize(jnp.asarray(x), bits, threshold=jaxclip.max_abs, axis=0, full_signed=full_signed)
+    error = np.abs(x.astype(np.float64) - exact(q))
+    half = np.abs(np.asarray(q.scale, np.float64)) / 2
+    assert np.all(error <= half * (1 + 1e-4) + TINY)
+
+
+@every_dtype
+def test_dequantizing_multiplies_in_float32_and_casts_once(dtype):
+    x = np.random.default_rng(0).normal(size=(5, 33)).astype(dtype)
+    q = quantize(jnp.asarray(x), 4, axis=0)
+    expected = (np.asarray(q.scale) * np.asarray(q.qvalue, np.float32)).astype(dtype)
+    for f in (dequantize, jax.jit(dequantize)):
+        got = f(q)
+        assert got.dtype == dtype
+        assert np.array_equal(np.asarray(got), expected)
+    assert dequantize(q, jnp.float32).dtype == jnp.float32
+
+
+def test_float64_weights_come_back_as_float64():
+    with enable_x64(True):
+        x = np.random.default_rng(1).normal(size=(4, 16))
+        q = quantize(jnp.asarray(x), 8, threshold=jaxclip.max_abs)
+        assert dequantize(q).dtype == jnp.float64
+        assert q.scale.dtype == jnp.float32
+        error = np.abs(x - np.asarray(dequantize(q)))
+    assert error.max() <= 0.5001 * abs(float(q.scale.item()))
+
+
+# --- Hard rows -------------------------------------------------------------------------
+
+
+@each_kind_of_grid
+@every_rule
+def test_rows_of_zeros_keep_a_positive_scale_and_decode_to_zero(bits, full_signed, rule):
+    q = quantize(jnp.zeros((2, 5)), bits, threshold=rule, axis=0, full_signed=full_signed)
+    assert np.all(np.abs(np.asarray(q.scale)) >= TINY)
+    # One bit has no zero: the smallest normal number stands for it.
+    assert np.all(np.abs(np.asarray(dequantize(q))) <= (TINY if bits == 1 else 0))
+
+
+@each_kind_of_grid
+@every_rule
+def test_constant_rows_are_stored_to_rounding_from_1e_minus_37_to_1e37(bits, full_signed, rule):
+    x = np.outer([0.3, -7.0, 1e-30, 1e30, 1e-37 * 127, 1e37], np.ones(6)).astype(np.float32)
+    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=full_signed)
+    np.testing.assert_allclose(np.asarray(dequantize(q)), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, "ternary", 4])
+@pytest.mark.parametrize("shape", [(), (1, 1)])
+def test_single_entries_are_stored_to_rounding(bits, shape):
+    for value in (0.3, -7.0, 1e-30, 1e30):
+        q = quantize(jnp.full(shape, value, jnp.float32), bits)
+        np.testing.assert_allclose(np.asarray(dequantize(q)), np.float32(value), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@every_rule
+@every_dtype
+def test_the_largest_numbers_of_a_dtype_are_stored_and_decode_to_finite_numbers(bits, rule, dtype):
+    largest = float(ml_dtypes.finfo(dtype).max)
+    x = np.outer([1.0, -1.0, 1.0], np.ones(6)) * largest
+    x[2] = np.asarray([1, 0.3, 0.29, -0.3, 0.28, 0.31]) * largest
+    x = x.astype(dtype)
+    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=False)
+    assert np.all(np.isfinite(np.asarray(q.scale)))
+    decoded = np.asarray(dequantize(q)).astype(np.float64)
+    assert np.all(np.isfinite(decoded))
+    np.testing.assert_allclose(decoded[:2], x[:2].astype(np.float64), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("bits", "full_signed"), [(1, True), ("ternary", True), (4, True)])
+@every_rule
+def test_one_outlier_a_million_times_larger_keeps_the_error_of_max_abs(bits, full_signed, rule):
+    x = np.random.default_rng(2).uniform(-1, 1, (2, 64)).astype(np.float32)
+    x[0, 3], x[1, 9] = 1e6, -1e6
+    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=full_signed)
+    assert np.all(np.isfinite(np.asarray(q.scale)))
+    error = np.sum((x.astype(np.float64) - exact(q)) ** 2, axis=1)
+    if bits == 1:
+        best = np.sum(x.astype(np.float64) ** 2, 1) - np.abs(x.astype(np.float64)).sum(1) ** 2 / 64
+        assert rule is jaxclip.max_abs or np.all(error <= best * (1 + 1e-5))
+        return
+    largest = np.sum(np.where(np.abs(x) > 1, 0, x).astype(np.float64) ** 2, axis=1)
+    assert np.all(error <= largest + 1e-12 * 1e6**2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@every_rule
+@pytest.mark.parametrize("bits", [1, "ternary", 2, 8])
+def test_subnormal_rows_divide_by_no_zero(bits, rule, dtype):
+    x = np.asarray([[1e-44, -1e-42, 0, 9e-39], [1.3e-38, 1e-40, -2e-38, 0]]).astype(dtype)
+    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0)
+    assert np.all(np.isfinite(np.asarray(q.scale)))
+    assert np.all(np.abs(np.asarray(q.scale)) >= TINY)
+    error = np.abs(x.astype(np.float64) - exact(q))
+    assert np.all(error <= 2 * TINY)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_float16_subnormals_are_not_lost(bits):
+    x = np.asarray([[1.0, -1.0, 1.0, 1.0]]) * 2.0**-24
+    q = quantize(jnp.asarray(x, jnp.float16), bits)
+    np.testing.assert_allclose(exact(q), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_arrays_without_entries_go_through(shape, group_size):
+    for bits in (1, "ternary", 4):
+        q = quantize(jnp.zeros(shape), bits, group_size=group_size)
+        assert dequantize(q).shape == shape
+
+
+# --- Granularity -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "group_size", "scales"),
+    [
+        ((6, 4), None, None, (1, 1)),
+        ((6, 4), -1, None, (1, 4)),
+        ((6, 4), 0, None, (6, 1)),
+        ((6, 4), (0, 1), None, (6, 4)),
+        ((6, 4), -1, 4, (2, 4)),
+        ((6, 5), 0, 4, (6, 2)),
+        ((6, 5), None, 4, (6, 2)),
+        ((2, 3, 5), 1, 2, (2, 3, 3)),
+        ((2, 3, 5), 2, 2, (2, 2, 5)),
+        ((7,), None, 3, (3,)),
+        ((), None, 3, ()),
+    ],
+)
+@pytest.mark.parametrize("bits", [1])
+def test_scales_have_one_entry_a_block_and_blocks_are_independent(
+    shape, axis, group_size, scales, bits
+):
+    x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    rule = jaxclip.mse_optimal
+    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=axis, group_size=group_size)
+    assert q.scale.shape == scales
+    assert q.shape == q.qvalue.shape == shape
+    assert np.all(np.isfinite(np.asarray(dequantize(q))))
+    if shape and scales != (1,) * len(shape):
+        louder = x.copy()
+        louder[(0,) * len(shape)] *= 100
+        other = quantize(
+            jnp.asarray(louder), bits, threshold=rule, axis=axis, group_size=group_size
+        )
+        changed = np.asarray(q.scale) != np.asarray(other.scale)
+        assert changed.sum() <= 1
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_groups_are_quantized_as_they_would_be_alone(bits):
+    x = np.random.default_rng(4).normal(size=(2, 8)).astype(np.float32)
+    grouped = quantize(jnp.asarray(x), bits, threshold=jaxclip.max_abs, axis=0, group_size=4)
+    for row in range(2):
+        for g in range(2):
+            part = x[row, 4 * g : 4 * g + 4]
+            alone = quantize(jnp.asarray(part), bits, threshold=jaxclip.max_abs)
+            assert np.array_equal(grouped.qvalue[row, 4 * g : 4 * g + 4], alone.qvalue)
+            assert np.asarray(grouped.scale)[row, g] == np.asarray(alone.scale).item()
+
+
+def test_thresholds_given_for_each_block_are_taken():
+    x = np.random.default_rng(5).normal(size=(3, 8)).astype(np.float32)
+    given_ = np.asarray([[0.5], [1.0], [2.0]], np.float32)
+    for t in (given_, jnp.asarray(given_)):
+        q = quantize(jnp.asarray(x), 4, threshold=t, axis=0)
+        np.testing.assert_allclose(q.threshold, given_, rtol=1e-6)
+    rule = jaxclip.max_abs(axis=1)  # rebound to the call's own granularity
+    assert quantize(jnp.asarray(x), 4, threshold=rule, axis=0).scale.shape == (3, 1)
+
+
+# --- Determinism, jit, the pytree ------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "full_signed"), [(1, True), (4, False)])
+def test_encoding_is_deterministic_and_the_same_under_jit(bits, full_signed):
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(4, 32)).astype(np.float32))
+    rule = jaxclip.mse_optimal
+    encode = lambda x: quantize(x, bits, threshold=rule, axis=0, full_signed=full_signed)  # noqa: E731
+    one, two, jitted = encode(x), encode(x), jax.jit(encode)(x)
+    assert np.array_equal(one.qvalue, two.qvalue)
+    assert np.array_equal(one.scale, two.scale)
+    np.testing.assert_allclose(jitted.scale, one.scale, rtol=1e-5)
+    np.testing.assert_allclose(dequantize(jitted), dequantize(one), rtol=1e-4, atol=1e-6)
+
+
+@every_grid
+def test_quantizing_what_was_decoded_gives_the_same_codes(bits, full_signed):
+    x = np.random.default_rng(7).normal(size=(4, 32)).astype(np.float32)
+    q = quantize(jnp.asarray(x), bits, threshold=jaxclip.max_abs, full_signed=full_signed)
+    again = quantize(dequantize(q), bits, threshold=q.threshold, full_signed=full_signed)
+    np.testing.assert_allclose(dequantize(again), dequantize(q), rtol=1e-6)
+
+
+def test_a_quantized_array_is_a_pytree_of_codes_and_scales():
+    x = jnp.asarray(np.random.default_rng(8).normal(size=(6, 10)).astype(np.float16))
+    q = quantize(x, 3, axis=1)
+    leaves, treedef = jax.tree.flatten(q)
+    assert [leaf.dtype for leaf in leaves] == [jnp.int8, jnp.float32]
+    back = jax.tree.unflatten(treedef, leaves)
+    assert (back.bits, back.full_signed, back.granularity, back.dtype) == (
+        3, True, q.granularity, jnp.float16,
+    )  # fmt: skip
+    through = jax.jit(lambda q: q)(q)
+    assert np.array_equal(dequantize(through), dequantize(q))
+    product = jax.jit(lambda q, v: v @ dequantize(q, jnp.float32))(q, jnp.ones((2, 6)))
+    expected = np.ones((2, 6)) @ exact(q)
+    np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_quantizes_each_row():
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(3, 12)).astype(np.float32))
+    q = jax.vmap(lambda r: quantize(r, 4, threshold=jaxclip.max_abs))(x)
+    for i in range(3):
+        alone = quantize(x[i], 4, threshold=jaxclip.max_abs)
+        assert np.array_equal(q.qvalue[i], alone.qvalue)
+        assert np.array_equal(q.scale[i], alone.scale)
+
+
+def test_the_side_of_a_full_signed_grid_goes_where_it_helps():
+    # On (-2, -1, 0, 1) only a negative scale reaches both 2 and 1 exactly.
+    x = jnp.asarray([2.0, 1.0, 0.0, -1.0])
+    q = quantize(x, 2)
+    assert float(q.scale.item()) == -1.0
+    assert np.array_equal(q.qvalue, [-2, -1, 0, 1])
+    assert np.array_equal(quantize(-x, 2).qvalue, [-2, -1, 0, 1])
+
+
+def test_rounding_is_half_to_even_and_one_bit_of_zero_is_one():
+    x = jnp.asarray([0.5, 1.5, 2.5, -0.5, -1.5, 7.0, 9.0, -9.0])
+    q = quantize(x, 4, threshold=7.0, full_signed=False)
+    assert np.array_equal(q.qvalue, [0, 2, 2, 0, -2, 7, 7, -7])
+    one = quantize(jnp.asarray([0.0, -0.0, 2.0, -2.0]), 1, threshold=1.0)
+    assert np.array_equal(one.qvalue, [1, 1, 1, -1])
+
+
+# --- Bad input -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [0, 7, 9, -1, 2.5, True, "2", None], ids=repr)
+def test_unknown_bits_are_refused_with_the_allowed_list(bits):
+    for call in (
+        lambda: quantize(jnp.ones(3), bits),
+        lambda: num_packed_bytes(3, bits),
+        lambda: pack_codes(np.zeros(3, np.int8), bits),
+        lambda: unpack_codes(np.zeros(3, np.uint8), bits, 3),
+    ):
+        with pytest.raises(ValueError, match="bits must be one of"):
+            call()
+
+
+@every_dtype
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_named_with_its_index(dtype, bad):
+    x = np.ones((3, 4), np.float32)
+    x[1, 2] = bad
+    with pytest.raises(ValueError, match=rf"kernel must be finite.*{bad}.*\(1, 2\)"):
+        quantize(jnp.asarray(x.astype(dtype)), 4, name="kernel")
+
+
+@pytest.mark.parametrize(
+    "array", [np.ones(3, int), np.ones(3, bool), np.ones(3, complex)], ids=repr
+)
+def test_an_array_that_is_not_real_floating_is_refused_by_name(array):
+    with pytest.raises(TypeError, match="kernel must be real floating"):
+        quantize(array, 4, name="kernel")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "max",
+        None,
+        True,
+        1j,
+        -1.0,
+        0.0,
+        np.nan,
+        np.inf,
+        np.ones(3),
+        np.ones((3, 1)),
+        np.ones((1, 1, 1)),
+        np.full((1, 2), -1.0),
+        np.full((1, 2), np.nan),
+        np.full((1, 2), 1j),
+        np.full((1, 2), True),
+        np.full((1, 2), "a"),
+    ],
+    ids=repr,
+)
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_threshold_is_refused_by_name(bad):
+    with pytest.raises((TypeError, ValueError), match="threshold"):
+        quantize(jnp.ones((3, 2)), 4, threshold=bad, axis=1)
+
+
+def test_a_function_that_is_no_rule_is_refused_by_name():
+    with pytest.raises(TypeError, match="threshold"):
+        quantize(jnp.ones((3, 2)), 4, threshold=lambda w: 1.0)
+
+
+def test_the_threshold_of_a_box_is_a_rule_for_quantizing_too():
+    q = quantize(jnp.ones((8, 3)), 4, threshold=jaxclip.fan_in(1.0))
+    np.testing.assert_allclose(np.asarray(q.threshold), 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [2, -3, (0, 2)])
+def test_an_axis_out_of_range_is_refused(axis):
+    with pytest.raises(ValueError, match="axis must be in"):
+        quantize(jnp.ones((3, 2)), 4, axis=axis)
+
+
+# --- Packing ---------------------------------------------------------------------------
+
+
+def packed_by_hand(codes, bits, full_signed):
+    """The documented layout in plain Python integers."""
+    low, _ = code_range(bits, full_signed)
+    digits = [(c + 1) // 2 if bits == 1 else c - low for c in map(int, codes)]
+    if bits == "ternary":
+        rows = [digits[i : i + 5] for i in range(0, len(digits), 5)]
+        return [sum(d * 3**k for k, d in enumerate(row)) for row in rows]
+    stream = sum(d << (i * bits) for i, d in enumerate(digits))
+    return list(stream.to_bytes(-(-len(digits) * bits // 8), "little"))
+
+
+def draw_codes(data, bits, full_signed, size):
+    low, high = code_range(bits, full_signed)
+    values = [-1, 1] if bits == 1 else range(low, high + 1)
+    return np.asarray(
+        data.draw(st.lists(st.sampled_from(values), min_size=size, max_size=size)), np.int8
+    )
+
+
+@every_grid
+@given(data=st.data())
+def test_packing_is_the_documented_layout_and_unpacking_its_exact_inverse(bits, full_signed, data):
+    codes = draw_codes(data, bits, full_signed, data.draw(st.integers(0, 23)))
+    packed = pack_codes(codes, bits, full_signed=full_signed)
+    assert isinstance(packed, np.ndarray)
+    assert packed.dtype == np.uint8
+    assert packed.tolist() == packed_by_hand(codes, bits, full_signed)
+    assert packed.size == num_packed_bytes(codes.size, bits)
+    back = unpack_codes(packed, bits, codes.size, full_signed=full_signed)
+    assert back.dtype == np.int8
+    assert np.array_equal(back, codes)
+
+
+@each_kind_of_grid
+@pytest.mark.parametrize("size", [1, 7, 13])
+def test_numpy_and_jit_pack_the_same_bytes(bits, full_signed, size):
+    low, high = code_range(bits, full_signed)
+    rng = np.random.default_rng(size)
+    codes = rng.integers(low, high + 1, size).astype(np.int8)
+    codes = np.where(codes == 0, 1, codes).astype(np.int8) if bits == 1 else codes
+    packed = pack_codes(codes, bits, full_signed=full_signed)
+
+    @jax.jit
+    def pack(c):
+        return pack_codes(c, bits, full_signed=full_signed)
+
+    @jax.jit
+    def unpack(p):
+        return unpack_codes(p, bits, size, full_signed=full_signed)
+
+    assert np.array_equal(pack(jnp.asarray(codes)), packed)
+    assert pack(jnp.asarray(codes)).dtype == jnp.uint8
+    back = unpack(jnp.asarray(packed))
+    assert back.dtype == jnp.int8
+    assert np.array_equal(back, codes)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_arrays_of_any_shape_are_packed_in_row_major_order(bits):
+    codes = np.asarray([[1, -1, 1], [-1, -1, 1]], np.int8)
+    for c in (codes, np.asfortranarray(codes)):
+        assert np.array_equal(pack_codes(c, bits), pack_codes(codes.ravel(), bits))
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_a_packed_array_of_the_wrong_length_is_refused(length):
+    with pytest.raises(ValueError, match="packed must have 2 bytes for 4 codes"):
+        unpack_codes(np.zeros(length, np.uint8), 4, 4)
+
+
+@pytest.mark.parametrize(("bits", "full_signed"), [(1, True), ("ternary", True), (3, True)])
+def test_codes_survive_quantize_pack_unpack_bit_for_bit(bits, full_signed):
+    x = np.random.default_rng(10).normal(size=(5, 7)).astype(np.float32)
+    q = quantize(jnp.asarray(x), bits, axis=1, full_signed=full_signed)
+    packed = pack_codes(np.asarray(q.qvalue), bits, full_signed=full_signed)
+    codes = unpack_codes(packed, bits, 35, full_signed=full_signed).reshape(5, 7)
+    assert np.array_equal(codes, q.qvalue)
+    rebuilt = QuantizedArray(jnp.asarray(codes), q.scale, bits, full_signed, q.granularity, q.dtype)
+    assert np.array_equal(np.asarray(dequantize(rebuilt)), np.asarray(dequantize(q)))
