@@ -1,33 +1,47 @@
 """Clipping and sign steps for JAX: train by sign inside a weight box, ship at low bits."""
 
 from jaxclip import checkpoints, plots
+from jaxclip.adaptive import adagc, autoclip, clip_leaf_spikes, clip_spikes, zclip
 from jaxclip.compression import compress, decompress, size_report
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
+from jaxclip.guards import error_feedback, skip_nonfinite, skip_or_clip
 from jaxclip.norms import global_norm
 from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
-from jaxclip.sign import lion, scale_by_lion, scale_by_sign, scale_by_signum, sign_sgd, signum
+from jaxclip.rounding import apply_updates_stochastically
+from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
+from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign
+from jaxclip.sign_optimizers import cautious, lion, sign_sgd, signum
 from jaxclip.telemetry import clip_stats
 from jaxclip.thresholds import fan_in, max_abs, mse_optimal, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
+from jaxclip.voting import majority_vote
 from jaxclip.weights import clip_weights, keep_weights_within, kernels_only
 
 __all__ = [
     "QuantizedArray",
     "StepInfo",
     "TrainState",
+    "adagc",
+    "apply_updates_stochastically",
+    "autoclip",
+    "cautious",
     "checkpoints",
     "clip_by_global_norm",
     "clip_by_value",
+    "clip_leaf_spikes",
+    "clip_spikes",
     "clip_stats",
     "clip_weights",
     "compress",
     "decompress",
     "dequantize",
+    "error_feedback",
     "fan_in",
     "global_norm",
     "keep_weights_within",
     "kernels_only",
     "lion",
+    "majority_vote",
     "make_train_step",
     "max_abs",
     "mse_optimal",
@@ -38,10 +52,16 @@ __all__ = [
     "scale_by_lion",
     "scale_by_sign",
     "scale_by_signum",
+    "scaled_sign",
     "sign_sgd",
     "signum",
     "size_report",
+    "skip_nonfinite",
+    "skip_or_clip",
+    "soft_sign",
+    "stochastic_sign",
     "unpack_codes",
+    "zclip",
 ]
 
 __version__ = "0.1.0.dev0"

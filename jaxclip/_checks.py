@@ -14,6 +14,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 
 def is_concrete(value: Any) -> bool:
@@ -131,6 +132,18 @@ def map_clippable(fn: Any, tree: Any, *rest: Any) -> Any:
         return fn(jnp.asarray(x), *others) if is_clippable(x) else x
 
     return jax.tree.map(apply, tree, *rest)
+
+
+def exceeds(x: jax.Array, bound: jax.Array) -> jax.Array:
+    """`|x| > bound` for real `x`, or the bound is 0; False for NaN.
+
+    Compares bits, which order like magnitudes: XLA on CPU takes subnormals for zero (also
+    where it turns a comparison of bits with 0 into one of numbers).
+    """
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    no_sign = jnp.asarray(jnp.iinfo(unsigned).max >> 1, unsigned)
+    magnitude, limit = (lax.bitcast_convert_type(a, unsigned) & no_sign for a in (x, bound))
+    return ((magnitude > limit) | (limit == 0)) & ~jnp.isnan(x)
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip import _checks
-from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
+from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, map_clippable
 from jaxclip.norms import MeasuredNorm, RescaledNorm, rescaled_global_norm, unit_and_modulus
 from jaxclip.thresholds import (
     ThresholdRule,
@@ -164,6 +164,7 @@ def clip_by_global_norm(
     _checks.check_choice("ord", ord, (1, 2, 1.0, 2.0, float("inf")))
     _checks.check_nonnegative("eps", eps)
     schedule: Any = max_norm if callable(max_norm) else None
+    check_threshold_tree("max_norm", max_norm)
     if schedule is None:
         _checks.check_threshold("max_norm", max_norm)
     elif isinstance(max_norm, ThresholdRule):
@@ -251,13 +252,17 @@ def clip_to_norm(
     is_above = padded > bound * rescale
     is_bad = ~jnp.isfinite(size) | jnp.isnan(bound)
     divisor = jnp.where(is_above & ~is_bad, padded, jnp.ones_like(size))
-    coef = jnp.where(is_above, bound / divisor * margin, jnp.ones_like(size))
+    # A coefficient below the normal range is applied as two factors, each within it.
+    is_tiny = bound < divisor * (2.0**-900 if size.dtype == jnp.float64 else 2.0**-100)
+    powers = (2.0**-400, 2.0**-600) if size.dtype == jnp.float64 else (2.0**-36, 2.0**-70)
+    extra = jnp.where(is_tiny, jnp.where(rescale < 1, *powers), 1.0).astype(size.dtype)
+    coef = jnp.where(is_above, bound / extra / divisor * margin, jnp.ones_like(size))
     case = jnp.where(is_bad, 2, is_above.astype(jnp.int32))
-    scaled = map_clippable(lambda g: _scale_case(g, rescale, coef, case), tree)
+    scaled = map_clippable(lambda g: _scale_case(g, rescale * extra, coef, case), tree)
 
     pre_norm = size / rescale
-    post_norm = jnp.where(is_above, coef * size, pre_norm)
-    clip_coef = jnp.where(is_above, coef * rescale, coef)
+    post_norm = jnp.where(is_above, coef * (size * extra), pre_norm)
+    clip_coef = jnp.where(is_above, coef * (rescale * extra), coef)
     return scaled, NormClip(
         pre_norm=pre_norm.astype(jnp.float32),
         post_norm=jnp.where(is_bad, 0, post_norm).astype(jnp.float32),
@@ -277,14 +282,19 @@ def _norm_given(pre_norm: Any, updates: Any) -> RescaledNorm | None:
     return RescaledNorm(pre_norm, jnp.ones_like(pre_norm))
 
 
-def _scale_case(g: jax.Array, rescale: jax.Array, coef: jax.Array, case: jax.Array) -> jax.Array:
-    """`g`, `g * rescale * coef` rounded towards zero, or zeros, for case 0, 1 or 2."""
-    wide = compute_dtype(g.dtype)
-    real = jnp.finfo(wide).dtype
-    # `rescale` first: the product of the two factors alone can underflow to 0.
-    scaled = g.astype(wide) * rescale.astype(real) * coef.astype(real)
-    narrow = wide != g.dtype
-    scaled = round_toward_zero(scaled, g.dtype) if narrow else scaled
+def _scale_case(g: jax.Array, first: jax.Array, coef: jax.Array, case: jax.Array) -> jax.Array:
+    """`g`, `g * first * coef` rounded towards zero, or zeros, for case 0, 1 or 2."""
+    real = jnp.finfo(compute_dtype(g.dtype)).dtype
+    first, coef = first.astype(real), coef.astype(real)
+
+    def scale(x: jax.Array) -> jax.Array:
+        scaled = x.astype(real) * first * coef
+        return round_toward_zero(scaled, x.dtype) if real != x.dtype else scaled
+
+    if jnp.iscomplexobj(g):
+        scaled = lax.complex(scale(jnp.real(g)), scale(jnp.imag(g)))
+    else:
+        scaled = scale(g)
     return keep_weak_type(lax.select_n(case, g, scaled, jnp.zeros_like(g)), g)
 
 
@@ -294,9 +304,11 @@ def _clip_entries(g: jax.Array, bound: Any) -> jax.Array:
         unit, modulus = unit_and_modulus(g)
         eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
         inside = (bound * (1 - 4 * eps)).astype(g.dtype)
-        clipped = jnp.where(modulus > bound * (1 - 2 * eps), unit * inside, g)
+        is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
+        clipped = jnp.where(is_outside, unit * inside, g)
         return keep_weak_type(jnp.where(jnp.isfinite(g), clipped, jnp.zeros_like(g)), g)
-    clipped = jnp.clip(g, -bound, bound)
+    # Not as a minimum and a maximum: those flush subnormals inside the bound to zero.
+    clipped = jnp.where(exceeds(g, bound), jnp.where(g < 0, -bound, bound), g)
     return keep_weak_type(jnp.where(jnp.isnan(g), jnp.zeros_like(g), clipped), g)
 
 

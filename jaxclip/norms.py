@@ -141,7 +141,8 @@ def _measure(leaves: list[jax.Array], ord: float, axis_name: str | None) -> Resc
         better = jnp.where(num_rounds == 0, rescale_for(total), rescale)
         return better, total, num_rounds + jnp.where(better == rescale, 2, 1)
 
-    start = (jnp.ones((), dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
+    zero = _zero_like_total(leaves, dtype, axis_name)
+    start = (zero + 1, zero, zero.astype(jnp.int32))
     rescale, total, _ = lax.while_loop(lambda carry: carry[2] < 2, another_round, start)
     return RescaledNorm(jnp.sqrt(total) if ord == 2 else total, rescale)
 
@@ -185,6 +186,17 @@ def _range_of(leaves: list[jax.Array]) -> tuple[Any, int, float]:
     return jnp.float32, 90, 2.0**-64
 
 
+def _zero_like_total(leaves: list[jax.Array], dtype: Any, axis_name: str | None) -> jax.Array:
+    """0, which inside `shard_map` varies over the mesh axes that the total varies over."""
+    zero = jnp.zeros((), dtype)
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return zero
+    for x in leaves:  # from no entries at all, or from one, so that nothing is computed
+        one = jnp.sum(x[..., :0]) if x.ndim else jnp.where(x == x, 0, 0)
+        zero += jnp.real(one).astype(dtype)
+    return zero if axis_name is None else lax.psum(zero, axis_name)
+
+
 def _accumulate(
     leaves: list[jax.Array], rescale: jax.Array, dtype: Any, ord: float, axis_name: str | None
 ) -> jax.Array:
@@ -200,7 +212,11 @@ def _accumulate(
         return jnp.sum(modulus) if ord == 1 else jnp.max(modulus, initial=0)
 
     add, reduce_devices = (jnp.add, lax.psum) if ord < float("inf") else (jnp.maximum, lax.pmax)
-    total = functools.reduce(add, map(leaf_total, leaves)) if leaves else jnp.zeros((), dtype)
+    totals = [leaf_total(x) for x in leaves] or [jnp.zeros((), dtype)]
+    while len(totals) > 1:  # in pairs, so that rounding grows with the logarithm of their number
+        pairs = zip(totals[::2], totals[1::2], strict=False)
+        totals = [add(*pair) for pair in pairs] + totals[len(totals) // 2 * 2 :]
+    total = totals[0]
     return total if axis_name is None else reduce_devices(total, axis_name)
 
 

@@ -5,10 +5,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 __all__ = ["clip_stats"]
 
-_FIELDS = ("pre_norm", "post_norm", "clip_coef", "clip_rate", "num_nonfinite", "num_skipped")
+_FIELDS = (
+    "pre_norm",
+    "post_norm",
+    "clip_coef",
+    "clip_rate",
+    "threshold",
+    "num_nonfinite",
+    "num_skipped",
+    "num_consecutive",
+)
 
 
 def clip_stats(opt_state: Any) -> dict[str, jax.Array]:
@@ -43,7 +53,8 @@ def clip_stats(opt_state: Any) -> dict[str, jax.Array]:
         seen[name] = seen.get(name, 0) + 1
         prefix = name if seen[name] == 1 else f"{name}_{seen[name]}"
         fields = [f for f in _FIELDS if hasattr(state, f)]
-        stats |= {f"{prefix}/{field}": getattr(state, field) for field in fields}
+        # As arrays: flax nnx keeps its own variables in optimizer states.
+        stats |= {f"{prefix}/{field}": jnp.asarray(getattr(state, field)) for field in fields}
     return stats
 
 

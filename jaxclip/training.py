@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
+import jax.extend.core
 import jax.numpy as jnp
 import optax
 
-from jaxclip.norms import rescaled_global_norm
+from jaxclip import _checks
+from jaxclip._checks import keep_weak_type
+from jaxclip.norms import MeasuredNorm, rescaled_global_norm
+from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.telemetry import clip_stats
 from jaxclip.thresholds import check_threshold_tree
 from jaxclip.weights import clip_weights, weight_clip_rate
@@ -31,7 +35,7 @@ class TrainState(NamedTuple):
       step: Scalar int32, steps taken, skipped ones included.
       params: The parameters.
       opt_state: State of the optimizer.
-      key: PRNG key for losses that take one, or None.
+      key: PRNG key for losses that take one and for stochastic rounding, or None.
       num_skipped: Scalar int32, steps skipped so far because something was not finite.
     """
 
@@ -55,16 +59,18 @@ class TrainState(NamedTuple):
           params: Initial parameters. They are copied, so a step that donates its state
             leaves the caller's arrays alone.
           optimizer: The transformation that `make_train_step` gets too.
-          key: PRNG key, for losses `(params, batch, key)`.
+          key: PRNG key, for losses `(params, batch, key)` and for stochastic rounding.
 
         Returns:
           A `TrainState` at step 0.
         """
-        params, key = jax.tree.map(jnp.copy, (params, key))
+        # Copies throughout: some optimizers keep the parameters in their state, and a buffer
+        # that is there twice cannot be donated.
+        params, opt_state, key = jax.tree.map(jnp.copy, (params, optimizer.init(params), key))
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(params),
+            opt_state=opt_state,
             key=key,
             num_skipped=jnp.zeros((), jnp.int32),
         )
@@ -90,6 +96,20 @@ class StepInfo(NamedTuple):
     num_skipped: jax.Array
 
 
+# jax 0.7 has it in `jax.core`, later versions in `jax.extend.core`.
+_trace_state_of = getattr(jax.extend.core, "get_opaque_trace_state", None) or (
+    jax.core.get_opaque_trace_state
+)
+
+
+def _trace_state() -> Any:
+    """Which transformation, if any, is tracing right now; to be compared only."""
+    return _trace_state_of(convention="flax")
+
+
+_TOP_LEVEL = _trace_state()
+
+
 class TrainStep:
     """A train step `(state, batch) -> (state, info)`, compiled on first use.
 
@@ -109,8 +129,7 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
         """Returns the state after one step, and what happened in it."""
-        leaves = jax.tree.leaves((state, batch))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if _trace_state() != _TOP_LEVEL:
             return self.__wrapped__(state, batch)
         return self._jitted(state, batch)
 
@@ -135,21 +154,26 @@ def make_train_step(
     weight_threshold: Any = None,
     mask: Any = None,
     has_aux: bool = False,
+    stochastic_rounding: bool = False,
     donate: bool = True,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> TrainStep:
     """Makes the jitted step: gradients, optimizer, apply, projection onto the box.
 
     Args:
-      loss_fn: `(params, batch) -> loss` or `(params, batch, key) -> loss`; a third
-        parameter, or one named `key`, gets a fresh PRNG key each step. With `has_aux` it
-        returns `(loss, aux)`.
-      optimizer: Any optax transformation; it is also given `value=loss`.
+      loss_fn: `(params, batch) -> loss` or `(params, batch, key) -> loss`; a third required
+        parameter, or a keyword-only `key`, gets a fresh PRNG key each step. With `has_aux`
+        it returns `(loss, aux)`.
+      optimizer: Any optax transformation; it is also given `value=loss` and
+        `pre_norm`, the norm of the gradients.
       weight_threshold: A threshold as in `clip_weights` (`fan_in(1.0)`, a number, a
         schedule, ...): parameters are projected after every step. None for no box.
         Pretrained weights outside the box are brought in by the first step.
       mask: As in `clip_weights`.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      stochastic_rounding: Whether bfloat16 and float16 parameters are updated by
+        `apply_updates_stochastically`, so that steps below half the distance to their next
+        number are not lost. Takes a fresh key from the state each step.
       donate: Whether the step may reuse the memory of the state it is given; that state
         can then not be used again.
       compiler_options: Options for XLA, over those set here. On CPU the step sets
@@ -180,29 +204,44 @@ def make_train_step(
         check_threshold_tree("weight_threshold", weight_threshold)
     elif mask is not None:
         raise ValueError("mask says which weights are boxed; it needs a weight_threshold.")
+    _checks.check_choice("stochastic_rounding", stochastic_rounding, (False, True))
     optimizer = optax.with_extra_args_support(optimizer)
     takes_key = _takes_key(loss_fn)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
-        key, arguments = state.key, (state.params, batch)
+        key, arguments, keywords = state.key, (state.params, batch), {}
         if takes_key:
             if key is None:
                 raise ValueError("loss_fn takes a key: TrainState.create(..., key=...) needs one.")
             key, loss_key = jax.random.split(key)
-            arguments = (*arguments, loss_key)
-        value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(*arguments)
+            if takes_key == "keyword":
+                keywords = {"key": loss_key}
+            else:
+                arguments = (*arguments, loss_key)
+        value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(*arguments, **keywords)
         loss, aux = value if has_aux else (value, None)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
-        params = optax.apply_updates(state.params, updates)
+        norm = rescaled_global_norm(grads)
+        # A clip that sees these very gradients takes the norm from here.
+        measured = MeasuredNorm(grads, norm)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, value=loss, pre_norm=measured
+        )
+        if stochastic_rounding:
+            if key is None:
+                raise ValueError("stochastic_rounding needs TrainState.create(..., key=...).")
+            key, rounding_key = jax.random.split(key)
+            params = apply_updates_stochastically(state.params, updates, rounding_key)
+        else:
+            params = optax.apply_updates(state.params, updates)
         on_bound = jnp.zeros((), jnp.float32)
         if weight_threshold is not None:
             params = clip_weights(params, weight_threshold, mask, step=state.step)
 
-        is_good = jnp.isfinite(loss) & jnp.isfinite(rescaled_global_norm(grads).norm)
+        is_good = jnp.isfinite(loss) & jnp.isfinite(norm.norm)
         stats = clip_stats(opt_state)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(is_good, new, old),
+            lambda new, old: keep_weak_type(jnp.where(is_good, new, old), jnp.asarray(old)),
             (params, opt_state),
             (state.params, state.opt_state),
         )
@@ -215,17 +254,17 @@ def make_train_step(
     return TrainStep(step, donate, compiler_options)
 
 
-def _takes_key(loss_fn: Callable[..., Any]) -> bool:
+def _takes_key(loss_fn: Callable[..., Any]) -> str | None:
+    """How `loss_fn` takes a key: "positional", "keyword" or not at all."""
     try:
-        parameters = inspect.signature(loss_fn).parameters
+        parameters = inspect.signature(loss_fn).parameters.values()
     except (TypeError, ValueError):
-        return False
-    positional = [
-        p
-        for p in parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
-    return "key" in parameters or len(positional) >= 3
+        return None
+    required = [p for p in parameters if p.default is p.empty]
+    if any(p.name == "key" and p.kind == p.KEYWORD_ONLY for p in required):
+        return "keyword"
+    positional = [p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return "positional" if len(positional) >= 3 else None
 
 
 def _bare_names(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:

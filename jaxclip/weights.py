@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from jaxclip import _checks
-from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
+from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, map_clippable
 from jaxclip.norms import unit_and_modulus
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
 
@@ -205,8 +205,11 @@ def _project(w: jax.Array, bound: Any) -> jax.Array:
         unit, modulus = unit_and_modulus(w)
         eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
         inside = (bound * (1 - 4 * eps)).astype(w.dtype)
-        return keep_weak_type(jnp.where(modulus > bound * (1 - 2 * eps), unit * inside, w), w)
-    return keep_weak_type(jnp.clip(w, -bound, bound), w)
+        is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
+        return keep_weak_type(jnp.where(is_outside, unit * inside, w), w)
+    # Not as a minimum and a maximum: those flush subnormals inside the box to zero.
+    clipped = jnp.where(exceeds(w, bound), jnp.where(w < 0, -bound, bound), w)
+    return keep_weak_type(clipped, w)
 
 
 def _bound_in(bound: Any, w: jax.Array) -> jax.Array:

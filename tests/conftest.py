@@ -18,6 +18,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "jaxclip", deadline=None, max_examples=40, derandomize=True, print_blob=True
 )
+hypothesis.settings.register_profile(
+    "fast", deadline=None, max_examples=5, derandomize=True, print_blob=True
+)
 hypothesis.settings.load_profile("jaxclip")
 
 

@@ -266,3 +266,16 @@ def test_units_of_zero_and_of_what_is_not_finite_are_zero():
     assert float(modulus[0]) == 0
     assert np.array_equal(modulus[1:3], [np.inf, np.inf])
     assert np.isnan(modulus[3])
+
+
+def test_each_device_has_its_own_norm_inside_shard_map_without_an_axis_name():
+    mesh, spec = Mesh(np.array(jax.devices()[:8]), ("x",)), PartitionSpec("x")
+    x = jnp.arange(1.0, 17.0).reshape(8, 2) * jnp.where(jnp.arange(8.0) == 3, 1e20, 1)[:, None]
+
+    def local(x):
+        return global_norm({"a": x, "b": x[0, 0]})[None]
+
+    norms = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec))(x)
+    rows = np.asarray(x, np.float64)
+    expected = np.sqrt(np.sum(rows**2, axis=1) + rows[:, 0] ** 2)
+    np.testing.assert_allclose(norms, expected, rtol=1e-6)

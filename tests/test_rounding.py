@@ -1,0 +1,218 @@
+"""Stochastic rounding against the exact expectation, and training that drifts as it should."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxclip
+from jaxclip.rounding import apply_updates_stochastically, round_stochastically
+
+HALF = [jnp.bfloat16, jnp.float16]
+round_jitted = jax.jit(round_stochastically, static_argnums=1)
+
+
+def neighbours(x: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The largest number of `dtype` at most x, and the smallest at least x, in float64."""
+    nearest = jnp.asarray(x, jnp.float32).astype(dtype)
+    wide = np.asarray(nearest, np.float64)
+    below = np.asarray(jnp.nextafter(nearest, jnp.full_like(nearest, -jnp.inf)), np.float64)
+    above = np.asarray(jnp.nextafter(nearest, jnp.full_like(nearest, jnp.inf)), np.float64)
+    return np.where(wide > x, below, wide), np.where(wide < x, above, wide)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e4])
+def test_the_mean_of_many_roundings_is_the_number(dtype: Any, size: float):
+    rng = np.random.default_rng(0)
+    x = (size * rng.standard_normal(50)).astype(np.float32)
+    num_draws = 20_000
+    drawn = round_jitted(jnp.broadcast_to(x, (num_draws, 50)), dtype, jax.random.key(1))
+    drawn = np.asarray(drawn, np.float64)
+    low, high = neighbours(x, dtype)
+    assert ((drawn == low) | (drawn == high)).all()
+    # A draw has a standard deviation of at most half the distance of the neighbours.
+    deviation = (drawn.mean(0) - x.astype(np.float64)) / np.where(high > low, high - low, 1)
+    assert np.abs(deviation).max() < 6 * 0.5 / np.sqrt(num_draws)
+
+
+def test_subnormals_of_float16_are_rounded_without_bias():
+    ulp = 2.0**-24
+    x = np.float32(ulp) * np.float32([0.25, 1.5, 100.125, 1023.75, 1024.5, -0.25])
+    drawn = round_jitted(jnp.broadcast_to(x, (20_000, 6)), jnp.float16, jax.random.key(2))
+    drawn = np.asarray(drawn, np.float64)
+    assert (np.abs(drawn - x) < ulp).all()
+    assert np.abs(drawn.mean(0) - x).max() / ulp < 6 * 0.5 / np.sqrt(20_000)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_exact_infinite_or_nan_stays(dtype: Any):
+    info = jnp.finfo(dtype)
+    exact = [0.0, -0.0, 1.0, -3.5, float(info.max), -float(info.max), float(info.tiny), 0.15625]
+    x = jnp.asarray([*exact, jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+    for seed in range(20):
+        y = round_jitted(x, dtype, jax.random.key(seed))
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(y, np.float32), x)
+    assert np.signbit(np.asarray(y, np.float32)[1])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_finite_stays_finite(dtype: Any):
+    largest = float(jnp.finfo(dtype).max)
+    x = jnp.full(1000, np.nextafter(np.float32(largest), np.float32(np.inf)), jnp.float32)
+    assert jnp.isfinite(round_jitted(x, dtype, jax.random.key(0))).all()
+    top = jnp.asarray([jnp.finfo(jnp.float32).max, jnp.finfo(jnp.float32).min])
+    np.testing.assert_array_equal(
+        np.asarray(round_jitted(top, dtype, jax.random.key(0)), np.float64), [largest, -largest]
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_eager_jit_and_vmap_agree(dtype: Any):
+    x, keys = jnp.linspace(-1, 1, 24).reshape(3, 8), jax.random.split(jax.random.key(0), 3)
+    batched = jax.jit(jax.vmap(lambda x, k: round_stochastically(x, dtype, k)))(x, keys)
+    np.testing.assert_array_equal(batched[0], round_stochastically(x[0], dtype, keys[0]))
+    for i in range(3):
+        np.testing.assert_array_equal(batched[i], round_jitted(x[i], dtype, keys[i]))
+
+
+def test_other_dtypes_are_refused():
+    for dtype in (jnp.float32, jnp.int8, jnp.float8_e4m3fn):
+        with pytest.raises(ValueError, match="bfloat16 or float16"):
+            round_stochastically(jnp.ones(2), dtype, jax.random.key(0))
+
+
+# --- Trees ----------------------------------------------------------------------------
+
+
+def test_float32_leaves_are_as_with_optax_and_others_stay():
+    params = {
+        "w": jnp.linspace(-1, 1, 7),
+        "half": jnp.ones(3, jnp.bfloat16),
+        "weak": jnp.asarray(0.5),
+        "n": jnp.arange(3),
+        "none": None,
+        "key": jax.random.key(1),
+    }
+    updates = params | {"w": jnp.full(7, 1e-3), "half": jnp.zeros(3, jnp.bfloat16)}
+    new = apply_updates_stochastically(params, updates, jax.random.key(0))
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    np.testing.assert_array_equal(new["w"], optax.apply_updates(params["w"], updates["w"]))
+    np.testing.assert_array_equal(new["half"], params["half"])
+    assert new["weak"].weak_type
+    assert float(new["weak"]) == 1.0
+    assert new["n"] is params["n"]
+    assert new["key"] is params["key"]
+
+
+def test_leaves_of_one_shape_are_rounded_independently():
+    w = jnp.ones(200, jnp.bfloat16)
+    step = jnp.full(200, 2.0**-8)
+    new = apply_updates_stochastically([w, w], [step, step], jax.random.key(0))
+    assert not np.array_equal(new[0], new[1])
+
+
+def test_trees_that_differ_are_refused_by_path():
+    with pytest.raises(ValueError, match=r"'a'.*'b'"):
+        apply_updates_stochastically({"a": jnp.ones(2)}, {"b": jnp.ones(2)}, jax.random.key(0))
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_sharded_parameters_round_as_on_one_device(axis_type: str):
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    kind = getattr(AxisType, axis_type)
+    mesh = Mesh(np.array(jax.devices()[:8]), ("x",), axis_types=(kind,))
+    w, u = jnp.linspace(0, 1, 64).astype(jnp.bfloat16), jnp.full(64, 1e-4, jnp.bfloat16)
+    apply = jax.jit(apply_updates_stochastically)
+    expected = apply(w, u, jax.random.key(3))
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec("x"))
+        placed = jax.device_put((w, u), sharding)
+        new = apply(*placed, jax.random.key(3))
+    assert new.sharding.is_equivalent_to(sharding, 1)
+    np.testing.assert_array_equal(jax.device_get(new), jax.device_get(expected))
+
+
+# --- Training -------------------------------------------------------------------------
+
+NUM_WEIGHTS, STEP_SIZE, NUM_STEPS = 20_000, 3e-5, 20
+
+
+def drift(stochastic: bool) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Weights before and after steps of -STEP_SIZE each, and the state."""
+    w = (0.02 * jax.random.normal(jax.random.key(0), (NUM_WEIGHTS,))).astype(jnp.bfloat16)
+    tx = jaxclip.sign_sgd(STEP_SIZE)
+    step = jaxclip.make_train_step(
+        lambda w, batch: jnp.sum(w.astype(jnp.float32) * batch),
+        tx,
+        stochastic_rounding=stochastic,
+    )
+    state = jaxclip.TrainState.create(w, tx, key=jax.random.key(1))
+    for _ in range(NUM_STEPS):
+        state, _ = step(state, jnp.ones(()))
+    return np.asarray(w, np.float64), np.asarray(state.params, np.float64), state
+
+
+def test_bfloat16_weights_drift_as_the_steps_say():
+    exact = -float(np.float64(np.asarray(STEP_SIZE, jnp.bfloat16))) * NUM_STEPS
+    before, nearest, _ = drift(stochastic=False)
+    assert np.mean(nearest == before) > 0.6  # most weights never moved
+    assert abs(np.mean(nearest - before)) < 0.8 * abs(exact)
+
+    before, after, state = drift(stochastic=True)
+    moves = after - before
+    # The distance of neighbours is at most 2**-11 up to 0.125; a rounding has at most half
+    # of it as standard deviation, and those of 20 steps and 20,000 weights average out.
+    assert np.abs(before).max() < 0.125
+    sigma = 0.5 * 2.0**-11 * np.sqrt(NUM_STEPS) / np.sqrt(NUM_WEIGHTS)
+    assert abs(moves.mean() - exact) < 6 * sigma
+    assert sigma < 0.02 * abs(exact)
+    assert state.params.dtype == jnp.bfloat16
+
+
+def test_rounding_in_a_train_step_needs_a_key_and_changes_it():
+    tx = jaxclip.sign_sgd(0.1)
+    step = jaxclip.make_train_step(
+        lambda w, batch: jnp.sum(w * batch), tx, stochastic_rounding=True, donate=False
+    )
+    w = jnp.ones(2)
+    with pytest.raises(ValueError, match="key"):
+        step(jaxclip.TrainState.create(w, tx), jnp.ones(2))
+    state = jaxclip.TrainState.create(w, tx, key=jax.random.key(0))
+    after, _ = step(state, jnp.ones(2))
+    assert not np.array_equal(jax.random.key_data(after.key), jax.random.key_data(state.key))
+    np.testing.assert_array_equal(after.params, np.float32([0.9, 0.9]))
+    with pytest.raises(ValueError, match="stochastic_rounding"):
+        jaxclip.make_train_step(lambda w, batch: w, tx, stochastic_rounding="yes")
+
+
+def test_a_skipped_step_leaves_half_precision_parameters_bit_identical():
+    tx = jaxclip.sign_sgd(0.1)
+    step = jaxclip.make_train_step(
+        lambda w, batch: jnp.sum(w.astype(jnp.float32) * batch), tx, stochastic_rounding=True
+    )
+    w = jnp.linspace(-1, 1, 9).astype(jnp.bfloat16)
+    state = jaxclip.TrainState.create(w, tx, key=jax.random.key(0))
+    state, info = step(state, jnp.asarray(jnp.nan))
+    assert int(info.num_skipped) == 1
+    np.testing.assert_array_equal(state.params, w)
+
+
+def test_the_box_holds_exactly_after_stochastic_rounding():
+    tx = jaxclip.sign_sgd(0.01)
+    step = jaxclip.make_train_step(
+        lambda w, batch: jnp.sum(w.astype(jnp.float32) * batch),
+        tx,
+        weight_threshold=0.1,
+        stochastic_rounding=True,
+    )
+    state = jaxclip.TrainState.create(jnp.zeros(100, jnp.bfloat16), tx, key=jax.random.key(0))
+    for _ in range(15):
+        state, info = step(state, jnp.ones(()))
+    assert np.abs(np.asarray(state.params, np.float64)).max() <= 0.1
+    assert float(info.weight_clip_rate) > 0.9
