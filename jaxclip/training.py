@@ -7,13 +7,14 @@ neither parameters nor optimizer state: it is skipped and counted.
 """
 
 import functools
+import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
-import jax.extend.core
 import jax.numpy as jnp
 import optax
 
@@ -96,10 +97,18 @@ class StepInfo(NamedTuple):
     num_skipped: jax.Array
 
 
-# jax 0.7 has it in `jax.core`, later versions in `jax.extend.core`.
-_trace_state_of = getattr(jax.extend.core, "get_opaque_trace_state", None) or (
-    jax.core.get_opaque_trace_state
-)
+def _find_trace_state() -> Callable[..., Any]:
+    """jax's `get_opaque_trace_state`, preferably from its old home.
+
+    The new one, `jax.extend.core`, takes as long to import as all of jaxclip.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = getattr(jax.core, "get_opaque_trace_state", None)
+    return found or importlib.import_module("jax.extend.core").get_opaque_trace_state
+
+
+_trace_state_of = _find_trace_state()
 
 
 def _trace_state() -> Any:
