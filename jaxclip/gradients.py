@@ -185,7 +185,7 @@ def clip_by_global_norm(
     def update_fn(updates, state, params=None, **extra_args):
         del params
         bound: Any = schedule(state.step) if schedule else max_norm
-        norm = _norm_given(extra_args.get("pre_norm"), updates)
+        norm = _norm_given(extra_args.get("pre_norm"), updates, ord, axis_name)
         if norm is None:
             norm = rescaled_global_norm(updates, ord=ord, axis_name=axis_name)
         clipped, clip = clip_to_norm(updates, norm, bound, eps)
@@ -272,10 +272,12 @@ def clip_to_norm(
     )
 
 
-def _norm_given(pre_norm: Any, updates: Any) -> RescaledNorm | None:
-    """A norm that somebody has measured already; None if it is not of these updates."""
+def _norm_given(
+    pre_norm: Any, updates: Any, ord: float, axis_name: str | None
+) -> RescaledNorm | None:
+    """A norm that somebody has measured already; None if it is not the one asked for."""
     if isinstance(pre_norm, MeasuredNorm):
-        return pre_norm.norm if pre_norm.is_of(updates) else None
+        return pre_norm.norm if pre_norm.is_of(updates, ord, axis_name) else None
     if pre_norm is None:
         return None
     pre_norm = jnp.asarray(pre_norm)

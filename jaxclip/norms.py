@@ -34,13 +34,19 @@ class MeasuredNorm(NamedTuple):
     Attributes:
       tree: What was measured.
       norm: Its `RescaledNorm`.
+      ord: Which norm.
+      axis_name: The mapped axis that it was taken over, if any.
     """
 
     tree: Any
     norm: "RescaledNorm"
+    ord: float = 2
+    axis_name: str | None = None
 
-    def is_of(self, tree: Any) -> bool:
-        """Whether `tree` holds the very arrays that were measured."""
+    def is_of(self, tree: Any, ord: float, axis_name: str | None) -> bool:
+        """Whether this is that norm of the very arrays in `tree`."""
+        if (self.ord, self.axis_name) != (ord, axis_name):
+            return False
         mine, theirs = jax.tree.leaves(self.tree), jax.tree.leaves(tree)
         pairs = zip(mine, theirs, strict=False)
         return len(mine) == len(theirs) and all(a is b for a, b in pairs)

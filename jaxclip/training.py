@@ -187,7 +187,7 @@ def make_train_step(
         can then not be used again.
       compiler_options: Options for XLA, over those set here. On CPU the step sets
         `xla_cpu_copy_insertion_use_region_analysis`, without which XLA copies every
-        momentum before updating it in place; results are the same bit for bit.
+        momentum before updating it in place.
 
     Returns:
       `step(state, batch) -> (state, info)`, a `TrainStep`. If the loss or a gradient is

@@ -602,3 +602,21 @@ def test_the_copy_option_is_set_on_cpu_and_a_users_value_wins(monkeypatch):
 def test_no_cpu_option_reaches_another_backend(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert options_passed(monkeypatch) == {}
+
+
+@pytest.mark.parametrize("ord", [1, 2, np.inf])
+def test_the_clip_inside_a_step_takes_its_own_norm(ord):
+    tx = optax.chain(jaxclip.clip_by_global_norm(1.0, ord=ord), optax.sgd(1.0))
+    step = make_train_step(lambda w, g: jnp.vdot(w, g), tx)
+    gradient = np.array([3.0, -4.0, 12.0])
+    state, info = step(TrainState.create(jnp.zeros(3), tx), jnp.asarray(gradient, jnp.float32))
+    norm = np.linalg.norm(gradient, ord)
+    np.testing.assert_allclose(info.stats["pre_norm"], norm, rtol=1e-6)
+    np.testing.assert_allclose(state.params, -gradient / norm, rtol=2e-6)
+
+
+def test_a_clip_behind_another_link_does_not_take_the_norm_of_the_gradients():
+    tx = optax.chain(optax.scale(2.0), jaxclip.clip_by_global_norm(100.0))
+    step = make_train_step(lambda w, g: jnp.vdot(w, g), tx)
+    _, info = step(TrainState.create(jnp.zeros(2), tx), jnp.array([3.0, 4.0]))
+    np.testing.assert_allclose(info.stats["pre_norm"], 10.0, rtol=1e-6)
