@@ -10,6 +10,7 @@ infinities, zeroes the NaNs, and counts it too. To leave the optimizer's state u
 as well, use `make_train_step`, which skips the whole step.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, map_clippable
-from jaxclip.norms import MeasuredNorm, RescaledNorm, rescaled_global_norm, unit_and_modulus
+from jaxclip.norms import MeasuredNorm, RescaledNorm, measure_norm, unit_and_modulus
 from jaxclip.thresholds import (
     ThresholdRule,
     check_threshold_tree,
@@ -31,10 +32,14 @@ from jaxclip.thresholds import (
 __all__ = [
     "ClipByGlobalNormState",
     "ClipByValueState",
+    "LeafReport",
     "NormClip",
+    "Scaling",
     "clip_by_global_norm",
     "clip_by_value",
     "clip_to_norm",
+    "scale_leaf",
+    "scaling_to",
 ]
 
 
@@ -52,6 +57,38 @@ class ClipByValueState(NamedTuple):
     num_nonfinite: jax.Array
 
 
+class LeafReport(NamedTuple):
+    """What each leaf had to do with the last steps, for `explain` to read.
+
+    Attributes:
+      norms: Float32 vector, the norms of the floating leaves, in order, at the last good step.
+      nonfinite_leaf: Scalar int32, which floating leaf was the first not to be finite at the
+        last bad step; -1 if there was none.
+    """
+
+    norms: jax.Array
+    nonfinite_leaf: jax.Array
+
+    @classmethod
+    def create(cls, params: Any) -> "LeafReport":
+        """Returns the report before the first step."""
+        num_leaves = sum(map(_checks.is_clippable, jax.tree.leaves(params)))
+        return cls(jnp.zeros((num_leaves,), jnp.float32), jnp.full((), -1, jnp.int32))
+
+    def update(self, leaf_norms: jax.Array | None, is_bad: jax.Array) -> "LeafReport":
+        """Returns the report after a step; unchanged if its leaf norms are not known."""
+        if leaf_norms is None or leaf_norms.size == 0:
+            return self
+        is_finite = jnp.isfinite(leaf_norms)
+        first = jnp.where(jnp.all(is_finite), -1, jnp.argmin(is_finite).astype(jnp.int32))
+        fits = leaf_norms.shape == self.norms.shape
+        kept = self.norms if fits else jnp.zeros_like(leaf_norms)
+        return LeafReport(
+            norms=jnp.where(is_bad, kept, leaf_norms),
+            nonfinite_leaf=jnp.where(first >= 0, first, self.nonfinite_leaf),
+        )
+
+
 class ClipByGlobalNormState(NamedTuple):
     """State of `clip_by_global_norm`.
 
@@ -62,6 +99,7 @@ class ClipByGlobalNormState(NamedTuple):
       clip_coef: Scalar float32 in [0, 1], what the last gradient was multiplied by.
       clip_rate: Scalar float32, share of the steps so far that were clipped.
       num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
+      leaves: A `LeafReport`; unchanged where a `pre_norm` was given as a number.
     """
 
     step: jax.Array
@@ -70,6 +108,7 @@ class ClipByGlobalNormState(NamedTuple):
     clip_coef: jax.Array
     clip_rate: jax.Array
     num_nonfinite: jax.Array
+    leaves: LeafReport
 
 
 def clip_by_value(max_abs: Any) -> optax.GradientTransformationExtraArgs:
@@ -171,7 +210,6 @@ def clip_by_global_norm(
         raise TypeError("max_norm must be a number or a schedule: a rule bounds single leaves.")
 
     def init_fn(params):
-        del params
         # An array for each field: one array twice could not be donated.
         return ClipByGlobalNormState(
             step=jnp.zeros((), jnp.int32),
@@ -180,14 +218,13 @@ def clip_by_global_norm(
             clip_coef=jnp.ones((), jnp.float32),
             clip_rate=jnp.zeros((), jnp.float32),
             num_nonfinite=jnp.zeros((), jnp.int32),
+            leaves=LeafReport.create(params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         del params
         bound: Any = schedule(state.step) if schedule else max_norm
-        norm = _norm_given(extra_args.get("pre_norm"), updates, ord, axis_name)
-        if norm is None:
-            norm = rescaled_global_norm(updates, ord=ord, axis_name=axis_name)
+        norm, each = _norm_of(updates, extra_args.get("pre_norm"), ord, axis_name)
         clipped, clip = clip_to_norm(updates, norm, bound, eps)
         step = increment(state.step)
         rate_change = (clip.is_clipped - state.clip_rate) / step.astype(jnp.float32)
@@ -198,18 +235,22 @@ def clip_by_global_norm(
             clip_coef=clip.clip_coef,
             clip_rate=state.clip_rate + rate_change,
             num_nonfinite=increment(state.num_nonfinite, clip.is_bad),
+            leaves=state.leaves.update(each, clip.is_bad),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+# --- Scaling to a norm ----------------------------------------------------------------
+
+
 class NormClip(NamedTuple):
-    """What `clip_to_norm` did; all scalars.
+    """What a clip by norm does; scalars, or one entry for each norm.
 
     Attributes:
       pre_norm: Float32, the norm before; not finite after a bad step.
       post_norm: Float32, `clip_coef * pre_norm`; 0 after a bad step.
-      clip_coef: Float32 in [0, 1], what the tree was multiplied by; 0 after a bad step.
+      clip_coef: Float32 in [0, 1], what is multiplied with; 0 after a bad step.
       is_clipped: Float32, 1 if the norm was above the bound and the step not bad, else 0.
       is_bad: Bool, whether the norm or the bound was not a number, or the norm infinite.
     """
@@ -219,6 +260,70 @@ class NormClip(NamedTuple):
     clip_coef: jax.Array
     is_clipped: jax.Array
     is_bad: jax.Array
+
+
+class Scaling(NamedTuple):
+    """How to scale a leaf; arrays of one shape, which broadcasts against the leaf.
+
+    Attributes:
+      is_scaled: Bool: multiply by `first` and then by `second`, or leave the bits alone.
+      is_zero: Bool: give zeros, whatever the leaf holds.
+      first: Power of two.
+      second: The rest of the coefficient. Neither factor underflows.
+    """
+
+    is_scaled: jax.Array
+    is_zero: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
+def scaling_to(
+    norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0
+) -> tuple[Scaling, NormClip]:
+    """Returns what brings a norm down to a bound: `min(1, bound / (norm + eps))`.
+
+    Args:
+      norm: `RescaledNorm` of any shape.
+      bound: Number in [0, inf] or array that broadcasts against the norms; below 0 counts as
+        0, NaN makes a bad step.
+      eps: Added to the norm.
+
+    Returns:
+      A `Scaling` and a `NormClip`, of the shape of the norms.
+
+    Example:
+      >>> norms = RescaledNorm(jnp.array([2.0, 1.0]), jnp.ones(2))
+      >>> scaling, clip = scaling_to(norms, 1.0)
+      >>> print(scaling.is_scaled, clip.pre_norm, clip.clip_coef.round(3))
+      [ True False] [2. 1.] [0.5 1. ]
+    """
+    size, rescale = norm
+    # Covers the rounding of the norm, the coefficient and the products.
+    margin = 1 - 8 * jnp.finfo(size.dtype).eps
+    # The norm that decides and divides; `size` itself stays what telemetry reports.
+    padded = size + jnp.asarray(eps).astype(size.dtype) * rescale
+    bound = jnp.maximum(jnp.asarray(round_toward_zero(bound, size.dtype)), 0)
+    # Compared without dividing by `rescale`, so that neither side overflows.
+    is_above = padded > bound * rescale
+    is_bad = ~jnp.isfinite(size) | jnp.isnan(bound)
+    divisor = jnp.where(is_above & ~is_bad, padded, jnp.ones_like(size))
+    # A coefficient below the normal range is applied as two factors, each within it.
+    is_tiny = bound < divisor * (2.0**-900 if size.dtype == jnp.float64 else 2.0**-100)
+    powers = (2.0**-400, 2.0**-600) if size.dtype == jnp.float64 else (2.0**-36, 2.0**-70)
+    extra = jnp.where(is_tiny, jnp.where(rescale < 1, *powers), 1.0).astype(size.dtype)
+    coef = jnp.where(is_above, bound / extra / divisor * margin, jnp.ones_like(size))
+
+    pre_norm = size / rescale
+    post_norm = jnp.where(is_above, coef * (size * extra), pre_norm)
+    clip_coef = jnp.where(is_above, coef * (rescale * extra), coef)
+    return Scaling(is_above, is_bad, rescale * extra, coef), NormClip(
+        pre_norm=pre_norm.astype(jnp.float32),
+        post_norm=jnp.where(is_bad, 0, post_norm).astype(jnp.float32),
+        clip_coef=jnp.where(is_bad, 0, clip_coef).astype(jnp.float32),
+        is_clipped=(is_above & ~is_bad).astype(jnp.float32),
+        is_bad=is_bad,
+    )
 
 
 def clip_to_norm(
@@ -237,67 +342,59 @@ def clip_to_norm(
       with a norm of at most `bound`; zeros if the step is bad. And a `NormClip`.
 
     Example:
+      >>> from jaxclip.norms import rescaled_global_norm
       >>> g = jnp.array([3.0, 4.0])
       >>> clipped, clip = clip_to_norm(g, rescaled_global_norm(g), 10.0)
       >>> print(clipped, clip.pre_norm, clip.clip_coef)
       [3. 4.] 5.0 1.0
     """
-    size, rescale = norm
-    # Covers the rounding of the norm, the coefficient and the products.
-    margin = 1 - 8 * jnp.finfo(size.dtype).eps
-    # The norm that decides and divides; `size` itself stays what telemetry reports.
-    padded = size + jnp.asarray(eps).astype(size.dtype) * rescale
-    bound = jnp.maximum(jnp.asarray(round_toward_zero(bound, size.dtype)), 0)
-    # Compared without dividing by `rescale`, so that neither side overflows.
-    is_above = padded > bound * rescale
-    is_bad = ~jnp.isfinite(size) | jnp.isnan(bound)
-    divisor = jnp.where(is_above & ~is_bad, padded, jnp.ones_like(size))
-    # A coefficient below the normal range is applied as two factors, each within it.
-    is_tiny = bound < divisor * (2.0**-900 if size.dtype == jnp.float64 else 2.0**-100)
-    powers = (2.0**-400, 2.0**-600) if size.dtype == jnp.float64 else (2.0**-36, 2.0**-70)
-    extra = jnp.where(is_tiny, jnp.where(rescale < 1, *powers), 1.0).astype(size.dtype)
-    coef = jnp.where(is_above, bound / extra / divisor * margin, jnp.ones_like(size))
-    case = jnp.where(is_bad, 2, is_above.astype(jnp.int32))
-    scaled = map_clippable(lambda g: _scale_case(g, rescale * extra, coef, case), tree)
-
-    pre_norm = size / rescale
-    post_norm = jnp.where(is_above, coef * (size * extra), pre_norm)
-    clip_coef = jnp.where(is_above, coef * (rescale * extra), coef)
-    return scaled, NormClip(
-        pre_norm=pre_norm.astype(jnp.float32),
-        post_norm=jnp.where(is_bad, 0, post_norm).astype(jnp.float32),
-        clip_coef=jnp.where(is_bad, 0, clip_coef).astype(jnp.float32),
-        is_clipped=(is_above & ~is_bad).astype(jnp.float32),
-        is_bad=is_bad,
-    )
+    scaling, clip = scaling_to(norm, bound, eps)
+    return map_clippable(lambda g: scale_leaf(g, scaling), tree), clip
 
 
-def _norm_given(
-    pre_norm: Any, updates: Any, ord: float, axis_name: str | None
-) -> RescaledNorm | None:
-    """A norm that somebody has measured already; None if it is not the one asked for."""
-    if isinstance(pre_norm, MeasuredNorm):
-        return pre_norm.norm if pre_norm.is_of(updates, ord, axis_name) else None
-    if pre_norm is None:
-        return None
-    pre_norm = jnp.asarray(pre_norm)
-    return RescaledNorm(pre_norm, jnp.ones_like(pre_norm))
+@jax.jit
+def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
+    """Returns a leaf scaled, in its own dtype; half precision is rounded towards zero.
 
+    Jitted, so that leaves of one shape share one trace.
 
-def _scale_case(g: jax.Array, first: jax.Array, coef: jax.Array, case: jax.Array) -> jax.Array:
-    """`g`, `g * first * coef` rounded towards zero, or zeros, for case 0, 1 or 2."""
+    Args:
+      g: Floating array.
+      scaling: Scalars, or arrays that broadcast against `g`.
+
+    Returns:
+      Array like `g`: unchanged, scaled, or zeros.
+
+    Example:
+      >>> half = Scaling(jnp.array(True), jnp.array(False), jnp.array(0.5), jnp.array(1.0))
+      >>> scale_leaf(jnp.array([3.0, 4.0]), half)
+      Array([1.5, 2. ], dtype=float32)
+    """
     real = jnp.finfo(compute_dtype(g.dtype)).dtype
-    first, coef = first.astype(real), coef.astype(real)
+    first, second = scaling.first.astype(real), scaling.second.astype(real)
 
     def scale(x: jax.Array) -> jax.Array:
-        scaled = x.astype(real) * first * coef
+        scaled = x.astype(real) * first * second
         return round_toward_zero(scaled, x.dtype) if real != x.dtype else scaled
 
     if jnp.iscomplexobj(g):
         scaled = lax.complex(scale(jnp.real(g)), scale(jnp.imag(g)))
     else:
         scaled = scale(g)
-    return keep_weak_type(lax.select_n(case, g, scaled, jnp.zeros_like(g)), g)
+    kept = jnp.where(scaling.is_scaled, scaled, g)
+    return keep_weak_type(jnp.where(scaling.is_zero, jnp.zeros_like(g), kept), g)
+
+
+def _norm_of(
+    updates: Any, given: Any, ord: float, axis_name: str | None
+) -> tuple[RescaledNorm, jax.Array | None]:
+    """The norm and the leaf norms: those that somebody has measured already, or new ones."""
+    if given is None or isinstance(given, MeasuredNorm):
+        if given is None or not given.is_of(updates, ord, axis_name):
+            given = measure_norm(updates, ord=ord, axis_name=axis_name)
+        return given.norm, given.leaf_norms
+    given = jnp.asarray(given)
+    return RescaledNorm(given, jnp.ones_like(given)), None
 
 
 def _clip_entries(g: jax.Array, bound: Any) -> jax.Array:

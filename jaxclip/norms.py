@@ -8,13 +8,19 @@ the input times a power of two, so that ordinary gradients pay nothing.
 
 The pair is kept apart where it matters: the norm of finite float32 numbers can itself
 exceed float32, and a clip coefficient still has to come out right.
+
+Every leaf's own sum is kept on the way to the norm of the tree, as one vector: it costs
+nothing, tells which leaf is to blame for a spike, and is added up in pairs, so that rounding
+grows with the logarithm of the number of leaves.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxclip._checks import check_choice, compute_dtype, is_clippable
@@ -23,9 +29,32 @@ __all__ = [
     "MeasuredNorm",
     "RescaledNorm",
     "global_norm",
+    "leaf_norms",
+    "measure_norm",
     "rescaled_global_norm",
+    "rescaled_unit_norm",
     "unit_and_modulus",
+    "unit_axes",
+    "unit_norms",
 ]
+
+_ORDERS = (1, 2, 1.0, 2.0, float("inf"))
+
+
+class RescaledNorm(NamedTuple):
+    """Norms as two factors, `norm / rescale`, that cannot overflow or underflow.
+
+    Attributes:
+      norm: Array, the norm of what was measured times `rescale`.
+      rescale: Powers of two, of the same shape; 1 for ordinary magnitudes.
+    """
+
+    norm: jax.Array
+    rescale: jax.Array
+
+    def value(self) -> jax.Array:
+        """The norm as one number: inf if it exceeds the dtype."""
+        return self.norm / self.rescale
 
 
 class MeasuredNorm(NamedTuple):
@@ -33,13 +62,16 @@ class MeasuredNorm(NamedTuple):
 
     Attributes:
       tree: What was measured.
-      norm: Its `RescaledNorm`.
+      norm: Its `RescaledNorm`, of scalars.
+      leaf_norms: Float32 vector, the norm of each floating leaf in order, at most the largest
+        float32; not finite where an entry is not.
       ord: Which norm.
       axis_name: The mapped axis that it was taken over, if any.
     """
 
     tree: Any
-    norm: "RescaledNorm"
+    norm: RescaledNorm
+    leaf_norms: jax.Array
     ord: float = 2
     axis_name: str | None = None
 
@@ -52,16 +84,7 @@ class MeasuredNorm(NamedTuple):
         return len(mine) == len(theirs) and all(a is b for a, b in pairs)
 
 
-class RescaledNorm(NamedTuple):
-    """A norm as two factors, `norm / rescale`, that cannot overflow or underflow.
-
-    Attributes:
-      norm: Scalar, the norm of the tree times `rescale`.
-      rescale: Scalar power of two; 1 for ordinary magnitudes.
-    """
-
-    norm: jax.Array
-    rescale: jax.Array
+# --- Of a tree ------------------------------------------------------------------------
 
 
 def global_norm(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> jax.Array:
@@ -95,8 +118,7 @@ def global_norm(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> j
       James L. Blue, A Portable Fortran Program to Find the Euclidean Norm of a Vector,
       1978, https://doi.org/10.1145/355769.355771
     """
-    norm, rescale = rescaled_global_norm(tree, ord=ord, axis_name=axis_name)
-    return norm / rescale
+    return rescaled_global_norm(tree, ord=ord, axis_name=axis_name).value()
 
 
 def rescaled_global_norm(
@@ -110,7 +132,7 @@ def rescaled_global_norm(
       axis_name: As in `global_norm`.
 
     Returns:
-      A `RescaledNorm`: finite whenever every entry of `tree` is.
+      A `RescaledNorm` of scalars: finite whenever every entry of `tree` is.
 
     Raises:
       ValueError: If `ord` is not 1, 2 or inf.
@@ -120,80 +142,309 @@ def rescaled_global_norm(
       >>> bool(jnp.isfinite(norm)), float(rescale) == 2.0**-90
       (True, True)
     """
-    check_choice("ord", ord, (1, 2, 1.0, 2.0, float("inf")))
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_clippable(x)]
-    return _rescaled_norm(leaves, float(ord), axis_name)
+    return measure_norm(tree, ord=ord, axis_name=axis_name).norm
+
+
+def measure_norm(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> MeasuredNorm:
+    """Returns `global_norm` with what was learned on the way: each leaf's norm.
+
+    Args:
+      tree: As in `global_norm`.
+      ord: As in `global_norm`.
+      axis_name: As in `global_norm`.
+
+    Returns:
+      A `MeasuredNorm`. Only its `norm` has a derivative.
+
+    Raises:
+      ValueError: If `ord` is not 1, 2 or inf.
+
+    Example:
+      >>> measured = measure_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)})
+      >>> print(measured.norm.value(), measured.leaf_norms)
+      5.0 [4. 3.]
+    """
+    check_choice("ord", ord, _ORDERS)
+    norm, leaf_norms_ = _tree_norm(_floating_leaves(tree), float(ord), axis_name)
+    return MeasuredNorm(tree, norm, leaf_norms_, ord, axis_name)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _rescaled_norm(leaves: list[jax.Array], ord: float, axis_name: str | None) -> RescaledNorm:
-    return _measure(leaves, ord, axis_name)
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _measure(leaves: list[jax.Array], ord: float, axis_name: str | None) -> RescaledNorm:
-    dtype, power, floor = _range_of(leaves)
+def _tree_norm(
+    leaves: list[jax.Array], ord: float, axis_name: str | None
+) -> tuple[RescaledNorm, jax.Array]:
+    dtype = _accumulator(leaves)
+    axes = [tuple(range(x.ndim)) for x in leaves]
 
-    def rescale_for(total: jax.Array) -> jax.Array:
-        # A NaN fails both comparisons and goes straight through.
-        rescale = jnp.where(total > jnp.finfo(dtype).max, 2.0**-power, jnp.ones((), dtype))
-        return jnp.where(total < floor, 2.0**power, rescale) if ord == 2 else rescale
+    def totals_at(exponent: jax.Array) -> jax.Array:
+        rescale, pairs = _power(exponent, dtype), zip(leaves, axes, strict=True)
+        totals = [_total(x, rescale, a, ord).reshape(1) for x, a in pairs]
+        return _over_devices(jnp.concatenate(totals), ord, axis_name)
 
-    # A loop that ends after its first round for ordinary magnitudes. The program holds the
-    # reductions once, where a branch for the second round would hold them twice.
-    def another_round(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        rescale, _, num_rounds = carry
-        total = _accumulate(leaves, rescale, dtype, ord, axis_name)
-        better = jnp.where(num_rounds == 0, rescale_for(total), rescale)
-        return better, total, num_rounds + jnp.where(better == rescale, 2, 1)
+    def exponent_for(totals: jax.Array) -> jax.Array:
+        return _better_exponent(_add_up(totals, ord), ord)
 
-    zero = _zero_like_total(leaves, dtype, axis_name)
-    start = (zero + 1, zero, zero.astype(jnp.int32))
-    rescale, total, _ = lax.while_loop(lambda carry: carry[2] < 2, another_round, start)
-    return RescaledNorm(jnp.sqrt(total) if ord == 2 else total, rescale)
+    if not leaves:
+        return RescaledNorm(jnp.zeros((), dtype), jnp.ones((), dtype)), jnp.zeros((0,), jnp.float32)
+    zeros = jnp.zeros((len(leaves),), dtype) + _zero_that_varies(leaves, dtype, axis_name)
+    totals, exponent = _in_two_rounds(totals_at, exponent_for, zeros)
+    rescale, largest = _power(exponent, dtype), jnp.asarray(jnp.finfo(jnp.float32).max, dtype)
+    each = jnp.minimum(_root(totals, ord) / rescale, largest)
+    each = jnp.where(jnp.isfinite(totals), each, totals).astype(jnp.float32)
+    return RescaledNorm(_root(_add_up(totals, ord), ord), rescale), each
 
 
-@_rescaled_norm.defjvp
-def _rescaled_norm_jvp(
-    ord: float, axis_name: str | None, primals: Any, tangents: Any
-) -> tuple[RescaledNorm, RescaledNorm]:
+@_tree_norm.defjvp
+def _tree_norm_jvp(ord: float, axis_name: str | None, primals: Any, tangents: Any) -> tuple:
     """`d norm = sum(x * dx) / norm` for ord 2; 0 at 0, so that a clip there is the identity."""
     leaves, changes = primals[0], tangents[0]
-    norm, rescale = _rescaled_norm(leaves, ord, axis_name)
-    divisor = jnp.where(norm > 0, norm, jnp.ones_like(norm))
-    total = jnp.zeros_like(norm)
+    norm, each = _tree_norm(leaves, ord, axis_name)
+    total = jnp.zeros_like(norm.norm)
     for x, dx in zip(leaves, changes, strict=True):
-        slope = _slope(x, norm, rescale, divisor, ord)
-        product = slope * (dx.astype(slope.dtype) * rescale.astype(slope.dtype))
-        total += jnp.sum(jnp.real(product))
+        total += jnp.sum(_change(x, dx, norm, ord))
     total = total if axis_name is None else lax.psum(total, axis_name)
-    return RescaledNorm(norm, rescale), RescaledNorm(total, jnp.zeros_like(rescale))
+    change = RescaledNorm(total, jnp.zeros_like(norm.rescale))
+    return (norm, each), (change, jnp.zeros_like(each))
 
 
-def _slope(
-    x: jax.Array, norm: jax.Array, rescale: jax.Array, divisor: jax.Array, ord: float
+# --- Of each leaf and each unit -------------------------------------------------------
+
+
+def leaf_norms(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> Any:
+    """Returns the norm of each leaf of a tree, every one as `global_norm` gives it.
+
+    Args:
+      tree: As in `global_norm`.
+      ord: As in `global_norm`.
+      axis_name: As in `global_norm`.
+
+    Returns:
+      A tree of the same structure: float32 scalars (float64 for float64 leaves), 0 for
+      leaves that are not floating.
+
+    Raises:
+      ValueError: If `ord` is not 1, 2 or inf.
+
+    Example:
+      >>> leaf_norms({"w": jnp.array([3.0, 4.0]), "step": jnp.array(7)})
+      {'step': Array(0., dtype=float32), 'w': Array(5., dtype=float32)}
+    """
+    check_choice("ord", ord, _ORDERS)
+    leaves, treedef = jax.tree.flatten(tree)
+    def norm_of(x: Any) -> jax.Array:
+        if not is_clippable(x):
+            return jnp.zeros((), jnp.float32)
+        axes = tuple(range(np.ndim(x)))
+        return _unit_norm(jnp.asarray(x), axes, float(ord), axis_name).value().reshape(())
+
+    return treedef.unflatten(map(norm_of, leaves))
+
+
+def unit_norms(
+    x: jax.Array, axis: int | Sequence[int] | None = None, *, axis_name: str | None = None
 ) -> jax.Array:
-    """Derivative of the rescaled norm by each rescaled entry (conjugated if complex)."""
-    wide = compute_dtype(x.dtype)
-    scaled = jnp.conj(x.astype(wide)) * rescale.astype(wide)
+    """Returns the 2-norm of each unit of an array: of the weights into one output.
+
+    `sqrt(sum |x|**2)` over `axis`, dimensions kept, right at every magnitude.
+
+    Args:
+      x: Real or complex floating array.
+      axis: Axis or axes to take the norm over; negative ones count from the end. None for
+        what adaptive gradient clipping takes, by flax's layouts: all entries of a vector
+        (and of an array with one axis longer than 1), the first axis of a matrix and of a
+        kernel of three dimensions, else all axes but the last.
+      axis_name: As in `global_norm`, where the axes reduced over are split over devices.
+
+    Returns:
+      Float32 (float64 for float64), with length 1 along the axes reduced over.
+
+    Raises:
+      ValueError: If `axis` is out of range for `x`.
+
+    Example:
+      >>> print(unit_norms(jnp.array([[3.0, 1.0], [4.0, 0.0]])))
+      [[5. 1.]]
+    """
+    x = jnp.asarray(x)
+    return rescaled_unit_norm(x, unit_axes(x.shape, axis), axis_name=axis_name).value()
+
+
+def unit_axes(shape: tuple[int, ...], axis: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """Returns the axes, counted from 0, over which a unit's norm is taken; see `unit_norms`.
+
+    Args:
+      shape: Shape of the array.
+      axis: As in `unit_norms`.
+
+    Returns:
+      A sorted tuple without repetitions.
+
+    Raises:
+      ValueError: If `axis` is out of range.
+
+    Example:
+      >>> unit_axes((3, 3, 8, 16)), unit_axes((8, 16)), unit_axes((16,)), unit_axes((8, 16), -1)
+      ((0, 1, 2), (0,), (0,), (1,))
+    """
+    rank = len(shape)
+    if axis is None:
+        if sum(n != 1 for n in shape) <= 1:
+            return tuple(range(rank))
+        return (0,) if rank in (2, 3) else tuple(range(rank - 1))
+    axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+    for a in axes:
+        if not -rank <= a < rank:
+            raise ValueError(f"axis must be in [{-rank}, {rank}) for shape {shape}, got {a}.")
+    return tuple(sorted({a % rank for a in axes}))
+
+
+def rescaled_unit_norm(
+    x: jax.Array, axes: tuple[int, ...], *, axis_name: str | None = None
+) -> RescaledNorm:
+    """Returns the 2-norm over some axes, dimensions kept, as a norm and its rescale.
+
+    Args:
+      x: Floating array.
+      axes: What to reduce over, as `unit_axes` gives it.
+      axis_name: As in `global_norm`.
+
+    Returns:
+      A `RescaledNorm`, finite wherever the entries of a unit are.
+
+    Example:
+      >>> rescaled_unit_norm(jnp.array([[3.0, 4.0], [0.0, 2.0]]), (1,)).value()
+      Array([[5.],
+             [2.]], dtype=float32)
+    """
+    return _unit_norm(jnp.asarray(x), axes, 2.0, axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _unit_norm(
+    x: jax.Array, axes: tuple[int, ...], ord: float, axis_name: str | None
+) -> RescaledNorm:
+    """Jitted, so that leaves of one shape share one trace.
+
+    The rescale comes from the largest entry, so the array is read twice: a loop such as
+    that for the whole tree would carry two arrays for each leaf, and takes far longer to
+    compile than this takes to run.
+    """
+    one = jnp.ones((), _accumulator([x]))
+    largest = _over_devices(_total(x, one, axes, np.inf), np.inf, axis_name)
+    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))
+    rescale = _power(exponent, largest.dtype)
+    if ord == np.inf:
+        return RescaledNorm(largest, jnp.ones_like(largest))
+    total = _over_devices(_total(x, rescale, axes, ord), ord, axis_name)
+    return RescaledNorm(_root(total, ord), rescale)
+
+
+@_unit_norm.defjvp
+def _unit_norm_jvp(
+    axes: tuple, ord: float, axis_name: str | None, primals: Any, tangents: Any
+) -> tuple:
+    norm = _unit_norm(*primals, axes, ord, axis_name)
+    total = jnp.sum(_change(*primals, *tangents, norm, ord), axis=axes, keepdims=True)
+    total = total if axis_name is None else lax.psum(total, axis_name)
+    return norm, RescaledNorm(total, jnp.zeros_like(norm.rescale))
+
+
+# --- Parts ----------------------------------------------------------------------------
+
+
+def _floating_leaves(tree: Any) -> list[jax.Array]:
+    return [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_clippable(x)]
+
+
+def _accumulator(leaves: list[jax.Array]) -> Any:
+    """The dtype to add up in."""
+    is_wide = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
+    return jnp.float64 if is_wide else jnp.float32
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _total(x: jax.Array, rescale: jax.Array, axes: tuple[int, ...], ord: float) -> jax.Array:
+    """Sum of |x * rescale|**ord, or the largest, over `axes` with dimensions kept.
+
+    Jitted, so that leaves of one shape share one trace.
+    """
+    parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
+    parts = [p.astype(rescale.dtype) * rescale for p in parts]
     if ord == 2:
-        return scaled / divisor.astype(wide)
-    modulus = jnp.abs(scaled)
-    direction = scaled / jnp.where(modulus > 0, modulus, jnp.ones_like(modulus)).astype(wide)
-    return direction if ord == 1 else direction * (modulus == norm).astype(wide)
+        squares = [jnp.square(p) for p in parts]
+        each = squares[0] if len(parts) == 1 else squares[0] + squares[1]
+    else:
+        each = jnp.abs(parts[0]) if len(parts) == 1 else jnp.hypot(*parts)
+    if ord < np.inf:
+        return jnp.sum(each, axis=axes, keepdims=True)
+    return jnp.max(each, axis=axes, keepdims=True, initial=0)
 
 
-def _range_of(leaves: list[jax.Array]) -> tuple[Any, int, float]:
-    """What to accumulate in; a power of two that brings its largest and smallest magnitudes
-    to squares that neither overflow (for up to 2**50 entries) nor sink below the normal
-    range; and the sum of squares below which some of them may have sunk."""
-    if any(x.dtype in (jnp.float64, jnp.complex128) for x in leaves):
-        return jnp.float64, 540, 2.0**-800
-    return jnp.float32, 90, 2.0**-64
+def _over_devices(totals: Any, ord: float, axis_name: str | None) -> Any:
+    if axis_name is None:
+        return totals
+    return lax.psum(totals, axis_name) if ord < np.inf else lax.pmax(totals, axis_name)
 
 
-def _zero_like_total(leaves: list[jax.Array], dtype: Any, axis_name: str | None) -> jax.Array:
-    """0, which inside `shard_map` varies over the mesh axes that the total varies over."""
+def _in_two_rounds(totals_at: Any, exponent_for: Any, zeros: jax.Array) -> tuple[Any, Any]:
+    """Totals at the rescale that suits them, and the sign of its exponent.
+
+    A loop that ends after its first round for ordinary magnitudes. The program holds the
+    reductions once, where a branch for the second round would hold them twice.
+    """
+
+    def another_round(carry: tuple) -> tuple:
+        exponent, _, num_rounds = carry
+        totals = totals_at(exponent)
+        better = jnp.where(num_rounds == 0, exponent_for(totals), exponent)
+        return better, totals, num_rounds + jnp.where(better == exponent, 2, 1)
+
+    zero = jnp.zeros_like(exponent_for(zeros))  # varies as the totals do
+    start = (zero, zeros, zero)
+    exponent, totals, _ = lax.while_loop(lambda carry: carry[2] < 2, another_round, start)
+    return totals, exponent
+
+
+def _power(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """The power of two for an exponent's sign.
+
+    It brings the largest and the smallest magnitudes to squares that neither overflow (for
+    up to 2**50 entries) nor sink below the normal range.
+    """
+    power = 540 if dtype == jnp.float64 else 90
+    rescale = jnp.where(exponent < 0, 2.0**-power, jnp.ones((), dtype))
+    return jnp.where(exponent > 0, 2.0**power, rescale)
+
+
+def _better_exponent(totals: jax.Array, ord: float) -> jax.Array:
+    """-1 for each total that overflowed, 1 for each that may have sunk, else 0 (for NaN)."""
+    info = jnp.finfo(totals.dtype)
+    exponent = jnp.where(totals > info.max, jnp.int32(-1), jnp.int32(0))
+    if ord != 2:
+        return exponent
+    smallest = 2.0**-800 if info.bits == 64 else 2.0**-64
+    return jnp.where(totals < smallest, jnp.int32(1), exponent)
+
+
+def _add_up(totals: jax.Array, ord: float) -> jax.Array:
+    """The sum of a vector, in pairs, or its largest entry; 0 if it is empty."""
+    if ord == np.inf or totals.size == 0:
+        return jnp.max(totals, initial=0)
+    while totals.size > 1:
+        half = totals.size // 2
+        rest = totals[2 * half :]
+        totals = jnp.concatenate([totals[:half] + totals[half : 2 * half], rest])
+    return totals[0]
+
+
+def _root(total: jax.Array, ord: float) -> jax.Array:
+    return jnp.sqrt(total) if ord == 2 else total
+
+
+def _zero_that_varies(leaves: list[jax.Array], dtype: Any, axis_name: str | None) -> jax.Array:
+    """0, which inside `shard_map` varies over the mesh axes that the totals vary over."""
     zero = jnp.zeros((), dtype)
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return zero
@@ -203,27 +454,18 @@ def _zero_like_total(leaves: list[jax.Array], dtype: Any, axis_name: str | None)
     return zero if axis_name is None else lax.psum(zero, axis_name)
 
 
-def _accumulate(
-    leaves: list[jax.Array], rescale: jax.Array, dtype: Any, ord: float, axis_name: str | None
-) -> jax.Array:
-    """Sum of |x * rescale|**ord, or the largest |x * rescale|, over leaves and devices."""
-
-    def leaf_total(x: jax.Array) -> jax.Array:
-        parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
-        parts = [p.astype(dtype) * rescale for p in parts]
-        if ord == 2:
-            squares = [jnp.square(p) for p in parts]
-            return jnp.sum(squares[0] if len(squares) == 1 else squares[0] + squares[1])
-        modulus = jnp.abs(parts[0]) if len(parts) == 1 else jnp.hypot(*parts)
-        return jnp.sum(modulus) if ord == 1 else jnp.max(modulus, initial=0)
-
-    add, reduce_devices = (jnp.add, lax.psum) if ord < float("inf") else (jnp.maximum, lax.pmax)
-    totals = [leaf_total(x) for x in leaves] or [jnp.zeros((), dtype)]
-    while len(totals) > 1:  # in pairs, so that rounding grows with the logarithm of their number
-        pairs = zip(totals[::2], totals[1::2], strict=False)
-        totals = [add(*pair) for pair in pairs] + totals[len(totals) // 2 * 2 :]
-    total = totals[0]
-    return total if axis_name is None else reduce_devices(total, axis_name)
+def _change(x: jax.Array, dx: jax.Array, norm: RescaledNorm, ord: float) -> jax.Array:
+    """What each entry adds to the change of the rescaled norm when x changes by dx."""
+    wide = compute_dtype(x.dtype)
+    rescale = norm.rescale.astype(wide)
+    scaled = jnp.conj(x.astype(wide)) * rescale
+    if ord == 2:
+        slope = scaled / jnp.where(norm.norm > 0, norm.norm, 1).astype(wide)
+    else:
+        modulus = jnp.abs(scaled)
+        slope = scaled / jnp.where(modulus > 0, modulus, 1).astype(wide)
+        slope = slope if ord == 1 else slope * (modulus == norm.norm).astype(wide)
+    return jnp.real(slope * (dx.astype(wide) * rescale)).astype(norm.norm.dtype)
 
 
 def unit_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:

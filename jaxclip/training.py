@@ -20,7 +20,7 @@ import optax
 
 from jaxclip import _checks
 from jaxclip._checks import keep_weak_type
-from jaxclip.norms import MeasuredNorm, rescaled_global_norm
+from jaxclip.norms import measure_norm
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.telemetry import clip_stats
 from jaxclip.thresholds import check_threshold_tree
@@ -230,9 +230,8 @@ def make_train_step(
         value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(*arguments, **keywords)
         loss, aux = value if has_aux else (value, None)
 
-        norm = rescaled_global_norm(grads)
         # A clip that sees these very gradients takes the norm from here.
-        measured = MeasuredNorm(grads, norm)
+        measured = measure_norm(grads)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, value=loss, pre_norm=measured
         )
@@ -247,7 +246,7 @@ def make_train_step(
         if weight_threshold is not None:
             params = clip_weights(params, weight_threshold, mask, step=state.step)
 
-        is_good = jnp.isfinite(loss) & jnp.isfinite(norm.norm)
+        is_good = jnp.isfinite(loss) & jnp.isfinite(measured.norm.norm)
         stats = clip_stats(opt_state)
         params, opt_state = jax.tree.map(
             lambda new, old: keep_weak_type(jnp.where(is_good, new, old), jnp.asarray(old)),

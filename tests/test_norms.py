@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip.norms import MeasuredNorm, global_norm, rescaled_global_norm, unit_and_modulus
+from jaxclip.norms import global_norm, measure_norm, rescaled_global_norm, unit_and_modulus
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
@@ -283,7 +283,7 @@ def test_each_device_has_its_own_norm_inside_shard_map_without_an_axis_name():
 
 def test_a_measured_norm_is_used_only_for_the_same_arrays_order_and_axis():
     tree = {"a": jnp.ones(2), "b": jnp.ones(3)}
-    measured = MeasuredNorm(tree, rescaled_global_norm(tree))
+    measured = measure_norm(tree)
     assert measured.is_of(dict(tree), 2, None)
     assert not measured.is_of(tree, 1, None)
     assert not measured.is_of(tree, 2, "x")
