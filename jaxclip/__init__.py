@@ -5,7 +5,7 @@ from jaxclip.adaptive import adagc, autoclip, clip_leaf_spikes, clip_spikes, zcl
 from jaxclip.compression import compress, decompress, size_report
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.guards import error_feedback, skip_nonfinite, skip_or_clip
-from jaxclip.norms import global_norm
+from jaxclip.norms import global_norm, leaf_norms, unit_norms
 from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
@@ -14,6 +14,12 @@ from jaxclip.sign_optimizers import cautious, lion, sign_sgd, signum
 from jaxclip.telemetry import clip_stats
 from jaxclip.thresholds import fan_in, max_abs, mse_optimal, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
+from jaxclip.units import (
+    adaptive_grad_clip,
+    clip_by_block_rms,
+    clip_by_leaf_norm,
+    clip_update_relative,
+)
 from jaxclip.voting import majority_vote
 from jaxclip.weights import clip_weights, keep_weights_within, kernels_only
 
@@ -22,15 +28,19 @@ __all__ = [
     "StepInfo",
     "TrainState",
     "adagc",
+    "adaptive_grad_clip",
     "apply_updates_stochastically",
     "autoclip",
     "cautious",
     "checkpoints",
+    "clip_by_block_rms",
     "clip_by_global_norm",
+    "clip_by_leaf_norm",
     "clip_by_value",
     "clip_leaf_spikes",
     "clip_spikes",
     "clip_stats",
+    "clip_update_relative",
     "clip_weights",
     "compress",
     "decompress",
@@ -40,6 +50,7 @@ __all__ = [
     "global_norm",
     "keep_weights_within",
     "kernels_only",
+    "leaf_norms",
     "lion",
     "majority_vote",
     "make_train_step",
@@ -60,6 +71,7 @@ __all__ = [
     "skip_or_clip",
     "soft_sign",
     "stochastic_sign",
+    "unit_norms",
     "unpack_codes",
     "zclip",
 ]

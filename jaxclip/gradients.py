@@ -10,7 +10,6 @@ infinities, zeroes the NaNs, and counts it too. To leave the optimizer's state u
 as well, use `make_train_step`, which skips the whole step.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -278,9 +277,7 @@ class Scaling(NamedTuple):
     second: jax.Array
 
 
-def scaling_to(
-    norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0
-) -> tuple[Scaling, NormClip]:
+def scaling_to(norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0) -> tuple[Scaling, NormClip]:
     """Returns what brings a norm down to a bound: `min(1, bound / (norm + eps))`.
 
     Args:

@@ -232,6 +232,7 @@ def leaf_norms(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> An
     """
     check_choice("ord", ord, _ORDERS)
     leaves, treedef = jax.tree.flatten(tree)
+
     def norm_of(x: Any) -> jax.Array:
         if not is_clippable(x):
             return jnp.zeros((), jnp.float32)
@@ -333,7 +334,10 @@ def _unit_norm(
     """
     one = jnp.ones((), _accumulator([x]))
     largest = _over_devices(_total(x, one, axes, np.inf), np.inf, axis_name)
-    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))
+    # Not for zeros: of a leaf that it knows to be constant, as the gradient of an unused
+    # parameter is, XLA squares the rescale by itself, and 0 * inf is NaN.
+    is_small = (largest > 0) & (largest < 2.0**-50)
+    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(is_small, 1, 0))
     rescale = _power(exponent, largest.dtype)
     if ord == np.inf:
         return RescaledNorm(largest, jnp.ones_like(largest))

@@ -23,6 +23,7 @@ ROOMS = [
     "voting",
     "rounding",
     "gradients",
+    "units",
     "adaptive",
     "guards",
     "weights",

@@ -1,5 +1,7 @@
 """Norms against long-double NumPy, from subnormals to the largest numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,7 +13,14 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip.norms import global_norm, measure_norm, rescaled_global_norm, unit_and_modulus
+from jaxclip.norms import (
+    global_norm,
+    leaf_norms,
+    measure_norm,
+    rescaled_global_norm,
+    unit_and_modulus,
+    unit_norms,
+)
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
@@ -289,3 +298,43 @@ def test_a_measured_norm_is_used_only_for_the_same_arrays_order_and_axis():
     assert not measured.is_of(tree, 2, "x")
     assert not measured.is_of(tree | {"b": tree["b"] * 2}, 2, None)
     assert not measured.is_of({"a": tree["a"]}, 2, None)
+
+
+def test_a_leaf_that_the_compiler_knows_to_be_zero_has_norm_zero():
+    for norm in (lambda x: unit_norms(x)[0, 0], leaf_norms):
+        assert jax.jit(lambda n=norm: n(jnp.zeros((1, 1))))() == 0
+
+
+@every_ord
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_leaf_norms_are_the_global_norms_of_the_leaves(ord, scale):
+    leaves = {"w": scale * jax.random.normal(jax.random.key(0), (5, 3)), "b": jnp.full(3, 2.0)}
+    norms = jax.jit(functools.partial(leaf_norms, ord=ord))(leaves | {"step": jnp.arange(3)})
+    assert norms["step"] == 0
+    for name, x in leaves.items():
+        assert_norm(norms[name], oracle([x], ord), x.size)
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 1), (0, 2)])
+@pytest.mark.parametrize("shape", [(4, 3, 2), (2, 3, 4, 5)])
+def test_unit_norms_are_numpys_at_mixed_magnitudes(axis, shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    x *= np.float32([1e-30, 1e30])[np.arange(shape[-1]) % 2]
+    axes = {None: (0,) if len(shape) == 3 else (0, 1, 2)}.get(axis, axis)
+    expected = np.sqrt(np.sum(np.square(x.astype(np.float64)), axis=axes, keepdims=True))
+    np.testing.assert_allclose(unit_norms(jnp.asarray(x), axis), expected, rtol=1e-6)
+
+
+def test_a_measured_norm_knows_the_norm_of_each_leaf_and_which_is_not_finite():
+    norms = measure_norm([jnp.array([3.0, 4.0]), jnp.array(0.0)]).leaf_norms
+    np.testing.assert_allclose(norms, [5, 0])
+    norms = measure_norm([jnp.array([jnp.inf]), jnp.full(9, 3e38)]).leaf_norms
+    assert not np.isfinite(norms[0])
+    assert norms[1] == jnp.finfo(jnp.float32).max
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_the_derivative_of_a_unit_norm_is_the_unit_vector(scale):
+    x = jnp.array([[3.0, 0.0], [4.0, 0.0]]) * scale
+    slope = jax.grad(lambda x: jnp.sum(unit_norms(x)))(x)
+    np.testing.assert_allclose(slope, [[0.6, 0], [0.8, 0]], rtol=1e-6)

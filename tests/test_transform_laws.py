@@ -62,6 +62,10 @@ WRAPPERS = {cautious, skip_nonfinite, skip_or_clip, error_feedback}
 TRANSFORMS = [
     Row(jaxclip.clip_by_value, "max_abs"),
     Row(jaxclip.clip_by_global_norm, "max_norm"),
+    Row(jaxclip.clip_by_leaf_norm, "max_norm"),
+    Row(jaxclip.clip_by_block_rms, "threshold"),
+    Row(jaxclip.adaptive_grad_clip, "clipping"),
+    Row(jaxclip.clip_update_relative, "relative", takes_schedule=False),
     Row(jaxclip.scale_by_sign),
     Row(jaxclip.scale_by_signum, "beta", 0.9, takes_schedule=False),
     Row(jaxclip.scale_by_lion, "b1", 0.9, takes_schedule=False),

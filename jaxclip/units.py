@@ -1,0 +1,410 @@
+"""Clipping leaf by leaf, or unit by unit: each part by its own norm.
+
+A unit is what has a norm of its own: a leaf, one layer of a stacked leaf, or the weights
+into one output. A step with a NaN or an infinity anywhere gives zeros for all leaves and is
+counted in `num_nonfinite`, as by `clip_by_global_norm`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxclip import _checks
+from jaxclip._checks import increment
+from jaxclip.gradients import LeafReport, scale_leaf, scaling_to
+from jaxclip.norms import rescaled_unit_norm, unit_axes
+from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
+
+__all__ = [
+    "AdaptiveGradClipState",
+    "ClipByBlockRmsState",
+    "ClipByLeafNormState",
+    "ClipUpdateRelativeState",
+    "adaptive_grad_clip",
+    "clip_by_block_rms",
+    "clip_by_leaf_norm",
+    "clip_update_relative",
+]
+
+
+class _State(NamedTuple):
+    """What the clips of this room keep.
+
+    Attributes:
+      step: Scalar int32, steps so far.
+      pre_norm: Scalar float32, global norm of the last finite updates before the clip.
+      post_norm: Scalar float32, the same after the clip; 0 after a bad step.
+      clip_coef: Scalar float32 in [0, 1], `post_norm / pre_norm`; 0 after a bad step.
+      clip_rate: Scalar float32, share of the units that the last step clipped.
+      num_nonfinite: Scalar int32, steps so far with a NaN or infinity.
+      leaves: A `LeafReport`.
+    """
+
+    step: jax.Array
+    pre_norm: jax.Array
+    post_norm: jax.Array
+    clip_coef: jax.Array
+    clip_rate: jax.Array
+    num_nonfinite: jax.Array
+    leaves: LeafReport
+
+
+class ClipByLeafNormState(_State):
+    """State of `clip_by_leaf_norm`; a unit is a leaf, or one layer of it."""
+
+
+class ClipByBlockRmsState(_State):
+    """State of `clip_by_block_rms`; a unit is a leaf."""
+
+
+class AdaptiveGradClipState(_State):
+    """State of `adaptive_grad_clip`; a unit is what `axis` says."""
+
+
+class ClipUpdateRelativeState(_State):
+    """State of `clip_update_relative`; a unit is a leaf."""
+
+
+def clip_by_leaf_norm(
+    max_norm: Any, *, stacked_axes: int | None = None, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each leaf by a coefficient of its own so that its norm is at most `max_norm`.
+
+    `g <- g * min(1, max_norm / norm(g))`, leaf by leaf.
+
+    Args:
+      max_norm: A threshold (number in [0, inf], traced scalar, schedule, or prefix tree of
+        these), in the units of the gradient.
+      stacked_axes: How many leading axes stack layers (scan over layers): each layer is
+        then clipped by itself. None is 0 (a number by default would be traced under
+        `optax.inject_hyperparams`).
+      axis_name: Mapped axis to take the norms over inside `shard_map` or `pmap`. Under
+        `jit` on sharded arrays leave it None.
+
+    Returns:
+      A transform; shapes, dtypes and weak types of the updates are kept. The norm of each
+      unit is at most `max_norm` in exact arithmetic; units at or below it come back
+      bit-identical; a bad step gives zeros.
+
+    Raises:
+      TypeError: If a threshold is of a wrong type.
+      ValueError: If a concrete threshold is negative or NaN, or `stacked_axes` not a count.
+
+    Example:
+      >>> tx = clip_by_leaf_norm(1.0)
+      >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+      >>> clipped, state = tx.update(grads, tx.init(grads))
+      >>> print(clipped["w"].round(3), clipped["b"], state.clip_rate)
+      [0.6 0.8] [0.5] 0.5
+
+    References:
+      Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, 2013,
+      https://arxiv.org/abs/1211.5063
+    """
+    check_threshold_tree("max_norm", max_norm)
+    num_stacked = 0 if stacked_axes is None else stacked_axes
+    if num_stacked != 0:
+        _checks.check_count("stacked_axes", num_stacked)
+
+    def bounds_for(updates, params, step):
+        del params
+        return _scalar_bounds("max_norm", resolve_threshold(max_norm, updates, step), updates)
+
+    def axes_of(shape):
+        return tuple(range(min(num_stacked, len(shape)), len(shape)))
+
+    return _unit_clip(ClipByLeafNormState, axes_of, bounds_for, axis_name)
+
+
+def clip_by_block_rms(
+    threshold: Any, *, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each leaf so that the root mean square of its entries is at most `threshold`.
+
+    `g <- g * min(1, threshold / rms(g))`, leaf by leaf. As `optax.clip_by_block_rms`, and right
+    where that is not: a threshold of 0, half precision, very large or small entries.
+
+    Args:
+      threshold: As `max_norm` of `clip_by_leaf_norm`.
+      axis_name: As in `clip_by_leaf_norm`; leaves are then parts of equal size.
+
+    Returns:
+      A transform, as `clip_by_leaf_norm`.
+
+    Raises:
+      TypeError: If a threshold is of a wrong type.
+      ValueError: If a concrete threshold is negative or NaN.
+
+    Example:
+      >>> tx = clip_by_block_rms(1.0)
+      >>> grads = jnp.array([3.0, 3.0, 3.0, 3.0])
+      >>> print(tx.update(grads, tx.init(grads))[0].round(3))
+      [1. 1. 1. 1.]
+
+    References:
+      Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost,
+      2018, https://arxiv.org/abs/1804.04235
+    """
+    check_threshold_tree("threshold", threshold)
+
+    def bounds_for(updates, params, step):
+        del params
+        given = resolve_threshold(threshold, updates, step)
+        bounds = _scalar_bounds("threshold", given, updates)
+        num_devices = 1 if axis_name is None else lax.psum(1, axis_name)
+        # Rounded down, so that the root of the size takes nothing over the bound.
+        sizes = [np.size(g) * num_devices for g in _floating(updates)]
+        return [
+            bound * float(np.nextafter(np.float32(size**0.5), np.float32(0)))
+            for bound, size in zip(bounds, sizes, strict=True)
+        ]
+
+    def axes_of(shape):
+        return tuple(range(len(shape)))
+
+    return _unit_clip(ClipByBlockRmsState, axes_of, bounds_for, axis_name)
+
+
+def adaptive_grad_clip(
+    clipping: Any,
+    eps: ArrayLike = 1e-3,
+    axis: int | Sequence[int] | None = None,
+    *,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the gradient of each unit relative to the norm of its weights (AGC).
+
+    `g <- g * min(1, clipping * max(norm(w), eps) / norm(g))`, unit by unit: the weights into
+    one output. Needs the parameters.
+
+    Args:
+      clipping: Number in [0, inf], traced scalar, or schedule: the largest ratio of the
+        norms.
+      eps: The least norm that weights count with, not negative, so that weights that start
+        at 0 can move. May be traced.
+      axis: The axes over which a unit's norm is taken, as in `norms.unit_norms`: for a
+        kernel all but its output axis. None goes by the leaf's dimensions: the first axis
+        of two or three, the first three of four (HWIO), all entries of a vector.
+      axis_name: As in `clip_by_leaf_norm`.
+
+    Returns:
+      A transform, as `clip_by_leaf_norm`.
+
+    Raises:
+      TypeError: If `clipping` or `eps` is of a wrong type.
+      ValueError: If one is negative or NaN, `axis` out of range, or `update` gets no params.
+
+    Example:
+      >>> tx = adaptive_grad_clip(0.1)
+      >>> w = jnp.array([[3.0, 0.0], [4.0, 1.0]])  # units of norm 5 and 1
+      >>> g = jnp.array([[3.0, 0.05], [4.0, 0.0]])
+      >>> print(tx.update(g, tx.init(w), w)[0].round(3))
+      [[0.3  0.05]
+       [0.4  0.  ]]
+
+    References:
+      Brock et al., High-Performance Large-Scale Image Recognition Without Normalization,
+      2021, https://arxiv.org/abs/2102.06171
+    """
+    schedule: Any = clipping if callable(clipping) else lambda step: clipping
+    if not callable(clipping):
+        _checks.check_threshold("clipping", clipping)
+    _checks.check_nonnegative("eps", eps)
+    axes_of = functools.partial(unit_axes, axis=axis)
+
+    def bounds_for(updates, params, step):
+        _checks.check_params_given("adaptive_grad_clip", params)
+        _checks.check_same_structure("updates", updates, "params", params)
+        ratio = jnp.maximum(jnp.asarray(round_toward_zero(schedule(step), jnp.float32)), 0)
+        pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
+        weights = [jnp.asarray(w) for g, w in pairs if _checks.is_clippable(g)]
+        return [_relative_bound(w, ratio, eps, axes_of(w.shape), axis_name) for w in weights]
+
+    return _unit_clip(AdaptiveGradClipState, axes_of, bounds_for, axis_name)
+
+
+def clip_update_relative(
+    relative: ArrayLike = 0.5, absolute: ArrayLike = 1e-2, *, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Bounds every update relative to its weight, by one coefficient a leaf (Clippy).
+
+    `u <- u * min(1, min over entries of (relative * |w| + absolute) / |u|)`. For updates that
+    the learning rate has scaled already: put it last in the chain, in front of a weight box.
+    A leaf keeps its direction; one entry above its bound shrinks all of it.
+
+    Args:
+      relative: Share of a weight that a step may change, in [0, inf]. May be traced.
+      absolute: What a step may always change, in [0, inf], in the units of the weights. With
+        0, a leaf that has a weight of 0 does not move. May be traced.
+      axis_name: Mapped axis over which leaves are split, inside `shard_map` or `pmap`.
+
+    Returns:
+      A transform that needs `params`; shapes, dtypes and weak types of the updates are
+      kept. Updates within their bounds come back bit-identical; a bad step gives zeros.
+
+    Raises:
+      TypeError: If an argument is not a number.
+      ValueError: If one is negative or NaN, or `update` gets no params.
+
+    Example:
+      >>> tx = clip_update_relative(0.5, 0.1)
+      >>> w, u = jnp.array([1.0, 0.0]), jnp.array([-1.2, 0.1])
+      >>> print(tx.update(u, tx.init(w), w)[0].round(3))
+      [-0.6   0.05]
+
+    References:
+      Tang et al., Improving Training Stability for Multitask Ranking Models in Recommender
+      Systems, 2023, https://arxiv.org/abs/2302.09178
+    """
+    _checks.check_threshold("relative", relative)
+    _checks.check_threshold("absolute", absolute)
+
+    def coefficient(u: jax.Array, w: jax.Array) -> jax.Array:
+        dtype = jnp.finfo(_checks.compute_dtype(u.dtype, w.dtype)).dtype
+        settings = [jnp.asarray(x).astype(dtype) for x in (relative, absolute)]
+        share, least = (jnp.maximum(x, 0) for x in settings)
+        # An infinite share of a weight of 0 is no bound either, not NaN.
+        size, step = jnp.abs(w).astype(dtype), jnp.abs(u).astype(dtype)
+        allowed = jnp.where(jnp.isinf(share), share, share * size) + least
+        ratio = jnp.where(step > allowed, allowed / step, jnp.ones_like(step))
+        is_bad = ~jnp.isfinite(step) | ~jnp.isfinite(size) | jnp.isnan(allowed)
+        smallest = jnp.min(jnp.where(is_bad, jnp.nan, ratio), initial=1)
+        return smallest if axis_name is None else lax.pmin(smallest, axis_name)
+
+    def bounds_for(updates, params, step):
+        del step
+        _checks.check_params_given("clip_update_relative", params)
+        _checks.check_same_structure("updates", updates, "params", params)
+        pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
+        pairs = [(jnp.asarray(u), jnp.asarray(w)) for u, w in pairs if _checks.is_clippable(u)]
+        bounds = []
+        for u, w in pairs:
+            coef = jax.jit(coefficient)(u, w)
+            norm = rescaled_unit_norm(u, tuple(range(u.ndim)), axis_name=axis_name)
+            bound = norm.norm * coef.astype(norm.norm.dtype) / norm.rescale
+            bounds.append(jnp.where(coef == 1, jnp.inf, bound))
+        return bounds
+
+    def axes_of(shape):
+        return tuple(range(len(shape)))
+
+    return _unit_clip(ClipUpdateRelativeState, axes_of, bounds_for, axis_name)
+
+
+# --- Parts ----------------------------------------------------------------------------
+
+
+def _unit_clip(
+    state_type: Any,
+    axes_of: Callable[[tuple[int, ...]], tuple[int, ...]],
+    bounds_for: Callable[[Any, Any, jax.Array], list[Any]],
+    axis_name: str | None,
+) -> optax.GradientTransformationExtraArgs:
+    """A transform that clips each unit to a bound; `bounds_for` gives one for each leaf."""
+
+    def init_fn(params):
+        floats = {n: jnp.zeros((), jnp.float32) for n in ("pre_norm", "post_norm", "clip_rate")}
+        counts = {n: jnp.zeros((), jnp.int32) for n in ("step", "num_nonfinite")}
+        coef, leaves = jnp.ones((), jnp.float32), LeafReport.create(params)
+        return state_type(**floats, **counts, clip_coef=coef, leaves=leaves)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        leaves = [jnp.asarray(g) for g in _floating(updates)]
+        bounds = bounds_for(updates, params, state.step)
+        pairs = list(zip(leaves, bounds, strict=True))
+        clipped = [_clip_units(g, b, axes_of(g.shape), axis_name) for g, b in pairs]
+        seen = _stacked([summary for _, summary in clipped])
+        is_bad = jnp.any(seen[:, 3] > 0)
+        zero = functools.partial(_zero_if, is_bad)
+        new = iter([zero(g) for g, _ in clipped])
+        updates = jax.tree.map(lambda g: next(new) if _checks.is_clippable(g) else g, updates)
+        pre, post = (_capped_norm(seen[:, i]) for i in (0, 1))
+        num_units = max(sum(_num_units(g.shape, axes_of(g.shape)) for g in leaves), 1)
+        coef = jnp.where(pre > 0, jnp.minimum(post / pre, 1), 1)
+        return updates, state_type(
+            step=increment(state.step),
+            pre_norm=jnp.where(is_bad, state.pre_norm, pre),
+            post_norm=jnp.where(is_bad, 0, post),
+            clip_coef=jnp.where(is_bad, 0, coef),
+            clip_rate=jnp.where(is_bad, 0, jnp.sum(seen[:, 2]) / num_units),
+            num_nonfinite=increment(state.num_nonfinite, is_bad),
+            leaves=state.leaves.update(seen[:, 4], is_bad),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _clip_units(
+    g: jax.Array, bound: Any, axes: tuple[int, ...], axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """The leaf with its units clipped; and norm before, norm after, number of units clipped,
+    whether it is bad, and the norm before or NaN, as a row."""
+    norm = rescaled_unit_norm(g, axes, axis_name=axis_name)
+    scaling, clip = scaling_to(norm, bound)
+    is_bad = jnp.any(clip.is_bad)
+    largest = jnp.finfo(jnp.float32).max
+    pre = _capped_norm(jnp.minimum(clip.pre_norm, largest))
+    post = jnp.where(jnp.any(clip.is_clipped > 0), _capped_norm(clip.post_norm), pre)
+    report = jnp.where(jnp.all(jnp.isfinite(norm.norm)), pre, jnp.nan)
+    numbers = [pre, post, jnp.sum(clip.is_clipped), is_bad.astype(jnp.float32), report]
+    return scale_leaf(g, scaling), jnp.stack(numbers).reshape(1, -1)
+
+
+def _zero_if(is_bad: jax.Array, g: jax.Array) -> jax.Array:
+    return _checks.keep_weak_type(jnp.where(is_bad, jnp.zeros_like(g), g), g)
+
+
+def _capped_norm(norms: jax.Array) -> jax.Array:
+    """Norm of a few norms, at most the largest float32."""
+    norm = rescaled_unit_norm(norms, tuple(range(norms.ndim))).value().reshape(())
+    return jnp.minimum(norm, jnp.finfo(jnp.float32).max).astype(jnp.float32)
+
+
+def _stacked(rows: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate(rows) if rows else jnp.zeros((0, 5), jnp.float32)
+
+
+def _num_units(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    return int(np.prod([n for a, n in enumerate(shape) if a not in axes]))
+
+
+def _floating(tree: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree) if _checks.is_clippable(x)]
+
+
+def _scalar_bounds(name: str, bounds: Any, updates: Any) -> list[Any]:
+    """The thresholds of the floating leaves; raises unless each is one number."""
+    found = []
+    pairs = zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(bounds), strict=True)
+    for (path, leaf), bound in pairs:
+        if not _checks.is_clippable(leaf):
+            continue
+        if np.size(bound) != 1:
+            where = _checks.path_name(path)
+            raise ValueError(
+                f"{name} must be one number for a leaf; at '{where}' it has {np.shape(bound)}."
+            )
+        found.append(bound if np.ndim(bound) == 0 else jnp.reshape(bound, ()))
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _relative_bound(
+    w: jax.Array, ratio: jax.Array, eps: Any, axes: tuple[int, ...], axis_name: str | None
+) -> jax.Array:
+    """`ratio * max(norm, eps)` for each unit of the weights; NaN where they are not finite."""
+    norm = rescaled_unit_norm(w, axes, axis_name=axis_name)
+    ratio = ratio.astype(norm.norm.dtype)
+    own = ratio * norm.norm / norm.rescale
+    least = ratio * jnp.asarray(eps).astype(norm.norm.dtype)
+    bound = jnp.where(jnp.isinf(ratio), jnp.inf, jnp.maximum(own, least))
+    return jnp.where(jnp.isfinite(norm.norm), bound, jnp.nan)
