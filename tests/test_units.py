@@ -75,7 +75,8 @@ def test_the_root_mean_square_of_a_leaf_is_at_most_the_threshold(dtype):
         rms = norm(clipped[name]) / np.sqrt(g.size)
         before = norm(g) / np.sqrt(g.size)
         assert rms <= 0.25
-        np.testing.assert_allclose(rms, min(before, 0.25), rtol=4 * float(jnp.finfo(dtype).eps))
+        tolerance = max(2e-6, 4 * float(jnp.finfo(dtype).eps))  # the margin of the clip
+        np.testing.assert_allclose(rms, min(before, 0.25), rtol=tolerance)
 
 
 @pytest.mark.parametrize("axis", [None, 0, (0, 1)])
