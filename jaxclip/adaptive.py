@@ -3,6 +3,8 @@
 What they keep, and what a bad step does to it, is told in `history`.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,9 +34,9 @@ __all__ = [
     "zclip",
 ]
 
-_MAX, _TINY = np.finfo(np.float32).max, np.finfo(np.float32).tiny
+_MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 # Covers the rounding of a coefficient and of the products with it.
-_MARGIN = 1 - 4 * np.finfo(np.float32).eps
+_MARGIN = 1 - 4 * float(np.finfo(np.float32).eps)
 
 
 class AutoclipState(LearningState):
@@ -126,27 +128,37 @@ def autoclip(
 
 
 def zclip(
-    z: ArrayLike = 2.5, alpha: ArrayLike = 0.97, warmup: int = 25, *, axis_name: str | None = None
+    z: ArrayLike = 2.5,
+    alpha: ArrayLike = 0.97,
+    warmup: int = 25,
+    *,
+    max_norm: Any = math.inf,
+    axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the global norm where it is a spike: more than `z` deviations above its mean.
 
     For `s = (norm - mean) / std > z` the norm becomes `mean + z**2 / s * std`, the lower the
     larger the spike. Then `mean <- alpha * mean + (1 - alpha) * norm` and
     `var <- alpha * var + (1 - alpha) * (norm - mean)**2`, of the clipped norm and the new
-    mean. The first `warmup` norms are not clipped: their mean and variance are the start.
+    mean. The mean and variance of the first `warmup` norms are the start; as published,
+    these are not clipped, and a spike among them both passes and hides later ones. A
+    `max_norm` clips them first.
 
     Args:
       z: Deviations above the mean that make a spike, in [0, inf]. May be traced.
       alpha: Decay rate of the mean and variance, in [0, 1]. May be traced.
       warmup: How many norms make the start; 0 is as 1.
+      max_norm: Bound while there is no statistic to clip by, in warm-up and until the
+        variance is not 0: number in [0, inf], traced scalar, or schedule. Best a few times
+        the usual norm: if every norm of the warm-up is above it, it stays the bound.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transform; shapes, dtypes and weak types of the updates are kept. Nothing is
-      clipped while the variance is 0; a lasting rise of the norm is followed slowly.
+      A transform; shapes, dtypes and weak types of the updates are kept. A lasting rise
+      of the norm is followed slowly.
 
     Raises:
-      TypeError: If `z` or `alpha` is not a number.
+      TypeError: If `z`, `alpha` or `max_norm` is of a wrong type.
       ValueError: If an argument is out of its range.
 
     Example:
@@ -164,6 +176,7 @@ def zclip(
     _checks.check_threshold("z", z)
     _checks.check_decay_rate("alpha", alpha)
     _check_warmup(warmup)
+    cap_at = _as_schedule("max_norm", max_norm)
 
     def start(params):
         del params
@@ -177,13 +190,15 @@ def zclip(
         spread, above = limit * std, size - mean
         count = increment(state.num_learned)
         is_warm = count <= jnp.maximum(warmup, 1)
-        is_spike = ~is_warm & (std > 0) & (above > spread)
+        has_spread = ~is_warm & (std > 0)
+        is_spike = has_spread & (above > spread)
         bound = mean + spread * (spread / jnp.where(is_spike, above, 1))
-        clipped, clip = clip_to_norm(updates, norm, jnp.where(is_spike, bound, jnp.inf))
+        bound = jnp.where(is_spike, bound, jnp.where(has_spread, jnp.inf, cap_at(state.step)))
+        clipped, clip = clip_to_norm(updates, norm, bound)
 
         # In warm-up the plain mean and variance (Welford), then moving averages.
         keep = jnp.where(is_warm, 1 - 1 / count.astype(jnp.float32), clamp(alpha, 0, 1))
-        change = jnp.where(is_spike, bound, size) - mean
+        change = jnp.minimum(bound, size) - mean
         off_mean = change * jnp.where(is_warm, jnp.sqrt(keep), keep)
         new_std = jnp.hypot(jnp.sqrt(keep) * std, jnp.sqrt(1 - keep) * off_mean)
         mean, std = mean + (1 - keep) * change, clamp(new_std, 0, _MAX)
@@ -235,19 +250,17 @@ def adagc(
       Wang et al., AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
       Clipping, 2025, https://arxiv.org/abs/2502.11034
     """
-    schedule: Any = max_norm if callable(max_norm) else lambda step: max_norm
-    if not callable(max_norm):
-        _checks.check_threshold("max_norm", max_norm)
     _checks.check_threshold("relative", relative)
     _checks.check_decay_rate("beta", beta)
     _check_warmup(warmup)
+    cap_at = _as_schedule("max_norm", max_norm)
 
     def rule(updates, state):
         leaves, reference = [jnp.asarray(x) for x in floating_leaves(updates)], state.learned
         _checks.check_num_leaves(leaves, reference.size)
         norms = [rescaled_global_norm(x, axis_name=axis_name) for x in leaves]
         norm, shares = _norm_of_parts(norms)
-        sizes, cap = _stack(map(norm_in_float32, norms)), clamp(schedule(state.step), 0, jnp.inf)
+        sizes, cap = _stack(map(norm_in_float32, norms)), cap_at(state.step)
         is_warm = state.num_learned < warmup
         is_above = norm.norm > cap.astype(norm.norm.dtype) * norm.rescale
         early = jnp.where(is_above, cap * _MARGIN * shares, jnp.inf)
@@ -276,6 +289,14 @@ def _check_warmup(warmup: Any) -> None:
     is_integer = isinstance(warmup, (int, np.integer)) and not isinstance(warmup, bool)
     if not isinstance(warmup, jax.Array) and not (is_integer and warmup >= 0):
         raise ValueError(f"warmup must be an integer of at least 0, got {warmup!r}.")
+
+
+def _as_schedule(name: str, given: Any) -> Callable[[jax.Array], jax.Array]:
+    """A bound as a function of the step, in float32; below 0 counts as 0."""
+    if callable(given):
+        return lambda step: clamp(given(step), 0, jnp.inf)
+    _checks.check_threshold(name, given)
+    return lambda step: clamp(given, 0, jnp.inf)
 
 
 def _stack(scalars: Any) -> jax.Array:

@@ -30,7 +30,7 @@ __all__ = [
     "zero_per_leaf",
 ]
 
-_MAX = np.finfo(np.float32).max
+_MAX = float(np.finfo(np.float32).max)
 
 
 class LearningState(NamedTuple):

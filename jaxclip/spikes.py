@@ -38,9 +38,9 @@ __all__ = [
     "clip_spikes",
 ]
 
-_MAX = np.finfo(np.float32).max
+_MAX = float(np.finfo(np.float32).max)
 # Covers the rounding of a coefficient and of the products with it.
-_MARGIN = 1 - 4 * np.finfo(np.float32).eps
+_MARGIN = 1 - 4 * float(np.finfo(np.float32).eps)
 
 
 class ClipSpikesState(LearningState):

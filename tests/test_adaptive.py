@@ -43,19 +43,21 @@ def oracle_window(quantile: float, window: int):
         out = scale(g, min(1.0, t / n)), {"threshold": t}
 
 
-def oracle_zclip(z: float, alpha: float, warmup: int):
+def oracle_zclip(z: float, alpha: float, warmup: int, max_norm: float = np.inf):
     early, mean, var, a, out = [], 0.0, 0.0, f32(alpha), None
     while True:
         g = yield out
         n = passed = global_norm(g)
-        if len(early) < max(warmup, 1):
-            early.append(n)
+        is_warm = len(early) < max(warmup, 1)
+        if is_warm or var == 0:
+            passed = min(n, max_norm)
+        elif (score := (n - mean) / np.sqrt(var)) > z:
+            passed = mean + z * np.sqrt(var) * (z / score)
+        if is_warm:
+            early.append(passed)
             mean, var = np.mean(early), np.var(early)
         else:
-            score = (n - mean) / np.sqrt(var) if var > 0 else 0.0
-            if score > z:
-                passed = mean + z * np.sqrt(var) * (z / score)
-            mean = a * mean + (1 - a) * passed
+            mean += (1 - a) * (passed - mean)
             var = a * var + (1 - a) * (passed - mean) ** 2
         std = np.sqrt(var)
         out = scale(g, passed / n), {"mean": mean, "std": std, "threshold": mean + z * std}
@@ -92,6 +94,16 @@ CASES = {
     "zclip": (zclip, {"z": 2.5, "alpha": 0.97, "warmup": 25}, oracle_zclip),
     "zclip, warmup 1": (zclip, {"z": 2.0, "alpha": 0.9, "warmup": 1}, oracle_zclip),
     "zclip, warmup 0": (zclip, {"z": 2.0, "alpha": 0.9, "warmup": 0}, oracle_zclip),
+    "zclip, max_norm": (
+        zclip,
+        {"z": 2.5, "alpha": 0.97, "warmup": 25, "max_norm": 8.0},
+        oracle_zclip,
+    ),
+    "zclip, low max_norm": (
+        zclip,
+        {"z": 2.5, "alpha": 0.97, "warmup": 10, "max_norm": 2.0},
+        oracle_zclip,
+    ),
     "adagc": (adagc, {"relative": 1.05, "beta": 0.98, "warmup": 50, "max_norm": 1.0}, oracle_adagc),
     "adagc, warmup 1": (
         adagc,
@@ -151,6 +163,8 @@ def test_adagc_first_steps_are_a_global_clip():
         (zclip, {"warmup": -1}),
         (zclip, {"warmup": 2.0}),
         (zclip, {"warmup": True}),
+        (zclip, {"max_norm": -1.0}),
+        (zclip, {"max_norm": "1"}),
         (adagc, {"relative": None}),
         (adagc, {"relative": -2}),
         (adagc, {"beta": -0.1}),
@@ -170,6 +184,7 @@ def test_bad_arguments_raise_naming_them(factory: Any, arguments: dict):
         (autoclip, "learning_rate"),
         (zclip, "z"),
         (zclip, "alpha"),
+        (zclip, "max_norm"),
         (adagc, "relative"),
         (adagc, "beta"),
         (adagc, "max_norm"),
@@ -186,9 +201,10 @@ def test_a_traced_nan_is_a_bad_step(factory: Any, name: str):
     assert after.threshold == state.threshold
 
 
-def test_a_schedule_for_max_norm_is_read_at_each_step():
+@pytest.mark.parametrize("factory", [adagc, zclip])
+def test_a_schedule_for_max_norm_is_read_at_each_step(factory: Any):
     g = {"w": jnp.array([3.0, 4.0])}
-    tx = adagc(max_norm=lambda step: 1 + step)
+    tx = factory(max_norm=lambda step: 1 + step)
     state = tx.init(g)
     for expected in (1.0, 2.0, 3.0):
         updates, state = tx.update(g, state)
@@ -211,3 +227,13 @@ def test_zclip_follows_the_norm_down_and_is_not_stuck_at_a_zero_variance():
         _, state = tx.update(jnp.array([norm]), state)
     assert state.learned["std"] > 0
     assert state.learned["mean"] > 1
+
+
+def test_a_spike_in_warmup_passes_zclip_as_published_and_not_with_a_max_norm():
+    def norms_passed(**settings: Any) -> np.ndarray:
+        norms = np.float32([1.0, 1.1, 0.9, 500.0] + [1.0, 1.1, 0.9] * 5 + [500.0])
+        updates, _ = scan(zclip(warmup=10, **settings), {"w": norms[:, None]})
+        return updates["w"][[3, -1], 0]
+
+    assert (norms_passed() > 100).all()  # the second is hidden by the first
+    assert (norms_passed(max_norm=2.0) <= 2.0).all()

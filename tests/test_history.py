@@ -12,6 +12,7 @@ from streams import BAD, NUM_STEPS, arrays_of_stream, make_stream, scan
 from jaxclip.adaptive import adagc, autoclip, zclip
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes
 
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 FACTORIES = [
     autoclip,
     functools.partial(autoclip, window=8),
@@ -194,3 +195,18 @@ def test_inside_vmap_with_an_axis_name_all_devices_agree(factory: Any):
     np.testing.assert_array_equal(num_bad[:, 0], num_bad[:, 1])
     if "clip_leaf_spikes" not in repr(factory):
         np.testing.assert_allclose(thresholds[:, 0], thresholds[:, 1], rtol=1e-6)
+
+
+@every_factory
+def test_float64_leaves_beside_others_keep_their_dtype(factory: Any):
+    with enable_x64(True):
+        dtypes = {"a": jnp.float64, "b": jnp.float32, "c": jnp.complex64, "d": jnp.bfloat16}
+        tx = factory()
+        state = tx.init({k: jnp.zeros(2, dtype) for k, dtype in dtypes.items()})
+        for size in (1.0, 2.0, 1e30, 1.0):
+            grads = {k: jnp.full(2, size, dtype) for k, dtype in dtypes.items()}
+            updates, state = tx.update(grads, state)
+        assert {k: u.dtype for k, u in updates.items()} == dtypes
+        assert all(np.isfinite(np.complex128(x)).all() for x in jax.tree.leaves((updates, state)))
+        assert state.pre_norm.dtype == state.threshold.dtype == jnp.float32
+        np.testing.assert_allclose(state.pre_norm, np.sqrt(8), rtol=1e-6)
