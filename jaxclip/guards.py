@@ -189,7 +189,8 @@ def skip_or_clip(
       max_norm: As `drop_norm`; the clip is that of `clip_by_global_norm`.
       num_deviations: As `drop_norm`, in standard deviations; inf: history plays no part.
       decay: Decay rate of mean and variance, in [0, 1]. May be traced.
-      num_warmup: Accepted steps before the history counts.
+      num_warmup: Accepted steps before the history counts; until then `drop_norm` alone
+        keeps a spike out of it.
       max_consecutive: After this many finite spikes in a row the next one is accepted,
         clipped, and enters the history: training goes on where the gradients have moved to
         a new level. None for never. Non-finite steps are never accepted, and neither

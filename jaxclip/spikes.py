@@ -67,7 +67,9 @@ def clip_spikes(
     from the second step on (SPAM waits some hundred steps instead).
 
     Args:
-      theta: Largest ratio of `g**2` to its average, in [0, inf]. May be traced.
+      theta: Largest ratio of `g**2` to its average, in [0, inf]. May be traced. The default
+        is the published one, for rare and huge spikes: it lets 70 times the usual size
+        pass; 10 lets 3 times pass.
       decay: Decay rate of the average, in [0, 1]; 1 is the plain mean. May be traced.
       axis_name: As in `clip_by_global_norm`; only a bad step is decided globally.
 
@@ -124,7 +126,8 @@ def clip_leaf_spikes(
 
     `m <- decay * m + (1 - decay) * max|g|`, corrected for its start at 0, and entries with
     `|g| > m` become `g / max|g| * m`: the AdaClip of Stable-SPAM. As published, the maximum
-    enters before the clip and unclipped.
+    enters before the clip and unclipped: frequent spikes of the whole gradient raise the
+    bound. For these, chain a clip of norms behind it.
 
     Args:
       decay: Decay rate of the average, in [0, 1]; 1 is the plain mean. May be traced.
