@@ -5,8 +5,8 @@
 First a 64-64-10 network learns scikit-learn's digits for 300 steps, five seeds at once, with
 both optimizers or the one that is named. On a schedule that is the same for every method, 15
 gradients are multiplied by 10 to 10,000 (`spikes`; `late` only from step 100 on, after the
-warm-ups) or become NaN (`nans`). A cell is the final training loss, mean +- standard
-deviation over the seeds, and the mean test accuracy. A method runs with its defaults, which
+warm-ups) or become NaN (`nans`). A cell is the final training loss and the test accuracy in
+percent, each as mean +- standard deviation over the seeds. A method runs with its defaults, which
 are as published, and below that with what fits this task.
 
 Then a record: the norms of each leaf's gradient before the clip, from one run of the network
@@ -143,16 +143,16 @@ def make_run(tx: optax.GradientTransformation, train: tuple, test: tuple) -> Cal
 
 
 def cell(losses: np.ndarray, accuracies: np.ndarray) -> str:
-    loss = f"{losses.mean():8.3f} +- {losses.std(ddof=1):6.3f}"
-    loss = loss if np.isfinite(losses).all() else f"{'NaN':>18}"
-    return f"{loss}{100 * accuracies.mean():5.0f} %"
+    loss = f"{losses.mean():10.3f} +- {losses.std(ddof=1):7.3f}"
+    loss = loss if np.isfinite(losses).all() else f"{'NaN':>21}"
+    return f"{loss}{100 * accuracies.mean():6.1f} +- {100 * accuracies.std(ddof=1):4.1f}"
 
 
 def print_training(name_of_optimizer: str, train: tuple, test: tuple) -> None:
     schedules = fault_schedules()
     factors = jnp.stack([jnp.asarray(f) for f in schedules.values()])
     keys = jax.random.split(jax.random.key(0), NUM_SEEDS)
-    print(f"\n{name_of_optimizer:26}" + "".join(f"{name:>25}" for name in schedules))
+    print(f"\n{name_of_optimizer:26}" + "".join(f"{name:>35}" for name in schedules))
     for name, wrap in METHODS.items():
         run = make_run(wrap(OPTIMIZERS[name_of_optimizer]), train, test)
         runs = jax.jit(jax.vmap(jax.vmap(run, in_axes=(0, None)), in_axes=(None, 0)))
