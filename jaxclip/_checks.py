@@ -134,6 +134,22 @@ def map_clippable(fn: Any, tree: Any, *rest: Any) -> Any:
     return jax.tree.map(apply, tree, *rest)
 
 
+def floating_leaves(tree: Any) -> list[Any]:
+    """The leaves that count, in order."""
+    return [x for x in jax.tree.leaves(tree) if is_clippable(x)]
+
+
+def replace_floating(updates: Any, leaves: list[jax.Array], rest: Any = None) -> Any:
+    """`rest`, or `updates` itself, with what is floating in `updates` replaced in order."""
+    new, rest = iter(leaves), updates if rest is None else rest
+    return jax.tree.map(lambda x, r: next(new) if is_clippable(x) else r, updates, rest)
+
+
+def clamp(value: Any, low: Any, high: Any) -> jax.Array:
+    """`value` in float32 and in [low, high]; NaN stays NaN."""
+    return jnp.clip(jnp.asarray(value, jnp.float32), low, high)
+
+
 def exceeds(x: jax.Array, bound: jax.Array) -> jax.Array:
     """`|x| > bound` for real `x`, or the bound is 0; False for NaN.
 
@@ -205,3 +221,19 @@ def check_same_structure(name: str, updates: Any, other_name: str, other: Any) -
         raise ValueError(
             f"{name} and {other_name} must have the same structure; '{extra}' is only in {where}."
         )
+
+
+def check_num_leaves(leaves: list[Any], expected: int) -> None:
+    """Raises unless the updates have as many floating leaves as the parameters had."""
+    if len(leaves) != expected:
+        raise ValueError(
+            f"updates must have the floating leaves that the parameters had at init, "
+            f"{expected} of them, got {len(leaves)}."
+        )
+
+
+def check_transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
+    """`value` as a transform that accepts extra arguments. Raises TypeError if it is none."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(f"{name} must be an optax transformation, got {value!r}.")
+    return optax.with_extra_args_support(value)

@@ -1,4 +1,4 @@
-"""Wrappers that keep bad steps out of an optimizer, and what was cut off in the game.
+"""Wrappers that keep bad steps out of an optimizer.
 
 A skipped step leaves the inner state as it was, bit for bit, and its updates are -0.0, for
 `w + -0.0` is `w` even where w is -0.0 (but for subnormals where the backend flushes them,
@@ -22,16 +22,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip import _checks
-from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
-from jaxclip.gradients import ClipByValueState, clip_by_value, clip_to_norm
+from jaxclip._checks import increment, keep_weak_type, map_clippable
+from jaxclip.gradients import clip_to_norm
 from jaxclip.norms import rescaled_global_norm
 from jaxclip.thresholds import ThresholdRule, round_toward_zero
 
 __all__ = [
-    "ErrorFeedbackState",
     "SkipNonfiniteState",
     "SkipOrClipState",
-    "error_feedback",
     "skip_nonfinite",
     "skip_or_clip",
 ]
@@ -91,20 +89,6 @@ class SkipOrClipState(NamedTuple):
     num_nonfinite: jax.Array
 
 
-class ErrorFeedbackState(NamedTuple):
-    """State of `error_feedback`, inside that of `skip_nonfinite`.
-
-    Attributes:
-      step: Scalar int32, steps so far that were not skipped.
-      inner_state: State of the inner transform.
-      residual: What is still owed, a tree like the parameters; finite always.
-    """
-
-    step: jax.Array
-    inner_state: Any
-    residual: optax.Updates
-
-
 def skip_nonfinite(
     inner: optax.GradientTransformation,
     max_consecutive: ArrayLike | None = None,
@@ -142,7 +126,7 @@ def skip_nonfinite(
       >>> print(optax.apply_updates(w, updates), state.num_skipped)
       [ 1. -0.] 1
     """
-    inner = _as_inner(inner)
+    inner = _checks.check_transformation("inner", inner)
     limit = _as_limit("max_consecutive", max_consecutive)
 
     def init_fn(params):
@@ -205,7 +189,8 @@ def skip_or_clip(
       max_norm: As `drop_norm`; the clip is that of `clip_by_global_norm`.
       num_deviations: As `drop_norm`, in standard deviations; inf: history plays no part.
       decay: Decay rate of mean and variance, in [0, 1]. May be traced.
-      num_warmup: Accepted steps before the history counts.
+      num_warmup: Accepted steps before the history counts; until then `drop_norm` alone
+        keeps a spike out of it.
       max_consecutive: After this many finite spikes in a row the next one is accepted,
         clipped, and enters the history: training goes on where the gradients have moved to
         a new level. None for never. Non-finite steps are never accepted, and neither
@@ -232,7 +217,7 @@ def skip_or_clip(
       Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, 2025,
       https://arxiv.org/abs/2504.02507
     """
-    inner = _as_inner(inner)
+    inner = _checks.check_transformation("inner", inner)
     _check_bound("drop_norm", drop_norm)
     _check_bound("max_norm", max_norm)
     _check_bound("num_deviations", num_deviations)
@@ -303,93 +288,9 @@ def skip_or_clip(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def error_feedback(
-    inner: optax.GradientTransformation,
-    *,
-    max_residual: Any = math.inf,
-    residual_dtype: Any = None,
-    axis_name: str | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Carries what the inner transform cut off a gradient over into the next step.
-
-    `update = inner(g + e); e <- (g + e) - update`: the updates sum to the sum of the
-    gradients less the last e. The inner transform must keep the units and the sign of the
-    gradient: a clip (U-Clip), or `scale_by_sign(scaled_sign())` (EF-signSGD), as a bare sign
-    would leave a residual without end. The learning rate comes after it in the chain.
-
-    Args:
-      inner: An optax transformation that clips or compresses.
-      max_residual: A threshold as in `clip_by_value`, to which every entry of e is clipped;
-        what it cuts is lost. A finite one keeps one huge gradient from being paid back for
-        ever, and e bounded where the mean gradient lies beyond the inner clip.
-      residual_dtype: Real floating dtype of e; None for the dtype of each parameter. Float32
-        carries the rounding of bfloat16 updates over, too. Complex leaves keep their own.
-      axis_name: As in `skip_nonfinite`.
-
-    Returns:
-      A transform within `skip_nonfinite`, whose `inner_state` holds e: a bad step changes
-      nothing. Sums beyond a dtype count as its largest number.
-
-    Raises:
-      TypeError: If `inner` is not an optax transformation, `max_residual` of a wrong type,
-        or `residual_dtype` not a real floating dtype.
-      ValueError: If `max_residual` is negative or NaN.
-
-    Example:
-      >>> tx = error_feedback(clip_by_value(1.0))
-      >>> state = tx.init(jnp.zeros(2))
-      >>> for grads in jnp.array([[1.5, 0.1], [0.0, 0.1]]):
-      ...     updates, state = tx.update(grads, state)
-      ...     print(updates, state.inner_state.residual)
-      [1.  0.1] [0.5 0. ]
-      [0.5 0.1] [0. 0.]
-
-    References:
-      Karimireddy et al., Error Feedback Fixes SignSGD, 2019,
-      https://arxiv.org/abs/1901.09847; Elesedy and Hutter, U-Clip, 2023,
-      https://arxiv.org/abs/2302.02971
-    """
-    inner = _as_inner(inner)
-    if residual_dtype is not None and not jnp.issubdtype(residual_dtype, jnp.floating):
-        raise TypeError(f"residual_dtype must be a real floating dtype, got {residual_dtype!r}.")
-    clip_residual = clip_by_value(max_residual)
-
-    def zeros(p: Any) -> jax.Array:
-        if not _checks.is_clippable(p):
-            return jnp.zeros((), jnp.int32)  # a placeholder
-        return jnp.zeros_like(p, dtype=None if jnp.iscomplexobj(p) else residual_dtype)
-
-    def init_fn(params):
-        return ErrorFeedbackState(
-            step=jnp.zeros((), jnp.int32),
-            inner_state=inner.init(params),
-            residual=jax.tree.map(zeros, params),
-        )
-
-    def update_fn(updates, state, params=None, **extra_args):
-        _checks.check_same_structure("updates", updates, "residual", state.residual)
-        owed = map_clippable(_owed, updates, state.residual)
-        given = map_clippable(lambda g, o: keep_weak_type(o.astype(g.dtype), g), updates, owed)
-        updates, inner_state = inner.update(given, state.inner_state, params, **extra_args)
-        residual = map_clippable(_unpaid, state.residual, owed, updates)
-        # Of the bound's state only the step counts, for schedules.
-        bound_state = ClipByValueState(state.step, jnp.zeros((), jnp.float32), state.step)
-        residual, _ = clip_residual.update(residual, bound_state)
-        return updates, ErrorFeedbackState(increment(state.step), inner_state, residual)
-
-    feedback = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    return skip_nonfinite(feedback, check_inner=False, axis_name=axis_name)
-
-
 # --- Parts ----------------------------------------------------------------------------
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
-
-
-def _as_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"inner must be an optax transformation, got {inner!r}.")
-    return optax.with_extra_args_support(inner)
 
 
 def _check_bound(name: str, given: Any) -> None:
@@ -447,21 +348,3 @@ def _keep_if(condition: jax.Array, old: Any, new: Any) -> Any:
         return new
     kept = jnp.where(condition, old, new)
     return keep_weak_type(kept, old) if getattr(old, "weak_type", False) else kept
-
-
-def _saturate(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x` within the finite range of `dtype`, in its own."""
-    if jnp.iscomplexobj(x):
-        return lax.complex(_saturate(jnp.real(x), dtype), _saturate(jnp.imag(x), dtype))
-    largest = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
-    return jnp.clip(x, -largest, largest)
-
-
-def _owed(g: jax.Array, e: jax.Array) -> jax.Array:
-    wide = compute_dtype(g.dtype, e.dtype)
-    return _saturate(g.astype(wide) + e.astype(wide), g.dtype)
-
-
-def _unpaid(e: jax.Array, owed: jax.Array, update: jax.Array) -> jax.Array:
-    unpaid = _saturate(owed - jnp.asarray(update).astype(owed.dtype), e.dtype)
-    return keep_weak_type(unpaid.astype(e.dtype), e)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxclip import norms
-from jaxclip.guards import error_feedback
+from jaxclip.feedback import error_feedback
 from jaxclip.sign import scale_by_lion, scale_by_sign
 from jaxclip.sign_kinds import scaled_sign
 from jaxclip.voting import MajorityVoteState, majority_vote
