@@ -23,6 +23,8 @@ ROOMS = [
     "voting",
     "rounding",
     "gradients",
+    "smoothing",
+    "spectra",
     "adaptive",
     "guards",
     "weights",
