@@ -181,7 +181,7 @@ def _smooth_clip_by_value(scale: Any) -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         limits = resolve_threshold(scale, updates, state.step)
         limited = map_clippable(_limit_entries, updates, limits)
-        is_bad = _is_bad(updates, limits)
+        is_bad = _checks.is_bad_step(updates, limits)
         return limited, SmoothClipByValueState(
             step=increment(state.step),
             pre_norm=jnp.where(is_bad, state.pre_norm, _largest(updates)),
@@ -219,15 +219,6 @@ def _limit_magnitude(x: jax.Array, limit: jax.Array) -> jax.Array:
     far = limit * 64
     ratio = jnp.clip(x, -far, far) / jnp.where(limit > 0, limit, jnp.ones_like(limit))
     return limit * jnp.tanh(ratio)
-
-
-def _is_bad(updates: Any, limits: Any) -> jax.Array:
-    """Whether a floating entry is not finite, or a limit is NaN."""
-    is_bad = jnp.zeros((), bool)
-    for g, limit in zip(jax.tree.leaves(updates), jax.tree.leaves(limits), strict=True):
-        if _checks.is_clippable(g):
-            is_bad |= ~jnp.all(jnp.isfinite(g)) | jnp.any(jnp.isnan(limit))
-    return is_bad
 
 
 def _largest(tree: Any) -> jax.Array:
