@@ -197,10 +197,11 @@ def _limit_entries(g: jax.Array, limit: Any) -> jax.Array:
     dtype = compute_dtype(g.dtype)
     limit = jnp.maximum(jnp.asarray(round_toward_zero(limit, jnp.finfo(dtype).dtype)), 0)
     if jnp.iscomplexobj(g):
-        unit, modulus = unit_and_modulus(g)
+        # Of a quarter, for the modulus of finite parts may exceed the dtype.
+        unit, modulus = unit_and_modulus(g * jnp.asarray(0.25, g.dtype))
         # The parts of a unit are rounded: its modulus can be above 1 by as much as this.
-        inside = limit * (1 - 4 * jnp.finfo(limit.dtype).eps)
-        limited = unit * _limit_magnitude(modulus, inside).astype(dtype)
+        limit = limit * 0.25 * (1 - 4 * jnp.finfo(limit.dtype).eps)
+        limited = unit * (4 * _limit_magnitude(modulus, limit)).astype(dtype)
     else:
         modulus = jnp.abs(g.astype(dtype))
         limited = _limit_magnitude(g.astype(dtype), limit)
@@ -213,12 +214,35 @@ def _limit_entries(g: jax.Array, limit: Any) -> jax.Array:
     return keep_weak_type(limited, g)
 
 
+@jax.custom_jvp
 def _limit_magnitude(x: jax.Array, limit: jax.Array) -> jax.Array:
-    # From 20 on tanh is 1, also in float64; the ratio beyond could overflow, and so would
-    # its derivatives.
-    far = limit * 64
-    ratio = jnp.clip(x, -far, far) / jnp.where(limit > 0, limit, jnp.ones_like(limit))
-    return limit * jnp.tanh(ratio)
+    """`limit * tanh(x / limit)`; 0 or `x` where the limit is 0 or infinite."""
+    limited = limit * jnp.tanh(_ratio(x, limit))
+    return jnp.where(jnp.isinf(limit), x, limited)
+
+
+@_limit_magnitude.defjvp
+def _limit_magnitude_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """By hand: a derivative of the quotient would square the limit, which may underflow."""
+    ratio = _ratio(*primals)
+    tanh = jnp.tanh(ratio)
+    slope = 1 - tanh * tanh
+    dx, dlimit = tangents
+    return _limit_magnitude(*primals), slope * dx + (tanh - ratio * slope) * dlimit
+
+
+def _ratio(x: jax.Array, limit: jax.Array) -> jax.Array:
+    """`x / limit`, bounded where tanh is 1 long since (from 20 on, also in float64)."""
+    is_usual = (limit > 0) & jnp.isfinite(limit)
+    usual = jnp.where(is_usual, limit, jnp.ones_like(limit))
+    # XLA may divide by multiplying with the reciprocal, which for the largest limits is
+    # below the normal range.
+    half_range = 2.0**512 if limit.dtype == jnp.float64 else 2.0**64
+    shrink = jnp.where(usual > half_range, 1 / half_range, jnp.ones_like(usual))
+    divisor = usual * shrink
+    ratio = jnp.clip(x * shrink, -64 * divisor, 64 * divisor) / divisor
+    extreme = jnp.where(limit == 0, 64 * jnp.sign(x), limit * 0)  # NaN if the limit is
+    return jnp.where(is_usual, ratio, jnp.where(jnp.isinf(limit), jnp.zeros_like(x), extreme))
 
 
 def _largest(tree: Any) -> jax.Array:
