@@ -13,6 +13,8 @@ from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign
 from jaxclip.sign_optimizers import cautious, lion, sign_sgd, signum
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes
+from jaxclip.smoothing import smooth_clip
+from jaxclip.spectra import clip_by_spectral_norm
 from jaxclip.telemetry import clip_stats
 from jaxclip.thresholds import fan_in, max_abs, mse_optimal, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
@@ -38,6 +40,7 @@ __all__ = [
     "clip_by_block_rms",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
+    "clip_by_spectral_norm",
     "clip_by_value",
     "clip_leaf_spikes",
     "clip_spikes",
@@ -71,6 +74,7 @@ __all__ = [
     "size_report",
     "skip_nonfinite",
     "skip_or_clip",
+    "smooth_clip",
     "soft_sign",
     "stochastic_sign",
     "unit_norms",

@@ -177,6 +177,15 @@ def increment(count: jax.Array, condition: Any = True) -> jax.Array:
     return jnp.where(condition, jnp.asarray(optax.safe_increment(count)), count)
 
 
+def is_bad_step(updates: Any, bounds: Any) -> jax.Array:
+    """Whether a floating entry of `updates` is not finite, or a bound (one a leaf) NaN."""
+    is_bad = jnp.zeros((), bool)
+    for g, bound in zip(jax.tree.leaves(updates), jax.tree.leaves(bounds), strict=True):
+        if is_clippable(g):
+            is_bad |= ~jnp.all(jnp.isfinite(g)) | jnp.any(jnp.isnan(bound))
+    return is_bad
+
+
 def compute_dtype(*dtypes: Any) -> Any:
     """Float32, or wider or complex if one of `dtypes` is: what leaf functions compute in."""
     is_wide = any(jnp.finfo(d).bits == 64 for d in dtypes)

@@ -25,6 +25,8 @@ ROOMS = [
     "gradients",
     "units",
     "history",
+    "smoothing",
+    "spectra",
     "adaptive",
     "spikes",
     "guards",
