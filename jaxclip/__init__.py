@@ -5,6 +5,7 @@ from jaxclip.adaptive import adagc, autoclip, clip_leaf_spikes, clip_spikes, zcl
 from jaxclip.compression import compress, decompress, size_report
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.guards import error_feedback, skip_nonfinite, skip_or_clip
+from jaxclip.lint import lint_chain
 from jaxclip.norms import global_norm
 from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
 from jaxclip.rounding import apply_updates_stochastically
@@ -40,6 +41,7 @@ __all__ = [
     "global_norm",
     "keep_weights_within",
     "kernels_only",
+    "lint_chain",
     "lion",
     "majority_vote",
     "make_train_step",
