@@ -95,8 +95,8 @@ def lint_chain(tx: optax.GradientTransformation, params: optax.Params) -> list[F
 
     Each is tried on a small stand-in for the parameters before it is reported, but for
     `clip_twice` and thresholds that are read; `lost_steps` is measured on the parameters
-    themselves, over a few steps with random gradients. Nothing given is changed. Call it
-    outside of `jit`.
+    themselves, over a few steps with random gradients, for which the optimizer is compiled.
+    Nothing given is changed. Call it outside of `jit`.
 
     Args:
       tx: Any optax transformation, of optax, jaxclip or others.
@@ -121,18 +121,18 @@ def lint_chain(tx: optax.GradientTransformation, params: optax.Params) -> list[F
     small = stand_in(params)
     links = links_of(tx, small)
     found: list[Finding] = []
-    for sequence in _sequences(links):
-        flat = _flatten(sequence)
+    for flat in _sequences(links, without_guards=True):
         found += _clips_without_effect(flat)
         found += _clips_twice(flat)
         found += _boxes_not_kept(flat)
         found += _detectors_without_spikes(flat)
         found += _decays_that_grow(flat)
+    for sequence in _sequences(links):
         found += _skips_undone(sequence)
         found += _feedback_without_units(sequence)
     found += _norms_of_groups(tx, small, links)
     found += _lost_steps(tx, params)
-    return list(dict.fromkeys(found))  # what is inside a guard is seen twice
+    return found
 
 
 # --- Clips ----------------------------------------------------------------------------
@@ -371,12 +371,13 @@ def _chain(links: Sequence[Link]) -> Any:
     return optax.chain(*(link.tx for link in links))
 
 
-def _sequences(links: Sequence[Link]) -> Iterator[Sequence[Link]]:
+def _sequences(links: Sequence[Link], *, without_guards: bool = False) -> Iterator[Sequence[Link]]:
     """The links themselves, and those inside of each."""
+    links = _flatten(links) if without_guards else links
     yield links
     for link in links:
         for inner in link.inner:
-            yield from _sequences(inner)
+            yield from _sequences(inner, without_guards=without_guards)
 
 
 def _flatten(links: Sequence[Link]) -> tuple[Link, ...]:
