@@ -7,6 +7,9 @@ from jaxclip.feedback import error_feedback
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.norms import global_norm, leaf_norms, unit_norms
 from jaxclip.guards import skip_nonfinite, skip_or_clip
+from jaxclip.guards import error_feedback, skip_nonfinite, skip_or_clip
+from jaxclip.lint import lint_chain
+from jaxclip.norms import global_norm
 from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
@@ -56,6 +59,7 @@ __all__ = [
     "keep_weights_within",
     "kernels_only",
     "leaf_norms",
+    "lint_chain",
     "lion",
     "majority_vote",
     "make_train_step",

@@ -40,6 +40,10 @@ ROOMS = [
     "archives",
     "checkpoints",
     "training",
+    "links",
+    "probes",
+    "lost_steps",
+    "lint",
     "plots",
 ]
 every_room = pytest.mark.parametrize("room", ROOMS)
