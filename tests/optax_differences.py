@@ -416,6 +416,137 @@ def jaxclip_takes_the_norm_over_the_axis():
     assert exact_norm(clipped) <= 1
 
 
+# --- Blocks and units ---------------------------------------------------------------------
+
+
+def unit_clips(library: Any, value: Any) -> list[Callable]:
+    """Clips by the rms of a block, and by the norm of a unit of unit parameters."""
+
+    def by_rms(g: Any) -> Any:
+        return step(library.clip_by_block_rms(value), g)
+
+    def by_unit(g: Any) -> Any:
+        return step(library.adaptive_grad_clip(value), g, jnp.full_like(g, 0.5))  # norm 1 of four
+
+    return [by_rms, by_unit]
+
+
+def optax_misses_units_of_extreme_size():
+    for g in OVERFLOWING:
+        for clip in unit_clips(optax, 0.5):
+            assert_equal(clip(g), jnp.zeros(4))
+    small, bound = UNDERFLOWING[0]
+    assert_equal(step(optax.clip_by_block_rms(bound / 4), small), small)
+
+
+def jaxclip_clips_units_of_extreme_size():
+    for g in OVERFLOWING:
+        rtol = float(jnp.finfo(g.dtype).eps) + 12 * 2.0**-23
+        for clip, expected in zip(unit_clips(jaxclip, 0.5), (0.5, 0.25), strict=True):
+            clipped = float64(clip(g))
+            np.testing.assert_allclose(clipped, np.full(4, expected), rtol=rtol)
+            assert clipped.max() <= expected
+    small, bound = UNDERFLOWING[0]
+    clipped = step(jaxclip.clip_by_block_rms(bound / 4), small)
+    np.testing.assert_allclose(clipped, float64(small) / 4, rtol=12 * 2.0**-23)
+
+
+def rms_and_unit_norms(library: Any) -> list[np.ndarray]:
+    """Share of the bound that the rms or the norm takes after the clip, of bfloat16 values."""
+    shares = []
+    for g in half_precision_gradients():
+        params = jnp.full(500, 0.5, jnp.bfloat16)
+        of_rms = exact_norm(step(library.clip_by_block_rms(0.5), g)) / (0.5 * 500**0.5)
+        clipped = step(library.adaptive_grad_clip(0.5), g, params)
+        shares.append([of_rms, exact_norm(clipped) / (0.5 * exact_norm(params))])
+    return np.asarray(shares, np.float64).max(axis=0)
+
+
+def optax_ends_above_the_bound_of_units():
+    assert np.all(rms_and_unit_norms(optax) > 1.002)
+
+
+def jaxclip_never_ends_above_the_bound_of_units():
+    assert np.all(rms_and_unit_norms(jaxclip) <= 1)
+
+
+def optax_promotes_units_under_a_traced_number():
+    for clip in unit_clips(optax, jnp.float32(0.5)):
+        assert clip(HALF).dtype == jnp.float32
+
+
+def jaxclip_keeps_the_dtype_of_units_under_a_traced_number():
+    pairs = zip(unit_clips(jaxclip, jnp.float32(0.5)), unit_clips(jaxclip, 0.5), strict=True)
+    for traced, plain in pairs:
+        assert traced(HALF).dtype == jnp.bfloat16
+        assert_equal(traced(HALF), plain(HALF))
+
+
+def optax_divides_zero_rms_by_zero():
+    assert_equal(step(optax.clip_by_block_rms(0.0), jnp.zeros(2)), [np.nan, np.nan])
+
+
+def jaxclip_gives_zeros_for_a_bound_of_zero():
+    for clip in [*unit_clips(jaxclip, 0.0), *unit_clips(jaxclip, jnp.float32(0))]:
+        assert_equal(clip(jnp.zeros(2)), [0, 0])
+        assert_equal(clip(jnp.ones(2)), [0, 0])
+
+
+def optax_takes_units_bounds_below_zero():
+    g = jnp.asarray([3.0, -4.0])
+    by_rms, by_unit = unit_clips(optax, -1.0)
+    assert_equal(by_rms(g), g)
+    assert np.all(np.sign(by_unit(g)) == [-1, 1])
+
+
+def jaxclip_refuses_units_bounds_below_zero():
+    for make in (jaxclip.clip_by_block_rms, jaxclip.adaptive_grad_clip):
+        assert_raises(ValueError, make, -1.0)
+    for clip in unit_clips(jaxclip, jnp.float32(-1)):
+        assert_equal(clip(jnp.asarray([3.0, -4.0])), [0, 0])
+
+
+def optax_mixes_nan_and_zeros_in_units():
+    for clip in unit_clips(optax, 0.5):
+        assert_equal(clip(ONE_INF["a"]), [np.nan, 0, 0])
+        assert_equal(clip(ONE_NAN["a"]), [np.nan] * 3)
+
+
+def jaxclip_zeroes_and_counts_bad_units():
+    for tx in (jaxclip.clip_by_block_rms(0.5), jaxclip.adaptive_grad_clip(0.5)):
+        for grads in (ONE_INF, ONE_NAN):
+            updates, state = tx.update(grads, tx.init(grads), {"a": jnp.ones(3), "b": jnp.ones(2)})
+            assert_equal(updates["a"], [0, 0, 0])
+            assert np.isfinite(updates["b"]).all()
+            assert int(state.num_nonfinite) == 1
+
+
+def slopes_of_units_at_zero(library: Any) -> list:
+    return [
+        jax.grad(lambda g, clip=clip: jnp.sum(clip(g)))(jnp.zeros(2))
+        for clip in unit_clips(library, 0.5)
+    ]
+
+
+def optax_has_no_slope_of_units_at_zero():
+    for slope in slopes_of_units_at_zero(optax):
+        assert_equal(slope, [np.nan, np.nan])
+
+
+def jaxclip_has_slope_one_of_units_at_zero():
+    for slope in slopes_of_units_at_zero(jaxclip):
+        assert_equal(slope, [1, 1])
+
+
+def optax_scales_other_leaves_or_raises():
+    leaves = other_leaves()
+    for tx in (optax.clip_by_block_rms(1.0), optax.adaptive_grad_clip(0.01)):
+        for name in ("int", "uint8", "bool"):
+            assert step(tx, leaves[name]).dtype == jnp.float32
+        for name in ("float0", "key"):
+            assert_raises((TypeError, NotImplementedError), step, tx, leaves[name])
+
+
 DIFFERENCES = [
     Difference(
         "overflow",
@@ -598,6 +729,80 @@ DIFFERENCES = [
         "the norm of one device is not the norm of the gradient",
         optax_takes_the_norm_of_one_device,
         jaxclip_takes_the_norm_over_the_axis,
+    ),
+    Difference(
+        "units_of_extreme_size",
+        "rms of a block or norm of a unit: float16 values of 300, float32 of 1e20 or 1e-25",
+        "zeros where the square overflows, not clipped where it underflows",
+        "clipped, right direction",
+        "as for the global norm",
+        optax_misses_units_of_extreme_size,
+        jaxclip_clips_units_of_extreme_size,
+    ),
+    Difference(
+        "units_above_the_bound",
+        "500 bfloat16 values, rms or unit norm above the bound",
+        "above the bound by up to 0.5 % after the clip",
+        "never above",
+        "rounding to nearest goes either way",
+        optax_ends_above_the_bound_of_units,
+        jaxclip_never_ends_above_the_bound_of_units,
+    ),
+    Difference(
+        "traced_unit_bound",
+        "bound of a block or unit in a float32 array, bfloat16 gradients",
+        "float32 updates",
+        "bfloat16 updates",
+        "an array promotes where a Python number does not",
+        optax_promotes_units_under_a_traced_number,
+        jaxclip_keeps_the_dtype_of_units_under_a_traced_number,
+    ),
+    Difference(
+        "zero_rms",
+        "zero gradients and rms bound 0",
+        "NaN",
+        "zeros",
+        "0 / 0 is not a number",
+        optax_divides_zero_rms_by_zero,
+        jaxclip_gives_zeros_for_a_bound_of_zero,
+    ),
+    Difference(
+        "negative_unit_bound",
+        "rms bound -1, or `clipping` -1",
+        "rms: no clip; units: reversed gradients",
+        "ValueError; as a jax array it counts as 0",
+        "a schedule that undershoots must not climb the loss",
+        optax_takes_units_bounds_below_zero,
+        jaxclip_refuses_units_bounds_below_zero,
+    ),
+    Difference(
+        "bad_unit",
+        "one infinity or NaN in a block or unit",
+        "infinity: that entry NaN and the others 0; NaN: all NaN",
+        "zeros, counted",
+        "a bad unit has no direction",
+        optax_mixes_nan_and_zeros_in_units,
+        jaxclip_zeroes_and_counts_bad_units,
+    ),
+    Difference(
+        "slope_of_units_at_zero",
+        "derivative through a clip of blocks or units at g = 0",
+        "NaN",
+        "identity",
+        "the square root has no slope at 0; the clip has",
+        optax_has_no_slope_of_units_at_zero,
+        jaxclip_has_slope_one_of_units_at_zero,
+    ),
+    Difference(
+        "other_leaves_in_units",
+        "integer, bool, float0 or key leaves, clip of blocks or units",
+        "integers and bools become float32, the others raise",
+        "pass through, uncounted",
+        "they hold no gradient",
+        optax_scales_other_leaves_or_raises,
+        lambda: jaxclip_passes_other_leaves(
+            lambda: jaxclip.clip_by_block_rms(1.0), lambda: jaxclip.adaptive_grad_clip(0.01)
+        ),
     ),
 ]
 

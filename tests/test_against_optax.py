@@ -32,6 +32,9 @@ NORM_ULPS = 8 + 4
 BFLOAT16_NORM_ULPS = 4
 
 
+UNIT_NORM_ULPS = NORM_ULPS + 4  # the bound of a unit is a norm too, with its own roundings
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """One transform in both libraries, and how many ulps of an entry apart they may be.
@@ -75,9 +78,19 @@ PAIRS = [
     Pair(jaxclip.sign_sgd, optax.sign_sgd, 0.1, (1, 1)),
     Pair(jaxclip.signum, optax.signum, 0.1, (1, 1), (0.9, 0.9)),
     Pair(jaxclip.lion, optax.lion, 0.1, (2, 2), (0.9, 0.99)),
+    Pair(jaxclip.clip_by_block_rms, optax.clip_by_block_rms, 0.5, (NORM_ULPS, BFLOAT16_NORM_ULPS)),
+    Pair(
+        jaxclip.adaptive_grad_clip,
+        optax.adaptive_grad_clip,
+        0.25,
+        (UNIT_NORM_ULPS, BFLOAT16_NORM_ULPS + 2),
+    ),
 ]
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda p: p.ours.__name__)
-SHAPES = [{"w": (3, 4), "b": (4,)}, [(), (2, 1, 3), (0, 2)]]
+SHAPES = [
+    {"w": (3, 4), "b": (4,)},
+    [(), (2, 1, 2, 3), (0, 2)],
+]  # rank 3 is a matter of its own in AGC
 NUM_STEPS = 3
 
 
@@ -233,6 +246,18 @@ def test_a_partition_clips_each_group_by_its_own_norm_as_optax_does():
         clipped, _ = tx.update(grads, tx.init(grads))
         np.testing.assert_allclose(clipped["a"], [0.6, 0.8], rtol=2e-6)
         np.testing.assert_allclose(clipped["b"], [1.2, 1.6], rtol=2e-6)
+
+
+@pytest.mark.parametrize("axis", [0, (0, 1), (1,), (0, 1, 2)])
+def test_units_along_given_axes_are_those_of_optax(axis: Any):
+    # Without `axis`, optax 0.2.8 takes axis 0 at rank 3, and documents (0, 1, 2).
+    rng = np.random.default_rng(0)
+    g, p = (jnp.asarray(rng.normal(size=(2, 3, 4)).astype(np.float32)) for _ in range(2))
+    ours, theirs = (
+        lib.adaptive_grad_clip(0.25, axis=axis).update(g, lib.adaptive_grad_clip(0.25).init(p), p)
+        for lib in (jaxclip, optax)
+    )
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=UNIT_NORM_ULPS * 2.0**-23)
 
 
 # --- Where they must differ ---------------------------------------------------------------
