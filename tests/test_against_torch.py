@@ -20,6 +20,7 @@ FOLDER = pathlib.Path(__file__).parent / "recorded"
 # Ours is the smaller: a clipped norm carries a margin of eight float32 ulps. Four more are for
 # the roundings of both sides.
 NORM_RTOL = (8 + 4) * 2.0**-23
+UNIT_NORM_RTOL = (8 + 8) * 2.0**-23  # the bound of a unit is a norm too
 # A few sums of rounded steps.
 STEP_TOLERANCE = {"rtol": 2.0**-20, "atol": 2.0**-24}
 
@@ -90,6 +91,25 @@ def test_a_value_clip_is_that_of_torch(case: dict):
     assert_all_close(clipped, case["expected"], rtol=0)  # 0.5 and 1 are floats
 
 
+def to_our_layout(x: jax.Array) -> jax.Array:
+    """The units of a layer come first in PyTorch (OI, OIHW), last in JAX (IO, HWIO)."""
+    return jnp.moveaxis(x, (0, 1), (-1, -2)) if x.ndim > 1 else x
+
+
+@cases("adaptive_clip_grad")
+def test_an_adaptive_clip_is_that_of_timm(case: dict):
+    params, grads, expected = (
+        [to_our_layout(x) for x in arrays(case[name])] for name in ("params", "grads", "expected")
+    )
+    factor = case["arguments"]["clip_factor"]
+    # A unit is all but the last axis; of a bias, the whole. None says so for rank 1, 2 and 4.
+    for axis, chosen in ((None, slice(0, 3)), ((0, 1), slice(3, 4))):
+        tx = jaxclip.adaptive_grad_clip(factor, axis=axis)
+        clipped = update_once(tx, grads[chosen], params[chosen])
+        for c, e in zip(clipped, expected[chosen], strict=True):
+            np.testing.assert_allclose(c, e, rtol=UNIT_NORM_RTOL)
+
+
 @cases("adam_without_memory")
 def test_sign_sgd_is_adam_without_memory(case: dict):
     tx = jaxclip.sign_sgd(case["arguments"]["lr"])
@@ -116,6 +136,7 @@ def test_the_record_is_small_and_says_what_made_it():
     assert {c["name"] for c in RECORD["cases"]} >= {
         "clip_grad_norm",
         "clip_grad_value",
+        "adaptive_clip_grad",
         "adam_without_memory",
         "lion",
     }

@@ -68,6 +68,29 @@ def clip_grad_value(clip_value: float) -> dict[str, Any]:
     }
 
 
+def adaptive_clip_grad(clip_factor: float) -> dict[str, Any]:
+    """Of timm, whose units are the rows: the axes after the first are one unit."""
+    # By its path: timm as a whole needs torchvision.
+    folder = importlib.util.find_spec("timm").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("agc", f"{folder}/utils/agc.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shapes = [(3, 4), (4,), (3, 2, 2, 2), (3, 2, 4)]  # linear, bias, conv of two and one axes
+    values, grads = gradients(8, shapes), gradients(9, shapes)
+    values[0][1] = 0  # as large as eps
+    grads[0][2] = 0
+    grads[2] *= 1e-3
+    made = parameters(values, grads)
+    module.adaptive_clip_grad(made, clip_factor)
+    return {
+        "name": "adaptive_clip_grad",
+        "arguments": {"clip_factor": clip_factor},
+        "params": lists(values),
+        "grads": lists(grads),
+        "expected": lists([p.grad for p in made]),
+    }
+
+
 # --- Sign steps ---------------------------------------------------------------------------
 
 
@@ -128,6 +151,8 @@ def record() -> dict[str, Any]:
     ]
     cases += [clip_grad_value(0.5), clip_grad_value(1.0)]
     cases += [adam_without_memory(0.01)]
+    if has_module("timm"):
+        cases += [adaptive_clip_grad(0.01), adaptive_clip_grad(0.5)]
     if has_module("lion_pytorch"):
         cases += [lion(0.01, 0.0), lion(0.01, 0.1)]
     return {"versions": versions(), "cases": cases}
