@@ -24,6 +24,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jaxclip")
 
 
+# A script that imports torch, which the tests do without; collecting doctests imports all.
+collect_ignore = ["recorded/record_torch.py"]
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
