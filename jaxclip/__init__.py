@@ -5,19 +5,17 @@ from jaxclip.adaptive import adagc, autoclip, zclip
 from jaxclip.compression import compress, decompress, size_report
 from jaxclip.feedback import error_feedback
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
-from jaxclip.norms import global_norm, leaf_norms, unit_norms
 from jaxclip.guards import skip_nonfinite, skip_or_clip
-from jaxclip.guards import error_feedback, skip_nonfinite, skip_or_clip
 from jaxclip.lint import lint_chain
-from jaxclip.norms import global_norm
+from jaxclip.norms import global_norm, leaf_norms, unit_norms
 from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign
 from jaxclip.sign_optimizers import cautious, lion, sign_sgd, signum
-from jaxclip.spikes import clip_leaf_spikes, clip_spikes
 from jaxclip.smoothing import smooth_clip
 from jaxclip.spectra import clip_by_spectral_norm
+from jaxclip.spikes import clip_leaf_spikes, clip_spikes
 from jaxclip.telemetry import clip_stats
 from jaxclip.thresholds import fan_in, max_abs, mse_optimal, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
