@@ -16,7 +16,7 @@ from jaxclip.sign_optimizers import cautious, lion, sign_sgd, signum
 from jaxclip.smoothing import smooth_clip
 from jaxclip.spectra import clip_by_spectral_norm
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes
-from jaxclip.telemetry import clip_stats
+from jaxclip.telemetry import clip_stats, explain
 from jaxclip.thresholds import fan_in, max_abs, mse_optimal, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
 from jaxclip.units import (
@@ -52,6 +52,7 @@ __all__ = [
     "decompress",
     "dequantize",
     "error_feedback",
+    "explain",
     "fan_in",
     "global_norm",
     "keep_weights_within",

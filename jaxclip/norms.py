@@ -349,8 +349,9 @@ def _unit_norm(
 def _unit_norm_jvp(
     axes: tuple, ord: float, axis_name: str | None, primals: Any, tangents: Any
 ) -> tuple:
-    norm = _unit_norm(*primals, axes, ord, axis_name)
-    total = jnp.sum(_change(*primals, *tangents, norm, ord), axis=axes, keepdims=True)
+    (x,), (dx,) = primals, tangents
+    norm = _unit_norm(x, axes, ord, axis_name)
+    total = jnp.sum(_change(x, dx, norm, ord), axis=axes, keepdims=True)
     total = total if axis_name is None else lax.psum(total, axis_name)
     return norm, RescaledNorm(total, jnp.zeros_like(norm.rescale))
 

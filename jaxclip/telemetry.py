@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["clip_stats"]
+from jaxclip._checks import is_clippable, is_concrete, path_name
+from jaxclip.gradients import LeafReport
+
+__all__ = ["LeafShares", "clip_stats", "explain"]
 
 _FIELDS = (
     "pre_norm",
@@ -47,15 +51,102 @@ def clip_stats(opt_state: Any) -> dict[str, jax.Array]:
       5.0
     """
     stats: dict[str, jax.Array] = {}
-    seen: dict[str, int] = {}
-    for state in _states(opt_state):
-        name = _transform_name(type(state))
-        seen[name] = seen.get(name, 0) + 1
-        prefix = name if seen[name] == 1 else f"{name}_{seen[name]}"
+    for prefix, state in _named_states(opt_state):
         fields = [f for f in _FIELDS if hasattr(state, f)]
         # As arrays: flax nnx keeps its own variables in optimizer states.
         stats |= {f"{prefix}/{field}": jnp.asarray(getattr(state, field)) for field in fields}
     return stats
+
+
+class LeafShares(NamedTuple):
+    """What each leaf had to do with the norm that a transform saw; `str` says it in words.
+
+    Attributes:
+      transform: Name of the transform, as in `clip_stats`.
+      largest_leaf: Path of the leaf with the largest norm at the last good step, or None if
+        there was none.
+      share: Its share of the squared global norm, in [0, 1].
+      nonfinite_leaf: Path of the first leaf that was not finite at the last bad step, or None
+        if there was none.
+      norms: The norm of each floating leaf at the last good step, by path.
+    """
+
+    transform: str
+    largest_leaf: str | None
+    share: float
+    nonfinite_leaf: str | None
+    norms: dict[str, float]
+
+    def __str__(self) -> str:
+        largest = "no gradient yet"
+        if self.largest_leaf is not None:
+            size = self.norms[self.largest_leaf]
+            largest = f"'{self.largest_leaf}' has {self.share:.0%} of the squared norm ({size:.3g})"
+        bad = "no leaf was ever non-finite"
+        if self.nonfinite_leaf is not None:
+            bad = f"the first non-finite leaf was '{self.nonfinite_leaf}'"
+        return f"{self.transform}: {largest}; {bad}"
+
+
+def explain(opt_state: Any, params: Any) -> list[LeafShares]:
+    """Returns which leaf rules the gradient norm, and which was the first not to be finite.
+
+    The clips by norm (`clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`,
+    `adaptive_grad_clip`, `clip_update_relative`) keep the norm of each leaf, which they have to
+    add up anyway. For reading on the host, between steps.
+
+    Args:
+      opt_state: State of any optimizer that has such clips in it, with concrete values.
+      params: The parameters, or any tree of their structure; only paths are read.
+
+    Returns:
+      A `LeafShares` for each such transform, in the order of the chain. Inside
+      `optax.masked` or `partition` a transform sees some leaves only; they are then called
+      `leaf 0`, `leaf 1`, ... in its own order.
+
+    Raises:
+      TypeError: If `opt_state` is being traced.
+
+    Example:
+      >>> import jaxclip
+      >>> grads = {"kernel": jnp.array([3.0, 3.0]), "bias": jnp.array([1.0])}
+      >>> tx = jaxclip.clip_by_global_norm(1.0)
+      >>> print(*explain(tx.update(grads, tx.init(grads))[1], grads))
+      clip_by_global_norm: 'kernel' has 95% of the squared norm (4.24); no leaf was ever non-finite
+    """
+    if not all(map(is_concrete, jax.tree.leaves(opt_state))):
+        raise TypeError("explain reads values: call it on the state that a jitted step returned.")
+    paths = [
+        path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(params) if is_clippable(x)
+    ]
+    reports = []
+    for name, state in _named_states(opt_state):
+        report = getattr(state, "leaves", None)
+        if not isinstance(report, LeafReport):
+            continue
+        norms = np.asarray(jnp.asarray(report.norms), np.float64)
+        known = paths if len(paths) == len(norms) else [f"leaf {i}" for i in range(len(norms))]
+        largest, total = norms.max(initial=0), float(np.sum(norms**2))
+        bad = int(jnp.asarray(report.nonfinite_leaf))
+        reports.append(
+            LeafShares(
+                transform=name,
+                largest_leaf=known[int(norms.argmax())] if largest > 0 else None,
+                share=float(largest**2 / total) if largest > 0 else 0.0,
+                nonfinite_leaf=known[bad] if bad >= 0 else None,
+                norms=dict(zip(known, norms.tolist(), strict=True)),
+            )
+        )
+    return reports
+
+
+def _named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
+    """All states with statistics and their names, a second of a kind with a number."""
+    seen: dict[str, int] = {}
+    for state in _states(opt_state):
+        name = _transform_name(type(state))
+        seen[name] = seen.get(name, 0) + 1
+        yield (name if seen[name] == 1 else f"{name}_{seen[name]}"), state
 
 
 def _has_stats(node: Any) -> bool:

@@ -1,5 +1,7 @@
 """`clip_stats` finds what the transforms measured, wherever their states are."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,3 +158,52 @@ def test_an_optimizer_without_our_transforms_has_no_numbers(tx):
 def test_numbers_of_numpy_states_can_be_read_too():
     state = jax.tree.map(np.asarray, state_after(jaxclip.clip_by_global_norm(1.0)))
     assert float(jaxclip.clip_stats(state)["clip_by_global_norm/pre_norm"]) == 5
+
+
+def test_explain_names_the_largest_leaf_and_the_first_that_is_not_finite():
+    tx = optax.chain(jaxclip.clip_by_global_norm(1.0), jaxclip.clip_by_leaf_norm(0.5))
+    params = {"bias": jnp.zeros(1), "kernel": jnp.zeros((2, 2)), "step": jnp.arange(2)}
+    good = params | {"bias": jnp.array([3.0]), "kernel": jnp.array([[2.0, 2.0], [2.0, 2.0]])}
+    update = jax.jit(tx.update)
+    _, state = update(good, tx.init(params))
+    first, second = jaxclip.explain(state, params)
+    assert (first.transform, second.transform) == ("clip_by_global_norm", "clip_by_leaf_norm")
+    assert (first.largest_leaf, first.nonfinite_leaf) == ("kernel", None)
+    np.testing.assert_allclose(first.share, 16 / 25)
+    np.testing.assert_allclose(list(first.norms.values()), [3, 4])
+    _, state = update(good | {"bias": jnp.array([jnp.inf])}, state)
+    first, _ = jaxclip.explain(state, params)
+    assert (first.largest_leaf, first.nonfinite_leaf) == ("kernel", "bias")
+    assert "'bias'" in str(first)
+
+
+def test_explain_numbers_the_leaves_that_a_mask_hides_the_names_of():
+    tx = optax.masked(jaxclip.clip_by_global_norm(1.0), {"w": True, "b": False})
+    (report,) = jaxclip.explain(state_after(tx), GRADS)
+    assert report.norms == {"leaf 0": 3.0}
+
+
+def test_explain_inside_jit_is_refused():
+    state = jaxclip.clip_by_global_norm(1.0).init(GRADS)
+    with pytest.raises(TypeError, match="jitted step"):
+        jax.jit(lambda s: jaxclip.explain(s, GRADS))(state)
+
+
+def test_telemetry_adds_no_pass_over_the_gradients():
+    tx, grads = jaxclip.clip_by_global_norm(1.0), jnp.ones(4099)
+
+    def silent(g, state):
+        return tx.update(g, state)[0]
+
+    def telling(g, state):
+        updates, state = tx.update(g, state)
+        return updates, state, jaxclip.clip_stats(state)
+
+    state = tx.init(grads)
+    programs = [jax.jit(f).lower(grads, state) for f in (silent, telling)]
+    passes = re.findall(r"stablehlo.reduce.*tensor<4099xf32>", programs[1].as_text())
+    assert len(passes) == 1
+    silent_reductions, telling_reductions = (
+        p.compile().as_text().count(" reduce(") for p in programs
+    )
+    assert silent_reductions == telling_reductions > 0
