@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip import _checks
@@ -252,10 +253,11 @@ def _alignment(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _saturate(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x` in `dtype`; what is finite stays finite."""
+    """`x` in `dtype`, within its finite range, in modulus, too; NaN stays NaN."""
+    largest = jnp.finfo(dtype).max.astype(jnp.finfo(x.dtype).dtype)
     if jnp.iscomplexobj(x):
-        return x.astype(dtype)
-    largest = jnp.finfo(dtype).max.astype(x.dtype)
+        parts = [jnp.clip(p, -0.7 * largest, 0.7 * largest) for p in (jnp.real(x), jnp.imag(x))]
+        return lax.complex(*parts).astype(dtype)
     return jnp.clip(x, -largest, largest).astype(dtype)
 
 
@@ -298,7 +300,11 @@ def _decay_weights(
             updates = map_clippable(decayed, updates, params)
         return updates, state
 
-    decay = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    def init_fn(params):
+        del params
+        return optax.EmptyState()
+
+    decay = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     return decay if mask is None else optax.masked(decay, mask)
 
 
@@ -324,7 +330,9 @@ def _scale_by_step(
         wide = compute_dtype(u.dtype)
         step = step * jnp.where(jnp.isinf(size), jnp.ones_like(size), size)
         step = jnp.where(jnp.isfinite(step), step, jnp.zeros_like(step))
-        return keep_weak_type((-step.astype(wide) * u.astype(wide)).astype(u.dtype), u)
+        # A step beyond the leaf's dtype is its largest number, not infinity.
+        step = _saturate(step, jnp.finfo(wide).dtype)
+        return keep_weak_type(_saturate(-step.astype(wide) * u.astype(wide), u.dtype), u)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args

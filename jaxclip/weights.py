@@ -223,17 +223,35 @@ def _corrected_update(u: jax.Array, w: Any, bound: Any) -> jax.Array:
     if _is_free(bound):
         return u
     w = jnp.asarray(w)
+    bound = _bound_in(bound, w)
+    correct = _complex_update if jnp.iscomplexobj(w) else _real_update
+    # Where nothing is bounded the update stays as it is: w + u may overflow.
+    return keep_weak_type(jnp.where(jnp.isinf(bound), u, correct(u, w, bound)), u)
+
+
+def _real_update(u: jax.Array, w: jax.Array, bound: jax.Array) -> jax.Array:
+    """An update to the projection, corrected by an ulp where the sum is rounded outside."""
     wide = compute_dtype(w.dtype, u.dtype)
     target = _project((w.astype(wide) + u.astype(wide)).astype(w.dtype), bound)
     v = (target.astype(wide) - w.astype(wide)).astype(u.dtype)
-    if jnp.iscomplexobj(w):
-        return keep_weak_type(v, u)
-    bound = _bound_in(bound, w)
     after = _rounded_sum(w, v)
     above = jnp.nextafter(v, jnp.full_like(v, -jnp.inf))
     below = jnp.nextafter(v, jnp.full_like(v, jnp.inf))
-    v = jnp.where(after > bound, above, jnp.where(after < -bound, below, v))
-    return keep_weak_type(v, u)
+    return jnp.where(after > bound, above, jnp.where(after < -bound, below, v))
+
+
+def _complex_update(u: jax.Array, w: jax.Array, bound: jax.Array) -> jax.Array:
+    """An update to a point as far inside the circle as its sum with `w` may be rounded."""
+    wide = compute_dtype(w.dtype, u.dtype)
+    moved = w.astype(wide) + u.astype(wide)
+    unit, modulus = unit_and_modulus(moved)
+    half = w.astype(wide) * 0.5 + u.astype(wide) * 0.5  # in case the sum overflows
+    unit = jnp.where(jnp.isfinite(moved), unit, unit_and_modulus(half)[0])
+    eps = max(float(jnp.finfo(w.dtype).eps), float(jnp.finfo(u.dtype).eps))
+    radius = bound * (1 - 4 * eps) - unit_and_modulus(w)[1] * (2 * eps)
+    radius = jnp.maximum(radius, 0).astype(modulus.dtype)
+    target = jnp.where(modulus > radius, unit * radius.astype(wide), moved)
+    return (target - w.astype(wide)).astype(u.dtype)
 
 
 def _rounded_sum(w: jax.Array, v: jax.Array) -> jax.Array:
