@@ -329,8 +329,7 @@ def _unit_norm(
     """Jitted, so that leaves of one shape share one trace.
 
     The rescale comes from the largest entry, so the array is read twice: a loop such as
-    that for the whole tree would carry two arrays for each leaf, and takes far longer to
-    compile than this takes to run.
+    that for the whole tree would carry two arrays for each leaf, slow to compile.
     """
     one = jnp.ones((), _accumulator([x]))
     largest = _over_devices(_total(x, one, axes, np.inf), np.inf, axis_name)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip import _checks
-from jaxclip._checks import increment
+from jaxclip._checks import floating_leaves, increment, keep_weak_type, replace_floating
 from jaxclip.gradients import LeafReport, scale_leaf, scaling_to
 from jaxclip.norms import rescaled_unit_norm, unit_axes
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
@@ -160,7 +160,7 @@ def clip_by_block_rms(
         bounds = _scalar_bounds("threshold", given, updates)
         num_devices = 1 if axis_name is None else lax.psum(1, axis_name)
         # Rounded down, so that the root of the size takes nothing over the bound.
-        sizes = [np.size(g) * num_devices for g in _floating(updates)]
+        sizes = [np.size(g) * num_devices for g in floating_leaves(updates)]
         return [
             bound * float(np.nextafter(np.float32(size**0.5), np.float32(0)))
             for bound, size in zip(bounds, sizes, strict=True)
@@ -317,15 +317,14 @@ def _unit_clip(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        leaves = [jnp.asarray(g) for g in _floating(updates)]
+        leaves = [jnp.asarray(g) for g in floating_leaves(updates)]
         bounds = bounds_for(updates, params, state.step)
         pairs = list(zip(leaves, bounds, strict=True))
         clipped = [_clip_units(g, b, axes_of(g.shape), axis_name) for g, b in pairs]
-        seen = _stacked([summary for _, summary in clipped])
+        rows = [row for _, row in clipped]
+        seen = jnp.concatenate(rows) if rows else jnp.zeros((0, 5), jnp.float32)
         is_bad = jnp.any(seen[:, 3] > 0)
-        zero = functools.partial(_zero_if, is_bad)
-        new = iter([zero(g) for g, _ in clipped])
-        updates = jax.tree.map(lambda g: next(new) if _checks.is_clippable(g) else g, updates)
+        updates = replace_floating(updates, [_zero_if(is_bad, g) for g, _ in clipped])
         pre, post = (_capped_norm(seen[:, i]) for i in (0, 1))
         num_units = max(sum(_num_units(g.shape, axes_of(g.shape)) for g in leaves), 1)
         coef = jnp.where(pre > 0, jnp.minimum(post / pre, 1), 1)
@@ -360,7 +359,7 @@ def _clip_units(
 
 
 def _zero_if(is_bad: jax.Array, g: jax.Array) -> jax.Array:
-    return _checks.keep_weak_type(jnp.where(is_bad, jnp.zeros_like(g), g), g)
+    return keep_weak_type(jnp.where(is_bad, jnp.zeros_like(g), g), g)
 
 
 def _capped_norm(norms: jax.Array) -> jax.Array:
@@ -369,16 +368,8 @@ def _capped_norm(norms: jax.Array) -> jax.Array:
     return jnp.minimum(norm, jnp.finfo(jnp.float32).max).astype(jnp.float32)
 
 
-def _stacked(rows: list[jax.Array]) -> jax.Array:
-    return jnp.concatenate(rows) if rows else jnp.zeros((0, 5), jnp.float32)
-
-
 def _num_units(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
     return int(np.prod([n for a, n in enumerate(shape) if a not in axes]))
-
-
-def _floating(tree: Any) -> list[Any]:
-    return [x for x in jax.tree.leaves(tree) if _checks.is_clippable(x)]
 
 
 def _scalar_bounds(name: str, bounds: Any, updates: Any) -> list[Any]:
