@@ -8,6 +8,7 @@ both columns of every row: optax's, so that the table stays true, and ours.
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -810,7 +811,8 @@ DIFFERENCES = [
 def no_longer_true(difference: Difference) -> str | None:
     """What the check of optax's column says where it fails; None where it holds."""
     try:
-        with default_promotion():
+        with default_promotion(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of jax, to optax
             difference.check_optax()
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]

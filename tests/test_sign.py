@@ -101,7 +101,8 @@ def test_float64_signs_are_right_for_numbers_float32_does_not_have(wrap):
 
 @given(
     angle=st.floats(0, 2 * np.pi),
-    power=st.sampled_from([-120, -60, -1, 0, 3, 64, 100, 126]),
+    # Not lower: the small component of a flat angle may be flushed, 2**-126 at most.
+    power=st.sampled_from([-100, -60, -1, 0, 3, 64, 100, 126]),
 )
 def test_the_sign_of_a_complex_number_is_its_direction(angle, power):
     z = np.complex64(1.5 * np.exp(1j * angle)) * np.float32(2.0**power)
