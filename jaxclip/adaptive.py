@@ -23,7 +23,8 @@ from jaxclip.history import (
     norm_in_float32,
     zero_per_leaf,
 )
-from jaxclip.norms import RescaledNorm, rescaled_global_norm
+from jaxclip.norms import RescaledNorm, rescaled_global_norm, rescaled_unit_norm
+from jaxclip.thresholds import round_toward_zero
 
 __all__ = [
     "AdagcState",
@@ -35,8 +36,6 @@ __all__ = [
 ]
 
 _MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
-# Covers the rounding of a coefficient and of the products with it.
-_MARGIN = 1 - 4 * float(np.finfo(np.float32).eps)
 
 
 class AutoclipState(LearningState):
@@ -121,7 +120,8 @@ def autoclip(
         else:
             history = jnp.concatenate([history[1:], size[None]])
             t = _quantile(history, share)
-        clipped, clip = clip_to_norm(updates, norm, t)
+        # Decided in float32, as `t` is: the first norm is not above itself.
+        clipped, clip = clip_to_norm(updates, norm, jnp.where(size > t, t, jnp.inf))
         return LearningStep(clipped, norm, clip.post_norm, clip.is_clipped, t, history)
 
     return learning_transform(AutoclipState, start, rule, (quantile, learning_rate))
@@ -258,25 +258,27 @@ def adagc(
     def rule(updates, state):
         leaves, reference = [jnp.asarray(x) for x in floating_leaves(updates)], state.learned
         _checks.check_num_leaves(leaves, reference.size)
-        norms = [rescaled_global_norm(x, axis_name=axis_name) for x in leaves]
-        norm, shares = _norm_of_parts(norms)
-        sizes, cap = _stack(map(norm_in_float32, norms)), cap_at(state.step)
-        is_warm = state.num_learned < warmup
-        is_above = norm.norm > cap.astype(norm.norm.dtype) * norm.rescale
-        early = jnp.where(is_above, cap * _MARGIN * shares, jnp.inf)
+        norms = [rescaled_unit_norm(x, tuple(range(x.ndim)), axis_name=axis_name) for x in leaves]
+        norm = _norm_of_parts(norms)
+        is_warm, cap = state.num_learned < warmup, cap_at(state.step, norm.norm.dtype)
         own = jnp.where(reference > 0, clamp(relative, 0, jnp.inf) * reference, jnp.inf)
-        bounds = jnp.where(is_warm, early, own)
-        pairs = zip(leaves, norms, strict=True)
-        clipped = [clip_to_norm(x, n, bounds[i])[0] for i, (x, n) in enumerate(pairs)]
+        # In warm-up one coefficient for all, that of the global norm.
+        used = [_either(is_warm, norm, n) for n in norms]
+        bounds = jnp.where(is_warm, cap, own.astype(cap.dtype))
+        pairs = zip(leaves, used, strict=True)
+        clips = [clip_to_norm(x, n, bounds[i]) for i, (x, n) in enumerate(pairs)]
 
-        passed = jnp.minimum(sizes, bounds)
+        sizes = _stack(map(norm_in_float32, norms))
+        coefs = _stack(clip.clip_coef for _, clip in clips)
+        passed = jnp.where(is_warm, sizes * coefs, jnp.minimum(sizes, own))
         average = reference + (1 - clamp(beta, 0, 1)) * (passed - reference)
         new = jnp.where(is_warm, jnp.minimum(reference, passed), average)
         new = jnp.where(passed > 0, jnp.where(reference > 0, new, passed), reference)
-        threshold = jnp.where(is_warm, cap, _length(clamp(bounds, 0, _MAX))[0])
-        rate = jnp.sum(sizes > bounds, dtype=jnp.float32) / max(len(leaves), 1)
-        updates = replace_floating(updates, clipped)
-        return LearningStep(updates, norm, _length(passed)[0], rate, threshold, new)
+        usual = _length(clamp(own, 0, _MAX))
+        threshold = jnp.where(is_warm, jnp.minimum(cap, _MAX).astype(jnp.float32), usual)
+        rate = jnp.sum(_stack(clip.is_clipped for _, clip in clips)) / max(len(leaves), 1)
+        updates = replace_floating(updates, [x for x, _ in clips])
+        return LearningStep(updates, norm, _length(passed), rate, threshold, new)
 
     return learning_transform(AdagcState, zero_per_leaf, rule, (relative, beta))
 
@@ -291,36 +293,45 @@ def _check_warmup(warmup: Any) -> None:
         raise ValueError(f"warmup must be an integer of at least 0, got {warmup!r}.")
 
 
-def _as_schedule(name: str, given: Any) -> Callable[[jax.Array], jax.Array]:
-    """A bound as a function of the step, in float32; below 0 counts as 0."""
-    if callable(given):
-        return lambda step: clamp(given(step), 0, jnp.inf)
-    _checks.check_threshold(name, given)
-    return lambda step: clamp(given, 0, jnp.inf)
+def _as_schedule(name: str, given: Any) -> Callable[..., jax.Array]:
+    """A bound as a function of the step and a dtype; below 0 counts as 0."""
+    if not callable(given):
+        _checks.check_threshold(name, given)
+
+    def bound_at(step: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        bound = given(step) if callable(given) else given
+        return jnp.maximum(jnp.asarray(round_toward_zero(bound, dtype)), 0)
+
+    return bound_at
 
 
 def _stack(scalars: Any) -> jax.Array:
-    scalars = list(scalars)
+    scalars = [x.reshape(()) for x in scalars]
     return jnp.stack(scalars) if scalars else jnp.zeros((0,), jnp.float32)
 
 
-def _length(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Length of a vector of no negative numbers, and its direction; safe from overflow."""
+def _length(vector: jax.Array) -> jax.Array:
+    """Length of a vector of no negative numbers; safe from overflow on the way."""
     largest = jnp.max(vector, initial=0)
     scaled = vector / jnp.where(largest > 0, largest, 1)
-    length = jnp.sqrt(jnp.sum(jnp.square(scaled)))
-    return largest * length, scaled / jnp.where(length > 0, length, 1)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(scaled)))
 
 
-def _norm_of_parts(parts: list[RescaledNorm]) -> tuple[RescaledNorm, jax.Array]:
-    """The norm of a tree from those of its leaves, and the share of each leaf in it."""
+def _either(condition: jax.Array, this: RescaledNorm, that: RescaledNorm) -> RescaledNorm:
+    """One of two norms, as scalars in the dtype of the first."""
+    pairs = zip(this, that, strict=True)
+    both = [jnp.where(condition, a, b.reshape(()).astype(a.dtype)) for a, b in pairs]
+    return RescaledNorm(*both)
+
+
+def _norm_of_parts(parts: list[RescaledNorm]) -> RescaledNorm:
+    """The norm of a tree from those of its leaves."""
     dtype = jnp.float64 if any(p.norm.dtype == jnp.float64 for p in parts) else jnp.float32
     norms = _stack(p.norm.astype(dtype) for p in parts)
     rescales = _stack(p.rescale.astype(dtype) for p in parts)
     rescale = jnp.min(rescales, initial=jnp.finfo(dtype).max)
     # A leaf that was scaled up beside one that was not is too small to count.
-    norm, shares = _length(norms * (rescale / rescales))
-    return RescaledNorm(norm, rescale), shares.astype(jnp.float32)
+    return RescaledNorm(_length(norms * (rescale / rescales)), rescale)
 
 
 def _quantile(history: jax.Array, share: jax.Array) -> jax.Array:

@@ -247,7 +247,8 @@ class NormClip(NamedTuple):
     """What a clip by norm does; scalars, or one entry for each norm.
 
     Attributes:
-      pre_norm: Float32, the norm before; not finite after a bad step.
+      pre_norm: Float32, the norm before, at most the largest float32; not to be used after a
+        bad step.
       post_norm: Float32, `clip_coef * pre_norm`; 0 after a bad step.
       clip_coef: Float32 in [0, 1], what is multiplied with; 0 after a bad step.
       is_clipped: Float32, 1 if the norm was above the bound and the step not bad, else 0.
@@ -311,8 +312,9 @@ def scaling_to(norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0) -> tuple[Sc
     extra = jnp.where(is_tiny, jnp.where(rescale < 1, *powers), 1.0).astype(size.dtype)
     coef = jnp.where(is_above, bound / extra / divisor * margin, jnp.ones_like(size))
 
-    pre_norm = size / rescale
-    post_norm = jnp.where(is_above, coef * (size * extra), pre_norm)
+    largest = float(jnp.finfo(jnp.float32).max)
+    pre_norm = jnp.minimum(size / rescale, largest)
+    post_norm = jnp.minimum(jnp.where(is_above, coef * (size * extra), pre_norm), largest)
     clip_coef = jnp.where(is_above, coef * (rescale * extra), coef)
     return Scaling(is_above, is_bad, rescale * extra, coef), NormClip(
         pre_norm=pre_norm.astype(jnp.float32),
@@ -367,7 +369,8 @@ def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
       >>> scale_leaf(jnp.array([3.0, 4.0]), half)
       Array([1.5, 2. ], dtype=float32)
     """
-    real = jnp.finfo(compute_dtype(g.dtype)).dtype
+    # A float32 leaf beside float64 ones: the factors of their norm need not fit float32.
+    real = jnp.finfo(compute_dtype(g.dtype, scaling.second.dtype)).dtype
     first, second = scaling.first.astype(real), scaling.second.astype(real)
 
     def scale(x: jax.Array) -> jax.Array:

@@ -261,7 +261,7 @@ def skip_or_clip(
         is_skipped = is_bad | is_dropped
         updates, inner_state = _unless(is_skipped, state.inner_state, *new)
 
-        pre_norm = jnp.where(is_bad, state.pre_norm, jnp.minimum(clip.pre_norm, _LARGEST))
+        pre_norm = jnp.where(is_bad, state.pre_norm, clip.pre_norm)
         threshold32 = jnp.minimum(threshold, _LARGEST).astype(jnp.float32)
         change = pre_norm - state.norm_mean
         # Of the deviation, not the variance: squares of large norms overflow.

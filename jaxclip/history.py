@@ -30,7 +30,7 @@ __all__ = [
     "zero_per_leaf",
 ]
 
-_MAX = float(np.finfo(np.float32).max)
+_MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 class LearningState(NamedTuple):
@@ -159,14 +159,16 @@ def norm_in_float32(norm: RescaledNorm) -> jax.Array:
       norm: As `rescaled_global_norm` gives it; scalars, or arrays of one shape.
 
     Returns:
-      Float32, at most its largest number; NaN if an entry is.
+      Float32, at most its largest number, 0 below its normal range; NaN if an entry is.
 
     Example:
       >>> norm = RescaledNorm(jnp.float32(2e38), jnp.float32(0.5))
       >>> bool(norm_in_float32(norm) == jnp.finfo(jnp.float32).max)
       True
     """
-    return jnp.minimum(norm.norm / norm.rescale, _MAX).astype(jnp.float32)
+    size = jnp.minimum(norm.norm / norm.rescale, _MAX)
+    # A float64 norm, too: a subnormal float32 is 0 to one operation and not to the next.
+    return jnp.where(size < _TINY, 0, size).astype(jnp.float32)
 
 
 def zero_per_leaf(params: Any) -> tuple[jax.Array, jax.Array]:

@@ -178,7 +178,7 @@ def _tree_norm(
     axes = [tuple(range(x.ndim)) for x in leaves]
 
     def totals_at(exponent: jax.Array) -> jax.Array:
-        rescale, pairs = _power(exponent, dtype), zip(leaves, axes, strict=True)
+        rescale, pairs = _power(exponent, dtype), zip(_not_folded(leaves), axes, strict=True)
         totals = [_total(x, rescale, a, ord).reshape(1) for x, a in pairs]
         return _over_devices(jnp.concatenate(totals), ord, axis_name)
 
@@ -333,14 +333,11 @@ def _unit_norm(
     """
     one = jnp.ones((), _accumulator([x]))
     largest = _over_devices(_total(x, one, axes, np.inf), np.inf, axis_name)
-    # Not for zeros: of a leaf that it knows to be constant, as the gradient of an unused
-    # parameter is, XLA squares the rescale by itself, and 0 * inf is NaN.
-    is_small = (largest > 0) & (largest < 2.0**-50)
-    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(is_small, 1, 0))
+    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))
     rescale = _power(exponent, largest.dtype)
     if ord == np.inf:
         return RescaledNorm(largest, jnp.ones_like(largest))
-    total = _over_devices(_total(x, rescale, axes, ord), ord, axis_name)
+    total = _over_devices(_total(_not_folded(x), rescale, axes, ord), ord, axis_name)
     return RescaledNorm(_root(total, ord), rescale)
 
 
@@ -384,6 +381,15 @@ def _total(x: jax.Array, rescale: jax.Array, axes: tuple[int, ...], ord: float) 
     if ord < np.inf:
         return jnp.sum(each, axis=axes, keepdims=True)
     return jnp.max(each, axis=axes, keepdims=True, initial=0)
+
+
+def _not_folded(leaves: Any) -> Any:
+    """The leaves, about which XLA knows nothing.
+
+    Of a constant one, as the gradient of an unused parameter is, it would square the rescale
+    by itself, and 0 * inf is NaN.
+    """
+    return lax.optimization_barrier(leaves)
 
 
 def _over_devices(totals: Any, ord: float, axis_name: str | None) -> Any:
@@ -487,11 +493,12 @@ def unit_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:
       >>> print(jnp.round(unit, 3), modulus)
       [0.707+0.707j 0.   +0.j   ] [inf  0.]
     """
-    real, imag = jnp.real(z), jnp.imag(z)
-    largest = jnp.maximum(jnp.abs(real), jnp.abs(imag))
+    largest = jnp.maximum(jnp.abs(jnp.real(z)), jnp.abs(jnp.imag(z)))
+    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))
+    # A power of two: XLA would merge two divisions into one by a product that overflows.
+    rescale = _power(exponent, largest.dtype)
+    real, imag = jnp.real(z) * rescale, jnp.imag(z) * rescale
     ordinary = (largest > 0) & jnp.isfinite(largest)
-    divisor = jnp.where(ordinary, largest, jnp.ones_like(largest))
-    real, imag = real / divisor, imag / divisor
     length = jnp.sqrt(jnp.where(ordinary, real * real + imag * imag, jnp.ones_like(real)))
     unit = jnp.where(ordinary, lax.complex(real / length, imag / length), jnp.zeros_like(z))
-    return unit, jnp.where(ordinary, length * largest, largest)
+    return unit, jnp.where(ordinary, length / rescale, largest)

@@ -16,6 +16,7 @@ from jaxclip import _checks
 from jaxclip._checks import (
     clamp,
     compute_dtype,
+    exceeds,
     floating_leaves,
     is_clippable,
     keep_weak_type,
@@ -200,23 +201,31 @@ class _EntryClip(NamedTuple):
 def _clip_entries(g: jax.Array, bound: jax.Array) -> tuple[_EntryClip, jax.Array]:
     """The leaf within the bound, and the moduli that passed, in float32."""
     modulus = _modulus(g)
-    wide_bound = bound.astype(modulus.dtype)
-    num_clipped = jnp.sum(modulus > wide_bound, dtype=jnp.float32)
-    passed = jnp.minimum(modulus, wide_bound)
+    passed = jnp.minimum(modulus, bound.astype(modulus.dtype))
     bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(g.dtype).dtype))
     if jnp.iscomplexobj(g):
-        unit, modulus = unit_and_modulus(g)
-        clipped = jnp.where(modulus > bound, unit * (bound * _MARGIN).astype(g.dtype), g)
+        is_above = _is_above(g, modulus, bound)
+        clipped = jnp.where(is_above, unit_and_modulus(g)[0] * (bound * _MARGIN).astype(g.dtype), g)
     else:
-        clipped = jnp.clip(g, -bound, bound)
-    return _EntryClip(keep_weak_type(clipped, g), num_clipped), clamp(passed, 0, _MAX)
+        # Not as a minimum and a maximum: those flush subnormals inside the bound to zero.
+        is_above = exceeds(g, bound)
+        clipped = jnp.where(is_above, jnp.where(g < 0, -bound, bound), g)
+    num_clipped = jnp.sum(is_above, dtype=jnp.float32)
+    passed = clamp(jnp.minimum(passed, _MAX), 0, _MAX)  # in its own dtype first
+    return _EntryClip(keep_weak_type(clipped, g), num_clipped), passed
+
+
+def _is_above(g: jax.Array, modulus: jax.Array, bound: jax.Array) -> jax.Array:
+    """Whether |g| > bound; by more than its rounding where g is complex."""
+    room = 1 + 4 * float(jnp.finfo(modulus.dtype).eps) * jnp.iscomplexobj(g)
+    return modulus > bound.astype(modulus.dtype) * room
 
 
 def _scale_entries(
     g: jax.Array, modulus: jax.Array, bound: jax.Array, coef: jax.Array
 ) -> _EntryClip:
     wide = compute_dtype(g.dtype)
-    is_above = modulus > bound.astype(modulus.dtype)
+    is_above = _is_above(g, modulus, bound)
     scaled = g.astype(wide) * coef.astype(wide)
     scaled = round_toward_zero(scaled, g.dtype) if wide != g.dtype else scaled
     clipped = keep_weak_type(jnp.where(is_above, scaled, g), g)

@@ -160,7 +160,7 @@ def clip_by_block_rms(
         bounds = _scalar_bounds("threshold", given, updates)
         num_devices = 1 if axis_name is None else lax.psum(1, axis_name)
         # Rounded down, so that the root of the size takes nothing over the bound.
-        sizes = [np.size(g) * num_devices for g in floating_leaves(updates)]
+        sizes = [max(np.size(g), 1) * num_devices for g in floating_leaves(updates)]
         return [
             bound * float(np.nextafter(np.float32(size**0.5), np.float32(0)))
             for bound, size in zip(bounds, sizes, strict=True)

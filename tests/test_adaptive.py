@@ -237,3 +237,11 @@ def test_a_spike_in_warmup_passes_zclip_as_published_and_not_with_a_max_norm():
 
     assert (norms_passed() > 100).all()  # the second is hidden by the first
     assert (norms_passed(max_norm=2.0) <= 2.0).all()
+
+
+def test_in_warm_up_a_leaf_far_below_the_others_is_not_lost():
+    g = {"a": jnp.full(1, 1e-7), "b": jnp.full(1, 3e38)}
+    tx = adagc(max_norm=1e30)
+    updates, _ = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(updates["a"], 1e-7 * (1e30 / 3e38), rtol=1e-5)
+    np.testing.assert_allclose(updates["b"], 1e30, rtol=1e-5)

@@ -23,6 +23,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d)
 real_dtype = pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: np.dtype(d).name)
 eager_and_jit = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 TINY = 2.0**-126  # the smallest float32 that XLA on CPU does not flush to zero
+LARGEST = float(np.finfo(np.float32).max)
 # Numbers in [0, inf] and what they stand for in float32.
 BOUNDS = [0.0, TINY, 1e-3, 1.0, 3e38, np.inf]
 
@@ -137,8 +138,8 @@ def check_global_clip(grads, max_norm, clipped, state):
         assert np.all(error <= relative * np.abs(expected) + 2 * step)
     with np.errstate(over="ignore"):
         expected = {
-            "pre_norm": np.float32(norm),
-            "post_norm": np.float32(norm * coef),
+            "pre_norm": np.float32(min(norm, LARGEST)),
+            "post_norm": np.float32(min(norm * coef, LARGEST)),
             "clip_coef": np.float32(coef),
         }
     for name, value in expected.items():
@@ -194,7 +195,7 @@ def test_global_clip_of_float64_is_bounded_and_right(data, max_norm):
             expected = np.longdouble(g) * coef
             assert np.all(np.abs(c - expected) <= 1e-14 * np.abs(expected) + 1e-300)
         with np.errstate(over="ignore", under="ignore"):
-            pre_norm = np.float32(np.float64(norm))
+            pre_norm = np.float32(min(norm, LARGEST))
         np.testing.assert_allclose(state.pre_norm, pre_norm, rtol=1e-6, atol=2 * TINY)
 
 
@@ -639,3 +640,23 @@ def test_a_factory_that_was_not_called_raises_with_advice(factory):
         clip_by_value(factory)
     with pytest.raises(TypeError, match="max_norm"):
         clip_by_global_norm(factory)
+
+
+@pytest.mark.parametrize(("size", "max_norm"), [(1.0, 0.7), (1e308, 1e307)])
+def test_a_float32_leaf_beside_a_float64_one_is_finite_and_bounded(size, max_norm):
+    with enable_x64(True):
+        grads = {"a": jnp.full(3, 1.1, jnp.float32), "b": jnp.full(1, size, jnp.float64)}
+        tx = jaxclip.clip_by_global_norm(max_norm)
+        clipped, _ = jax.device_get(jax.jit(tx.update)(grads, tx.init(grads)))
+    parts = [np.asarray(x, np.longdouble) for x in (*grads.values(), *clipped.values())]
+    norm, left = (np.sqrt(sum(np.sum(x * x) for x in pair)) for pair in (parts[:2], parts[2:]))
+    # The float32 leaf is rounded towards zero.
+    assert norm * (1 - 2e-7) <= left * (norm / np.longdouble(max_norm)) <= norm
+    np.testing.assert_allclose(clipped["a"], 1.1 * (max_norm / float(norm)), rtol=3e-7)
+
+
+def test_norms_beyond_float32_are_reported_as_its_largest_number():
+    grads = jnp.full(4, 3e38)
+    tx = jaxclip.clip_by_global_norm(jnp.inf)
+    _, state = tx.update(grads, tx.init(grads))
+    assert state.pre_norm == state.post_norm == jnp.finfo(jnp.float32).max

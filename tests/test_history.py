@@ -210,3 +210,17 @@ def test_float64_leaves_beside_others_keep_their_dtype(factory: Any):
         assert all(np.isfinite(np.complex128(x)).all() for x in jax.tree.leaves((updates, state)))
         assert state.pre_norm.dtype == state.threshold.dtype == jnp.float32
         np.testing.assert_allclose(state.pre_norm, np.sqrt(8), rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", [autoclip, zclip, adagc, clip_spikes, clip_leaf_spikes])
+def test_float64_gradients_leave_the_statistics_in_float32(factory: Any):
+    with enable_x64(True):
+        g = {"a": jnp.array([0.1, -0.3], jnp.float64), "b": jnp.array([0.2j], jnp.complex128)}
+        tx = factory()
+        first = state = tx.init(g)
+        for size in (1.0, 100.0):
+            updates, state = tx.update(jax.tree.map(lambda x, s=size: x * s, g), state)
+            if size == 1.0:
+                jax.tree.map(np.testing.assert_array_equal, updates, g)
+        dtypes = [x.dtype for x in jax.tree.leaves((updates, state))]
+    assert dtypes == [x.dtype for x in jax.tree.leaves((g, first))]

@@ -338,3 +338,22 @@ def test_the_derivative_of_a_unit_norm_is_the_unit_vector(scale):
     x = jnp.array([[3.0, 0.0], [4.0, 0.0]]) * scale
     slope = jax.grad(lambda x: jnp.sum(unit_norms(x)))(x)
     np.testing.assert_allclose(slope, [[0.6, 0], [0.8, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-25, 1e25])
+def test_a_constant_leaf_of_a_program_does_not_spoil_its_norm(size):
+    # XLA would fold the constant with the rescale, squared: 0 * inf.
+    @jax.jit
+    def norms(x):
+        tree = {"x": x, "unused": jnp.full(4, size)}
+        return jaxclip.global_norm(tree), jaxclip.leaf_norms(tree)["unused"]
+
+    np.testing.assert_allclose(norms(jnp.zeros(3)), [2 * size] * 2, rtol=1e-6)
+
+
+def test_complex_numbers_beyond_the_largest_modulus_have_a_unit_under_jit():
+    largest = float(np.finfo(np.float32).max)
+    z = jax.lax.complex(jnp.full(2, largest), jnp.full(2, -largest))
+    unit, modulus = jax.jit(unit_and_modulus)(z)
+    np.testing.assert_allclose(unit, [np.sqrt(0.5) * (1 - 1j)] * 2, rtol=1e-6)
+    assert np.all(np.isinf(modulus))

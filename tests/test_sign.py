@@ -553,3 +553,12 @@ def test_a_bad_weight_decay_raises(make, bad, error):
 def test_a_bad_box_raises_in_the_factory_naming_the_argument(make, bad, error):
     with pytest.raises(error, match="relative_to"):
         make(0.1, relative_to=bad)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
+def test_a_step_beyond_the_dtype_is_its_largest_number(dtype):
+    g = jnp.array([1.0, -1.0, 0.0]).astype(dtype)
+    tx = jaxclip.lion(jnp.float32(3e38), weight_decay=100.0)
+    updates, _ = tx.update(g, tx.init(g), g)
+    assert np.all(np.isfinite(updates))
+    np.testing.assert_array_equal(np.sign(np.real(updates)), [-1, 1, 0])

@@ -103,3 +103,10 @@ def test_a_traced_nan_is_a_bad_step(factory: Any, name: str):
     assert after.num_nonfinite == 1
     jax.tree.map(np.testing.assert_array_equal, after.learned, state.learned)
     assert after.threshold == state.threshold
+
+
+def test_subnormals_within_the_bound_of_a_spike_are_untouched():
+    g = jnp.array([1e-40, -0.0, 1.0])
+    tx = clip_spikes()
+    updates, _ = tx.update(g, tx.init(g))
+    assert np.asarray(updates).tobytes() == np.asarray(g).tobytes()

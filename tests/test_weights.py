@@ -503,3 +503,24 @@ def test_updates_that_do_not_fit_the_parameters_are_refused_with_the_path(update
     tx = keep_weights_within(0.5)
     with pytest.raises(ValueError, match=path):
         tx.update(updates, tx.init(params), params)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_complex_weights_far_outside_end_inside(wrap):
+    # The step is as large as the weight, and rounded as coarsely.
+    rng = np.random.default_rng(4)
+    w = jnp.asarray((rng.normal(size=99) + 1j * rng.normal(size=99)) * 30, jnp.complex64)
+    tx = keep_weights_within(jnp.float32(1.0))
+    after = wrap(lambda w: optax.apply_updates(w, tx.update(0 * w, tx.init(w), w)[0]))(w)
+    modulus = np.abs(np.asarray(after, np.complex128))
+    assert np.all(modulus <= 1)
+    np.testing.assert_allclose(modulus, 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_a_traced_infinite_box_leaves_updates_as_they_are(dtype):
+    w = jnp.array([3e38, 0.1, -1e-3]).astype(dtype)
+    u = jnp.array([3e38, 1e-9, 0.7]).astype(dtype)
+    tx = keep_weights_within(jnp.asarray(jnp.inf))
+    updates, _ = tx.update(u, tx.init(w), w)
+    np.testing.assert_array_equal(updates, u)
