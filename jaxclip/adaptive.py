@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip._checks import clamp, floating_leaves, increment, replace_floating
-from jaxclip.gradients import clip_to_norm
+from jaxclip.gradients import clip_to_norm, norm_of
 from jaxclip.history import (
     LearningState,
     LearningStep,
@@ -23,7 +23,7 @@ from jaxclip.history import (
     norm_in_float32,
     zero_per_leaf,
 )
-from jaxclip.norms import RescaledNorm, rescaled_global_norm, rescaled_unit_norm
+from jaxclip.norms import RescaledNorm, rescaled_unit_norm
 from jaxclip.thresholds import round_toward_zero
 
 __all__ = [
@@ -109,8 +109,8 @@ def autoclip(
         first = jnp.array(0.0 if initial is None else clamp(initial, 0, _MAX), jnp.float32)
         return first, () if window is None else jnp.zeros((window,), jnp.float32)
 
-    def rule(updates, state):
-        norm = rescaled_global_norm(updates, axis_name=axis_name)
+    def rule(updates, state, pre_norm):
+        norm, each = norm_of(updates, pre_norm, axis_name=axis_name)
         size = norm_in_float32(norm)
         t, share, history = state.threshold, clamp(quantile, 0, 1), state.learned
         if window is None:
@@ -122,7 +122,7 @@ def autoclip(
             t = _quantile(history, share)
         # Decided in float32, as `t` is: the first norm is not above itself.
         clipped, clip = clip_to_norm(updates, norm, jnp.where(size > t, t, jnp.inf))
-        return LearningStep(clipped, norm, clip.post_norm, clip.is_clipped, t, history)
+        return LearningStep(clipped, norm, each, clip.post_norm, clip.is_clipped, t, history)
 
     return learning_transform(AutoclipState, start, rule, (quantile, learning_rate))
 
@@ -183,8 +183,8 @@ def zclip(
         learned = {name: jnp.zeros((), jnp.float32) for name in ("mean", "std")}
         return jnp.zeros((), jnp.float32), learned
 
-    def rule(updates, state):
-        norm = rescaled_global_norm(updates, axis_name=axis_name)
+    def rule(updates, state, pre_norm):
+        norm, each = norm_of(updates, pre_norm, axis_name=axis_name)
         size = norm_in_float32(norm)
         mean, std, limit = state.learned["mean"], state.learned["std"], clamp(z, 0, jnp.inf)
         spread, above = limit * std, size - mean
@@ -204,7 +204,8 @@ def zclip(
         mean, std = mean + (1 - keep) * change, clamp(new_std, 0, _MAX)
         threshold = mean + jnp.where(std > 0, limit * std, 0)  # z may be inf
         learned = {"mean": mean, "std": std}
-        return LearningStep(clipped, norm, clip.post_norm, clip.is_clipped, threshold, learned)
+        post, is_clipped = clip.post_norm, clip.is_clipped
+        return LearningStep(clipped, norm, each, post, is_clipped, threshold, learned)
 
     return learning_transform(ZclipState, start, rule, (z, alpha))
 
@@ -255,7 +256,8 @@ def adagc(
     _check_warmup(warmup)
     cap_at = _as_schedule("max_norm", max_norm)
 
-    def rule(updates, state):
+    def rule(updates, state, pre_norm):
+        del pre_norm
         leaves, reference = [jnp.asarray(x) for x in floating_leaves(updates)], state.learned
         _checks.check_num_leaves(leaves, reference.size)
         norms = [rescaled_unit_norm(x, tuple(range(x.ndim)), axis_name=axis_name) for x in leaves]
@@ -278,7 +280,9 @@ def adagc(
         threshold = jnp.where(is_warm, jnp.minimum(cap, _MAX).astype(jnp.float32), usual)
         rate = jnp.sum(_stack(clip.is_clipped for _, clip in clips)) / max(len(leaves), 1)
         updates = replace_floating(updates, [x for x, _ in clips])
-        return LearningStep(updates, norm, _length(passed), rate, threshold, new)
+        is_finite = _stack(jnp.isfinite(n.norm) for n in norms).astype(bool)
+        each = jnp.where(is_finite, sizes, jnp.nan)
+        return LearningStep(updates, norm, each, _length(passed), rate, threshold, new)
 
     return learning_transform(AdagcState, zero_per_leaf, rule, (relative, beta))
 
@@ -299,7 +303,7 @@ def _as_schedule(name: str, given: Any) -> Callable[..., jax.Array]:
         _checks.check_threshold(name, given)
 
     def bound_at(step: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-        bound = given(step) if callable(given) else given
+        bound: Any = given(step) if callable(given) else given
         return jnp.maximum(jnp.asarray(round_toward_zero(bound, dtype)), 0)
 
     return bound_at

@@ -10,6 +10,7 @@ infinities, zeroes the NaNs, and counts it too. To leave the optimizer's state u
 as well, use `make_train_step`, which skips the whole step.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,13 @@ from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, map_clippable
-from jaxclip.norms import MeasuredNorm, RescaledNorm, measure_norm, unit_and_modulus
+from jaxclip.norms import (
+    MeasuredNorm,
+    RescaledNorm,
+    measure_norm,
+    rescaled_global_norm,
+    unit_and_modulus,
+)
 from jaxclip.thresholds import (
     ThresholdRule,
     check_threshold_tree,
@@ -37,6 +44,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_value",
     "clip_to_norm",
+    "norm_of",
     "scale_leaf",
     "scaling_to",
 ]
@@ -147,12 +155,15 @@ def clip_by_value(max_abs: Any) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         bounds = resolve_threshold(max_abs, updates, state.step)
-        clipped = map_clippable(_clip_entries, updates, bounds)
-        rate, is_bad = _entry_stats(updates, bounds)
-        return clipped, ClipByValueState(
+        pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(bounds), strict=True)
+        leaves = [(jnp.asarray(g), b) for g, b in pairs if _checks.is_clippable(g)]
+        clipped = [_clip_entries(g, _entry_bound(g, b)) for g, b in leaves]
+        counts = jnp.stack([jnp.zeros((), jnp.float32), *(n for _, n in clipped)])
+        num_entries = max(sum(g.size for g, _ in leaves), 1)
+        return _checks.replace_floating(updates, [g for g, _ in clipped]), ClipByValueState(
             step=increment(state.step),
-            clip_rate=rate,
-            num_nonfinite=increment(state.num_nonfinite, is_bad),
+            clip_rate=jnp.sum(counts) / num_entries,
+            num_nonfinite=increment(state.num_nonfinite, _checks.is_bad_step(updates, bounds)),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -223,7 +234,7 @@ def clip_by_global_norm(
     def update_fn(updates, state, params=None, **extra_args):
         del params
         bound: Any = schedule(state.step) if schedule else max_norm
-        norm, each = _norm_of(updates, extra_args.get("pre_norm"), ord, axis_name)
+        norm, each = norm_of(updates, extra_args.get("pre_norm"), ord, axis_name)
         clipped, clip = clip_to_norm(updates, norm, bound, eps)
         step = increment(state.step)
         rate_change = (clip.is_clipped - state.clip_rate) / step.astype(jnp.float32)
@@ -263,19 +274,19 @@ class NormClip(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """How to scale a leaf; arrays of one shape, which broadcasts against the leaf.
+    """How to scale a leaf: arrays of one shape, which broadcasts against the leaf.
 
     Attributes:
-      is_scaled: Bool: multiply by `first` and then by `second`, or leave the bits alone.
-      is_zero: Bool: give zeros, whatever the leaf holds.
-      first: Power of two.
-      second: The rest of the coefficient. Neither factor underflows.
+      is_scaled: Bool: multiply by the factors, one after the other, or leave the bits alone.
+      rescale: Power of two, which brings the leaf to ordinary magnitudes.
+      coef: The rest of the coefficient, or a part of it.
+      rest: 1, but where the coefficient is below the normal range.
     """
 
     is_scaled: jax.Array
-    is_zero: jax.Array
-    first: jax.Array
-    second: jax.Array
+    rescale: jax.Array
+    coef: jax.Array
+    rest: jax.Array
 
 
 def scaling_to(norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0) -> tuple[Scaling, NormClip]:
@@ -297,8 +308,6 @@ def scaling_to(norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0) -> tuple[Sc
       [ True False] [2. 1.] [0.5 1. ]
     """
     size, rescale = norm
-    # Covers the rounding of the norm, the coefficient and the products.
-    margin = 1 - 8 * jnp.finfo(size.dtype).eps
     # The norm that decides and divides; `size` itself stays what telemetry reports.
     padded = size + jnp.asarray(eps).astype(size.dtype) * rescale
     bound = jnp.maximum(jnp.asarray(round_toward_zero(bound, size.dtype)), 0)
@@ -306,23 +315,56 @@ def scaling_to(norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0) -> tuple[Sc
     is_above = padded > bound * rescale
     is_bad = ~jnp.isfinite(size) | jnp.isnan(bound)
     divisor = jnp.where(is_above & ~is_bad, padded, jnp.ones_like(size))
-    # A coefficient below the normal range is applied as two factors, each within it.
-    is_tiny = bound < divisor * (2.0**-900 if size.dtype == jnp.float64 else 2.0**-100)
-    powers = (2.0**-400, 2.0**-600) if size.dtype == jnp.float64 else (2.0**-36, 2.0**-70)
-    extra = jnp.where(is_tiny, jnp.where(rescale < 1, *powers), 1.0).astype(size.dtype)
-    coef = jnp.where(is_above, bound / extra / divisor * margin, jnp.ones_like(size))
+    # Covers the rounding of the norm, the quotient and the products.
+    margin = 1 - 8 * jnp.finfo(size.dtype).eps
+    bound = jnp.where(is_above, bound, jnp.ones_like(size))
+    coef = bound / divisor * margin
+    # Below the normal range it is applied as two factors, each within it.
+    is_normal = coef >= jnp.finfo(size.dtype).tiny
+    coef = jnp.where(is_normal, coef, margin / divisor)
+    scaling = Scaling(is_above, rescale, coef, jnp.where(is_normal, 1, bound))
 
     largest = float(jnp.finfo(jnp.float32).max)
     pre_norm = jnp.minimum(size / rescale, largest)
-    post_norm = jnp.minimum(jnp.where(is_above, coef * (size * extra), pre_norm), largest)
-    clip_coef = jnp.where(is_above, coef * (rescale * extra), coef)
-    return Scaling(is_above, is_bad, rescale * extra, coef), NormClip(
+    post_norm = jnp.minimum(size * scaling.coef * scaling.rest, largest)
+    post_norm = jnp.where(is_above, post_norm, pre_norm)
+    clip_coef = jnp.where(is_above, rescale * scaling.coef * scaling.rest, 1)
+    return scaling, NormClip(
         pre_norm=pre_norm.astype(jnp.float32),
         post_norm=jnp.where(is_bad, 0, post_norm).astype(jnp.float32),
         clip_coef=jnp.where(is_bad, 0, clip_coef).astype(jnp.float32),
         is_clipped=(is_above & ~is_bad).astype(jnp.float32),
         is_bad=is_bad,
     )
+
+
+def norm_of(
+    updates: Any, given: Any = None, ord: float = 2, axis_name: str | None = None
+) -> tuple[RescaledNorm, jax.Array | None]:
+    """Returns the norm of a tree and of its leaves: as measured already, or measured now.
+
+    Args:
+      updates: Pytree of arrays.
+      given: None, a `MeasuredNorm`, used if it is of these updates, or a number.
+      ord: As in `global_norm`.
+      axis_name: As in `global_norm`.
+
+    Returns:
+      A `RescaledNorm`, and the norms of the leaves as in `MeasuredNorm`; None for these if a
+      number was given.
+
+    Example:
+      >>> norm, each = norm_of({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)})
+      >>> print(norm.value(), each)
+      5.0 [4. 3.]
+    """
+    if given is None or isinstance(given, MeasuredNorm):
+        if given is None or not given.is_of(updates, ord, axis_name):
+            given = measure_norm(updates, ord=ord, axis_name=axis_name)
+        return given.norm, given.leaf_norms
+    # The norm of a number, which is rescaled if need be.
+    dtype = None if _checks.is_clippable(given) else jnp.float32
+    return rescaled_global_norm(jnp.asarray(given, dtype)), None
 
 
 def clip_to_norm(
@@ -348,11 +390,11 @@ def clip_to_norm(
       [3. 4.] 5.0 1.0
     """
     scaling, clip = scaling_to(norm, bound, eps)
-    return map_clippable(lambda g: scale_leaf(g, scaling), tree), clip
+    return map_clippable(lambda g: scale_leaf(g, scaling, clip.is_bad), tree), clip
 
 
 @jax.jit
-def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
+def scale_leaf(g: jax.Array, scaling: Scaling, is_bad: jax.Array) -> jax.Array:
     """Returns a leaf scaled, in its own dtype; half precision is rounded towards zero.
 
     Jitted, so that leaves of one shape share one trace.
@@ -360,21 +402,23 @@ def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
     Args:
       g: Floating array.
       scaling: Scalars, or arrays that broadcast against `g`.
+      is_bad: Scalar bool, whether to give zeros instead.
 
     Returns:
       Array like `g`: unchanged, scaled, or zeros.
 
     Example:
-      >>> half = Scaling(jnp.array(True), jnp.array(False), jnp.array(0.5), jnp.array(1.0))
-      >>> scale_leaf(jnp.array([3.0, 4.0]), half)
-      Array([1.5, 2. ], dtype=float32)
+      >>> g = jnp.array([3.0, 4.0])
+      >>> scaling, clip = scaling_to(RescaledNorm(jnp.array(5.0), jnp.array(1.0)), 2.5)
+      >>> print(scale_leaf(g, scaling, clip.is_bad).round(2))
+      [1.5 2. ]
     """
     # A float32 leaf beside float64 ones: the factors of their norm need not fit float32.
-    real = jnp.finfo(compute_dtype(g.dtype, scaling.second.dtype)).dtype
-    first, second = scaling.first.astype(real), scaling.second.astype(real)
+    real = jnp.finfo(compute_dtype(g.dtype, scaling.coef.dtype)).dtype
+    factors = [factor.astype(real) for factor in scaling[1:]]
 
     def scale(x: jax.Array) -> jax.Array:
-        scaled = x.astype(real) * first * second
+        scaled = functools.reduce(jnp.multiply, factors, x.astype(real))
         return round_toward_zero(scaled, x.dtype) if real != x.dtype else scaled
 
     if jnp.iscomplexobj(g):
@@ -382,50 +426,31 @@ def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
     else:
         scaled = scale(g)
     kept = jnp.where(scaling.is_scaled, scaled, g)
-    return keep_weak_type(jnp.where(scaling.is_zero, jnp.zeros_like(g), kept), g)
+    return keep_weak_type(jnp.where(is_bad, jnp.zeros_like(g), kept), g)
 
 
-def _norm_of(
-    updates: Any, given: Any, ord: float, axis_name: str | None
-) -> tuple[RescaledNorm, jax.Array | None]:
-    """The norm and the leaf norms: those that somebody has measured already, or new ones."""
-    if given is None or isinstance(given, MeasuredNorm):
-        if given is None or not given.is_of(updates, ord, axis_name):
-            given = measure_norm(updates, ord=ord, axis_name=axis_name)
-        return given.norm, given.leaf_norms
-    given = jnp.asarray(given)
-    return RescaledNorm(given, jnp.ones_like(given)), None
+def _entry_bound(g: jax.Array, bound: Any) -> Any:
+    """The bound in the real dtype of `g`; a traced NaN bounds to 0, a bad step."""
+    bound = round_toward_zero(bound, jnp.finfo(g.dtype).dtype)
+    return jnp.where(jnp.isnan(bound), 0, bound) if isinstance(bound, jax.Array) else bound
 
 
-def _clip_entries(g: jax.Array, bound: Any) -> jax.Array:
-    bound = _entry_bound(g, bound)
+@jax.jit
+def _clip_entries(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The leaf with its entries clipped, and how many were.
+
+    Jitted, so that leaves of one shape share one trace.
+    """
+    num_clipped = jnp.sum(jnp.abs(g) > bound, dtype=jnp.float32)
     if jnp.iscomplexobj(g):
         unit, modulus = unit_and_modulus(g)
         eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
         inside = (bound * (1 - 4 * eps)).astype(g.dtype)
         is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
         clipped = jnp.where(is_outside, unit * inside, g)
-        return keep_weak_type(jnp.where(jnp.isfinite(g), clipped, jnp.zeros_like(g)), g)
-    # Not as a minimum and a maximum: those flush subnormals inside the bound to zero.
-    clipped = jnp.where(exceeds(g, bound), jnp.where(g < 0, -bound, bound), g)
-    return keep_weak_type(jnp.where(jnp.isnan(g), jnp.zeros_like(g), clipped), g)
-
-
-def _entry_bound(g: jax.Array, bound: Any) -> jax.Array:
-    """The bound in the real dtype of `g`; a traced NaN bounds to 0, a bad step."""
-    bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(g.dtype).dtype))
-    return jnp.where(jnp.isnan(bound), jnp.zeros_like(bound), bound)
-
-
-def _entry_stats(updates: Any, bounds: Any) -> tuple[jax.Array, jax.Array]:
-    """Share of floating entries above their bound, and whether any is not finite."""
-    total, num_clipped, is_bad = 0, jnp.zeros((), jnp.float32), jnp.zeros((), bool)
-    leaves = zip(jax.tree.leaves(updates), jax.tree.leaves(bounds), strict=True)
-    for g, bound in leaves:
-        if not _checks.is_clippable(g):
-            continue
-        g = jnp.asarray(g)
-        total += g.size
-        num_clipped += jnp.sum(jnp.abs(g) > _entry_bound(g, bound), dtype=jnp.float32)
-        is_bad |= ~jnp.all(jnp.isfinite(g)) | jnp.any(jnp.isnan(bound))
-    return num_clipped / max(total, 1), is_bad
+        clipped = jnp.where(jnp.isfinite(g), clipped, jnp.zeros_like(g))
+    else:
+        # Not as a minimum and a maximum: those flush subnormals inside the bound to zero.
+        clipped = jnp.where(exceeds(g, bound), jnp.where(g < 0, -bound, bound), g)
+        clipped = jnp.where(jnp.isnan(g), jnp.zeros_like(g), clipped)
+    return keep_weak_type(clipped, g), num_clipped

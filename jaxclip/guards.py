@@ -23,8 +23,7 @@ from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip._checks import increment, keep_weak_type, map_clippable
-from jaxclip.gradients import clip_to_norm
-from jaxclip.norms import rescaled_global_norm
+from jaxclip.gradients import LeafReport, clip_to_norm, norm_of
 from jaxclip.thresholds import ThresholdRule, round_toward_zero
 
 __all__ = [
@@ -73,6 +72,7 @@ class SkipOrClipState(NamedTuple):
       num_consecutive: Scalar int32, finite spikes skipped since the last accepted step.
       num_skipped: Scalar int32, steps skipped so far, for any reason.
       num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
+      leaves: A `LeafReport`.
     """
 
     step: jax.Array
@@ -87,6 +87,7 @@ class SkipOrClipState(NamedTuple):
     num_consecutive: jax.Array
     num_skipped: jax.Array
     num_nonfinite: jax.Array
+    leaves: LeafReport
 
 
 def skip_nonfinite(
@@ -141,7 +142,7 @@ def skip_nonfinite(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        is_bad = _anywhere(_nonfinite(updates), axis_name)
+        is_bad = _anywhere(_checks.has_nonfinite(updates), axis_name)
         is_skipped = is_bad
         if check_inner:
             # Behind barriers, lest XLA merge the two and hold on to what the first gives.
@@ -239,10 +240,11 @@ def skip_or_clip(
             num_consecutive=jnp.zeros((), jnp.int32),
             num_skipped=jnp.zeros((), jnp.int32),
             num_nonfinite=jnp.zeros((), jnp.int32),
+            leaves=LeafReport.create(params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        norm = rescaled_global_norm(updates, axis_name=axis_name)
+        norm, each = norm_of(updates, extra_args.get("pre_norm"), axis_name=axis_name)
         dtype = norm.norm.dtype
         num_accepted = state.step - state.num_skipped
         # Not 0 times an infinite number of deviations, which would be NaN.
@@ -274,7 +276,7 @@ def skip_or_clip(
             step=step,
             inner_state=inner_state,
             pre_norm=pre_norm,
-            post_norm=jnp.where(is_skipped, 0, jnp.minimum(clip.post_norm, _LARGEST)),
+            post_norm=jnp.where(is_skipped, 0, clip.post_norm),
             clip_coef=jnp.where(is_skipped, 0, clip.clip_coef),
             clip_rate=state.clip_rate + (is_clipped - state.clip_rate) / step.astype(jnp.float32),
             threshold=jnp.where(is_bad, state.threshold, threshold32),
@@ -283,6 +285,7 @@ def skip_or_clip(
             num_consecutive=increment(consecutive, is_dropped),
             num_skipped=increment(state.num_skipped, is_skipped),
             num_nonfinite=increment(state.num_nonfinite, is_bad),
+            leaves=state.leaves.update(each, is_bad),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -315,25 +318,21 @@ def _bound_at(given: Any, step: jax.Array, dtype: Any) -> jax.Array:
     return jnp.maximum(jnp.asarray(round_toward_zero(value, dtype)), 0)
 
 
-def _nonfinite(tree: Any) -> list[jax.Array]:
-    """For each floating leaf, whether an entry is not finite."""
-    return [~jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if _checks.is_clippable(x)]
-
-
-def _anywhere(flags: list[jax.Array], axis_name: str | None) -> jax.Array:
-    """Whether a flag holds, on any device of the axis."""
-    flag = functools.reduce(jnp.logical_or, flags, jnp.zeros((), bool))
+def _anywhere(flag: jax.Array, axis_name: str | None) -> jax.Array:
+    """Whether a flag holds on any device of the axis."""
     return flag if axis_name is None else lax.pmax(flag.astype(jnp.int32), axis_name) > 0
 
 
-def _spoilt(old_state: Any, updates: Any, new_state: Any) -> list[jax.Array]:
-    """For each update and array of the state, whether an entry has ceased to be finite."""
+def _spoilt(old_state: Any, updates: Any, new_state: Any) -> jax.Array:
+    """Whether an update is not finite, or an entry of the state's arrays has ceased to be."""
     pairs = zip(jax.tree.leaves(old_state), jax.tree.leaves(new_state), strict=True)
-    return _nonfinite(updates) + [
-        jnp.any(jnp.isfinite(old) & ~jnp.isfinite(new))
+    kept = [
+        jnp.all(~jnp.isfinite(old) | jnp.isfinite(new))
         for old, new in pairs
         if _checks.is_clippable(new) and jnp.ndim(new)
     ]
+    lost = ~jnp.all(jnp.stack(kept)) if kept else jnp.zeros((), bool)
+    return _checks.has_nonfinite(updates) | lost
 
 
 def _unless(is_skipped: jax.Array, old_state: Any, updates: Any, new_state: Any) -> tuple:

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from jaxclip._checks import clamp, floating_leaves, increment, keep_weak_type, map_clippable
+from jaxclip.gradients import LeafReport
 from jaxclip.norms import RescaledNorm
 
 __all__ = [
@@ -43,6 +44,7 @@ class LearningState(NamedTuple):
       threshold: The threshold that the last good step has set; 0 before there is one.
       num_learned: Steps that have entered the statistics, int32.
       learned: The statistics, an array or a tree of arrays.
+      leaves: A `LeafReport`.
     """
 
     step: jax.Array
@@ -54,14 +56,16 @@ class LearningState(NamedTuple):
     threshold: jax.Array
     num_learned: jax.Array
     learned: Any
+    leaves: LeafReport
 
 
 class LearningStep(NamedTuple):
-    """What a rule makes of one gradient; at a bad step only `norm` counts.
+    """What a rule makes of one gradient; at a bad step only the norms count.
 
     Attributes:
       updates: The clipped gradient.
       norm: `RescaledNorm` of the gradient before the clip; not finite if an entry is not.
+      leaf_norms: Those of its leaves, as `norm_of` gives them.
       post_norm: Scalar, the norm after the clip; not read where `clip_rate` is 0.
       clip_rate: Scalar float32, share of the step, its leaves or entries that was clipped.
       threshold: Scalar, the new threshold; a NaN makes a bad step.
@@ -70,6 +74,7 @@ class LearningStep(NamedTuple):
 
     updates: Any
     norm: RescaledNorm
+    leaf_norms: jax.Array | None
     post_norm: jax.Array
     clip_rate: jax.Array
     threshold: jax.Array
@@ -79,7 +84,7 @@ class LearningStep(NamedTuple):
 def learning_transform(
     state_type: type[LearningState],
     start: Callable[[Any], tuple[jax.Array, Any]],
-    rule: Callable[[Any, Any], LearningStep],
+    rule: Callable[[Any, Any, Any], LearningStep],
     settings: tuple = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a transform of a rule that learns from good steps; bad ones give zeros.
@@ -88,20 +93,20 @@ def learning_transform(
       state_type: A subclass of `LearningState`, whose name is the name in `clip_stats`.
       start: `start(params)` gives the first threshold (0 for none yet) and statistics; it
         needs only shapes.
-      rule: `rule(updates, state)` gives a `LearningStep`.
+      rule: `rule(updates, state, pre_norm)` gives a `LearningStep`; `pre_norm` is the norm if
+        it is known already, as `norm_of` takes it.
       settings: Hyper-parameters, scalars, of which a NaN makes a bad step.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept if the rule does.
 
     Example:
-      >>> from jaxclip.gradients import clip_to_norm
-      >>> from jaxclip.norms import rescaled_global_norm
-      >>> def halve_the_last_norm(updates, state):
-      ...     norm = rescaled_global_norm(updates)
+      >>> from jaxclip.gradients import clip_to_norm, norm_of
+      >>> def halve_the_last_norm(updates, state, pre_norm):
+      ...     norm, each = norm_of(updates, pre_norm)
       ...     bound = jnp.where(state.pre_norm > 0, state.pre_norm / 2, jnp.inf)
       ...     clipped, clip = clip_to_norm(updates, norm, bound)
-      ...     return LearningStep(clipped, norm, clip.post_norm, clip.is_clipped, bound, ())
+      ...     return LearningStep(clipped, norm, each, clip.post_norm, clip.is_clipped, bound, ())
       >>> tx = learning_transform(
       ...     LearningState, lambda params: (jnp.zeros(()), ()), halve_the_last_norm
       ... )
@@ -117,11 +122,13 @@ def learning_transform(
         floats = {n: jnp.zeros((), jnp.float32) for n in ("pre_norm", "post_norm", "clip_rate")}
         counts = {n: jnp.zeros((), jnp.int32) for n in ("step", "num_nonfinite", "num_learned")}
         coef = jnp.ones((), jnp.float32)
-        return state_type(**floats, **counts, clip_coef=coef, threshold=threshold, learned=learned)
+        fields = {"threshold": threshold, "learned": learned, "leaves": LeafReport.create(params)}
+        return state_type(**floats, **counts, clip_coef=coef, **fields)
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
-        clipped, norm, post, rate, threshold, learned = rule(updates, state)
+        del params
+        seen = rule(updates, state, extra_args.get("pre_norm"))
+        clipped, norm, each, post, rate, threshold, learned = seen
         size = norm_in_float32(norm)
         nan = [jnp.isnan(jnp.asarray(x)) for x in (*settings, threshold)]
         is_bad = jnp.any(jnp.stack([~jnp.isfinite(norm.norm), *nan]))
@@ -147,6 +154,7 @@ def learning_transform(
             threshold=keep(clamp(threshold, 0, _MAX), state.threshold),
             num_learned=increment(state.num_learned, enters),
             learned=keep(learned, state.learned),
+            leaves=state.leaves.update(each, is_bad),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -22,15 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxclip._checks import check_choice, compute_dtype, is_clippable
 
 __all__ = [
     "MeasuredNorm",
+    "MeasuredUnits",
     "RescaledNorm",
     "global_norm",
+    "join_units",
     "leaf_norms",
     "measure_norm",
+    "measure_units",
     "rescaled_global_norm",
     "rescaled_unit_norm",
     "unit_and_modulus",
@@ -237,7 +241,7 @@ def leaf_norms(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> An
         if not is_clippable(x):
             return jnp.zeros((), jnp.float32)
         axes = tuple(range(np.ndim(x)))
-        return _unit_norm(jnp.asarray(x), axes, float(ord), axis_name).value().reshape(())
+        return _unit_norm(jnp.asarray(x), axes, float(ord), axis_name).norm.value().reshape(())
 
     return treedef.unflatten(map(norm_of, leaves))
 
@@ -318,14 +322,83 @@ def rescaled_unit_norm(
       Array([[5.],
              [2.]], dtype=float32)
     """
+    return measure_units(x, axes, axis_name=axis_name).norm
+
+
+class MeasuredUnits(NamedTuple):
+    """The norms of an array's units, and what they were computed from.
+
+    Attributes:
+      norm: `RescaledNorm` of the units, dimensions kept. Only this has a derivative.
+      largest: The largest modulus in each unit, as a vector.
+      total: Sum over each unit of the squares, rescaled as `largest` asks for, as a vector.
+    """
+
+    norm: RescaledNorm
+    largest: jax.Array
+    total: jax.Array
+
+
+def measure_units(
+    x: jax.Array, axes: tuple[int, ...], *, axis_name: str | None = None
+) -> MeasuredUnits:
+    """Returns `rescaled_unit_norm` with the sums, which `join_units` needs.
+
+    Args:
+      x: As in `rescaled_unit_norm`.
+      axes: As in `rescaled_unit_norm`.
+      axis_name: As in `global_norm`.
+
+    Returns:
+      A `MeasuredUnits`.
+
+    Example:
+      >>> print(measure_units(jnp.array([3.0, 4.0]), (0,)).largest)
+      [4.]
+    """
     return _unit_norm(jnp.asarray(x), axes, 2.0, axis_name)
+
+
+def join_units(parts: Sequence[MeasuredUnits]) -> RescaledNorm:
+    """Returns the norms of all units of some arrays as one vector, without derivatives.
+
+    The sums are joined and the norms computed again, for XLA would move whatever is done to
+    each of a thousand parts into their joining, and be very long about it.
+
+    Args:
+      parts: As `measure_units` gives them.
+
+    Returns:
+      A `RescaledNorm` of vectors, replicated over the devices.
+
+    Example:
+      >>> parts = [measure_units(jnp.array(x), (0,)) for x in ([3.0, 4.0], [2.0])]
+      >>> print(join_units(parts).value())
+      [5. 2.]
+    """
+    if len({p.total.dtype for p in parts}) > 1:  # the rescale of each goes by its dtype
+        pairs = zip(*(p.norm for p in parts), strict=True)
+        vectors = [[_as_vector(x.astype(jnp.float64)) for x in pair] for pair in pairs]
+        return RescaledNorm(*map(_join, vectors))
+    largest, total = (_join([getattr(p, name) for p in parts]) for name in ("largest", "total"))
+    return RescaledNorm(jnp.sqrt(total), _rescale_for(largest))
+
+
+def _join(parts: list[jax.Array]) -> jax.Array:
+    return lax.stop_gradient(jnp.concatenate(parts)) if parts else jnp.zeros((0,), jnp.float32)
+
+
+def _as_vector(x: jax.Array) -> jax.Array:
+    """Replicated on an Explicit mesh, where parts split each in its way could not be joined."""
+    is_explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    return (jax.sharding.reshard(x, PartitionSpec()) if is_explicit else x).reshape(-1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _unit_norm(
     x: jax.Array, axes: tuple[int, ...], ord: float, axis_name: str | None
-) -> RescaledNorm:
+) -> MeasuredUnits:
     """Jitted, so that leaves of one shape share one trace.
 
     The rescale comes from the largest entry, so the array is read twice: a loop such as
@@ -333,12 +406,19 @@ def _unit_norm(
     """
     one = jnp.ones((), _accumulator([x]))
     largest = _over_devices(_total(x, one, axes, np.inf), np.inf, axis_name)
-    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))
-    rescale = _power(exponent, largest.dtype)
     if ord == np.inf:
-        return RescaledNorm(largest, jnp.ones_like(largest))
+        flat, one = _as_vector(largest), jnp.ones_like(largest)
+        return MeasuredUnits(RescaledNorm(largest, one), flat, flat)
+    rescale = _rescale_for(largest)
     total = _over_devices(_total(_not_folded(x), rescale, axes, ord), ord, axis_name)
-    return RescaledNorm(_root(total, ord), rescale)
+    norm = RescaledNorm(_root(total, ord), rescale)
+    return MeasuredUnits(norm, _as_vector(largest), _as_vector(total))
+
+
+def _rescale_for(largest: jax.Array) -> jax.Array:
+    """The power of two that suits numbers of which the largest is known."""
+    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))
+    return _power(exponent, largest.dtype)
 
 
 @_unit_norm.defjvp
@@ -346,10 +426,11 @@ def _unit_norm_jvp(
     axes: tuple, ord: float, axis_name: str | None, primals: Any, tangents: Any
 ) -> tuple:
     (x,), (dx,) = primals, tangents
-    norm = _unit_norm(x, axes, ord, axis_name)
-    total = jnp.sum(_change(x, dx, norm, ord), axis=axes, keepdims=True)
-    total = total if axis_name is None else lax.psum(total, axis_name)
-    return norm, RescaledNorm(total, jnp.zeros_like(norm.rescale))
+    units = _unit_norm(x, axes, ord, axis_name)
+    change = jnp.sum(_change(x, dx, units.norm, ord), axis=axes, keepdims=True)
+    change = change if axis_name is None else lax.psum(change, axis_name)
+    none = jax.tree.map(jnp.zeros_like, units)
+    return units, none._replace(norm=RescaledNorm(change, none.norm.rescale))
 
 
 # --- Parts ----------------------------------------------------------------------------
@@ -429,9 +510,11 @@ def _power(exponent: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _better_exponent(totals: jax.Array, ord: float) -> jax.Array:
-    """-1 for each total that overflowed, 1 for each that may have sunk, else 0 (for NaN)."""
+    """-1 for each total that is too large, 1 for each that may have sunk, else 0 (for NaN)."""
     info = jnp.finfo(totals.dtype)
-    exponent = jnp.where(totals > info.max, jnp.int32(-1), jnp.int32(0))
+    # Well within the range for the other norms, so that `1 / norm` is normal, too.
+    largest = float(info.max) if ord == 2 else 2.0 ** (info.maxexp // 2)
+    exponent = jnp.where(totals > largest, jnp.int32(-1), jnp.int32(0))
     if ord != 2:
         return exponent
     smallest = 2.0**-800 if info.bits == 64 else 2.0**-64
@@ -494,9 +577,8 @@ def unit_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:
       [0.707+0.707j 0.   +0.j   ] [inf  0.]
     """
     largest = jnp.maximum(jnp.abs(jnp.real(z)), jnp.abs(jnp.imag(z)))
-    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))
     # A power of two: XLA would merge two divisions into one by a product that overflows.
-    rescale = _power(exponent, largest.dtype)
+    rescale = _rescale_for(largest)
     real, imag = jnp.real(z) * rescale, jnp.imag(z) * rescale
     ordinary = (largest > 0) & jnp.isfinite(largest)
     length = jnp.sqrt(jnp.where(ordinary, real * real + imag * imag, jnp.ones_like(real)))

@@ -11,7 +11,6 @@ A non-finite gradient entry never enters a momentum: that entry of the momentum 
 it was, and `num_nonfinite` in the state counts the steps at which it happened.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
+from jaxclip.norms import MeasuredNorm
 from jaxclip.sign_kinds import SignKind, resolve_sign_kind
 
 __all__ = [
@@ -110,9 +110,9 @@ def scale_by_sign(kind: SignKind | None = None) -> optax.GradientTransformationE
         return ScaleBySignState(jnp.zeros((), jnp.int32), sign_state=kind.init())
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del params
         signs, sign_state = kind.apply(updates, updates, state.sign_state)
-        count = _count(state.num_nonfinite, updates)
+        count = _count(state.num_nonfinite, updates, extra_args.get("pre_norm"))
         return signs, ScaleBySignState(num_nonfinite=count, sign_state=sign_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -161,10 +161,10 @@ def scale_by_signum(
         return _average(new, g, beta) if nesterov else new
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del params
         directions, mu = _momentum_step(updates, state.mu, direction, beta)
         signs, sign_state = kind.apply(directions, updates, state.sign_state)
-        count = _count(state.num_nonfinite, updates)
+        count = _count(state.num_nonfinite, updates, extra_args.get("pre_norm"))
         return signs, ScaleBySignumState(mu=mu, num_nonfinite=count, sign_state=sign_state)
 
     def init_fn(params):
@@ -222,10 +222,10 @@ def scale_by_lion(
         return ScaleByLionState(mu=mu, num_nonfinite=count, sign_state=kind.init())
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del params
         directions, mu = _momentum_step(updates, state.mu, direction, b2)
         signs, sign_state = kind.apply(directions, updates, state.sign_state)
-        count = _count(state.num_nonfinite, updates)
+        count = _count(state.num_nonfinite, updates, extra_args.get("pre_norm"))
         return signs, ScaleByLionState(mu=mu, num_nonfinite=count, sign_state=sign_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -266,8 +266,9 @@ def _zero_momentum(params: optax.Params, dtype: Any) -> Any:
     return jax.tree.map(zeros, params)
 
 
-def _count(num_nonfinite: jax.Array, updates: Any) -> jax.Array:
+def _count(num_nonfinite: jax.Array, updates: Any, pre_norm: Any) -> jax.Array:
     """One more if any floating entry of `updates` is not finite."""
-    finite = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(updates) if _checks.is_clippable(g)]
-    bad = ~functools.reduce(jnp.logical_and, finite) if finite else False
-    return increment(num_nonfinite, bad)
+    known = pre_norm if isinstance(pre_norm, MeasuredNorm) else None
+    if known is not None and known.is_of(updates, known.ord, known.axis_name):
+        return increment(num_nonfinite, ~jnp.all(jnp.isfinite(known.leaf_norms)))
+    return increment(num_nonfinite, _checks.has_nonfinite(updates))

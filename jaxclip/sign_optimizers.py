@@ -60,7 +60,7 @@ def signum(
     accumulator_dtype: Any = None,
     *,
     nesterov: bool = False,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: Any = 0.0,
     mask: Any = None,
     relative_to: Any = None,
     sign: SignKind | None = None,
@@ -75,7 +75,8 @@ def signum(
       beta: Decay rate of the momentum, in [0, 1]. May be traced.
       accumulator_dtype: Dtype of the momentum; None for the dtype of each parameter.
       nesterov: Whether to look one step ahead.
-      weight_decay: Coefficient of the decay, not negative. May be traced.
+      weight_decay: Coefficient of the decay, not negative: a number, a traced scalar, or a
+        schedule.
       mask: Tree of bools, or a function of the parameters that gives one: what decays.
       relative_to: As in `sign_sgd`.
       sign: A sign kind, as in `scale_by_sign`.
@@ -112,7 +113,7 @@ def lion(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
     mu_dtype: Any = None,
-    weight_decay: ArrayLike = 1e-3,
+    weight_decay: Any = 1e-3,
     mask: Any = None,
     *,
     relative_to: Any = None,
@@ -129,7 +130,8 @@ def lion(
       b1: Weight of the momentum in the direction, in [0, 1]. May be traced.
       b2: Decay rate of the momentum, in [0, 1]. May be traced.
       mu_dtype: Dtype of the momentum; None for the dtype of each parameter.
-      weight_decay: Coefficient of the decay, not negative. May be traced.
+      weight_decay: Coefficient of the decay, not negative: a number, a traced scalar, or a
+        schedule.
       mask: Tree of bools, or a function of the parameters that gives one: what decays.
       relative_to: As in `sign_sgd`.
       sign: A sign kind, as in `scale_by_sign`.
@@ -254,7 +256,8 @@ def _alignment(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _saturate(x: jax.Array, dtype: Any) -> jax.Array:
     """`x` in `dtype`, within its finite range, in modulus, too; NaN stays NaN."""
-    largest = jnp.finfo(dtype).max.astype(jnp.finfo(x.dtype).dtype)
+    # As a Python number: the largest of a wider `dtype` would overflow in that of `x`.
+    largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(x.dtype).max))
     if jnp.iscomplexobj(x):
         parts = [jnp.clip(p, -0.7 * largest, 0.7 * largest) for p in (jnp.real(x), jnp.imag(x))]
         return lax.complex(*parts).astype(dtype)
@@ -272,20 +275,28 @@ def _share_of_true(flags: Any, like: Any) -> jax.Array:
     return total / size
 
 
+class _StepState(NamedTuple):
+    """Scalar int32 step count, for schedules."""
+
+    step: jax.Array
+
+
 def _decay_weights(
-    weight_decay: ArrayLike, mask: Any, is_cautious: bool
+    weight_decay: Any, mask: Any, is_cautious: bool
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.add_decayed_weights`, keeping dtypes under a traced coefficient.
 
     A traced coefficient that is not finite counts as 0. If cautious, only where the
     direction `g` and the weight `p` have `g * p >= 0`.
     """
-    _checks.check_nonnegative("weight_decay", weight_decay)
+    schedule: Any = weight_decay if callable(weight_decay) else None
+    if schedule is None:
+        _checks.check_nonnegative("weight_decay", weight_decay)
     _checks.check_choice("cautious_decay", is_cautious, (False, True))
 
-    def decayed(g: jax.Array, p: Any) -> jax.Array:
+    def decayed(g: jax.Array, p: Any, coefficient: Any) -> jax.Array:
         wide, p = compute_dtype(g.dtype), jnp.asarray(p)
-        decay = jnp.asarray(weight_decay).astype(wide)
+        decay = jnp.asarray(coefficient).astype(wide)
         decay = jnp.where(jnp.isfinite(decay), decay, jnp.zeros_like(decay))
         shrink = decay * p.astype(wide)
         if is_cautious:
@@ -297,21 +308,16 @@ def _decay_weights(
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
             _checks.check_params_given("weight_decay", params)
             _checks.check_same_structure("updates", updates, "params", params)
-            updates = map_clippable(decayed, updates, params)
-        return updates, state
+            coefficient = schedule(state.step) if schedule else weight_decay
+            updates = map_clippable(lambda g, p: decayed(g, p, coefficient), updates, params)
+        return updates, _StepState(increment(state.step)) if schedule else state
 
     def init_fn(params):
         del params
-        return optax.EmptyState()
+        return _StepState(jnp.zeros((), jnp.int32)) if schedule else optax.EmptyState()
 
     decay = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     return decay if mask is None else optax.masked(decay, mask)
-
-
-class _StepState(NamedTuple):
-    """Scalar int32 step count, for schedules."""
-
-    step: jax.Array
 
 
 def _scale_by_step(

@@ -14,9 +14,8 @@ import optax
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
-from jaxclip.gradients import clip_to_norm
+from jaxclip.gradients import clip_to_norm, norm_of
 from jaxclip.norms import (
-    MeasuredNorm,
     RescaledNorm,
     rescaled_global_norm,
     unit_and_modulus,
@@ -135,16 +134,11 @@ def _smooth_clip_by_norm(
     def update_fn(updates, state, params=None, **extra_args):
         del params
         limit = scale(state.step) if callable(scale) else scale
-        given = extra_args.get("pre_norm")
-        if isinstance(given, MeasuredNorm) and given.is_of(updates, 2.0, axis_name):
-            norm = given.norm
-        else:
-            norm = rescaled_global_norm(updates, axis_name=axis_name)
+        norm, _ = norm_of(updates, extra_args.get("pre_norm"), axis_name=axis_name)
         limited, clip = clip_to_norm(updates, norm, _smooth_norm(norm, limit))
-        pre_norm = jnp.minimum(clip.pre_norm, jnp.finfo(jnp.float32).max)
         return limited, SmoothClipState(
             step=increment(state.step),
-            pre_norm=jnp.where(clip.is_bad, state.pre_norm, pre_norm),
+            pre_norm=jnp.where(clip.is_bad, state.pre_norm, clip.pre_norm),
             post_norm=clip.post_norm,
             clip_coef=clip.clip_coef,
             num_nonfinite=increment(state.num_nonfinite, clip.is_bad),

@@ -22,6 +22,7 @@ from jaxclip._checks import (
     keep_weak_type,
     replace_floating,
 )
+from jaxclip.gradients import norm_of
 from jaxclip.history import (
     LearningState,
     LearningStep,
@@ -103,7 +104,7 @@ def clip_spikes(
 
         return jnp.zeros((), jnp.float32), jax.tree.map(zeros, params)
 
-    def rule(updates, state):
+    def rule(updates, state, pre_norm):
         _checks.check_same_structure("updates", updates, "rms", state.learned)
         root, weight = jnp.sqrt(clamp(theta, 0, jnp.inf)), _average_weight(decay, state)
         old_part, new_part = jnp.sqrt(1 - weight), jnp.sqrt(weight)
@@ -115,7 +116,7 @@ def clip_spikes(
             clips.append(clip)
             new.append(jnp.minimum(average, _MAX))
         learned = replace_floating(updates, new, state.learned)
-        return _learning_step(updates, clips, root, learned, axis_name)
+        return _learning_step(updates, pre_norm, clips, root, learned, axis_name)
 
     return learning_transform(ClipSpikesState, start, rule, (theta, decay))
 
@@ -155,7 +156,7 @@ def clip_leaf_spikes(
     """
     _checks.check_decay_rate("decay", decay)
 
-    def rule(updates, state):
+    def rule(updates, state, pre_norm):
         leaves, m = [jnp.asarray(x) for x in floating_leaves(updates)], state.learned
         _checks.check_num_leaves(leaves, m.size)
         moduli = [_modulus(g) for g in leaves]
@@ -163,7 +164,8 @@ def clip_leaf_spikes(
         m = m + _average_weight(decay, state) * (largest - m)
         coefs = m / jnp.where(largest > 0, largest, 1) * _MARGIN
         clips = list(map(_scale_entries, leaves, moduli, m, coefs))
-        return _learning_step(updates, clips, jnp.max(m, initial=0), m, axis_name)
+        top = jnp.max(m, initial=0)
+        return _learning_step(updates, pre_norm, clips, top, m, axis_name)
 
     return learning_transform(ClipLeafSpikesState, zero_per_leaf, rule, (decay,))
 
@@ -233,14 +235,19 @@ def _scale_entries(
 
 
 def _learning_step(
-    updates: Any, clips: list[_EntryClip], threshold: jax.Array, learned: Any, axis_name: str | None
+    updates: Any,
+    pre_norm: Any,
+    clips: list[_EntryClip],
+    threshold: jax.Array,
+    learned: Any,
+    axis_name: str | None,
 ) -> LearningStep:
     num_entries = sum(c.clipped.size for c in clips)
     num_clipped = sum((c.num_clipped for c in clips), jnp.zeros((), jnp.float32))
     rate = num_clipped / max(num_entries, 1)
     rate = rate if axis_name is None else lax.pmean(rate, axis_name)
     clipped = [c.clipped for c in clips]
-    norm = rescaled_global_norm(updates, axis_name=axis_name)
+    norm, each = norm_of(updates, pre_norm, axis_name=axis_name)
     post_norm = norm_in_float32(rescaled_global_norm(clipped, axis_name=axis_name))
     updates = replace_floating(updates, clipped)
-    return LearningStep(updates, norm, post_norm, rate, threshold, learned)
+    return LearningStep(updates, norm, each, post_norm, rate, threshold, learned)

@@ -91,9 +91,10 @@ class LeafShares(NamedTuple):
 def explain(opt_state: Any, params: Any) -> list[LeafShares]:
     """Returns which leaf rules the gradient norm, and which was the first not to be finite.
 
-    The clips by norm (`clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`,
-    `adaptive_grad_clip`, `clip_update_relative`) keep the norm of each leaf, which they have to
-    add up anyway. For reading on the host, between steps.
+    The transforms that look at norms (`clip_by_global_norm`, `clip_by_leaf_norm`,
+    `clip_by_block_rms`, `adaptive_grad_clip`, `clip_update_relative`, `skip_or_clip`, and the
+    clips that learn) keep the norm of each leaf, which they have to add up anyway. For reading
+    on the host, between steps.
 
     Args:
       opt_state: State of any optimizer that has such clips in it, with concrete values.

@@ -174,6 +174,8 @@ def resolve_threshold(threshold: Any, params: Any, step: Any = None) -> Any:
     def resolve_subtree(prefix_path: tuple, given: Any, subtree: Any) -> Any:
         if callable(given) and not isinstance(given, ThresholdRule):
             given = jnp.asarray(given(step))
+        if isinstance(given, jax.Array) and given.ndim == 0:
+            given = _as_threshold(given)  # once, and the same array for all leaves
 
         def resolve_leaf(path: tuple, leaf: Any) -> Any:
             name = _checks.path_name(prefix_path + path)
@@ -181,7 +183,8 @@ def resolve_threshold(threshold: Any, params: Any, step: Any = None) -> Any:
                 return float("inf")
             if isinstance(given, ThresholdRule):
                 return given.for_leaf(name, leaf, step)
-            return _as_threshold(given, name, np.shape(leaf))
+            is_ready = isinstance(given, jax.Array) and given.ndim == 0
+            return given if is_ready else _as_threshold(given, name, np.shape(leaf))
 
         return jax.tree_util.tree_map_with_path(resolve_leaf, subtree)
 

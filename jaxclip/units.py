@@ -17,9 +17,16 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip import _checks
-from jaxclip._checks import floating_leaves, increment, keep_weak_type, replace_floating
+from jaxclip._checks import compute_dtype, floating_leaves, increment, replace_floating
 from jaxclip.gradients import LeafReport, scale_leaf, scaling_to
-from jaxclip.norms import rescaled_unit_norm, unit_axes
+from jaxclip.norms import (
+    MeasuredUnits,
+    RescaledNorm,
+    join_units,
+    measure_units,
+    rescaled_global_norm,
+    unit_axes,
+)
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
 
 __all__ = [
@@ -113,14 +120,14 @@ def clip_by_leaf_norm(
     if num_stacked != 0:
         _checks.check_count("stacked_axes", num_stacked)
 
-    def bounds_for(updates, params, step):
+    def terms_for(updates, params, step):
         del params
-        return _scalar_bounds("max_norm", resolve_threshold(max_norm, updates, step), updates)
+        return [_scalar_bounds("max_norm", resolve_threshold(max_norm, updates, step), updates)]
 
     def axes_of(shape):
         return tuple(range(min(num_stacked, len(shape)), len(shape)))
 
-    return _unit_clip(ClipByLeafNormState, axes_of, bounds_for, axis_name)
+    return _unit_clip(ClipByLeafNormState, axes_of, terms_for, _bound_as_given, axis_name)
 
 
 def clip_by_block_rms(
@@ -154,22 +161,16 @@ def clip_by_block_rms(
     """
     check_threshold_tree("threshold", threshold)
 
-    def bounds_for(updates, params, step):
+    def terms_for(updates, params, step):
         del params
         given = resolve_threshold(threshold, updates, step)
-        bounds = _scalar_bounds("threshold", given, updates)
         num_devices = 1 if axis_name is None else lax.psum(1, axis_name)
         # Rounded down, so that the root of the size takes nothing over the bound.
         sizes = [max(np.size(g), 1) * num_devices for g in floating_leaves(updates)]
-        return [
-            bound * float(np.nextafter(np.float32(size**0.5), np.float32(0)))
-            for bound, size in zip(bounds, sizes, strict=True)
-        ]
+        roots = [np.nextafter(np.float32(size**0.5), np.float32(0)) for size in sizes]
+        return [_scalar_bounds("threshold", given, updates), roots]
 
-    def axes_of(shape):
-        return tuple(range(len(shape)))
-
-    return _unit_clip(ClipByBlockRmsState, axes_of, bounds_for, axis_name)
+    return _unit_clip(ClipByBlockRmsState, _all_axes, terms_for, _bound_times_root, axis_name)
 
 
 def adaptive_grad_clip(
@@ -219,15 +220,17 @@ def adaptive_grad_clip(
     _checks.check_nonnegative("eps", eps)
     axes_of = functools.partial(unit_axes, axis=axis)
 
-    def bounds_for(updates, params, step):
+    def terms_for(updates, params, step):
         _checks.check_params_given("adaptive_grad_clip", params)
         _checks.check_same_structure("updates", updates, "params", params)
         ratio = jnp.maximum(jnp.asarray(round_toward_zero(schedule(step), jnp.float32)), 0)
+        least = jnp.asarray(eps)
         pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
         weights = [jnp.asarray(w) for g, w in pairs if _checks.is_clippable(g)]
-        return [_relative_bound(w, ratio, eps, axes_of(w.shape), axis_name) for w in weights]
+        units = [measure_units(w, axes_of(w.shape), axis_name=axis_name) for w in weights]
+        return [[ratio] * len(units), [least] * len(units), units]
 
-    return _unit_clip(AdaptiveGradClipState, axes_of, bounds_for, axis_name)
+    return _unit_clip(AdaptiveGradClipState, axes_of, terms_for, _bound_of_weights, axis_name)
 
 
 def clip_update_relative(
@@ -278,24 +281,45 @@ def clip_update_relative(
         smallest = jnp.min(jnp.where(is_bad, jnp.nan, ratio), initial=1)
         return smallest if axis_name is None else lax.pmin(smallest, axis_name)
 
-    def bounds_for(updates, params, step):
+    def terms_for(updates, params, step):
         del step
         _checks.check_params_given("clip_update_relative", params)
         _checks.check_same_structure("updates", updates, "params", params)
         pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
         pairs = [(jnp.asarray(u), jnp.asarray(w)) for u, w in pairs if _checks.is_clippable(u)]
-        bounds = []
-        for u, w in pairs:
-            coef = jax.jit(coefficient)(u, w)
-            norm = rescaled_unit_norm(u, tuple(range(u.ndim)), axis_name=axis_name)
-            bound = norm.norm * coef.astype(norm.norm.dtype) / norm.rescale
-            bounds.append(jnp.where(coef == 1, jnp.inf, bound))
-        return bounds
+        coefficient_of = jax.jit(coefficient)
+        return [[coefficient_of(u, w) for u, w in pairs]]
 
-    def axes_of(shape):
-        return tuple(range(len(shape)))
+    return _unit_clip(ClipUpdateRelativeState, _all_axes, terms_for, _bound_by_share, axis_name)
 
-    return _unit_clip(ClipUpdateRelativeState, axes_of, bounds_for, axis_name)
+
+# --- Bounds ---------------------------------------------------------------------------
+# From the norm of a unit and the terms of a clip, for one leaf, or for a vector of all units.
+
+
+def _bound_as_given(norm: RescaledNorm, limit: jax.Array) -> jax.Array:
+    return limit.astype(norm.norm.dtype)
+
+
+def _bound_times_root(norm: RescaledNorm, limit: jax.Array, root: jax.Array) -> jax.Array:
+    return limit.astype(norm.norm.dtype) * root.astype(norm.norm.dtype)
+
+
+def _bound_of_weights(
+    norm: RescaledNorm, ratio: jax.Array, least: jax.Array, weights: RescaledNorm
+) -> jax.Array:
+    """`ratio * max(norm of the weights, least)`; NaN where these are not finite."""
+    dtype = norm.norm.dtype
+    ratio, least = ratio.astype(dtype), least.astype(dtype)
+    size, rescale = (x.astype(dtype) for x in weights)
+    bound = jnp.maximum(ratio * size / rescale, ratio * least)
+    bound = jnp.where(jnp.isinf(ratio), jnp.inf, bound)
+    return jnp.where(jnp.isfinite(size), bound, jnp.nan)
+
+
+def _bound_by_share(norm: RescaledNorm, share: jax.Array) -> jax.Array:
+    bound = norm.norm * share.astype(norm.norm.dtype) / norm.rescale
+    return jnp.where(share == 1, jnp.inf, bound)
 
 
 # --- Parts ----------------------------------------------------------------------------
@@ -304,10 +328,15 @@ def clip_update_relative(
 def _unit_clip(
     state_type: Any,
     axes_of: Callable[[tuple[int, ...]], tuple[int, ...]],
-    bounds_for: Callable[[Any, Any, jax.Array], list[Any]],
+    terms_for: Callable[[Any, Any, jax.Array], list[list[Any]]],
+    bound_of: Callable[..., jax.Array],
     axis_name: str | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transform that clips each unit to a bound; `bounds_for` gives one for each leaf."""
+    """A transform that clips each unit to a bound.
+
+    `terms_for(updates, params, step)` gives lists with an entry for each leaf, a scalar or a
+    `MeasuredUnits`, from which `bound_of` computes the bound.
+    """
 
     def init_fn(params):
         floats = {n: jnp.zeros((), jnp.float32) for n in ("pre_norm", "post_norm", "clip_rate")}
@@ -318,58 +347,86 @@ def _unit_clip(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         leaves = [jnp.asarray(g) for g in floating_leaves(updates)]
-        bounds = bounds_for(updates, params, state.step)
-        pairs = list(zip(leaves, bounds, strict=True))
-        clipped = [_clip_units(g, b, axes_of(g.shape), axis_name) for g, b in pairs]
-        rows = [row for _, row in clipped]
-        seen = jnp.concatenate(rows) if rows else jnp.zeros((0, 5), jnp.float32)
-        is_bad = jnp.any(seen[:, 3] > 0)
-        updates = replace_floating(updates, [_zero_if(is_bad, g) for g, _ in clipped])
-        pre, post = (_capped_norm(seen[:, i]) for i in (0, 1))
-        num_units = max(sum(_num_units(g.shape, axes_of(g.shape)) for g in leaves), 1)
+        terms = terms_for(updates, params, state.step)
+        units = [measure_units(g, axes_of(g.shape), axis_name=axis_name) for g in leaves]
+        counts = np.array([u.total.size for u in units], int)
+        # What is reported comes from all units at once; a leaf is scaled by its own alone.
+        norm = join_units(units)
+        bounds = bound_of(norm, *(_join_terms(term, counts) for term in terms))
+        clip = scaling_to(norm, bounds)[1]
+        is_bad = jnp.any(clip.is_bad)
+        clipped = [
+            _clip_leaf(bound_of, g, u.norm, is_bad, *map(_norm_or_scalar, leaf_terms))
+            for g, u, *leaf_terms in zip(leaves, units, *terms, strict=True)
+        ]
+        pre, post = _length(clip.pre_norm), _length(clip.post_norm)
         coef = jnp.where(pre > 0, jnp.minimum(post / pre, 1), 1)
-        return updates, state_type(
+        return replace_floating(updates, clipped), state_type(
             step=increment(state.step),
             pre_norm=jnp.where(is_bad, state.pre_norm, pre),
             post_norm=jnp.where(is_bad, 0, post),
             clip_coef=jnp.where(is_bad, 0, coef),
-            clip_rate=jnp.where(is_bad, 0, jnp.sum(seen[:, 2]) / num_units),
+            clip_rate=jnp.where(is_bad, 0, jnp.sum(clip.is_clipped) / max(norm.norm.size, 1)),
             num_nonfinite=increment(state.num_nonfinite, is_bad),
-            leaves=state.leaves.update(seen[:, 4], is_bad),
+            leaves=state.leaves.update(_leaf_norms(norm, clip.pre_norm, counts), is_bad),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _clip_units(
-    g: jax.Array, bound: Any, axes: tuple[int, ...], axis_name: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """The leaf with its units clipped; and norm before, norm after, number of units clipped,
-    whether it is bad, and the norm before or NaN, as a row."""
-    norm = rescaled_unit_norm(g, axes, axis_name=axis_name)
-    scaling, clip = scaling_to(norm, bound)
-    is_bad = jnp.any(clip.is_bad)
-    largest = jnp.finfo(jnp.float32).max
-    pre = _capped_norm(jnp.minimum(clip.pre_norm, largest))
-    post = jnp.where(jnp.any(clip.is_clipped > 0), _capped_norm(clip.post_norm), pre)
-    report = jnp.where(jnp.all(jnp.isfinite(norm.norm)), pre, jnp.nan)
-    numbers = [pre, post, jnp.sum(clip.is_clipped), is_bad.astype(jnp.float32), report]
-    return scale_leaf(g, scaling), jnp.stack(numbers).reshape(1, -1)
+@functools.partial(jax.jit, static_argnums=0)
+def _clip_leaf(
+    bound_of: Any, g: jax.Array, norm: RescaledNorm, is_bad: jax.Array, *terms: Any
+) -> jax.Array:
+    """Jitted, so that leaves of one shape share one trace."""
+    return scale_leaf(g, scaling_to(norm, bound_of(norm, *terms))[0], is_bad)
 
 
-def _zero_if(is_bad: jax.Array, g: jax.Array) -> jax.Array:
-    return keep_weak_type(jnp.where(is_bad, jnp.zeros_like(g), g), g)
+def _norm_or_scalar(term: Any) -> Any:
+    return term.norm if isinstance(term, MeasuredUnits) else term
 
 
-def _capped_norm(norms: jax.Array) -> jax.Array:
-    """Norm of a few norms, at most the largest float32."""
-    norm = rescaled_unit_norm(norms, tuple(range(norms.ndim))).value().reshape(())
-    return jnp.minimum(norm, jnp.finfo(jnp.float32).max).astype(jnp.float32)
+def _join_terms(terms: list[Any], counts: np.ndarray) -> Any:
+    """An entry for each unit; one for all where that is the same array."""
+    if terms and isinstance(terms[0], MeasuredUnits):
+        return join_units(terms)
+    if all(term is terms[0] for term in terms):
+        return terms[0] if terms else jnp.zeros((), jnp.float32)
+    if not any(isinstance(term, jax.Array) for term in terms):
+        return np.repeat(np.array(terms), counts)
+    dtype = jnp.result_type(*terms)
+    entries = [
+        jnp.broadcast_to(jnp.asarray(t, dtype), n) for t, n in zip(terms, counts, strict=True)
+    ]
+    return jnp.concatenate(entries)
 
 
-def _num_units(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    return int(np.prod([n for a, n in enumerate(shape) if a not in axes]))
+def _leaf_norms(norm: RescaledNorm, sizes: jax.Array, counts: np.ndarray) -> jax.Array:
+    """The norm of each leaf from those of its units; NaN where an entry is not finite."""
+    sizes = jnp.where(jnp.isfinite(norm.norm), sizes, jnp.nan)
+    if np.all(counts == 1):
+        return sizes
+    leaf = np.repeat(np.arange(counts.size), counts)
+    add_up = functools.partial(
+        jax.ops.segment_sum, num_segments=counts.size, indices_are_sorted=True
+    )
+    largest = jax.ops.segment_max(sizes, leaf, counts.size, indices_are_sorted=True)
+    largest = jnp.maximum(largest, 0)  # of a leaf without units
+    scaled = sizes / jnp.where(largest > 0, largest, 1)[leaf]
+    norms = largest * jnp.sqrt(add_up(scaled * scaled, leaf))
+    norms = jnp.minimum(norms, float(jnp.finfo(jnp.float32).max))
+    is_nan = add_up(jnp.isnan(sizes).astype(jnp.float32), leaf) > 0
+    return jnp.where(is_nan, jnp.nan, norms)
+
+
+def _length(norms: jax.Array) -> jax.Array:
+    """Norm of a vector of norms, at most the largest float32."""
+    norm = rescaled_global_norm(norms).value()
+    return jnp.minimum(norm, float(jnp.finfo(jnp.float32).max))
+
+
+def _all_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(len(shape)))
 
 
 def _scalar_bounds(name: str, bounds: Any, updates: Any) -> list[Any]:
@@ -384,18 +441,7 @@ def _scalar_bounds(name: str, bounds: Any, updates: Any) -> list[Any]:
             raise ValueError(
                 f"{name} must be one number for a leaf; at '{where}' it has {np.shape(bound)}."
             )
+        if not isinstance(bound, jax.Array):  # exactly, as long as it is a number
+            bound = round_toward_zero(bound, compute_dtype(leaf.dtype))
         found.append(bound if np.ndim(bound) == 0 else jnp.reshape(bound, ()))
     return found
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _relative_bound(
-    w: jax.Array, ratio: jax.Array, eps: Any, axes: tuple[int, ...], axis_name: str | None
-) -> jax.Array:
-    """`ratio * max(norm, eps)` for each unit of the weights; NaN where they are not finite."""
-    norm = rescaled_unit_norm(w, axes, axis_name=axis_name)
-    ratio = ratio.astype(norm.norm.dtype)
-    own = ratio * norm.norm / norm.rescale
-    least = ratio * jnp.asarray(eps).astype(norm.norm.dtype)
-    bound = jnp.where(jnp.isinf(ratio), jnp.inf, jnp.maximum(own, least))
-    return jnp.where(jnp.isfinite(norm.norm), bound, jnp.nan)

@@ -137,7 +137,7 @@ def _no_vote_yet(p: Any) -> jax.Array:
 
 def _voters(updates: Any) -> tuple[list[jax.Array], jax.Array]:
     """The floating leaves, and whether one of their entries is not finite."""
-    leaves, is_bad = [], jnp.zeros((), bool)
+    leaves = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
         if not _checks.is_clippable(leaf):
             continue
@@ -146,8 +146,7 @@ def _voters(updates: Any) -> tuple[list[jax.Array], jax.Array]:
             name = _checks.path_name(path)
             raise TypeError(f"majority_vote needs real updates; '{name}' is {leaf.dtype}.")
         leaves.append(leaf)
-        is_bad |= ~jnp.all(jnp.isfinite(leaf))
-    return leaves, is_bad
+    return leaves, _checks.has_nonfinite(leaves)
 
 
 def _elect(

@@ -116,12 +116,14 @@ def test_arguments_are_those_of_optax_in_its_order_with_its_defaults(pair: Pair)
     assert all(p.default is not p.empty for p in ours[len(theirs) :])
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="lion takes no schedule of decay yet")
 def test_lion_takes_a_schedule_of_its_decay_as_optax_does():
     params = jnp.ones(2)
-    tx = jaxclip.lion(0.1, weight_decay=lambda step: 0.5)
-    updates, _ = tx.update(params, tx.init(params), params)
-    np.testing.assert_allclose(updates, [-0.15, -0.15], rtol=1e-6)
+    tx = jaxclip.lion(0.1, weight_decay=lambda step: 0.5 / (1 + step))
+    state, steps = tx.init(params), []
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+        steps.append(updates[0])
+    np.testing.assert_allclose(steps, [-0.15, -0.125], rtol=1e-6)
 
 
 # --- Values -------------------------------------------------------------------------------

@@ -207,3 +207,24 @@ def test_telemetry_adds_no_pass_over_the_gradients():
         p.compile().as_text().count(" reduce(") for p in programs
     )
     assert silent_reductions == telling_reductions > 0
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        jaxclip.autoclip(),
+        jaxclip.zclip(),
+        jaxclip.adagc(),
+        jaxclip.clip_spikes(),
+        jaxclip.clip_leaf_spikes(),
+        jaxclip.skip_or_clip(optax.sgd(0.1), max_norm=1.0),
+    ],
+)
+def test_explain_reads_what_learns_too(tx):
+    params = {"bias": jnp.zeros(1), "kernel": jnp.zeros((2, 2))}
+    good = {"bias": jnp.array([3.0]), "kernel": jnp.full((2, 2), 2.0)}
+    _, state = tx.update(good, tx.init(params))
+    _, state = tx.update(good | {"bias": jnp.array([jnp.inf])}, state)
+    (report,) = jaxclip.explain(state, params)
+    assert (report.largest_leaf, report.nonfinite_leaf) == ("kernel", "bias")
+    np.testing.assert_allclose(list(report.norms.values()), [3, 4], rtol=1e-6)
