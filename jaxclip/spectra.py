@@ -121,7 +121,7 @@ def clip_by_spectral_norm(
         leaves = [_cap_leaf(path, g, c, steps, stacked_axes) for (path, g), c in pairs]
         num_matrices = sum(_num_matrices(g, stacked_axes) for _, g in entries)
         num_clipped = sum((x.num_clipped for x in leaves), jnp.zeros((), jnp.float32))
-        pre_norm = jnp.max(jnp.stack([jnp.zeros(()), *(x.norm for x in leaves)]))
+        pre_norm = jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *(x.norm for x in leaves)]))
         clipped = jax.tree.unflatten(treedef, [x.capped for x in leaves])
         clipped = _checks.map_clippable(lambda g: _zero_if(is_bad, g), clipped)
         return clipped, ClipBySpectralNormState(
@@ -192,7 +192,7 @@ class _Capped(NamedTuple):
 
 def _cap_leaf(path: tuple, g: Any, cap: Any, steps: int, num_stacked: int) -> _Capped:
     if not _num_matrices(g, num_stacked):
-        return _Capped(g, jnp.zeros(()), jnp.zeros(()))
+        return _Capped(g, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     if np.size(cap) != 1:
         raise ValueError(
             f"max_norm must be one number a leaf; at '{_checks.path_name(path)}' "

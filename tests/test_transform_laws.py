@@ -109,8 +109,8 @@ def make_params(dtype: Any = jnp.float32) -> Any:
     k = jax.random.split(jax.random.key(1), 2)
     return {
         "dense": {
-            "kernel": (0.3 * jax.random.normal(k[0], (16, 8))).astype(dtype),
-            "bias": (0.3 * jax.random.normal(k[1], (8,))).astype(dtype),
+            "kernel": (0.3 * jax.random.normal(k[0], (16, 8), jnp.float32)).astype(dtype),
+            "bias": (0.3 * jax.random.normal(k[1], (8,), jnp.float32)).astype(dtype),
         },
         "scale": jnp.asarray(0.25, dtype),
     }
@@ -120,7 +120,8 @@ def make_grads(params: Any, seed: int = 2) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     grads = [
-        jax.random.normal(k, p.shape).astype(p.dtype) for k, p in zip(keys, leaves, strict=True)
+        jax.random.normal(k, p.shape, jnp.float32).astype(p.dtype)
+        for k, p in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, grads)
 
@@ -327,7 +328,7 @@ def test_python_and_numpy_leaves_are_accepted(row: Row, leaf: Any):
     tx, params = row.make(), {"w": leaf}
     updates, _ = tx.update({"w": leaf}, tx.init(params), params)
     assert np.shape(updates["w"]) == np.shape(leaf)
-    assert jnp.asarray(updates["w"]).dtype == jnp.float32
+    assert jnp.asarray(updates["w"]).dtype == jnp.asarray(leaf).dtype
 
 
 @every_transform
@@ -405,7 +406,7 @@ def test_paths_of_init_and_update_may_differ_by_nnx_value(row: Row):
 
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, row.make(), wrt=nnx.Param)
-    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4))) ** 2))(model)
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4), jnp.float32)) ** 2))(model)
     optimizer.update(model, grads)
     assert np.isfinite(np.asarray(model.kernel[...])).all()
 
