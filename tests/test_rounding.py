@@ -145,7 +145,8 @@ NUM_WEIGHTS, STEP_SIZE, NUM_STEPS = 20_000, 3e-5, 20
 
 def drift(stochastic: bool) -> tuple[np.ndarray, np.ndarray, Any]:
     """Weights before and after steps of -STEP_SIZE each, and the state."""
-    w = (0.02 * jax.random.normal(jax.random.key(0), (NUM_WEIGHTS,), jnp.float32)).astype(jnp.bfloat16)
+    w = 0.02 * jax.random.normal(jax.random.key(0), (NUM_WEIGHTS,), jnp.float32)
+    w = w.astype(jnp.bfloat16)
     tx = jaxclip.sign_sgd(STEP_SIZE)
     step = jaxclip.make_train_step(
         lambda w, batch: jnp.sum(w.astype(jnp.float32) * batch),

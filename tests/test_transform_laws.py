@@ -94,6 +94,7 @@ TRANSFORMS = [
     Row(skip_or_clip, "max_norm"),
     Row(error_feedback, "max_residual", takes_schedule=False),
 ]
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16] + [jnp.float64] * jax.config.jax_enable_x64
 every_transform = pytest.mark.parametrize("row", TRANSFORMS, ids=lambda r: r.factory.__name__)
 with_parameter = pytest.mark.parametrize(
     "row", [r for r in TRANSFORMS if r.parameter], ids=lambda r: r.factory.__name__
@@ -168,14 +169,14 @@ def test_every_public_transform_has_a_row():
 
 
 @every_transform
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_jit_equals_eager(row: Row, dtype: Any):
     tx, params = row.make(), make_params(dtype)
     assert_close(run(tx, params, update=jax.jit(tx.update)), run(tx, params))
 
 
 @every_transform
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_updates_keep_structure_shape_and_dtype(row: Row, dtype: Any):
     params = make_params(dtype)
     updates, _ = run(row.make(), params)
@@ -260,7 +261,7 @@ def test_vmap_over_the_hyper_parameter_equals_a_loop(row: Row):
 
 
 @with_parameter
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_inject_hyperparams_under_jit_keeps_the_dtype(row: Row, dtype: Any):
     params = make_params(dtype)
     tx = optax.inject_hyperparams(row.factory, hyperparam_dtype=jnp.float32)(
@@ -332,7 +333,7 @@ def test_python_and_numpy_leaves_are_accepted(row: Row, leaf: Any):
 
 
 @every_transform
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("magnitude", ["smallest", "tiny", "one", "largest"])
 def test_finite_in_finite_out(row: Row, dtype: Any, magnitude: str):
     info = jnp.finfo(dtype)
