@@ -369,7 +369,8 @@ def optax_turns_other_leaves_into_floats():
     leaves = other_leaves()
     for name in ("int", "uint8", "bool"):
         for tx in (optax.clip(1.0), optax.scale_by_lion()):
-            assert step(tx, {"other": leaves[name]})["other"].dtype == jnp.float32
+            dtype = step(tx, {"other": leaves[name]})["other"].dtype
+            assert dtype == jnp.result_type(float)
     for name in ("float0", "key"):
         for tx in (optax.clip(1.0), optax.scale_by_sign(), optax.scale_by_lion()):
             assert_raises(TypeError, step, tx, {"other": leaves[name]})
@@ -543,7 +544,7 @@ def optax_scales_other_leaves_or_raises():
     leaves = other_leaves()
     for tx in (optax.clip_by_block_rms(1.0), optax.adaptive_grad_clip(0.01)):
         for name in ("int", "uint8", "bool"):
-            assert step(tx, leaves[name]).dtype == jnp.float32
+            assert step(tx, leaves[name]).dtype in (jnp.float32, jnp.result_type(float))
         for name in ("float0", "key"):
             assert_raises((TypeError, NotImplementedError), step, tx, leaves[name])
 

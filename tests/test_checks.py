@@ -118,7 +118,8 @@ def test_mismatching_trees_are_named_at_the_first_path_that_differs():
 
 
 def test_weak_types_are_kept_only_where_they_were():
-    weak, strong = jnp.asarray(1.0), jnp.asarray(1.0, jnp.float32)
+    weak = jnp.asarray(1.0)
+    strong = jnp.asarray(1.0, weak.dtype)
     assert weak.weak_type
     assert _checks.keep_weak_type(strong, weak).weak_type
     assert not _checks.keep_weak_type(strong, strong).weak_type

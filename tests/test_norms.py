@@ -155,7 +155,7 @@ def test_leaves_that_are_not_floating_do_not_count(ord):
 @every_ord
 def test_an_empty_tree_and_leaves_without_entries_have_norm_zero(wrap, ord):
     norm = wrap(lambda t: global_norm(t, ord=ord))
-    for tree in ({}, None, [], {"a": jnp.zeros((0, 3))}, [jnp.zeros(0, jnp.bfloat16)]):
+    for tree in ({}, None, [], {"a": jnp.zeros((0, 3), jnp.float32)}, [jnp.zeros(0, jnp.bfloat16)]):
         got = norm(tree)
         assert got.dtype == jnp.float32
         assert got.shape == ()

@@ -328,7 +328,7 @@ def test_a_quantized_array_is_a_pytree_of_codes_and_scales():
     )  # fmt: skip
     through = jax.jit(lambda q: q)(q)
     assert np.array_equal(dequantize(through), dequantize(q))
-    product = jax.jit(lambda q, v: v @ dequantize(q, jnp.float32))(q, jnp.ones((2, 6)))
+    product = jax.jit(lambda q, v: v @ dequantize(q, jnp.float32))(q, jnp.ones((2, 6), jnp.float32))
     expected = np.ones((2, 6)) @ exact(q)
     np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
 

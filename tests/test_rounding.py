@@ -145,7 +145,8 @@ NUM_WEIGHTS, STEP_SIZE, NUM_STEPS = 20_000, 3e-5, 20
 
 def drift(stochastic: bool) -> tuple[np.ndarray, np.ndarray, Any]:
     """Weights before and after steps of -STEP_SIZE each, and the state."""
-    w = (0.02 * jax.random.normal(jax.random.key(0), (NUM_WEIGHTS,))).astype(jnp.bfloat16)
+    w = 0.02 * jax.random.normal(jax.random.key(0), (NUM_WEIGHTS,), jnp.float32)
+    w = w.astype(jnp.bfloat16)
     tx = jaxclip.sign_sgd(STEP_SIZE)
     step = jaxclip.make_train_step(
         lambda w, batch: jnp.sum(w.astype(jnp.float32) * batch),
@@ -154,7 +155,7 @@ def drift(stochastic: bool) -> tuple[np.ndarray, np.ndarray, Any]:
     )
     state = jaxclip.TrainState.create(w, tx, key=jax.random.key(1))
     for _ in range(NUM_STEPS):
-        state, _ = step(state, jnp.ones(()))
+        state, _ = step(state, jnp.ones((), jnp.float32))
     return np.asarray(w, np.float64), np.asarray(state.params, np.float64), state
 
 
@@ -180,11 +181,11 @@ def test_rounding_in_a_train_step_needs_a_key_and_changes_it():
     step = jaxclip.make_train_step(
         lambda w, batch: jnp.sum(w * batch), tx, stochastic_rounding=True, donate=False
     )
-    w = jnp.ones(2)
+    w = jnp.ones(2, jnp.float32)
     with pytest.raises(ValueError, match="key"):
-        step(jaxclip.TrainState.create(w, tx), jnp.ones(2))
+        step(jaxclip.TrainState.create(w, tx), jnp.ones_like(w))
     state = jaxclip.TrainState.create(w, tx, key=jax.random.key(0))
-    after, _ = step(state, jnp.ones(2))
+    after, _ = step(state, jnp.ones_like(w))
     assert not np.array_equal(jax.random.key_data(after.key), jax.random.key_data(state.key))
     np.testing.assert_array_equal(after.params, np.float32([0.9, 0.9]))
     with pytest.raises(ValueError, match="stochastic_rounding"):
@@ -198,7 +199,7 @@ def test_a_skipped_step_leaves_half_precision_parameters_bit_identical():
     )
     w = jnp.linspace(-1, 1, 9).astype(jnp.bfloat16)
     state = jaxclip.TrainState.create(w, tx, key=jax.random.key(0))
-    state, info = step(state, jnp.asarray(jnp.nan))
+    state, info = step(state, jnp.asarray(jnp.nan, jnp.float32))
     assert int(info.num_skipped) == 1
     np.testing.assert_array_equal(state.params, w)
 
@@ -213,6 +214,6 @@ def test_the_box_holds_exactly_after_stochastic_rounding():
     )
     state = jaxclip.TrainState.create(jnp.zeros(100, jnp.bfloat16), tx, key=jax.random.key(0))
     for _ in range(15):
-        state, info = step(state, jnp.ones(()))
+        state, info = step(state, jnp.ones((), jnp.float32))
     assert np.abs(np.asarray(state.params, np.float64)).max() <= 0.1
     assert float(info.weight_clip_rate) > 0.9

@@ -178,7 +178,8 @@ def test_a_learning_rate_schedule_counts_from_zero(wrap, make):
         return jnp.asarray([0.5, 0.25, 0.125], jnp.float32)[step]
 
     extra = {"weight_decay": 0.0} if make is jaxclip.lion else {}
-    params, _ = run(make(schedule, **extra), jnp.zeros(2), [np.ones(2, np.float32)] * 3, wrap)
+    params, gradients = jnp.zeros(2, jnp.float32), [np.ones(2, np.float32)] * 3
+    params, _ = run(make(schedule, **extra), params, gradients, wrap)
     assert np.array_equal(params, np.full(2, -0.875))
 
 
@@ -196,7 +197,7 @@ def assert_params_close(actual, expected):
 
 
 def start():
-    return {"p0": jnp.full((4, 3), 0.3), "p1": jnp.full((3,), -0.2)}
+    return {"p0": jnp.full((4, 3), 0.3, jnp.float32), "p1": jnp.full((3,), -0.2, jnp.float32)}
 
 
 @schedules
@@ -416,13 +417,14 @@ def test_a_relative_step_is_a_share_of_each_leafs_box(make, relative_to, kernel,
 
 def test_a_schedule_of_the_box_counts_the_same_steps_as_the_learning_rate():
     tx = jaxclip.sign_sgd(0.5, relative_to=lambda step: 2.0 ** -step.astype(jnp.float32))
-    after, _ = run(tx, jnp.zeros(2), [-np.ones(2, np.float32)] * 3)
+    after, _ = run(tx, jnp.zeros(2, jnp.float32), [-np.ones(2, np.float32)] * 3)
     assert np.array_equal(after, np.full(2, 0.5 + 0.25 + 0.125))
 
 
 @pytest.mark.parametrize("rate", [1, np.int32(1), jnp.int32(1)])
 def test_an_integer_learning_rate_does_not_round_the_box_down(rate):
-    after, _ = run(jaxclip.sign_sgd(rate, relative_to=0.5), jnp.zeros(2), [np.ones(2, np.float32)])
+    params, gradients = jnp.zeros(2, jnp.float32), [np.ones(2, np.float32)]
+    after, _ = run(jaxclip.sign_sgd(rate, relative_to=0.5), params, gradients)
     assert np.array_equal(after, np.full(2, -0.5))
 
 

@@ -176,7 +176,8 @@ def test_soft_is_tanh_of_x_over_temperature_and_quantile(quantile: float):
 
 def test_zeros_and_nonfinite_entries_do_not_count_in_the_quantile():
     x = draw(size=32)
-    padded = jnp.concatenate([x, jnp.zeros(500), jnp.array([jnp.nan, jnp.inf, -jnp.inf])])
+    nonfinite = jnp.array([jnp.nan, jnp.inf, -jnp.inf], x.dtype)
+    padded = jnp.concatenate([x, jnp.zeros(500, x.dtype), nonfinite])
     expected = sign_of(x, soft_sign(0.5))
     np.testing.assert_array_equal(sign_of(padded, soft_sign(0.5))[:32], expected)
 

@@ -167,6 +167,17 @@ def test_float64_is_computed_in_float64():
         assert spectral_norm(capped) <= 1
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_state_stays_float32_where_float64_is_enabled(dtype):
+    with enable_x64():
+        grads = {"w": jnp.ones((3, 2), dtype), "b": jnp.ones(2, dtype)}
+        tx = clip_by_spectral_norm(1.0)
+        before = tx.init(grads)
+        clipped, after = tx.update(grads, before)
+        assert clipped["w"].dtype == dtype
+        assert [x.dtype for x in after] == [x.dtype for x in before]
+
+
 def test_a_batch_caps_each_matrix_and_leaves_those_within_alone():
     batch = np.stack([make_matrix((10, 6), size=s, seed=i) for i, s in enumerate((5.0, 0.1, 2.0))])
     capped = cap_singular_values(batch, 1.0)

@@ -124,7 +124,7 @@ def test_the_state_of_flax_nnx_gives_arrays():
 
     @nnx.jit
     def step(model, optimizer):
-        grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4))) ** 2))(model)
+        grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4), jnp.float32)) ** 2))(model)
         optimizer.update(model, grads)
         return sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)) ** 0.5
 
@@ -190,7 +190,7 @@ def test_explain_inside_jit_is_refused():
 
 
 def test_telemetry_adds_no_pass_over_the_gradients():
-    tx, grads = jaxclip.clip_by_global_norm(1.0), jnp.ones(4099)
+    tx, grads = jaxclip.clip_by_global_norm(1.0), jnp.ones(4099, jnp.float32)
 
     def silent(g, state):
         return tx.update(g, state)[0]

@@ -235,7 +235,7 @@ def test_a_traced_negative_threshold_counts_as_zero_and_nothing_recompiles():
 
     assert [float(resolved(t)) for t in (-3.0, 0.0, 0.5, np.inf)] == [0, 0, 0.5, np.inf]
     assert len(traces) == 1
-    assert resolved(0.5).dtype == jnp.float32
+    assert resolved(0.5).dtype == jnp.result_type(float)
 
 
 def test_the_empty_tree_has_no_thresholds():

@@ -161,7 +161,7 @@ def test_the_step_size_can_be_transformed_over_while_the_state_is_not(transform)
         state, _ = step(TrainState.create(make_params(), tx), make_batch())
         return linear_loss(state.params, make_batch())
 
-    rates = jnp.asarray([0.1, 0.2]) if transform is jax.vmap else 0.1
+    rates = jnp.asarray([0.1, 0.2], jnp.float32) if transform is jax.vmap else 0.1
     assert np.isfinite(np.asarray(transform(final_loss)(rates))).all()
 
 
@@ -367,7 +367,7 @@ BAD_BATCHES = {
 
 def sensitive_batch(loss=0.0, trap=False, target=1.0):
     return {
-        "target": jnp.full(3, target),
+        "target": jnp.full(3, target, jnp.float32),
         "loss": jnp.float32(loss),
         "trap": jnp.asarray(trap),
     }
@@ -390,7 +390,7 @@ def test_a_bad_step_changes_no_bit_is_counted_and_training_goes_on(optimizer, ba
     tx = OPTIMIZERS[optimizer]()
     step = make_train_step(sensitive_loss, tx, weight_threshold=0.9, donate=False)
     step = step.__wrapped__ if eager else step
-    params = {"w": jnp.zeros(3), "b": jnp.full(2, 0.25)}
+    params = {"w": jnp.zeros(3, jnp.float32), "b": jnp.full(2, 0.25, jnp.float32)}
     state = TrainState.create(params, tx)
     for _ in range(2):
         state, info = step(state, sensitive_batch())
@@ -421,7 +421,7 @@ def test_one_bad_entry_among_finite_gradients_and_a_finite_loss_skips_the_step(b
         return hook(params["w"]) + jnp.sum(params["v"])
 
     tx = OPTIMIZERS["lion"]()
-    state = TrainState.create({"w": jnp.ones(3), "v": jnp.ones(2)}, tx)
+    state = TrainState.create({"w": jnp.ones(3, jnp.float32), "v": jnp.ones(2, jnp.float32)}, tx)
     step = make_train_step(loss, tx, donate=False)
     after, info = step(state, None)
     assert np.isfinite(float(info.loss))
@@ -431,7 +431,8 @@ def test_one_bad_entry_among_finite_gradients_and_a_finite_loss_skips_the_step(b
 
 def test_weights_outside_the_box_stay_there_over_a_bad_step():
     tx = OPTIMIZERS["lion"]()
-    state = TrainState.create({"w": jnp.full(3, 7.0), "b": jnp.ones(2)}, tx)
+    params = {"w": jnp.full(3, 7.0, jnp.float32), "b": jnp.ones(2, jnp.float32)}
+    state = TrainState.create(params, tx)
     step = make_train_step(sensitive_loss, tx, weight_threshold=0.5, donate=False)
     after, _ = step(state, sensitive_batch(loss=np.nan))
     assert bits(after.params) == bits(state.params)
@@ -609,7 +610,7 @@ def test_the_clip_inside_a_step_takes_its_own_norm(ord):
     tx = optax.chain(jaxclip.clip_by_global_norm(1.0, ord=ord), optax.sgd(1.0))
     step = make_train_step(lambda w, g: jnp.vdot(w, g), tx)
     gradient = np.array([3.0, -4.0, 12.0])
-    state, info = step(TrainState.create(jnp.zeros(3), tx), jnp.asarray(gradient, jnp.float32))
+    state, info = step(TrainState.create(jnp.zeros(3, jnp.float32), tx), jnp.float32(gradient))
     norm = np.linalg.norm(gradient, ord)
     np.testing.assert_allclose(info.stats["pre_norm"], norm, rtol=1e-6)
     np.testing.assert_allclose(state.params, -gradient / norm, rtol=2e-6)

@@ -94,6 +94,7 @@ TRANSFORMS = [
     Row(skip_or_clip, "max_norm"),
     Row(error_feedback, "max_residual", takes_schedule=False),
 ]
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16] + [jnp.float64] * jax.config.jax_enable_x64
 every_transform = pytest.mark.parametrize("row", TRANSFORMS, ids=lambda r: r.factory.__name__)
 with_parameter = pytest.mark.parametrize(
     "row", [r for r in TRANSFORMS if r.parameter], ids=lambda r: r.factory.__name__
@@ -109,8 +110,8 @@ def make_params(dtype: Any = jnp.float32) -> Any:
     k = jax.random.split(jax.random.key(1), 2)
     return {
         "dense": {
-            "kernel": (0.3 * jax.random.normal(k[0], (16, 8))).astype(dtype),
-            "bias": (0.3 * jax.random.normal(k[1], (8,))).astype(dtype),
+            "kernel": (0.3 * jax.random.normal(k[0], (16, 8), jnp.float32)).astype(dtype),
+            "bias": (0.3 * jax.random.normal(k[1], (8,), jnp.float32)).astype(dtype),
         },
         "scale": jnp.asarray(0.25, dtype),
     }
@@ -120,7 +121,8 @@ def make_grads(params: Any, seed: int = 2) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     grads = [
-        jax.random.normal(k, p.shape).astype(p.dtype) for k, p in zip(keys, leaves, strict=True)
+        jax.random.normal(k, p.shape, jnp.float32).astype(p.dtype)
+        for k, p in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, grads)
 
@@ -167,14 +169,14 @@ def test_every_public_transform_has_a_row():
 
 
 @every_transform
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_jit_equals_eager(row: Row, dtype: Any):
     tx, params = row.make(), make_params(dtype)
     assert_close(run(tx, params, update=jax.jit(tx.update)), run(tx, params))
 
 
 @every_transform
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_updates_keep_structure_shape_and_dtype(row: Row, dtype: Any):
     params = make_params(dtype)
     updates, _ = run(row.make(), params)
@@ -259,7 +261,7 @@ def test_vmap_over_the_hyper_parameter_equals_a_loop(row: Row):
 
 
 @with_parameter
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_inject_hyperparams_under_jit_keeps_the_dtype(row: Row, dtype: Any):
     params = make_params(dtype)
     tx = optax.inject_hyperparams(row.factory, hyperparam_dtype=jnp.float32)(
@@ -327,11 +329,11 @@ def test_python_and_numpy_leaves_are_accepted(row: Row, leaf: Any):
     tx, params = row.make(), {"w": leaf}
     updates, _ = tx.update({"w": leaf}, tx.init(params), params)
     assert np.shape(updates["w"]) == np.shape(leaf)
-    assert jnp.asarray(updates["w"]).dtype == jnp.float32
+    assert jnp.asarray(updates["w"]).dtype == jnp.asarray(leaf).dtype
 
 
 @every_transform
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("magnitude", ["smallest", "tiny", "one", "largest"])
 def test_finite_in_finite_out(row: Row, dtype: Any, magnitude: str):
     info = jnp.finfo(dtype)
@@ -405,7 +407,7 @@ def test_paths_of_init_and_update_may_differ_by_nnx_value(row: Row):
 
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, row.make(), wrt=nnx.Param)
-    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4))) ** 2))(model)
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4), jnp.float32)) ** 2))(model)
     optimizer.update(model, grads)
     assert np.isfinite(np.asarray(model.kernel[...])).all()
 

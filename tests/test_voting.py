@@ -271,7 +271,7 @@ def collective_bytes(compiled: Any) -> dict[str, int]:
 )
 def test_a_vote_moves_a_few_bits_a_coordinate(num_workers: int, zeros: Any, bits: int):
     size = 8 * 7 * 1000
-    tx, g = majority_vote("workers", zeros=zeros), jnp.ones((num_workers, size))
+    tx, g = majority_vote("workers", zeros=zeros), jnp.ones((num_workers, size), jnp.float32)
     state = tx.init(g[0])
 
     def voted(state: Any, g: Any) -> tuple[Any, Any]:
