@@ -278,9 +278,8 @@ class Scaling(NamedTuple):
 
     Attributes:
       is_scaled: Bool: multiply by the factors, one after the other, or leave the bits alone.
-      rescale: Power of two, which brings the leaf to ordinary magnitudes.
-      coef: The rest of the coefficient, or a part of it.
-      rest: 1, but where the coefficient is below the normal range.
+      rescale, coef, rest: 1, the coefficient and 1; but where the coefficient is below the
+        normal range, three factors that are not.
     """
 
     is_scaled: jax.Array
@@ -318,17 +317,20 @@ def scaling_to(norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0) -> tuple[Sc
     # Covers the rounding of the norm, the quotient and the products.
     margin = 1 - 8 * jnp.finfo(size.dtype).eps
     bound = jnp.where(is_above, bound, jnp.ones_like(size))
-    coef = bound / divisor * margin
-    # Below the normal range it is applied as two factors, each within it.
-    is_normal = coef >= jnp.finfo(size.dtype).tiny
-    coef = jnp.where(is_normal, coef, margin / divisor)
-    scaling = Scaling(is_above, rescale, coef, jnp.where(is_normal, 1, bound))
+    clip_coef = jnp.where(is_above, bound / divisor * margin * rescale, jnp.ones_like(size))
+    # Below the normal range it is applied as three factors, each within it.
+    is_normal = clip_coef >= jnp.finfo(size.dtype).tiny
+    scaling = Scaling(
+        is_scaled=is_above,
+        rescale=jnp.where(is_normal, 1, rescale),
+        coef=jnp.where(is_normal, clip_coef, margin / divisor),
+        rest=jnp.where(is_normal, 1, bound),
+    )
 
     largest = float(jnp.finfo(jnp.float32).max)
     pre_norm = jnp.minimum(size / rescale, largest)
-    post_norm = jnp.minimum(size * scaling.coef * scaling.rest, largest)
-    post_norm = jnp.where(is_above, post_norm, pre_norm)
-    clip_coef = jnp.where(is_above, rescale * scaling.coef * scaling.rest, 1)
+    post_norm = bound * (size / divisor * margin)
+    post_norm = jnp.minimum(jnp.where(is_above, post_norm, pre_norm), largest)
     return scaling, NormClip(
         pre_norm=pre_norm.astype(jnp.float32),
         post_norm=jnp.where(is_bad, 0, post_norm).astype(jnp.float32),

@@ -352,7 +352,8 @@ def _unit_clip(
         counts = np.array([u.total.size for u in units], int)
         # What is reported comes from all units at once; a leaf is scaled by its own alone.
         norm = join_units(units)
-        bounds = bound_of(norm, *(_join_terms(term, counts) for term in terms))
+        joined = [_join_terms(term, counts) for term in terms] if leaves else []
+        bounds = bound_of(norm, *joined) if leaves else norm.norm
         clip = scaling_to(norm, bounds)[1]
         is_bad = jnp.any(clip.is_bad)
         clipped = [
@@ -388,13 +389,13 @@ def _norm_or_scalar(term: Any) -> Any:
 
 def _join_terms(terms: list[Any], counts: np.ndarray) -> Any:
     """An entry for each unit; one for all where that is the same array."""
-    if terms and isinstance(terms[0], MeasuredUnits):
+    if isinstance(terms[0], MeasuredUnits):
         return join_units(terms)
     if all(term is terms[0] for term in terms):
-        return terms[0] if terms else jnp.zeros((), jnp.float32)
+        return terms[0]
     if not any(isinstance(term, jax.Array) for term in terms):
         return np.repeat(np.array(terms), counts)
-    dtype = jnp.result_type(*terms)
+    dtype = max((term.dtype for term in terms), key=lambda dtype: dtype.itemsize)
     entries = [
         jnp.broadcast_to(jnp.asarray(t, dtype), n) for t, n in zip(terms, counts, strict=True)
     ]
@@ -442,6 +443,7 @@ def _scalar_bounds(name: str, bounds: Any, updates: Any) -> list[Any]:
                 f"{name} must be one number for a leaf; at '{where}' it has {np.shape(bound)}."
             )
         if not isinstance(bound, jax.Array):  # exactly, as long as it is a number
-            bound = round_toward_zero(bound, compute_dtype(leaf.dtype))
+            dtype = jnp.finfo(compute_dtype(jnp.asarray(leaf).dtype)).dtype
+            bound = round_toward_zero(bound, dtype)
         found.append(bound if np.ndim(bound) == 0 else jnp.reshape(bound, ()))
     return found

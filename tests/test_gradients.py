@@ -660,3 +660,10 @@ def test_norms_beyond_float32_are_reported_as_its_largest_number():
     tx = jaxclip.clip_by_global_norm(jnp.inf)
     _, state = tx.update(grads, tx.init(grads))
     assert state.pre_norm == state.post_norm == jnp.finfo(jnp.float32).max
+
+
+def test_what_eps_adds_to_the_norm_is_in_the_reported_norm_after():
+    grads, tx = jnp.array([3.0, 4.0]), jaxclip.clip_by_global_norm(1.0, eps=5.0)
+    clipped, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(clipped, [0.3, 0.4], rtol=2e-6)
+    np.testing.assert_allclose([state.post_norm, state.clip_coef], [0.5, 0.1], rtol=2e-6)
