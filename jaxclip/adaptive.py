@@ -23,7 +23,8 @@ from jaxclip.history import (
     norm_in_float32,
     zero_per_leaf,
 )
-from jaxclip.norms import RescaledNorm, rescaled_unit_norm
+from jaxclip.norms import rescaled_unit_norm
+from jaxclip.rescaling import RescaledNorm
 from jaxclip.thresholds import round_toward_zero
 
 __all__ = [

@@ -21,13 +21,8 @@ from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, map_clippable
-from jaxclip.norms import (
-    MeasuredNorm,
-    RescaledNorm,
-    measure_norm,
-    rescaled_global_norm,
-    unit_and_modulus,
-)
+from jaxclip.norms import MeasuredNorm, measure_norm, rescaled_global_norm
+from jaxclip.rescaling import RescaledNorm, unit_and_modulus
 from jaxclip.thresholds import (
     ThresholdRule,
     check_threshold_tree,

@@ -21,7 +21,7 @@ import optax
 
 from jaxclip._checks import clamp, floating_leaves, increment, keep_weak_type, map_clippable
 from jaxclip.gradients import LeafReport
-from jaxclip.norms import RescaledNorm
+from jaxclip.rescaling import RescaledNorm
 
 __all__ = [
     "LearningState",

@@ -24,12 +24,21 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxclip._checks import check_choice, compute_dtype, is_clippable
+from jaxclip._checks import check_choice, is_clippable
+from jaxclip.rescaling import (
+    RescaledNorm,
+    accumulator,
+    change_of_norm,
+    not_folded,
+    over_devices,
+    power_of_two,
+    rescale_for,
+    rescaled_total,
+)
 
 __all__ = [
     "MeasuredNorm",
     "MeasuredUnits",
-    "RescaledNorm",
     "global_norm",
     "join_units",
     "leaf_norms",
@@ -37,28 +46,11 @@ __all__ = [
     "measure_units",
     "rescaled_global_norm",
     "rescaled_unit_norm",
-    "unit_and_modulus",
     "unit_axes",
     "unit_norms",
 ]
 
 _ORDERS = (1, 2, 1.0, 2.0, float("inf"))
-
-
-class RescaledNorm(NamedTuple):
-    """Norms as two factors, `norm / rescale`, that cannot overflow or underflow.
-
-    Attributes:
-      norm: Array, the norm of what was measured times `rescale`.
-      rescale: Powers of two, of the same shape; 1 for ordinary magnitudes.
-    """
-
-    norm: jax.Array
-    rescale: jax.Array
-
-    def value(self) -> jax.Array:
-        """The norm as one number: inf if it exceeds the dtype."""
-        return self.norm / self.rescale
 
 
 class MeasuredNorm(NamedTuple):
@@ -178,13 +170,13 @@ def measure_norm(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> 
 def _tree_norm(
     leaves: list[jax.Array], ord: float, axis_name: str | None
 ) -> tuple[RescaledNorm, jax.Array]:
-    dtype = _accumulator(leaves)
+    dtype = accumulator(leaves)
     axes = [tuple(range(x.ndim)) for x in leaves]
 
     def totals_at(exponent: jax.Array) -> jax.Array:
-        rescale, pairs = _power(exponent, dtype), zip(_not_folded(leaves), axes, strict=True)
-        totals = [_total(x, rescale, a, ord).reshape(1) for x, a in pairs]
-        return _over_devices(jnp.concatenate(totals), ord, axis_name)
+        rescale, pairs = power_of_two(exponent, dtype), zip(not_folded(leaves), axes, strict=True)
+        totals = [rescaled_total(x, rescale, a, ord).reshape(1) for x, a in pairs]
+        return over_devices(jnp.concatenate(totals), ord, axis_name)
 
     def exponent_for(totals: jax.Array) -> jax.Array:
         return _better_exponent(_add_up(totals, ord), ord)
@@ -193,7 +185,7 @@ def _tree_norm(
         return RescaledNorm(jnp.zeros((), dtype), jnp.ones((), dtype)), jnp.zeros((0,), jnp.float32)
     zeros = jnp.zeros((len(leaves),), dtype) + _zero_that_varies(leaves, dtype, axis_name)
     totals, exponent = _in_two_rounds(totals_at, exponent_for, zeros)
-    rescale, largest = _power(exponent, dtype), jnp.asarray(jnp.finfo(jnp.float32).max, dtype)
+    rescale, largest = power_of_two(exponent, dtype), jnp.asarray(jnp.finfo(jnp.float32).max, dtype)
     each = jnp.minimum(_root(totals, ord) / rescale, largest)
     each = jnp.where(jnp.isfinite(totals), each, totals).astype(jnp.float32)
     return RescaledNorm(_root(_add_up(totals, ord), ord), rescale), each
@@ -206,7 +198,7 @@ def _tree_norm_jvp(ord: float, axis_name: str | None, primals: Any, tangents: An
     norm, each = _tree_norm(leaves, ord, axis_name)
     total = jnp.zeros_like(norm.norm)
     for x, dx in zip(leaves, changes, strict=True):
-        total += jnp.sum(_change(x, dx, norm, ord))
+        total += jnp.sum(change_of_norm(x, dx, norm, ord))
     total = total if axis_name is None else lax.psum(total, axis_name)
     change = RescaledNorm(total, jnp.zeros_like(norm.rescale))
     return (norm, each), (change, jnp.zeros_like(each))
@@ -381,7 +373,7 @@ def join_units(parts: Sequence[MeasuredUnits]) -> RescaledNorm:
         vectors = [[_as_vector(x.astype(jnp.float64)) for x in pair] for pair in pairs]
         return RescaledNorm(*map(_join, vectors))
     largest, total = (_join([getattr(p, name) for p in parts]) for name in ("largest", "total"))
-    return RescaledNorm(jnp.sqrt(total), _rescale_for(largest))
+    return RescaledNorm(jnp.sqrt(total), rescale_for(largest))
 
 
 def _join(parts: list[jax.Array]) -> jax.Array:
@@ -404,21 +396,15 @@ def _unit_norm(
     The rescale comes from the largest entry, so the array is read twice: a loop such as
     that for the whole tree would carry two arrays for each leaf, slow to compile.
     """
-    one = jnp.ones((), _accumulator([x]))
-    largest = _over_devices(_total(x, one, axes, np.inf), np.inf, axis_name)
+    one = jnp.ones((), accumulator([x]))
+    largest = over_devices(rescaled_total(x, one, axes, np.inf), np.inf, axis_name)
     if ord == np.inf:
         flat, one = _as_vector(largest), jnp.ones_like(largest)
         return MeasuredUnits(RescaledNorm(largest, one), flat, flat)
-    rescale = _rescale_for(largest)
-    total = _over_devices(_total(_not_folded(x), rescale, axes, ord), ord, axis_name)
+    rescale = rescale_for(largest)
+    total = over_devices(rescaled_total(not_folded(x), rescale, axes, ord), ord, axis_name)
     norm = RescaledNorm(_root(total, ord), rescale)
     return MeasuredUnits(norm, _as_vector(largest), _as_vector(total))
-
-
-def _rescale_for(largest: jax.Array) -> jax.Array:
-    """The power of two that suits numbers of which the largest is known."""
-    exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))
-    return _power(exponent, largest.dtype)
 
 
 @_unit_norm.defjvp
@@ -427,7 +413,7 @@ def _unit_norm_jvp(
 ) -> tuple:
     (x,), (dx,) = primals, tangents
     units = _unit_norm(x, axes, ord, axis_name)
-    change = jnp.sum(_change(x, dx, units.norm, ord), axis=axes, keepdims=True)
+    change = jnp.sum(change_of_norm(x, dx, units.norm, ord), axis=axes, keepdims=True)
     change = change if axis_name is None else lax.psum(change, axis_name)
     none = jax.tree.map(jnp.zeros_like, units)
     return units, none._replace(norm=RescaledNorm(change, none.norm.rescale))
@@ -438,45 +424,6 @@ def _unit_norm_jvp(
 
 def _floating_leaves(tree: Any) -> list[jax.Array]:
     return [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_clippable(x)]
-
-
-def _accumulator(leaves: list[jax.Array]) -> Any:
-    """The dtype to add up in."""
-    is_wide = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
-    return jnp.float64 if is_wide else jnp.float32
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _total(x: jax.Array, rescale: jax.Array, axes: tuple[int, ...], ord: float) -> jax.Array:
-    """Sum of |x * rescale|**ord, or the largest, over `axes` with dimensions kept.
-
-    Jitted, so that leaves of one shape share one trace.
-    """
-    parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
-    parts = [p.astype(rescale.dtype) * rescale for p in parts]
-    if ord == 2:
-        squares = [jnp.square(p) for p in parts]
-        each = squares[0] if len(parts) == 1 else squares[0] + squares[1]
-    else:
-        each = jnp.abs(parts[0]) if len(parts) == 1 else jnp.hypot(*parts)
-    if ord < np.inf:
-        return jnp.sum(each, axis=axes, keepdims=True)
-    return jnp.max(each, axis=axes, keepdims=True, initial=0)
-
-
-def _not_folded(leaves: Any) -> Any:
-    """The leaves, about which XLA knows nothing.
-
-    Of a constant one, as the gradient of an unused parameter is, it would square the rescale
-    by itself, and 0 * inf is NaN.
-    """
-    return lax.optimization_barrier(leaves)
-
-
-def _over_devices(totals: Any, ord: float, axis_name: str | None) -> Any:
-    if axis_name is None:
-        return totals
-    return lax.psum(totals, axis_name) if ord < np.inf else lax.pmax(totals, axis_name)
 
 
 def _in_two_rounds(totals_at: Any, exponent_for: Any, zeros: jax.Array) -> tuple[Any, Any]:
@@ -496,17 +443,6 @@ def _in_two_rounds(totals_at: Any, exponent_for: Any, zeros: jax.Array) -> tuple
     start = (zero, zeros, zero)
     exponent, totals, _ = lax.while_loop(lambda carry: carry[2] < 2, another_round, start)
     return totals, exponent
-
-
-def _power(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """The power of two for an exponent's sign.
-
-    It brings the largest and the smallest magnitudes to squares that neither overflow (for
-    up to 2**50 entries) nor sink below the normal range.
-    """
-    power = 540 if dtype == jnp.float64 else 90
-    rescale = jnp.where(exponent < 0, 2.0**-power, jnp.ones((), dtype))
-    return jnp.where(exponent > 0, 2.0**power, rescale)
 
 
 def _better_exponent(totals: jax.Array, ord: float) -> jax.Array:
@@ -545,42 +481,3 @@ def _zero_that_varies(leaves: list[jax.Array], dtype: Any, axis_name: str | None
         one = jnp.sum(x[..., :0]) if x.ndim else jnp.where(x == x, 0, 0)
         zero += jnp.real(one).astype(dtype)
     return zero if axis_name is None else lax.psum(zero, axis_name)
-
-
-def _change(x: jax.Array, dx: jax.Array, norm: RescaledNorm, ord: float) -> jax.Array:
-    """What each entry adds to the change of the rescaled norm when x changes by dx."""
-    wide = compute_dtype(x.dtype)
-    rescale = norm.rescale.astype(wide)
-    scaled = jnp.conj(x.astype(wide)) * rescale
-    if ord == 2:
-        slope = scaled / jnp.where(norm.norm > 0, norm.norm, 1).astype(wide)
-    else:
-        modulus = jnp.abs(scaled)
-        slope = scaled / jnp.where(modulus > 0, modulus, 1).astype(wide)
-        slope = slope if ord == 1 else slope * (modulus == norm.norm).astype(wide)
-    return jnp.real(slope * (dx.astype(wide) * rescale)).astype(norm.norm.dtype)
-
-
-def unit_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns `z / |z|` and `|z|` of complex numbers, without overflow or underflow.
-
-    Args:
-      z: Complex array.
-
-    Returns:
-      `z / |z|` in the dtype of `z` (0 where z is 0 or not finite), and `|z|` in the real
-      dtype (inf where it exceeds the dtype).
-
-    Example:
-      >>> unit, modulus = unit_and_modulus(jnp.array([3e38 + 3e38j, 0]))
-      >>> print(jnp.round(unit, 3), modulus)
-      [0.707+0.707j 0.   +0.j   ] [inf  0.]
-    """
-    largest = jnp.maximum(jnp.abs(jnp.real(z)), jnp.abs(jnp.imag(z)))
-    # A power of two: XLA would merge two divisions into one by a product that overflows.
-    rescale = _rescale_for(largest)
-    real, imag = jnp.real(z) * rescale, jnp.imag(z) * rescale
-    ordinary = (largest > 0) & jnp.isfinite(largest)
-    length = jnp.sqrt(jnp.where(ordinary, real * real + imag * imag, jnp.ones_like(real)))
-    unit = jnp.where(ordinary, lax.complex(real / length, imag / length), jnp.zeros_like(z))
-    return unit, jnp.where(ordinary, length / rescale, largest)

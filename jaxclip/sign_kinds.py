@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
-from jaxclip.norms import unit_and_modulus
+from jaxclip.rescaling import unit_and_modulus
 
 __all__ = [
     "SignKind",

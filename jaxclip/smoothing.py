@@ -15,11 +15,8 @@ import optax
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
 from jaxclip.gradients import clip_to_norm, norm_of
-from jaxclip.norms import (
-    RescaledNorm,
-    rescaled_global_norm,
-    unit_and_modulus,
-)
+from jaxclip.norms import rescaled_global_norm
+from jaxclip.rescaling import RescaledNorm, unit_and_modulus
 from jaxclip.thresholds import (
     ThresholdRule,
     check_threshold_tree,

@@ -30,7 +30,8 @@ from jaxclip.history import (
     norm_in_float32,
     zero_per_leaf,
 )
-from jaxclip.norms import rescaled_global_norm, unit_and_modulus
+from jaxclip.norms import rescaled_global_norm
+from jaxclip.rescaling import unit_and_modulus
 from jaxclip.thresholds import round_toward_zero
 
 __all__ = [

@@ -21,12 +21,12 @@ from jaxclip._checks import compute_dtype, floating_leaves, increment, replace_f
 from jaxclip.gradients import LeafReport, scale_leaf, scaling_to
 from jaxclip.norms import (
     MeasuredUnits,
-    RescaledNorm,
     join_units,
     measure_units,
     rescaled_global_norm,
     unit_axes,
 )
+from jaxclip.rescaling import RescaledNorm
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
 
 __all__ = [

@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, map_clippable
-from jaxclip.norms import unit_and_modulus
+from jaxclip.rescaling import unit_and_modulus
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
 
 __all__ = [

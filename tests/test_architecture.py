@@ -14,6 +14,7 @@ import jaxclip
 PACKAGE = pathlib.Path(jaxclip.__file__).parent
 ROOMS = [
     "_checks",
+    "rescaling",
     "norms",
     "grids",
     "thresholds",

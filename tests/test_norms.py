@@ -18,9 +18,9 @@ from jaxclip.norms import (
     leaf_norms,
     measure_norm,
     rescaled_global_norm,
-    unit_and_modulus,
     unit_norms,
 )
+from jaxclip.rescaling import unit_and_modulus
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import jaxclip
-from jaxclip.norms import RescaledNorm, measure_norm
+from jaxclip.norms import measure_norm
+from jaxclip.rescaling import RescaledNorm
 from jaxclip.smoothing import smooth_clip
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
