@@ -4,6 +4,7 @@ from jaxclip import checkpoints, plots
 from jaxclip.adaptive import adagc, autoclip, zclip
 from jaxclip.compression import compress, decompress, size_report
 from jaxclip.feedback import error_feedback
+from jaxclip.fitting import FitResult, fit, log_to_jsonl
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.guards import skip_nonfinite, skip_or_clip
 from jaxclip.lint import lint_chain
@@ -16,6 +17,7 @@ from jaxclip.sign_optimizers import cautious, lion, sign_sgd, signum
 from jaxclip.smoothing import smooth_clip
 from jaxclip.spectra import clip_by_spectral_norm
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes
+from jaxclip.stopping import StopReason, max_seconds, max_steps, nonfinite, plateau, reached
 from jaxclip.telemetry import clip_stats, explain
 from jaxclip.thresholds import fan_in, max_abs, mse_optimal, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
@@ -29,8 +31,10 @@ from jaxclip.voting import majority_vote
 from jaxclip.weights import clip_weights, keep_weights_within, kernels_only
 
 __all__ = [
+    "FitResult",
     "QuantizedArray",
     "StepInfo",
+    "StopReason",
     "TrainState",
     "adagc",
     "adaptive_grad_clip",
@@ -54,19 +58,26 @@ __all__ = [
     "error_feedback",
     "explain",
     "fan_in",
+    "fit",
     "global_norm",
     "keep_weights_within",
     "kernels_only",
     "leaf_norms",
     "lint_chain",
     "lion",
+    "log_to_jsonl",
     "majority_vote",
     "make_train_step",
     "max_abs",
+    "max_seconds",
+    "max_steps",
     "mse_optimal",
+    "nonfinite",
     "pack_codes",
+    "plateau",
     "plots",
     "quantize",
+    "reached",
     "resolve_threshold",
     "scale_by_lion",
     "scale_by_sign",

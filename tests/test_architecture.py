@@ -41,6 +41,8 @@ ROOMS = [
     "archives",
     "checkpoints",
     "training",
+    "stopping",
+    "fitting",
     "links",
     "probes",
     "lost_steps",
