@@ -273,8 +273,9 @@ class Scaling(NamedTuple):
 
     Attributes:
       is_scaled: Bool: multiply by the factors, one after the other, or leave the bits alone.
-      rescale, coef, rest: 1, the coefficient and 1; but where the coefficient is below the
-        normal range, three factors that are not.
+      rescale: Power of two, which brings the leaf to ordinary magnitudes; 1 for these.
+      coef: The coefficient for that, or a part of it.
+      rest: 1, but where the coefficient is below the normal range.
     """
 
     is_scaled: jax.Array
@@ -312,20 +313,17 @@ def scaling_to(norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0) -> tuple[Sc
     # Covers the rounding of the norm, the quotient and the products.
     margin = 1 - 8 * jnp.finfo(size.dtype).eps
     bound = jnp.where(is_above, bound, jnp.ones_like(size))
-    clip_coef = jnp.where(is_above, bound / divisor * margin * rescale, jnp.ones_like(size))
-    # Below the normal range it is applied as three factors, each within it.
-    is_normal = clip_coef >= jnp.finfo(size.dtype).tiny
-    scaling = Scaling(
-        is_scaled=is_above,
-        rescale=jnp.where(is_normal, 1, rescale),
-        coef=jnp.where(is_normal, clip_coef, margin / divisor),
-        rest=jnp.where(is_normal, 1, bound),
-    )
+    coef = bound / divisor * margin
+    # Below the normal range it is applied as two factors, each within it.
+    is_normal = coef >= jnp.finfo(size.dtype).tiny
+    coef, rest = jnp.where(is_normal, coef, margin / divisor), jnp.where(is_normal, 1, bound)
+    scaling = Scaling(is_scaled=is_above, rescale=rescale, coef=coef, rest=rest)
 
     largest = float(jnp.finfo(jnp.float32).max)
     pre_norm = jnp.minimum(size / rescale, largest)
     post_norm = bound * (size / divisor * margin)
     post_norm = jnp.minimum(jnp.where(is_above, post_norm, pre_norm), largest)
+    clip_coef = jnp.where(is_above, rescale * coef * rest, jnp.ones_like(size))
     return scaling, NormClip(
         pre_norm=pre_norm.astype(jnp.float32),
         post_norm=jnp.where(is_bad, 0, post_norm).astype(jnp.float32),

@@ -29,6 +29,7 @@ from jaxclip.rescaling import (
     RescaledNorm,
     accumulator,
     change_of_norm,
+    largest_of,
     not_folded,
     over_devices,
     power_of_two,
@@ -322,7 +323,7 @@ class MeasuredUnits(NamedTuple):
 
     Attributes:
       norm: `RescaledNorm` of the units, dimensions kept. Only this has a derivative.
-      largest: The largest modulus in each unit, as a vector.
+      largest: The largest real or imaginary part in each unit, as a vector.
       total: Sum over each unit of the squares, rescaled as `largest` asks for, as a vector.
     """
 
@@ -397,10 +398,12 @@ def _unit_norm(
     that for the whole tree would carry two arrays for each leaf, slow to compile.
     """
     one = jnp.ones((), accumulator([x]))
-    largest = over_devices(rescaled_total(x, one, axes, np.inf), np.inf, axis_name)
     if ord == np.inf:
+        largest = over_devices(rescaled_total(x, one, axes, np.inf), np.inf, axis_name)
         flat, one = _as_vector(largest), jnp.ones_like(largest)
         return MeasuredUnits(RescaledNorm(largest, one), flat, flat)
+    largest = _largest_part(x, axes).astype(one.dtype)
+    largest = largest if axis_name is None else lax.pmax(largest, axis_name)
     rescale = rescale_for(largest)
     total = over_devices(rescaled_total(not_folded(x), rescale, axes, ord), ord, axis_name)
     norm = RescaledNorm(_root(total, ord), rescale)
@@ -460,12 +463,19 @@ def _better_exponent(totals: jax.Array, ord: float) -> jax.Array:
 def _add_up(totals: jax.Array, ord: float) -> jax.Array:
     """The sum of a vector, in pairs, or its largest entry; 0 if it is empty."""
     if ord == np.inf or totals.size == 0:
-        return jnp.max(totals, initial=0)
+        return largest_of(totals)
     while totals.size > 1:
         half = totals.size // 2
         rest = totals[2 * half :]
         totals = jnp.concatenate([totals[:half] + totals[half : 2 * half], rest])
     return totals[0]
+
+
+def _largest_part(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The largest real or imaginary part; perhaps not NaN where one is, which the sum will be."""
+    parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
+    tops = [jnp.max(jnp.abs(p), axis=axes, keepdims=True, initial=0) for p in parts]
+    return tops[0] if len(tops) == 1 else jnp.maximum(*tops)
 
 
 def _root(total: jax.Array, ord: float) -> jax.Array:

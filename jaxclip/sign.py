@@ -267,8 +267,10 @@ def _zero_momentum(params: optax.Params, dtype: Any) -> Any:
 
 
 def _count(num_nonfinite: jax.Array, updates: Any, pre_norm: Any) -> jax.Array:
-    """One more if any floating entry of `updates` is not finite."""
-    known = pre_norm if isinstance(pre_norm, MeasuredNorm) else None
-    if known is not None and known.is_of(updates, known.ord, known.axis_name):
-        return increment(num_nonfinite, ~jnp.all(jnp.isfinite(known.leaf_norms)))
+    """One more if any floating entry of `updates` is not finite.
+
+    Where the norm of the gradient at the head of the chain is known, that says so: no pass.
+    """
+    if isinstance(pre_norm, MeasuredNorm):
+        return increment(num_nonfinite, ~jnp.isfinite(pre_norm.norm.norm))
     return increment(num_nonfinite, _checks.has_nonfinite(updates))

@@ -273,13 +273,18 @@ def clip_update_relative(
         dtype = jnp.finfo(_checks.compute_dtype(u.dtype, w.dtype)).dtype
         settings = [jnp.asarray(x).astype(dtype) for x in (relative, absolute)]
         share, least = (jnp.maximum(x, 0) for x in settings)
+        # Halves, whose modulus never overflows.
+        size, step = (jnp.abs(x * jnp.asarray(0.5, x.dtype)).astype(dtype) for x in (w, u))
         # An infinite share of a weight of 0 is no bound either, not NaN.
-        size, step = jnp.abs(w).astype(dtype), jnp.abs(u).astype(dtype)
-        allowed = jnp.where(jnp.isinf(share), share, share * size) + least
+        allowed = jnp.where(jnp.isinf(share), share, share * size) + least / 2
         ratio = jnp.where(step > allowed, allowed / step, jnp.ones_like(step))
-        is_bad = ~jnp.isfinite(step) | ~jnp.isfinite(size) | jnp.isnan(allowed)
-        smallest = jnp.min(jnp.where(is_bad, jnp.nan, ratio), initial=1)
-        return smallest if axis_name is None else lax.pmin(smallest, axis_name)
+        # Sums, for a minimum may lose a NaN; 0, or NaN if an entry is not finite.
+        bad = jnp.sum(0 * step) + jnp.sum(0 * size)
+        bad = jnp.where(jnp.isnan(share) | jnp.isnan(least), jnp.nan, bad)
+        smallest = jnp.min(ratio, initial=1)
+        if axis_name is not None:
+            smallest, bad = lax.pmin(smallest, axis_name), lax.psum(bad, axis_name)
+        return smallest + bad
 
     def terms_for(updates, params, step):
         del step

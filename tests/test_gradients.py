@@ -667,3 +667,12 @@ def test_what_eps_adds_to_the_norm_is_in_the_reported_norm_after():
     clipped, state = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose(clipped, [0.3, 0.4], rtol=2e-6)
     np.testing.assert_allclose([state.post_norm, state.clip_coef], [0.5, 0.1], rtol=2e-6)
+
+
+@pytest.mark.parametrize("ord", [1, 2, np.inf])
+def test_a_nan_among_many_entries_is_a_bad_step_of_every_norm(ord):
+    grads = jnp.ones((64, 80)).at[31, 7].set(jnp.nan)
+    tx = jaxclip.clip_by_global_norm(1.0, ord=ord)
+    clipped, state = jax.jit(tx.update)(grads, tx.init(grads))
+    assert int(state.num_nonfinite) == 1
+    assert not np.any(clipped)

@@ -144,3 +144,14 @@ def test_a_threshold_with_an_entry_for_each_weight_is_refused_by_path():
     grads = {"a": jnp.ones((2,)), "b": jnp.ones((3,))}
     with pytest.raises(ValueError, match="'a'"):
         tx.update(grads, tx.init(grads))
+
+
+@pytest.mark.parametrize("place", ["updates", "params"])
+def test_a_nan_among_many_entries_is_a_bad_step_of_a_relative_clip(place):
+    # XLA's minimum on CPU loses a NaN among many entries.
+    good, bad = jnp.ones((64, 80)), jnp.ones((64, 80)).at[31, 7].set(jnp.nan)
+    tx = jaxclip.clip_update_relative()
+    trees = (bad, good) if place == "updates" else (good, bad)
+    updates, state = jax.jit(tx.update)(trees[0], tx.init(good), trees[1])
+    assert int(state.num_nonfinite) == 1
+    assert not np.any(updates)

@@ -524,3 +524,17 @@ def test_a_traced_infinite_box_leaves_updates_as_they_are(dtype):
     tx = keep_weights_within(jnp.asarray(jnp.inf))
     updates, _ = tx.update(u, tx.init(w), w)
     np.testing.assert_array_equal(updates, u)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_clip_rate_counts_what_is_on_the_bound_to_the_ulp(dtype, wrap):
+    rng = np.random.default_rng(0)
+    rate = wrap(lambda w, t: weight_clip_rate(w, t))
+    for t in [0.0, 1.0, 1.9990234375, 0.3, 2.0**-14, *rng.uniform(0.5, 2, 20)]:
+        t = np.asarray(t, dtype)
+        below = np.nextafter(t, np.zeros((), dtype)) if t > 0 else t
+        above = np.nextafter(t, np.asarray(9, dtype))
+        w = np.resize(np.asarray([t, -t, below, -below, above, 0, t / 2], dtype), 7 * 700)
+        expected = np.mean(np.abs(w.astype(np.float64)) >= float(t))
+        np.testing.assert_allclose(rate(jnp.asarray(w), jnp.asarray(t)), expected, rtol=1e-6)
