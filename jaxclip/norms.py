@@ -175,8 +175,8 @@ def _tree_norm(
     axes = [tuple(range(x.ndim)) for x in leaves]
 
     def totals_at(exponent: jax.Array) -> jax.Array:
-        rescale, pairs = power_of_two(exponent, dtype), zip(not_folded(leaves), axes, strict=True)
-        totals = [rescaled_total(x, rescale, a, ord).reshape(1) for x, a in pairs]
+        rescale, pairs = power_of_two(exponent, dtype), zip(leaves, axes, strict=True)
+        totals = [rescaled_total(*not_folded((x, rescale)), a, ord).reshape(1) for x, a in pairs]
         return over_devices(jnp.concatenate(totals), ord, axis_name)
 
     def exponent_for(totals: jax.Array) -> jax.Array:

@@ -147,7 +147,8 @@ def not_folded(leaves: Any) -> Any:
     """Returns the leaves as they are, about which XLA then knows nothing.
 
     Of a constant one, as the gradient of an unused parameter is, it would square the rescale
-    by itself, and 0 * inf is NaN.
+    by itself, and 0 * inf is NaN. And a scalar that many arrays of one shape are compared or
+    multiplied with is kept apart for each: shared, it would be written to memory in that shape.
 
     Args:
       leaves: Pytree of arrays.

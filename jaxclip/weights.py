@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, map_clippable
-from jaxclip.rescaling import unit_and_modulus
+from jaxclip.rescaling import not_folded, unit_and_modulus
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
 
 __all__ = [
@@ -117,23 +117,25 @@ def weight_clip_rate(
         t = _bound_in(t, w)
         has_box = jnp.isfinite(t)
         on_bound += _num_on_bound(w, t)
-        boxed += jnp.sum(jnp.broadcast_to(has_box, w.shape), dtype=jnp.float32)
+        boxed += jnp.sum(has_box, dtype=jnp.float32) * (w.size / max(t.size, 1))
     return on_bound / jnp.maximum(boxed, 1)
 
 
 def _num_on_bound(w: jax.Array, t: jax.Array) -> jax.Array:
     """How many entries are on a finite bound or outside, in float32."""
+    w, t = not_folded((w, t))
     modulus = jnp.abs(w)
     if jnp.iscomplexobj(w):  # `_project` stays a few ulps inside the circle
         modulus = modulus * (1 + 8 * jnp.finfo(t.dtype).eps)
     if t.size != 1:
         return jnp.sum((modulus >= t) & jnp.isfinite(t), dtype=jnp.float32)
     # Without comparing entries: XLA on CPU writes an array of conditions to memory before it
-    # adds them up. Differences from the number below t are exact near t.
+    # adds them up. Differences from the number below t are exact near t; positive ones count.
     wide = jnp.finfo(_checks.compute_dtype(w.dtype)).dtype
     t = t.reshape(())
     below = jnp.nextafter(t, jnp.zeros_like(t)).astype(wide)
-    count = jnp.sum(jnp.sign(jnp.maximum(modulus.astype(wide) - below, 0))).astype(jnp.float32)
+    above = modulus.astype(wide) - below
+    count = jnp.sum(jnp.sign(above + jnp.abs(above))).astype(jnp.float32)
     return jnp.where(t > 0, count, w.size)
 
 

@@ -621,3 +621,25 @@ def test_a_clip_behind_another_link_does_not_take_the_norm_of_the_gradients():
     step = make_train_step(lambda w, g: jnp.vdot(w, g), tx)
     _, info = step(TrainState.create(jnp.zeros(2), tx), jnp.array([3.0, 4.0]))
     np.testing.assert_allclose(info.stats["pre_norm"], 10.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [jaxclip.clip_by_global_norm(1.0), optax.identity()])
+@pytest.mark.parametrize("threshold", [None, 0.1, jaxclip.fan_in(1.0)])
+def test_a_donated_step_writes_no_array_to_memory_but_its_state(clip, threshold):
+    if jax.__version_info__ < (0, 10):
+        pytest.skip("XLA of before splits reductions over large arrays")
+    # Two leaves of one shape, for which XLA may share what it should not.
+    params = {name: jax.ShapeDtypeStruct((256, 512), jnp.float32) for name in "ab"}
+    tx = optax.chain(clip, jaxclip.lion(1e-3))
+
+    @jax.custom_vjp
+    def given_gradients(params, grads):
+        return jnp.zeros((), jnp.float32)
+
+    given_gradients.defvjp(
+        lambda params, grads: (jnp.zeros((), jnp.float32), grads), lambda grads, _: (grads, None)
+    )
+    step = jaxclip.make_train_step(given_gradients, tx, weight_threshold=threshold)
+    state = jax.eval_shape(lambda p: jaxclip.TrainState.create(p, tx), params)
+    used = step.lower(state, params).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 4096  # scalars; an array has 512 KiB
