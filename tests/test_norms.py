@@ -357,7 +357,7 @@ def test_a_constant_leaf_of_a_program_does_not_spoil_its_norm(size):
 
 def test_complex_numbers_beyond_the_largest_modulus_have_a_unit_under_jit():
     largest = float(np.finfo(np.float32).max)
-    z = jax.lax.complex(jnp.full(2, largest), jnp.full(2, -largest))
+    z = jax.lax.complex(*(jnp.full(2, x, jnp.float32) for x in (largest, -largest)))
     unit, modulus = jax.jit(unit_and_modulus)(z)
     np.testing.assert_allclose(unit, [np.sqrt(0.5) * (1 - 1j)] * 2, rtol=1e-6)
     assert np.all(np.isinf(modulus))
