@@ -139,7 +139,7 @@ def fit(
                 if evaluate is not None and is_due:
                     numbers = _with_metrics(numbers, evaluate(run.state.params))
                     log.evaluated_at = num_steps
-                seen = Seen(num_steps, time.monotonic() - start, info.num_skipped, numbers)
+                seen = Seen(num_steps, time.monotonic() - start, numbers["num_skipped"], numbers)
                 memory, code = stop.update(run.memory, seen)
                 run, reason = run._replace(memory=memory), stop.reason(code)
                 log.add(num_steps, numbers)

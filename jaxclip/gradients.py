@@ -96,7 +96,8 @@ class ClipByGlobalNormState(NamedTuple):
 
     Attributes:
       step: Scalar int32, steps so far.
-      pre_norm: Scalar float32, norm of the last gradient before the clip.
+      pre_norm: Scalar float32, norm of the last finite gradient before the clip, at most the
+        largest float32.
       post_norm: Scalar float32, `clip_coef * pre_norm`; 0 after a bad step.
       clip_coef: Scalar float32 in [0, 1], what the last gradient was multiplied by.
       clip_rate: Scalar float32, share of the steps so far that were clipped.

@@ -127,7 +127,7 @@ def largest_of(
 ) -> jax.Array:
     """Returns the largest of numbers that are not negative: NaN if one is, 0 if there is none.
 
-    A maximum alone may lose a NaN: XLA on CPU does (jaxlib 0.10.2, from 4,097 float32 on).
+    A maximum alone may lose a NaN: XLA on CPU does (jaxlib 0.10.2, from 4,096 float32 on).
 
     Args:
       x: Floating array without negative numbers.

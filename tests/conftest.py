@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile(
-    "jaxclip", deadline=None, max_examples=25, derandomize=True, print_blob=True
+    "jaxclip", deadline=None, max_examples=40, derandomize=True, print_blob=True
 )
 hypothesis.settings.register_profile(
     "fast", deadline=None, max_examples=5, derandomize=True, print_blob=True

@@ -16,8 +16,9 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
-from test_transform_laws import TRANSFORMS, Row
+from test_transform_laws import TRANSFORMS, Row, floating_pairs
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 ROWS = {row.factory.__name__: row for row in TRANSFORMS}
@@ -25,6 +26,8 @@ every_row = pytest.mark.parametrize("row", TRANSFORMS, ids=lambda r: r.factory._
 NARROW = ("float16", "bfloat16", "float32", "complex64")
 WIDE = ("float32", "float64", "complex128")
 SIZE = 3
+# Of the many tests here, each on every row and two widths, fewer than of the others.
+some_examples = settings(max_examples=max(5, settings.default.max_examples * 5 // 8))
 
 
 def shape_of(row: Row) -> tuple[int, ...]:
@@ -190,12 +193,7 @@ def assert_alike(actual: Any, expected: Any, ulps: int = 16) -> None:
     The largest difference is that of a norm on the threshold: clipped, with the margin of a
     clip, by one program and passed by the other.
     """
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == e.dtype
-        if not jnp.issubdtype(a.dtype, jnp.inexact):
-            np.testing.assert_array_equal(a, e)
-            continue
+    for a, e in floating_pairs(actual, expected):
         info, (a, e) = ml_dtypes.finfo(real_part_of(a.dtype)), (parts_of(a), parts_of(e))
         largest = np.abs(e).max(initial=0, where=np.isfinite(e))
         atol = ulps * float(info.eps) * largest + 2 * float(info.tiny)

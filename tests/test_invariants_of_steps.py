@@ -28,6 +28,7 @@ from drawn_trees import (
     run,
     settings_of,
     shape_of,
+    some_examples,
     trees,
     update_of,
     with_odd_leaves,
@@ -57,8 +58,8 @@ EXCEPTIONS = {
 # What a state says of the last step, and its counts of steps; the rest is learned.
 REPORTED = {"step", "pre_norm", "post_norm", "clip_coef", "clip_rate", "is_skipped"}
 REPORTED |= {"num_nonfinite", "nonfinite_leaf", "num_skipped", "num_consecutive", "is_exhausted"}
-# A soft cap answers to roundings of its input by what it is off by itself.
-ULPS = {"clip_by_spectral_norm": 1024}
+# A soft cap answers to a rounding by as much as it may be off by itself, 3e-5 of the cap.
+ULPS = {"clip_by_spectral_norm": 256}
 few_examples = settings(max_examples=max(2, settings.default.max_examples // 8))
 NARROW_TREE = Width(NARROW, False)
 BOXED = Row(jaxclip.keep_weights_within, "threshold")
@@ -101,6 +102,7 @@ def train_step(params: Any, threshold: Any, grads: Any) -> tuple[Any, Any]:
 
 
 @both_widths
+@some_examples
 @given(data=st.data())
 def test_weights_are_in_their_box_after_every_kind_of_step(width: Width, data: Any):
     params, updates = data.draw(trees(BOXED, width)), data.draw(trees(BOXED, width))
@@ -227,6 +229,7 @@ def spoil(data: Any, grads: Any) -> tuple[str, Any]:
 
 @every_row
 @both_widths
+@some_examples
 @given(data=st.data())
 def test_a_bad_gradient_changes_nothing_but_a_count(row: Row, width: Width, data: Any):
     grads, params = data.draw(trees(row, width)), data.draw(trees(row, width))
@@ -246,6 +249,7 @@ def test_a_bad_gradient_changes_nothing_but_a_count(row: Row, width: Width, data
 
 
 @both_widths
+@some_examples
 @given(data=st.data())
 def test_a_bad_train_step_changes_nothing_but_a_count(width: Width, data: Any):
     params, grads = data.draw(trees(BOXED, width)), data.draw(trees(BOXED, width))
@@ -263,6 +267,7 @@ def test_a_bad_train_step_changes_nothing_but_a_count(width: Width, data: Any):
 
 @every_row
 @both_widths
+@some_examples
 @given(data=st.data())
 def test_a_hyper_parameter_gone_wrong_poisons_nothing(row: Row, width: Width, data: Any):
     if row.parameter is None:

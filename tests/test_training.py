@@ -627,7 +627,7 @@ def test_a_clip_behind_another_link_does_not_take_the_norm_of_the_gradients():
 @pytest.mark.parametrize("threshold", [None, 0.1, jaxclip.fan_in(1.0)])
 def test_a_donated_step_writes_no_array_to_memory_but_its_state(clip, threshold):
     if jax.__version_info__ < (0, 10):
-        pytest.skip("XLA of before splits reductions over large arrays")
+        pytest.skip("with jax 0.7.2 the program writes two arrays of its own")
     # Two leaves of one shape, for which XLA may share what it should not.
     params = {name: jax.ShapeDtypeStruct((256, 512), jnp.float32) for name in "ab"}
     tx = optax.chain(clip, jaxclip.lion(1e-3))

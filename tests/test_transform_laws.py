@@ -136,14 +136,22 @@ def run(tx: Any, params: Any, num_steps: int = 3, update: Any = None) -> tuple[A
     return updates, state
 
 
-def assert_close(actual: Any, expected: Any, ulps: int = 4) -> None:
-    """Equal trees, to a few units in the last place of the largest entry of each leaf."""
+def floating_pairs(actual: Any, expected: Any) -> list[tuple[Any, Any]]:
+    """The floating leaves of trees of one structure and dtypes, whose other leaves are equal."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = []
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.dtype == e.dtype
-        if not jnp.issubdtype(a.dtype, jnp.inexact):
+        if jnp.issubdtype(a.dtype, jnp.inexact):
+            pairs.append((a, e))
+        else:
             np.testing.assert_array_equal(a, e)
-            continue
+    return pairs
+
+
+def assert_close(actual: Any, expected: Any, ulps: int = 4) -> None:
+    """Equal trees, to a few units in the last place of the largest entry of each leaf."""
+    for a, e in floating_pairs(actual, expected):
         a, e, eps = np.asarray(a, np.float64), np.asarray(e, np.float64), jnp.finfo(a.dtype).eps
         np.testing.assert_allclose(
             a, e, atol=ulps * float(eps) * max(np.abs(e).max(initial=0), 1e-30)
