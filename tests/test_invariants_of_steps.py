@@ -58,8 +58,9 @@ EXCEPTIONS = {
 # What a state says of the last step, and its counts of steps; the rest is learned.
 REPORTED = {"step", "pre_norm", "post_norm", "clip_coef", "clip_rate", "is_skipped"}
 REPORTED |= {"num_nonfinite", "nonfinite_leaf", "num_skipped", "num_consecutive", "is_exhausted"}
-# A soft cap answers to a rounding by as much as it may be off by itself, 3e-5 of the cap.
-ULPS = {"clip_by_spectral_norm": 256}
+# A soft cap answers to a rounding by as much as it may be off by itself: 3e-5 of the cap for
+# each time that the norm is above it, 250 float32 ulps. Here for four times; 260 were seen.
+ULPS = {"clip_by_spectral_norm": 1024}
 few_examples = settings(max_examples=max(2, settings.default.max_examples // 8))
 NARROW_TREE = Width(NARROW, False)
 BOXED = Row(jaxclip.keep_weights_within, "threshold")
