@@ -179,25 +179,33 @@ def increment(count: jax.Array, condition: Any = True) -> jax.Array:
 
 def has_nonfinite(tree: Any) -> jax.Array:
     """Whether a floating entry is not finite."""
-    # Stacked as they are: a chain of 1,000 conditions is slow to compile, and so are 1,000
-    # negations, which XLA would move into the stacking.
-    leaves = [_is_finite(jnp.asarray(x)) for x in floating_leaves(tree)]
-    return ~jnp.all(jnp.stack(leaves)) if leaves else jnp.zeros((), bool)
+    # Stacked as they are: a chain of 1,000 conditions is slow to compile.
+    leaves = [zero_or_nan(jnp.asarray(x)) for x in floating_leaves(tree)]
+    return jnp.any(jnp.isnan(jnp.stack(leaves))) if leaves else jnp.zeros((), bool)
 
 
 @jax.jit
-def _is_finite(x: jax.Array) -> jax.Array:
-    """Jitted, so that leaves of one shape share one trace."""
-    return jnp.all(jnp.isfinite(x))
+def zero_or_nan(x: jax.Array) -> jax.Array:
+    """Float32 0, or NaN if an entry is not finite.
+
+    A sum, for XLA on CPU writes out the conditions of which it takes the conjunction. Jitted,
+    so that leaves of one shape share one trace.
+    """
+    if jnp.iscomplexobj(x):
+        return zero_or_nan(jnp.real(x)) + zero_or_nan(jnp.imag(x))
+    return jnp.sum((x - x).astype(jnp.float32))
 
 
 def is_bad_step(updates: Any, bounds: Any) -> jax.Array:
     """Whether a floating entry of `updates` is not finite, or a bound (one a leaf) NaN."""
     pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(bounds), strict=True)
-    # Numbers were checked when the transform was made.
-    traced = [b for g, b in pairs if is_clippable(g) and isinstance(b, jax.Array)]
-    nan = [jnp.any(jnp.isnan(bound)) for bound in traced]
-    return has_nonfinite(updates) | (jnp.any(jnp.stack(nan)) if nan else False)
+    return has_nonfinite(updates) | has_nan([b for g, b in pairs if is_clippable(g)])
+
+
+def has_nan(bounds: list[Any]) -> jax.Array:
+    """Whether a bound is NaN; numbers are not: they were checked when the transform was made."""
+    nan = [jnp.any(jnp.isnan(bound)) for bound in bounds if isinstance(bound, jax.Array)]
+    return jnp.any(jnp.stack(nan)) if nan else jnp.zeros((), bool)
 
 
 def compute_dtype(*dtypes: Any) -> Any:

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, map_clippable
 from jaxclip.norms import MeasuredNorm, measure_norm, rescaled_global_norm
-from jaxclip.rescaling import RescaledNorm, unit_and_modulus
+from jaxclip.rescaling import RescaledNorm, not_folded, unit_and_modulus
 from jaxclip.thresholds import (
     ThresholdRule,
     check_threshold_tree,
@@ -50,7 +50,7 @@ class ClipByValueState(NamedTuple):
 
     Attributes:
       step: Scalar int32, steps so far.
-      clip_rate: Scalar float32, share of the entries that the last step clipped.
+      clip_rate: Scalar float32, share of the entries that the last finite step clipped.
       num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
     """
 
@@ -155,11 +155,13 @@ def clip_by_value(max_abs: Any) -> optax.GradientTransformationExtraArgs:
         leaves = [(jnp.asarray(g), b) for g, b in pairs if _checks.is_clippable(g)]
         clipped = [_clip_entries(g, _entry_bound(g, b)) for g, b in leaves]
         counts = jnp.stack([jnp.zeros((), jnp.float32), *(n for _, n in clipped)])
+        num_clipped = jnp.sum(counts)
+        is_bad = jnp.isnan(num_clipped) | _checks.has_nan([b for _, b in leaves])
         num_entries = max(sum(g.size for g, _ in leaves), 1)
         return _checks.replace_floating(updates, [g for g, _ in clipped]), ClipByValueState(
             step=increment(state.step),
-            clip_rate=jnp.sum(counts) / num_entries,
-            num_nonfinite=increment(state.num_nonfinite, _checks.is_bad_step(updates, bounds)),
+            clip_rate=jnp.where(is_bad, state.clip_rate, num_clipped / num_entries),
+            num_nonfinite=increment(state.num_nonfinite, is_bad),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -433,12 +435,12 @@ def _entry_bound(g: jax.Array, bound: Any) -> Any:
 
 @jax.jit
 def _clip_entries(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The leaf with its entries clipped, and how many were.
+    """The leaf with its entries clipped, and how many were; NaN if one was not finite.
 
     Jitted, so that leaves of one shape share one trace.
     """
-    num_clipped = jnp.sum(jnp.abs(g) > bound, dtype=jnp.float32)
     if jnp.iscomplexobj(g):
+        num_clipped = jnp.sum(jnp.abs(g) > bound, dtype=jnp.float32) + _checks.zero_or_nan(g)
         unit, modulus = unit_and_modulus(g)
         eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
         inside = (bound * (1 - 4 * eps)).astype(g.dtype)
@@ -446,6 +448,13 @@ def _clip_entries(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]
         clipped = jnp.where(is_outside, unit * inside, g)
         clipped = jnp.where(jnp.isfinite(g), clipped, jnp.zeros_like(g))
     else:
+        # In arithmetic, for XLA on CPU writes out the conditions that it is to count.
+        wide = compute_dtype(g.dtype)
+        largest = jnp.asarray(jnp.finfo(wide).max, wide)
+        x, limit = not_folded((g.astype(wide), jnp.minimum(bound.astype(wide), largest)))
+        excess = jnp.abs(x) - limit
+        is_clipped = jnp.sign(excess + jnp.abs(excess)) + (x - x)
+        num_clipped = jnp.sum(is_clipped).astype(jnp.float32)
         # Not as a minimum and a maximum: those flush subnormals inside the bound to zero.
         clipped = jnp.where(exceeds(g, bound), jnp.where(g < 0, -bound, bound), g)
         clipped = jnp.where(jnp.isnan(g), jnp.zeros_like(g), clipped)

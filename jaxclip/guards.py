@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxclip import _checks
 from jaxclip._checks import increment, keep_weak_type, map_clippable
 from jaxclip.gradients import LeafReport, clip_to_norm, norm_of
+from jaxclip.norms import is_nonfinite
 from jaxclip.thresholds import ThresholdRule, round_toward_zero
 
 __all__ = [
@@ -142,7 +143,7 @@ def skip_nonfinite(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        is_bad = _anywhere(_checks.has_nonfinite(updates), axis_name)
+        is_bad = _anywhere(is_nonfinite(updates, extra_args.get("pre_norm")), axis_name)
         is_skipped = is_bad
         if check_inner:
             # Behind barriers, lest XLA merge the two and hold on to what the first gives.
@@ -324,15 +325,19 @@ def _anywhere(flag: jax.Array, axis_name: str | None) -> jax.Array:
 
 
 def _spoilt(old_state: Any, updates: Any, new_state: Any) -> jax.Array:
-    """Whether an update is not finite, or an entry of the state's arrays has ceased to be."""
+    """Whether an update is not finite, or an entry of the state's arrays has ceased to be.
+
+    From conditions, which XLA on CPU writes out: a byte an entry. Of a sum, as in
+    `has_nonfinite`, it would write out the updates themselves, which are not kept otherwise.
+    """
     pairs = zip(jax.tree.leaves(old_state), jax.tree.leaves(new_state), strict=True)
-    kept = [
+    kept = [jnp.all(jnp.isfinite(u)) for u in _checks.floating_leaves(updates)]
+    kept += [
         jnp.all(~jnp.isfinite(old) | jnp.isfinite(new))
         for old, new in pairs
         if _checks.is_clippable(new) and jnp.ndim(new)
     ]
-    lost = ~jnp.all(jnp.stack(kept)) if kept else jnp.zeros((), bool)
-    return _checks.has_nonfinite(updates) | lost
+    return ~jnp.all(jnp.stack(kept)) if kept else jnp.zeros((), bool)
 
 
 def _unless(is_skipped: jax.Array, old_state: Any, updates: Any, new_state: Any) -> tuple:

@@ -24,13 +24,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxclip._checks import check_choice, is_clippable
+from jaxclip._checks import check_choice, has_nonfinite, is_clippable
 from jaxclip.rescaling import (
     RescaledNorm,
     accumulator,
     change_of_norm,
     largest_of,
-    not_folded,
     over_devices,
     power_of_two,
     rescale_for,
@@ -41,6 +40,7 @@ __all__ = [
     "MeasuredNorm",
     "MeasuredUnits",
     "global_norm",
+    "is_nonfinite",
     "join_units",
     "leaf_norms",
     "measure_norm",
@@ -176,7 +176,7 @@ def _tree_norm(
 
     def totals_at(exponent: jax.Array) -> jax.Array:
         rescale, pairs = power_of_two(exponent, dtype), zip(leaves, axes, strict=True)
-        totals = [rescaled_total(*not_folded((x, rescale)), a, ord).reshape(1) for x, a in pairs]
+        totals = [rescaled_total(x, rescale, a, ord).reshape(1) for x, a in pairs]
         return over_devices(jnp.concatenate(totals), ord, axis_name)
 
     def exponent_for(totals: jax.Array) -> jax.Array:
@@ -203,6 +203,26 @@ def _tree_norm_jvp(ord: float, axis_name: str | None, primals: Any, tangents: An
     total = total if axis_name is None else lax.psum(total, axis_name)
     change = RescaledNorm(total, jnp.zeros_like(norm.rescale))
     return (norm, each), (change, jnp.zeros_like(each))
+
+
+def is_nonfinite(tree: Any, given: Any = None) -> jax.Array:
+    """Returns whether a floating entry of a tree is not finite.
+
+    Args:
+      tree: Any pytree of arrays.
+      given: A `MeasuredNorm`, which says so without a pass if it is of this tree; else
+        anything, such as None.
+
+    Returns:
+      A scalar bool.
+
+    Example:
+      >>> print(is_nonfinite({"w": jnp.array([1.0, jnp.inf])}))
+      True
+    """
+    if isinstance(given, MeasuredNorm) and given.is_of(tree, given.ord, given.axis_name):
+        return ~jnp.isfinite(given.norm.norm)
+    return has_nonfinite(tree)
 
 
 # --- Of each leaf and each unit -------------------------------------------------------
@@ -405,7 +425,7 @@ def _unit_norm(
     largest = _largest_part(x, axes).astype(one.dtype)
     largest = largest if axis_name is None else lax.pmax(largest, axis_name)
     rescale = rescale_for(largest)
-    total = over_devices(rescaled_total(not_folded(x), rescale, axes, ord), ord, axis_name)
+    total = over_devices(rescaled_total(x, rescale, axes, ord), ord, axis_name)
     norm = RescaledNorm(_root(total, ord), rescale)
     return MeasuredUnits(norm, _as_vector(largest), _as_vector(total))
 

@@ -110,6 +110,7 @@ def rescaled_total(
       >>> rescaled_total(jnp.array([3.0, 4.0]), jnp.float32(1), (0,), 2)
       Array([25.], dtype=float32)
     """
+    x, rescale = not_folded((x, rescale))
     parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
     parts = [p.astype(rescale.dtype) * rescale for p in parts]
     if ord == 2:

@@ -24,7 +24,7 @@ from jaxclip.norms import measure_norm
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.telemetry import clip_stats
 from jaxclip.thresholds import check_threshold_tree
-from jaxclip.weights import clip_weights, weight_clip_rate
+from jaxclip.weights import clip_weights, weight_clip_rate, weight_outside_rate
 
 __all__ = ["StepInfo", "TrainState", "TrainStep", "make_train_step"]
 
@@ -87,6 +87,8 @@ class StepInfo(NamedTuple):
         names, such as `stats["pre_norm"]`.
       weight_clip_rate: Scalar float32, share of the boxed weights that are on the bound; 0
         without a box.
+      weight_outside_rate: Scalar float32, share of the boxed weights that the first step found
+        outside the box, as pretrained ones may be; 0 at the other steps.
       num_skipped: Scalar int32, steps skipped so far.
     """
 
@@ -94,6 +96,7 @@ class StepInfo(NamedTuple):
     aux: Any
     stats: dict[str, jax.Array]
     weight_clip_rate: jax.Array
+    weight_outside_rate: jax.Array
     num_skipped: jax.Array
 
 
@@ -129,18 +132,37 @@ class TrainStep:
     def __init__(
         self,
         function: Callable[[TrainState, Any], tuple[TrainState, StepInfo]],
+        outside_rate: Callable[[TrainState], jax.Array] | None,
         donate: bool,
         compiler_options: Mapping[str, Any] | None,
     ):
-        self.__wrapped__ = function
+        self._function = function
+        self._outside_rate = outside_rate
         self._donate = donate
         self._compiler_options = compiler_options
+        self._last_step = None
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
         """Returns the state after one step, and what happened in it."""
         if _trace_state() != _TOP_LEVEL:
             return self.__wrapped__(state, batch)
-        return self._jitted(state, batch)
+        # A program of its own: within the step, XLA would copy the parameters for it. And a
+        # state that this step gave is not the first; to read its counter would be to wait.
+        outside = None
+        if self._outside_rate and state.step is not self._last_step and int(state.step) == 0:
+            outside = jax.jit(self._outside_rate)(state)
+        state, info = self._jitted(state, batch)
+        self._last_step = state.step
+        return state, info if outside is None else info._replace(weight_outside_rate=outside)
+
+    def __wrapped__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
+        """The plain function, for a program that has more in it than the step."""
+        new_state, info = self._function(state, batch)
+        if self._outside_rate:
+            # At every step, which costs less than the copies that a condition would.
+            outside = jnp.where(state.step == 0, self._outside_rate(state), 0)
+            info = info._replace(weight_outside_rate=outside)
+        return new_state, info
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """Returns the lowered program, as `jax.jit(...).lower` does."""
@@ -150,7 +172,7 @@ class TrainStep:
     def _jitted(self) -> Any:
         options = _backend_options() | dict(self._compiler_options or {})
         return jax.jit(
-            self.__wrapped__,
+            self._function,
             donate_argnums=(0,) if self._donate else (),
             compiler_options=options or None,
         )
@@ -256,10 +278,21 @@ def make_train_step(
         if weight_threshold is not None:
             on_bound = weight_clip_rate(params, weight_threshold, mask, step=state.step)
         num_skipped = state.num_skipped + jnp.where(is_good, 0, 1)
-        info = StepInfo(loss, aux, stats | _bare_names(stats), on_bound, num_skipped)
+        info = StepInfo(
+            loss=loss,
+            aux=aux,
+            stats=stats | _bare_names(stats),
+            weight_clip_rate=on_bound,
+            weight_outside_rate=jnp.zeros((), jnp.float32),
+            num_skipped=num_skipped,
+        )
         return TrainState(state.step + 1, params, opt_state, key, num_skipped), info
 
-    return TrainStep(step, donate, compiler_options)
+    def outside_rate(state: TrainState) -> jax.Array:
+        return weight_outside_rate(state.params, weight_threshold, mask, step=state.step)
+
+    has_box = weight_threshold is not None
+    return TrainStep(step, outside_rate if has_box else None, donate, compiler_options)
 
 
 def _takes_key(loss_fn: Callable[..., Any]) -> str | None:

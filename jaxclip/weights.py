@@ -27,6 +27,7 @@ __all__ = [
     "keep_weights_within",
     "kernels_only",
     "weight_clip_rate",
+    "weight_outside_rate",
 ]
 
 _Mask = Any | Callable[[Any], Any]
@@ -108,35 +109,77 @@ def weight_clip_rate(
       >>> weight_clip_rate(jnp.array([-0.5, 0.1, 0.5, 0.2]), 0.5)
       Array(0.5, dtype=float32)
     """
-    bounds = _bounds(params, threshold, mask, step)
-    on_bound = boxed = jnp.zeros((), jnp.float32)
+    return _share_of_boxed(_num_on_bound, _bounds(params, threshold, mask, step), params)
+
+
+def weight_outside_rate(
+    params: optax.Params, threshold: Any, mask: _Mask | None = None, *, step: Any = None
+) -> jax.Array:
+    """Returns the share of boxed weights that are outside: that `clip_weights` would move.
+
+    Args:
+      params: As in `clip_weights`.
+      threshold: As in `clip_weights`.
+      mask: As in `clip_weights`.
+      step: As in `clip_weights`.
+
+    Returns:
+      A float32 scalar in [0, 1]: entries with `|w| > t` over entries that have a finite
+      threshold; 0 if none has.
+
+    Raises:
+      TypeError: If a threshold is of a wrong type.
+      ValueError: If a concrete threshold is negative or NaN, or a tree does not fit.
+
+    Example:
+      >>> weight_outside_rate(jnp.array([-0.6, 0.1, 0.5, 0.2]), 0.5)
+      Array(0.25, dtype=float32)
+    """
+    return _share_of_boxed(_num_outside, _bounds(params, threshold, mask, step), params)
+
+
+def _share_of_boxed(count: Callable[..., jax.Array], bounds: Any, params: Any) -> jax.Array:
+    """What is counted in each leaf that has a box, over the entries that have one."""
+    counted = boxed = jnp.zeros((), jnp.float32)
     for w, t in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
         if not _checks.is_clippable(w) or _is_free(t):
             continue
         w = jnp.asarray(w)
         t = _bound_in(t, w)
-        has_box = jnp.isfinite(t)
-        on_bound += _num_on_bound(w, t)
-        boxed += jnp.sum(has_box, dtype=jnp.float32) * (w.size / max(t.size, 1))
-    return on_bound / jnp.maximum(boxed, 1)
+        counted += count(*not_folded((w, t)))
+        boxed += jnp.sum(jnp.isfinite(t), dtype=jnp.float32) * (w.size / max(t.size, 1))
+    return counted / jnp.maximum(boxed, 1)
 
 
 def _num_on_bound(w: jax.Array, t: jax.Array) -> jax.Array:
     """How many entries are on a finite bound or outside, in float32."""
-    w, t = not_folded((w, t))
     modulus = jnp.abs(w)
     if jnp.iscomplexobj(w):  # `_project` stays a few ulps inside the circle
         modulus = modulus * (1 + 8 * jnp.finfo(t.dtype).eps)
     if t.size != 1:
         return jnp.sum((modulus >= t) & jnp.isfinite(t), dtype=jnp.float32)
-    # Without comparing entries: XLA on CPU writes an array of conditions to memory before it
-    # adds them up. Differences from the number below t are exact near t; positive ones count.
-    wide = jnp.finfo(_checks.compute_dtype(w.dtype)).dtype
     t = t.reshape(())
-    below = jnp.nextafter(t, jnp.zeros_like(t)).astype(wide)
-    above = modulus.astype(wide) - below
-    count = jnp.sum(jnp.sign(above + jnp.abs(above))).astype(jnp.float32)
-    return jnp.where(t > 0, count, w.size)
+    return jnp.where(t > 0, _num_above(modulus, jnp.nextafter(t, jnp.zeros_like(t))), w.size)
+
+
+def _num_outside(w: jax.Array, t: jax.Array) -> jax.Array:
+    """How many entries are outside a finite bound, in float32."""
+    modulus = jnp.abs(w)
+    if t.size != 1:
+        return jnp.sum((modulus > t) & jnp.isfinite(t), dtype=jnp.float32)
+    t = t.reshape(())
+    return jnp.where(jnp.isfinite(t), _num_above(modulus, t), 0)
+
+
+def _num_above(modulus: jax.Array, limit: jax.Array) -> jax.Array:
+    """How many numbers are above a finite limit, in float32.
+
+    Without comparing entries: XLA on CPU writes an array of conditions to memory before it adds
+    them up. Differences from the limit are exact near it; positive ones count.
+    """
+    wide = _checks.compute_dtype(modulus.dtype)
+    excess = modulus.astype(wide) - limit.astype(wide)
+    return jnp.sum(jnp.sign(excess + jnp.abs(excess))).astype(jnp.float32)
 
 
 class KeepWeightsWithinState(NamedTuple):

@@ -326,6 +326,37 @@ def test_weights_that_start_outside_are_brought_in_by_the_first_step():
 
 
 @pytest.mark.parametrize(
+    "threshold", [0.1, jaxclip.fan_in(0.2), lambda step: 0.1 + step.astype(jnp.float32)]
+)
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_the_first_step_tells_how_many_weights_were_outside(threshold, is_scanned):
+    tx = jaxclip.sign_sgd(1.0)
+    step = make_train_step(linear_loss, tx, weight_threshold=threshold)
+    kernel = np.abs(float64(make_params()["kernel"]))
+    if isinstance(threshold, jaxclip.thresholds.ThresholdRule):
+        expected = np.mean(kernel > 0.2 * np.sqrt(2 / 8))
+    else:
+        expected = np.sum(kernel > 0.1) / (kernel.size + 2)
+    assert 0.1 < expected < 0.9
+
+    def rates(state):
+        if is_scanned:
+            batches = jax.tree.map(lambda x: jnp.stack([x] * 3), make_batch())
+            return jax.lax.scan(step, state, batches)[1].weight_outside_rate
+        return [info.weight_outside_rate for info in run(step, state, 3)[1]]
+
+    for _ in range(2):  # the same step, another run
+        state = TrainState.create(make_params(), tx)
+        np.testing.assert_allclose(rates(state), [expected, 0, 0], rtol=1e-6)
+
+
+def test_without_a_box_no_weight_is_outside():
+    tx = jaxclip.sign_sgd(1.0)
+    _, info = make_train_step(linear_loss, tx)(TrainState.create(make_params(), tx), make_batch())
+    assert float(info.weight_outside_rate) == 0
+
+
+@pytest.mark.parametrize(
     ("bad", "error"),
     [
         (-1.0, ValueError),
@@ -623,14 +654,29 @@ def test_a_clip_behind_another_link_does_not_take_the_norm_of_the_gradients():
     np.testing.assert_allclose(info.stats["pre_norm"], 10.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("clip", [jaxclip.clip_by_global_norm(1.0), optax.identity()])
-@pytest.mark.parametrize("threshold", [None, 0.1, jaxclip.fan_in(1.0)])
+CLIPS = {
+    "none": optax.identity(),
+    "global norm": jaxclip.clip_by_global_norm(1.0),
+    "leaf norm": jaxclip.clip_by_leaf_norm(1.0),
+    "block rms": jaxclip.clip_by_block_rms(1.0),
+    "value": jaxclip.clip_by_value(1.0),
+    "agc": jaxclip.adaptive_grad_clip(0.01, axis=(0, 1)),
+    "autoclip": jaxclip.autoclip(),
+    "zclip": jaxclip.zclip(),
+    "adagc": jaxclip.adagc(),
+}
+
+
+@pytest.mark.parametrize(
+    ("clip", "threshold"),
+    [*((name, 0.1) for name in CLIPS), ("none", None), ("global norm", jaxclip.fan_in(1.0))],
+)
 def test_a_donated_step_writes_no_array_to_memory_but_its_state(clip, threshold):
     if jax.__version_info__ < (0, 10):
         pytest.skip("with jax 0.7.2 the program writes two arrays of its own")
     # Two leaves of one shape, for which XLA may share what it should not.
     params = {name: jax.ShapeDtypeStruct((256, 512), jnp.float32) for name in "ab"}
-    tx = optax.chain(clip, jaxclip.lion(1e-3))
+    tx = optax.chain(CLIPS[clip], jaxclip.lion(1e-3))
 
     @jax.custom_vjp
     def given_gradients(params, grads):
