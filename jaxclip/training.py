@@ -17,6 +17,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxclip import _checks
 from jaxclip._checks import keep_weak_type
@@ -68,13 +69,32 @@ class TrainState(NamedTuple):
         # Copies throughout: some optimizers keep the parameters in their state, and a buffer
         # that is there twice cannot be donated.
         params, opt_state, key = jax.tree.map(jnp.copy, (params, optimizer.init(params), key))
-        return cls(
+        state = cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=opt_state,
             key=key,
             num_skipped=jnp.zeros((), jnp.int32),
         )
+        return _on_one_mesh(state)
+
+
+def _on_one_mesh(state: TrainState) -> TrainState:
+    """The state with what lies on one device, as counters do, on all those of the parameters.
+
+    The step returns it there, and would be compiled a second time for its own result.
+    """
+    leaves = [x for x in jax.tree.leaves(state.params) if _checks.is_concrete(x)]
+    meshes = {x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding)}
+    if len(meshes) != 1:
+        return state
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+
+    def place(x: jax.Array) -> jax.Array:
+        is_on_one = _checks.is_concrete(x) and isinstance(x.sharding, SingleDeviceSharding)
+        return jax.device_put(x, everywhere) if is_on_one else x
+
+    return jax.tree.map(place, state)
 
 
 class StepInfo(NamedTuple):
