@@ -17,6 +17,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxclip import _checks
@@ -269,7 +270,9 @@ def make_train_step(
         is_good = jnp.isfinite(loss) & jnp.isfinite(measured.norm.norm)
         stats = clip_stats(opt_state)
         params, opt_state = jax.tree.map(
-            lambda new, old: keep_weak_type(jnp.where(is_good, new, old), jnp.asarray(old)),
+            lambda new, old: _placed_as(
+                keep_weak_type(jnp.where(is_good, new, old), jnp.asarray(old)), old
+            ),
             (params, opt_state),
             (state.params, state.opt_state),
         )
@@ -280,6 +283,14 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, key, num_skipped), info
 
     return TrainStep(step, donate, compiler_options)
+
+
+def _placed_as(new: jax.Array, old: Any) -> jax.Array:
+    """The array, to lie on the devices of a mesh as the old one does.
+
+    On an Auto mesh XLA would choose, and might split what was whole.
+    """
+    return new if jax.typeof(old).sharding.mesh.empty else shard_alike(new, old)[0]
 
 
 def _takes_key(loss_fn: Callable[..., Any]) -> str | None:
