@@ -92,8 +92,12 @@ def _on_one_mesh(state: TrainState) -> TrainState:
     everywhere = NamedSharding(meshes.pop(), PartitionSpec())
 
     def place(x: jax.Array) -> jax.Array:
-        is_on_one = _checks.is_concrete(x) and isinstance(x.sharding, SingleDeviceSharding)
-        return jax.device_put(x, everywhere) if is_on_one else x
+        if not (_checks.is_concrete(x) and isinstance(x.sharding, SingleDeviceSharding)):
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # as such they stay in their process
+            data = jax.device_put(jax.random.key_data(x), everywhere)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return jax.device_put(x, everywhere)
 
     return jax.tree.map(place, state)
 
