@@ -2,6 +2,7 @@
 
     pip install -e ".[examples]" && python examples/two_hosts.py      # two processes, this machine
     srun python examples/two_hosts.py                                 # one process of a cluster
+    python examples/two_hosts.py --cluster                            # where none is noticed
     python examples/two_hosts.py --coordinator HOST:PORT --num-processes 2 --process-id 0
 
 Without arguments and outside a cluster it starts two processes of four CPU devices each, which
@@ -29,7 +30,7 @@ from sklearn.datasets import load_digits
 import jaxclip
 
 NUM_STEPS, BATCH_SIZE, BOX = 250, 128, jaxclip.fan_in(1.0)
-# Set by what starts a job on Slurm, Open MPI, a TPU slice, or by hand.
+# Set by what starts a job under Slurm or Open MPI, on a TPU slice, or by hand.
 CLUSTER = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 CLUSTER += ("JAX_COORDINATOR_ADDRESS",)
 
@@ -189,11 +190,13 @@ def launch(num_processes=2):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cluster", action="store_true", help="let JAX find the others")
     parser.add_argument("--coordinator", help="HOST:PORT of the first process")
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
     arguments = parser.parse_args()
-    if arguments.coordinator is None and not any(name in os.environ for name in CLUSTER):
+    is_one_of_many = arguments.cluster or arguments.coordinator is not None
+    if not is_one_of_many and not any(name in os.environ for name in CLUSTER):
         launch()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
