@@ -17,6 +17,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxclip import _checks
 from jaxclip._checks import keep_weak_type
@@ -68,13 +70,36 @@ class TrainState(NamedTuple):
         # Copies throughout: some optimizers keep the parameters in their state, and a buffer
         # that is there twice cannot be donated.
         params, opt_state, key = jax.tree.map(jnp.copy, (params, optimizer.init(params), key))
-        return cls(
+        state = cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=opt_state,
             key=key,
             num_skipped=jnp.zeros((), jnp.int32),
         )
+        return _on_one_mesh(state)
+
+
+def _on_one_mesh(state: TrainState) -> TrainState:
+    """The state with what lies on one device, as counters do, on all those of the parameters.
+
+    The step returns it there, and would be compiled a second time for its own result.
+    """
+    leaves = [x for x in jax.tree.leaves(state.params) if _checks.is_concrete(x)]
+    meshes = {x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding)}
+    if len(meshes) != 1:
+        return state
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+
+    def place(x: jax.Array) -> jax.Array:
+        if not (_checks.is_concrete(x) and isinstance(x.sharding, SingleDeviceSharding)):
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # as such they stay in their process
+            data = jax.device_put(jax.random.key_data(x), everywhere)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return jax.device_put(x, everywhere)
+
+    return jax.tree.map(place, state)
 
 
 class StepInfo(NamedTuple):
@@ -271,7 +296,9 @@ def make_train_step(
         is_good = jnp.isfinite(loss) & jnp.isfinite(measured.norm.norm)
         stats = clip_stats(opt_state)
         params, opt_state = jax.tree.map(
-            lambda new, old: keep_weak_type(jnp.where(is_good, new, old), jnp.asarray(old)),
+            lambda new, old: _placed_as(
+                keep_weak_type(jnp.where(is_good, new, old), jnp.asarray(old)), old
+            ),
             (params, opt_state),
             (state.params, state.opt_state),
         )
@@ -293,6 +320,14 @@ def make_train_step(
 
     has_box = weight_threshold is not None
     return TrainStep(step, outside_rate if has_box else None, donate, compiler_options)
+
+
+def _placed_as(new: jax.Array, old: Any) -> jax.Array:
+    """The array, to lie on the devices of a mesh as the old one does.
+
+    On an Auto mesh XLA would choose, and might split what was whole.
+    """
+    return new if jax.typeof(old).sharding.mesh.empty else shard_alike(new, old)[0]
 
 
 def _takes_key(loss_fn: Callable[..., Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Two processes, one batch: a NaN in the shard of one makes both skip the same step."""
+"""Two processes, one batch: a step is that of one process, and a NaN in one is skipped by both."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SCRIPT = """
+START = """
 import sys
 
 import jax
@@ -26,10 +26,18 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from jaxclip import guards
-
 mesh = Mesh(np.array(jax.devices()), ("data",))
 assert mesh.size == 4
+"""
+
+END = """
+multihost_utils.sync_global_devices("done")
+jax.distributed.shutdown()
+"""
+
+SKIPS = """
+from jaxclip import guards
+
 tx = {
     "skip_nonfinite": guards.skip_nonfinite(optax.adam(0.1), 3),
     "skip_or_clip": guards.skip_or_clip(optax.adam(0.1), drop_norm=1e3, max_norm=1.0),
@@ -59,8 +67,53 @@ for name, optimizer in tx.items():
         )
         digest = np.asarray(p["w"]).tobytes().hex()
         print(name, i, int(state.num_skipped), digest, flush=True)
-multihost_utils.sync_global_devices("done")
-jax.distributed.shutdown()
+"""
+
+STEPS = """
+import jaxclip
+
+box = 0.25
+tx = optax.chain(jaxclip.clip_by_global_norm(0.5), jaxclip.lion(2.0**-5))
+
+
+def loss_fn(params, batch):
+    return jnp.mean((batch @ params["w"] + params["b"]) ** 4)
+
+
+def train(mesh, spec):
+    put = lambda x, spec: jax.make_array_from_callback(
+        x.shape, NamedSharding(mesh, spec), lambda i: x[i]
+    )
+    rng = np.random.default_rng(0)
+    params = {"w": 0.2 * rng.standard_normal((8, 4)), "b": np.full(4, 0.1)}
+    params = {k: put(v.astype(np.float32), spec if k == "w" else P()) for k, v in params.items()}
+    # A key, to see that it can go to all devices; the loss takes none.
+    state = jaxclip.TrainState.create(params, tx, key=jax.random.key(0))
+    step = jaxclip.make_train_step(loss_fn, tx, weight_threshold=box)
+    rows = []
+    for i in range(5):
+        batch = rng.standard_normal((16, 8)).astype(np.float32)
+        if i == 2:
+            batch[15, 0] = np.nan  # in the last shard, of the second process
+        state, info = jax.block_until_ready(step(state, put(batch, P("data"))))
+        for shard in state.params["w"].addressable_shards:
+            assert (abs(np.asarray(shard.data)) <= box).all()
+        whole = jax.jit(lambda t: t, out_shardings=NamedSharding(mesh, P()))(
+            (state.params, state.opt_state[1][0].mu, info.loss, info.stats, info.weight_clip_rate)
+        )
+        leaves = [np.asarray(x).ravel() for x in jax.tree.leaves(whole)]
+        rows.append((int(info.num_skipped), np.concatenate(leaves).astype(np.float64)))
+    return rows
+
+
+alone = train(Mesh(np.array(jax.local_devices()[:1]), ("data",)), P())
+for spec in (P(), P("data")):
+    for i, (one, many) in enumerate(zip(alone, train(mesh, spec), strict=True)):
+        assert one[0] == many[0]
+        if i == 2:  # its loss is NaN, the rest as before
+            one, many = ((n, x[np.isfinite(x)]) for n, x in (one, many))
+        ulps = abs(one[1] - many[1]).max() * 2**23
+        print("step", i, many[0], ulps, many[1].tobytes().hex(), flush=True)
 """
 
 
@@ -88,13 +141,17 @@ def run_both(script: str, timeout: float = 120.0) -> list[str]:
             p.wait()
     for p, (_, errors) in zip(processes, results, strict=True):
         assert p.returncode == 0, errors[-2000:]
-    return [output[output.find("skip_") :] for output, _ in results]  # after what gloo says
+    # Without what gloo says.
+    return [
+        "\n".join(line for line in output.splitlines() if line.startswith(("skip_", "step")))
+        for output, _ in results
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_both_processes_skip_the_step_at_which_one_has_a_nan():
-    first, second = run_both(SCRIPT)
+    first, second = run_both(START + SKIPS + END)
     assert first == second
     lines = [line.split() for line in first.splitlines()]
     assert [line[0] for line in lines] == ["skip_nonfinite"] * 4 + ["skip_or_clip"] * 4
@@ -103,3 +160,14 @@ def test_both_processes_skip_the_step_at_which_one_has_a_nan():
         digests = [row[3] for row in rows]
         assert digests[1] == digests[2]
         assert len(set(digests)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_step_of_two_processes_is_that_of_one_with_a_nan_on_one_host():
+    first, second = run_both(START + STEPS + END)
+    assert first == second
+    lines = [line.split() for line in first.splitlines()]
+    assert [int(line[2]) for line in lines] == 2 * [0, 0, 1, 1, 1]
+    # Of numbers about 1; sums over the batch are added up in another order.
+    assert max(float(line[3]) for line in lines) <= 16
