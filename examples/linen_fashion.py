@@ -5,6 +5,10 @@
 Every weight steps by a thousandth of its layer's box, which is less than half the distance
 from most weights to their next bfloat16. The same network is trained twice: with parameters
 rounded to nearest, and rounded at random without bias. The momentum is float32.
+
+Measured on Fashion-MNIST, 2 cores of a shared machine, jax 0.10.2, flax 0.12.8, optax 0.2.8:
+to nearest 82.2 % (ternary 56.6), at random 88.0 % (ternary 87.1); 12 and 16 s, all in 38 s.
+On the digits 95.8 % (91.3) and 97.8 % (97.3).
 """
 
 import argparse

@@ -6,6 +6,10 @@
 The model is split once; loss, accuracy and step are pure functions of its parameters, a plain
 dict. With `--checkpoint-dir` a run that was killed, or ended by Ctrl-C, goes on where it was
 when it is started again.
+
+Measured on Fashion-MNIST, 2 cores of a shared machine, jax 0.10.2, flax 0.12.8, optax 0.2.8:
+float32 88.8 % in 1,078,152 bytes, ternary 88.2 % in 59,561; 6,000 steps in 35 s, all in 49 s.
+On the digits 96.2 and 96.0 % after 400 steps in 4.4 s, where the target stops the run.
 """
 
 import argparse
