@@ -588,9 +588,9 @@ def test_a_module_whose_leaves_may_be_none_trains_as_the_plain_dict_does():
 
     tx = make_optimizer()
     layer = Layer(**make_params())
-    step = make_train_step(loss, tx, weight_threshold=jaxclip.fan_in(0.25))
+    step = make_train_step(loss, tx, weight_threshold=jaxclip.fan_in(0.1))
     state, infos = run(step, TrainState.create(layer, tx))
-    step = make_train_step(linear_loss, tx, weight_threshold=jaxclip.fan_in(0.25))
+    step = make_train_step(linear_loss, tx, weight_threshold=jaxclip.fan_in(0.1))
     expected, _ = run(step, TrainState.create(make_params(), tx))
     assert isinstance(state.params, Layer)
     assert state.params.scale is None
