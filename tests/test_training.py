@@ -1,5 +1,6 @@
 """The train step: one program, exact box, and a bad step that changes nothing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -599,6 +600,35 @@ def test_linen_parameters_train():
     for _ in range(20):
         state, _ = step(state, make_batch())
     assert np.abs(np.asarray(state.params["params"]["kernel"])).max() == 0.125
+
+
+# --- Other trees -----------------------------------------------------------------------
+
+
+def test_a_module_whose_leaves_may_be_none_trains_as_the_plain_dict_does():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Layer:  # as equinox has them: what is not trained is None
+        kernel: jax.Array
+        bias: jax.Array
+        scale: jax.Array | None = None
+
+    def loss(layer, batch):
+        assert layer.scale is None
+        return linear_loss({"kernel": layer.kernel, "bias": layer.bias}, batch)
+
+    tx = make_optimizer()
+    layer = Layer(**make_params())
+    step = make_train_step(loss, tx, weight_threshold=jaxclip.fan_in(0.1))
+    state, infos = run(step, TrainState.create(layer, tx))
+    step = make_train_step(linear_loss, tx, weight_threshold=jaxclip.fan_in(0.1))
+    expected, _ = run(step, TrainState.create(make_params(), tx))
+    assert isinstance(state.params, Layer)
+    assert state.params.scale is None
+    assert bits((state.params.kernel, state.params.bias)) == bits(
+        (expected.params["kernel"], expected.params["bias"])
+    )
+    assert float(infos[-1].weight_clip_rate) > 0
 
 
 # --- Compilation -----------------------------------------------------------------------
