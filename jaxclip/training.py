@@ -198,7 +198,7 @@ class TrainStep:
         options = _backend_options() | dict(self._compiler_options or {})
         return jax.jit(
             self._function,
-            donate_argnums=(0,) if self._donate else (),
+            donate_argnums=(0,) if self._donate and _donation_is_safe() else (),
             compiler_options=options or None,
         )
 
@@ -231,7 +231,8 @@ def make_train_step(
         `apply_updates_stochastically`, so that steps below half the distance to their next
         number are not lost. Takes a fresh key from the state each step.
       donate: Whether the step may reuse the memory of the state it is given; that state
-        can then not be used again.
+        can then not be used again. On CPU with jax before 0.9 it never does, for there XLA
+        may overwrite donated matrices before they are read, and compute wrong numbers.
       compiler_options: Options for XLA, over those set here. On CPU the step sets
         `xla_cpu_copy_insertion_use_region_analysis`, without which XLA copies every
         momentum before updating it in place.
@@ -348,6 +349,11 @@ def _bare_names(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
     first = next((k.split("/")[0] for k in stats if k.endswith("/clip_rate")), None)
     prefix = f"{first}/"
     return {k.removeprefix(prefix): v for k, v in stats.items() if k.startswith(prefix)}
+
+
+def _donation_is_safe() -> bool:
+    """Not on CPU with jax 0.7.2 and 0.8.0; it is with 0.9.0 (see its test)."""
+    return jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 9)
 
 
 @functools.cache
