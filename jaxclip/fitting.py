@@ -130,9 +130,9 @@ def fit(
             new_state, info = step(run.state, batch)
             run = _Run(new_state, run.memory, run.position + 1)
             is_new, num_steps = True, num_steps + 1
-            if not compile_seconds:
+            if not compile_seconds or _shares_threads(new_state):
                 jax.block_until_ready(info)
-                compile_seconds = time.monotonic() - begun
+                compile_seconds = compile_seconds or time.monotonic() - begun
             is_due = _is_due(num_steps, evaluate_every)
             if is_due or num_steps == stop.num_steps or _is_due(num_steps, check_every):
                 numbers = _numbers(info)
@@ -212,9 +212,15 @@ class _Log:
 
 
 def _numbers(info: StepInfo) -> dict[str, float]:
-    named = {"loss": info.loss, "weight_clip_rate": info.weight_clip_rate}
-    named |= {"num_skipped": info.num_skipped} | info.stats
+    names = ("loss", "weight_clip_rate", "weight_outside_rate", "num_skipped")
+    named = {name: getattr(info, name) for name in names} | info.stats
     return {name: float(x) for name, x in jax.device_get(named).items()}
+
+
+def _shares_threads(state: TrainState) -> bool:
+    """Whether devices of one CPU hold it: two steps under way may stop each other for good."""
+    devices = [x.devices() for x in jax.tree.leaves(state.params) if isinstance(x, jax.Array)]
+    return any(len(d) > 1 and next(iter(d)).platform == "cpu" for d in devices)
 
 
 def _with_metrics(numbers: dict[str, float], metrics: Any) -> dict[str, float]:

@@ -10,7 +10,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
 from jaxclip import StopReason, fit, max_steps, nonfinite, plateau, reached
@@ -248,3 +250,20 @@ def test_a_killed_run_ends_as_the_one_that_was_left_alone(tmp_path):
             assert "INTERRUPTED" in rest or "MAX_STEPS" in rest
     resumed, errors = start(tmp_path / "killed", 0.0).communicate(timeout=200)
     assert resumed == out, errors[-2000:]
+
+
+def test_steps_on_several_devices_of_a_cpu_do_not_stop_each_other():
+    # If they did, XLA would end the process after 40 seconds.
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    params = jax.device_put({name: np.ones((64, 64), np.float32) / 8 for name in "ab"}, split)
+    batch = jax.device_put(np.ones((64, 64), np.float32), split)
+    tx = optax.chain(jaxclip.clip_by_global_norm(1.0), jaxclip.lion(1e-3))
+    step = jaxclip.make_train_step(
+        lambda p, x: jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"]) ** 2), tx, weight_threshold=0.1
+    )
+    state = jaxclip.TrainState.create(params, tx)
+    stop = max_steps(100)
+    result = fit(step, state, [batch] * 100, stop=stop, check_every=50, progress=False)
+    assert result.reason is StopReason.MAX_STEPS
+    assert result.state.params["a"].sharding.is_equivalent_to(split, 2)
