@@ -206,7 +206,7 @@ def main():
         f"{'temporary':>11} {'program':>9}",
         flush=True,
     )
-    for name in (*step_cases.NAMES, "MLP"):
+    for name in (*step_cases.groups(options.layers, options.millions), "MLP"):
         subprocess.run([sys.executable, *sys.argv, "--group", name], check=True)
 
 

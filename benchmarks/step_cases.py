@@ -84,8 +84,10 @@ def ours(optimizer, *, reads_telemetry=False, stochastic_rounding=False):
     return Case(start, step, train_step.lower)
 
 
-def theirs(optimizer, options=None):
+def theirs(optimizer, *, with_our_option=False):
     """optax as users chain it, and a box."""
+    has_option = with_our_option and jax.default_backend() == "cpu"
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True} if has_option else None
 
     def step(state, grads):
         params, opt_state = state
@@ -140,18 +142,6 @@ def in_torch():
 # --- Groups: cases that take turns on one tree ----------------------------------------
 
 
-NAMES = (
-    "lion",
-    "adamw",
-    "agc",
-    "guards",
-    "bfloat16",
-    "small",
-    "large, jaxclip",
-    "large, optax",
-)
-
-
 class Group(NamedTuple):
     """Cases by name, each made when it is asked for."""
 
@@ -161,9 +151,8 @@ class Group(NamedTuple):
 
 
 def groups(num_layers, num_millions):
+    """All of them by name, without asking for a device."""
     our_clip, their_clip = jaxclip.clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0)
-    is_cpu = jax.default_backend() == "cpu"
-    region = {"xla_cpu_copy_insertion_use_region_analysis": True} if is_cpu else None
     our_plain, their_plain = (
         lion(STEP_SIZE, weight_decay=DECAY) for lion in (jaxclip.lion, optax.lion)
     )
@@ -184,7 +173,7 @@ def groups(num_layers, num_millions):
                 "clip, Lion: jaxclip": lambda: ours(our_lion),
                 "clip, Lion: jaxclip, read": lambda: ours(our_lion, reads_telemetry=True),
                 "clip, Lion: optax": lambda: theirs(their_lion),
-                "clip, Lion: optax, same option": lambda: theirs(their_lion, region),
+                "clip, Lion: optax, same option": lambda: theirs(their_lion, with_our_option=True),
             }
             | ({"clip, Lion: torch, foreach": in_torch} if has_torch else {}),
         ),

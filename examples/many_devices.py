@@ -8,15 +8,13 @@ used. Nothing of jaxclip is told about them: where the parameters lie is said on
 """
 
 import os
-import re
 
-import flax.linen as nn
+import digits
 import jax
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sklearn.datasets import load_digits
 
 import jaxclip
 
@@ -26,25 +24,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 DEVICES, NUM_STEPS = jax.devices(), 500
 BATCH_SIZE = -(-128 // len(DEVICES)) * len(DEVICES)
 
-# --- Data, model and loss, as in quickstart.py -----------------------------------------
-images, labels = load_digits(return_X_y=True)
-order = np.random.default_rng(0).permutation(len(images))
-images, labels = np.float32(images[order] / 16), labels[order]
-train, test = (images[:1347], labels[:1347]), (images[1347:], labels[1347:])
-picks = np.random.default_rng(1).integers(1347, size=(NUM_STEPS, BATCH_SIZE))
-model = nn.Sequential([nn.Dense(128), nn.relu, nn.Dense(128), nn.relu, nn.Dense(10)])
-
-
-def loss_fn(params, batch):
-    logits = model.apply(params, batch[0])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
-
-
-@jax.jit
-def accuracy(params):
-    return (model.apply(params, test[0]).argmax(-1) == test[1]).mean()
-
-
+picks = digits.draw(NUM_STEPS, BATCH_SIZE)
 optimizer = optax.chain(
     jaxclip.clip_by_global_norm(1.0),
     jaxclip.lion(optax.cosine_decay_schedule(4e-3, NUM_STEPS)),
@@ -82,11 +62,11 @@ layouts = {
 # --- Training -------------------------------------------------------------------------
 def fit(mesh, spec):
     """Losses, final state and info, and the compiled step."""
-    params = model.init(jax.random.key(0), images[:1])
+    params = digits.model.init(jax.random.key(0), digits.images[:1])
     params = jax.tree.map(lambda x: place(x, mesh, spec if x.ndim == 2 else P()), params)
     state = jaxclip.TrainState.create(params, optimizer)  # momentum lies where its weights do
-    step = jaxclip.make_train_step(loss_fn, optimizer, weight_threshold=jaxclip.fan_in(1.0))
-    batches = ((train[0][i], train[1][i]) for i in picks)
+    step = jaxclip.make_train_step(digits.loss_fn, optimizer, weight_threshold=jaxclip.fan_in(1.0))
+    batches = (tuple(x[i] for x in digits.train) for i in picks)
     losses, program = [], None
     for batch in batches:
         batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
@@ -102,26 +82,16 @@ def bytes_on_one_device(state):
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
 
 
-def collective_bytes(program):
-    """Bytes of the results of a step's collectives, on one device."""
-    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
-    total = 0
-    for results in re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", program.as_text()):
-        for bits, dims in re.findall(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]", results):
-            total += int(np.prod([int(d) for d in dims.split(",") if d])) * int(bits or 8) // 8
-    return total
-
-
 print(f"{num_devices} devices: {DEVICES[0].device_kind}")
 print("layout           loss  accuracy  on bound  state on a device  collectives a step")
 runs = {}
 for name, layout in layouts.items():
     losses, state, info, program = fit(*layout)
-    score = float(accuracy(jax.device_get(state.params)))
+    score = digits.accuracy(jax.device_get(state.params))
     runs[name] = losses, score, float(info.weight_clip_rate)
     print(
         f"{name:<14} {losses[-10:].mean():6.4f} {score:9.4f} {info.weight_clip_rate:9.1%}"
-        f" {bytes_on_one_device(state):12,} bytes {collective_bytes(program):13,} bytes"
+        f" {bytes_on_one_device(state):12,} bytes {digits.collective_bytes(program):13,} bytes"
     )
 
 # --- The claims -----------------------------------------------------------------------

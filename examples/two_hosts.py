@@ -11,21 +11,19 @@ talk over gloo, and ends both if one fails. Every process also trains alone, to 
 
 import argparse
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-import flax.linen as nn
+import digits
 import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sklearn.datasets import load_digits
 
 import jaxclip
 
@@ -34,24 +32,8 @@ NUM_STEPS, BATCH_SIZE, BOX = 250, 128, jaxclip.fan_in(1.0)
 CLUSTER = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 CLUSTER += ("JAX_COORDINATOR_ADDRESS",)
 
-# --- Data, model and loss, as in quickstart.py -----------------------------------------
-images, labels = load_digits(return_X_y=True)
-order = np.random.default_rng(0).permutation(len(images))
-images, labels = np.float32(images[order] / 16), np.int32(labels[order])
-train, test = (images[:1347], labels[:1347]), (images[1347:], labels[1347:])
-picks = np.random.default_rng(1).integers(1347, size=(NUM_STEPS, BATCH_SIZE))
-model = nn.Sequential([nn.Dense(128), nn.relu, nn.Dense(128), nn.relu, nn.Dense(10)])
+picks = digits.draw(NUM_STEPS, BATCH_SIZE)
 step_size = optax.cosine_decay_schedule(4e-3, NUM_STEPS)
-
-
-def loss_fn(params, batch):
-    logits = model.apply(params, batch[0])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
-
-
-def accuracy(params):
-    logits = jax.jit(model.apply)(jax.device_get(params), test[0])
-    return float((logits.argmax(-1) == test[1]).mean())
 
 
 # --- One process of many --------------------------------------------------------------
@@ -62,11 +44,11 @@ def put(x, mesh, spec):
 
 
 def put_batch(i, mesh):
-    return tuple(put(x[i], mesh, P("workers")) for x in train)
+    return tuple(put(x[i], mesh, P("workers")) for x in digits.train)
 
 
 def start(mesh):
-    params = model.init(jax.random.key(0), images[:1])
+    params = digits.model.init(jax.random.key(0), digits.images[:1])
     return jax.tree.map(lambda x: put(x, mesh, P()), params)
 
 
@@ -82,7 +64,7 @@ def run(program, state, mesh):
 def average(mesh):
     """The train step as on one device: XLA adds up the gradients of all workers."""
     optimizer = optax.chain(jaxclip.clip_by_global_norm(1.0), jaxclip.lion(step_size))
-    step = jaxclip.make_train_step(loss_fn, optimizer, weight_threshold=BOX)
+    step = jaxclip.make_train_step(digits.loss_fn, optimizer, weight_threshold=BOX)
     state = jaxclip.TrainState.create(start(mesh), optimizer)
     program = step.lower(state, put_batch(picks[0], mesh)).compile()
 
@@ -104,7 +86,7 @@ def vote(mesh):
 
     def local_step(params, opt_state, batch):
         opt_state = jax.tree.map(lambda x: x[0], opt_state)  # this worker's own
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        loss, grads = jax.value_and_grad(digits.loss_fn)(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = jaxclip.clip_weights(optax.apply_updates(params, updates), BOX)
         return params, jax.tree.map(lambda x: x[None], opt_state), loss[None]
@@ -127,27 +109,19 @@ def vote(mesh):
     return losses, params, program
 
 
-def collective_bytes(program):
-    """Bytes of the results of a step's collectives, on one device."""
-    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
-    total = 0
-    for results in re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", program.as_text()):
-        for bits, dims in re.findall(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]", results):
-            total += int(np.prod([int(d) for d in dims.split(",") if d])) * int(bits or 8) // 8
-    return total
-
-
 def main():
     mesh = Mesh(np.array(jax.devices()), ("workers",), axis_types=(AxisType.Auto,))
     here = Mesh(np.array(jax.local_devices()[:1]), ("workers",), axis_types=(AxisType.Auto,))
     assert BATCH_SIZE % mesh.size == 0, f"{mesh.size} workers do not share {BATCH_SIZE} examples"
     results = {"one process": average(here), "averaged": average(mesh), "voted": vote(mesh)}
-    scores = {name: accuracy(params) for name, (_, params, _) in results.items()}
+    scores = {
+        name: digits.accuracy(jax.device_get(params)) for name, (_, params, _) in results.items()
+    }
     say = print if jax.process_index() == 0 else lambda *words, **options: None
     say(f"{jax.process_count()} processes, {mesh.size} devices: {jax.devices()[0].device_kind}")
     say("gradients      last loss  accuracy  collectives a step")
     for name, (losses, _, program) in results.items():
-        moved = collective_bytes(program)
+        moved = digits.collective_bytes(program)
         say(f"{name:<14} {losses[-10:].mean():9.4f} {scores[name]:9.4f} {moved:13,} bytes")
 
     alone, averaged = (results[name][0][:10] for name in ("one process", "averaged"))

@@ -119,6 +119,7 @@ def fit(
         signals = stack.enter_context(_Signals())
         rest = _rest_of(batches, run.position)
         is_new, num_steps, reason = False, int(run.state.step), None
+        waits = True  # for the first step, which is compiled; perhaps for the others
         if stop.num_steps is not None and num_steps >= stop.num_steps:
             reason = StopReason.MAX_STEPS
         while reason is None:
@@ -130,9 +131,10 @@ def fit(
             new_state, info = step(run.state, batch)
             run = _Run(new_state, run.memory, run.position + 1)
             is_new, num_steps = True, num_steps + 1
-            if not compile_seconds or _shares_threads(new_state):
+            if waits:
                 jax.block_until_ready(info)
                 compile_seconds = compile_seconds or time.monotonic() - begun
+                waits = _shares_threads(new_state)
             is_due = _is_due(num_steps, evaluate_every)
             if is_due or num_steps == stop.num_steps or _is_due(num_steps, check_every):
                 numbers = _numbers(info)
@@ -219,7 +221,7 @@ def _numbers(info: StepInfo) -> dict[str, float]:
 
 def _shares_threads(state: TrainState) -> bool:
     """Whether devices of one CPU hold it: two steps under way may stop each other for good."""
-    devices = [x.devices() for x in jax.tree.leaves(state.params) if isinstance(x, jax.Array)]
+    devices = (x.devices() for x in jax.tree.leaves(state.params) if isinstance(x, jax.Array))
     return any(len(d) > 1 and next(iter(d)).platform == "cpu" for d in devices)
 
 

@@ -113,7 +113,8 @@ class StepInfo(NamedTuple):
       weight_clip_rate: Scalar float32, share of the boxed weights that are on the bound; 0
         without a box.
       weight_outside_rate: Scalar float32, share of the boxed weights that the first step found
-        outside the box, as pretrained ones may be; 0 at the other steps.
+        outside the box, as pretrained ones may be; 0 at the other steps, and from a program
+        that was lowered and compiled by hand.
       num_skipped: Scalar int32, steps skipped so far.
     """
 

@@ -109,7 +109,7 @@ def weight_clip_rate(
       >>> weight_clip_rate(jnp.array([-0.5, 0.1, 0.5, 0.2]), 0.5)
       Array(0.5, dtype=float32)
     """
-    return _share_of_boxed(_num_on_bound, _bounds(params, threshold, mask, step), params)
+    return _share_of_boxed(_num_on_bound, params, _bounds(params, threshold, mask, step))
 
 
 def weight_outside_rate(
@@ -135,10 +135,10 @@ def weight_outside_rate(
       >>> weight_outside_rate(jnp.array([-0.6, 0.1, 0.5, 0.2]), 0.5)
       Array(0.25, dtype=float32)
     """
-    return _share_of_boxed(_num_outside, _bounds(params, threshold, mask, step), params)
+    return _share_of_boxed(_num_outside, params, _bounds(params, threshold, mask, step))
 
 
-def _share_of_boxed(count: Callable[..., jax.Array], bounds: Any, params: Any) -> jax.Array:
+def _share_of_boxed(count: Callable[..., jax.Array], params: Any, bounds: Any) -> jax.Array:
     """What is counted in each leaf that has a box, over the entries that have one."""
     counted = boxed = jnp.zeros((), jnp.float32)
     for w, t in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
@@ -156,30 +156,27 @@ def _num_on_bound(w: jax.Array, t: jax.Array) -> jax.Array:
     modulus = jnp.abs(w)
     if jnp.iscomplexobj(w):  # `_project` stays a few ulps inside the circle
         modulus = modulus * (1 + 8 * jnp.finfo(t.dtype).eps)
-    if t.size != 1:
-        return jnp.sum((modulus >= t) & jnp.isfinite(t), dtype=jnp.float32)
-    t = t.reshape(())
-    return jnp.where(t > 0, _num_above(modulus, jnp.nextafter(t, jnp.zeros_like(t))), w.size)
+    below = jnp.where(t == 0, -jnp.ones_like(t), jnp.nextafter(t, jnp.zeros_like(t)))
+    return _num_above(modulus, below, jnp.isfinite(t))
 
 
 def _num_outside(w: jax.Array, t: jax.Array) -> jax.Array:
     """How many entries are outside a finite bound, in float32."""
-    modulus = jnp.abs(w)
-    if t.size != 1:
-        return jnp.sum((modulus > t) & jnp.isfinite(t), dtype=jnp.float32)
-    t = t.reshape(())
-    return jnp.where(jnp.isfinite(t), _num_above(modulus, t), 0)
+    return _num_above(jnp.abs(w), t, jnp.isfinite(t))
 
 
-def _num_above(modulus: jax.Array, limit: jax.Array) -> jax.Array:
-    """How many numbers are above a finite limit, in float32.
+def _num_above(modulus: jax.Array, limit: jax.Array, has_box: jax.Array) -> jax.Array:
+    """How many numbers that have a box are above a limit, in float32.
 
-    Without comparing entries: XLA on CPU writes an array of conditions to memory before it adds
-    them up. Differences from the limit are exact near it; positive ones count.
+    For a single limit without comparing entries: XLA on CPU writes an array of conditions to
+    memory before it adds them up. Differences are exact near the limit; positive ones count.
     """
-    wide = _checks.compute_dtype(modulus.dtype)
-    excess = modulus.astype(wide) - limit.astype(wide)
-    return jnp.sum(jnp.sign(excess + jnp.abs(excess))).astype(jnp.float32)
+    if limit.size != 1:
+        return jnp.sum((modulus > limit) & has_box, dtype=jnp.float32)
+    wide = compute_dtype(modulus.dtype)
+    excess = modulus.astype(wide) - limit.reshape(()).astype(wide)
+    count = jnp.sum(jnp.sign(excess + jnp.abs(excess))).astype(jnp.float32)
+    return jnp.where(has_box.reshape(()), count, 0)
 
 
 class KeepWeightsWithinState(NamedTuple):

@@ -512,6 +512,18 @@ def test_the_clip_rate_is_the_share_of_steps_and_a_bad_step_is_not_clipped():
     assert int(state.num_nonfinite) == 1
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_share_of_clipped_entries_is_that_of_the_last_finite_step(bad):
+    tx = clip_by_value(1.0)
+    state = tx.init(jnp.zeros(4))
+    rates = []
+    for entry in (2.0, bad, 0.5):
+        _, state = tx.update(jnp.asarray([entry, 3.0, 1.0, -0.5]), state)
+        rates.append(float(state.clip_rate))
+    assert rates == [0.5, 0.5, 0.25]
+    assert int(state.num_nonfinite) == 1
+
+
 @pytest.mark.parametrize("make", [clip_by_global_norm, clip_by_value])
 @eager_and_jit
 def test_a_schedule_through_zero_inf_negative_and_nan_is_as_good_as_new_afterwards(make, wrap):

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxclip
-from jaxclip.weights import clip_weights, keep_weights_within, kernels_only, weight_clip_rate
+from jaxclip.weights import (
+    clip_weights,
+    keep_weights_within,
+    kernels_only,
+    weight_clip_rate,
+    weight_outside_rate,
+)
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
@@ -156,6 +162,21 @@ def test_a_traced_nan_threshold_never_poisons_the_weights(wrap):
     assert np.all(np.isfinite(got))
     scheduled = wrap(lambda w: clip_weights(w, lambda step: jnp.float32(np.nan)))(w)
     assert np.all(np.isfinite(scheduled))
+    assert float(wrap(weight_clip_rate)(w, jnp.float32(np.nan))) == 0
+    assert float(wrap(weight_outside_rate)(w, jnp.float32(np.nan))) == 0
+
+
+@eager_and_jit
+@pytest.mark.parametrize(
+    ("threshold", "on_bound", "outside"),
+    [(0.5, 3, 2), (0.0, 4, 3), (np.inf, 0, 0), (np.array([0.5, np.inf, 0.0, 0.25]), 3, 1)],
+)
+def test_the_rates_count_weights_on_the_bound_and_outside(wrap, threshold, on_bound, outside):
+    w = jnp.asarray([0.5, -2.0, 0.0, 0.75])
+    boxed = max(np.sum(np.isfinite(np.broadcast_to(threshold, 4))), 1)
+    for traced in (threshold, jnp.asarray(threshold, jnp.float32)):
+        assert float(wrap(weight_clip_rate)(w, traced)) == np.float32(on_bound / boxed)
+        assert float(wrap(weight_outside_rate)(w, traced)) == np.float32(outside / boxed)
 
 
 def test_masks_schedules_prefixes_and_fan_in_say_which_leaves_are_boxed():
