@@ -149,38 +149,13 @@ def _sums_of_piece(y: jax.Array, inverse: jax.Array, low: int, high: int) -> jax
 def _search_in_chunks(x: jax.Array, stats: BlockStats, low: int, high: int) -> jax.Array:
     """The search over (blocks, entries, blocks), with bounded memory between the passes."""
     rows, length, columns = x.shape
-    # At least two steps of the loop over a block: a loop is what keeps the compiler from
-    # computing the sums again for each of their readers.
-    piece = max(min(-(-length // 2), _PIECE), 1)
     chunk = min(rows, max(_CHUNK // (length * columns), 1))
-    pieces = max(min(_SLAB // (chunk * piece * columns), length // piece // 2), 1)
-    step = piece * pieces
-    num_steps = -(-length // step)
 
     def search_chunk(start: jax.Array) -> jax.Array:
         part = BlockStats(*(lax.dynamic_slice_in_dim(s, start, chunk) for s in stats))
-
-        def slab(i: jax.Array) -> jax.Array:
-            first = jnp.minimum(i * step, length - step)
-            y = lax.dynamic_slice(x, (start, first, 0), (chunk, step, columns))
-            y = y.astype(jnp.float32) * part.factor[:, None]
-            if length % step:  # the last slab begins in the one before
-                y = jnp.where((jnp.arange(step) + first >= i * step)[None, :, None], y, 0)
-            return y.reshape(chunk, pieces, piece, columns)
-
-        def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-            shape = (chunk, pieces, columns, inverse.shape[-1])
-            # Inside shard_map a constant could not be the loop's start.
-            zero = 0 * part.factor[0, 0]
-            total = lax.fori_loop(
-                0,
-                num_steps,
-                lambda i, t: t + _sums_of_piece(slab(i), inverse[:, None], low, high),
-                jnp.broadcast_to(lax.complex(zero, zero), shape),
-            )
-            return jnp.sum(jnp.real(total), axis=1), jnp.sum(jnp.imag(total), axis=1)
-
-        return _search(sums, part, low, high)
+        is_short = length <= _PIECE and chunk > 1
+        sums = _sums_of_short if is_short else _sums_of_long
+        return _search(functools.partial(sums, x, start, part.factor, low, high), part, low, high)
 
     if chunk == rows:
         return search_chunk(jnp.zeros((), jnp.int32))
@@ -189,7 +164,58 @@ def _search_in_chunks(x: jax.Array, stats: BlockStats, low: int, high: int) -> j
         start = jnp.minimum(i * chunk, rows - chunk)
         return lax.dynamic_update_slice_in_dim(scales, search_chunk(start), start, 0)
 
-    return lax.fori_loop(0, -(-rows // chunk), body, jnp.zeros_like(stats.factor))
+    return lax.fori_loop(0, -(-rows // chunk), body, 0 * stats.factor)
+
+
+# Both kinds of sums loop at least twice, if only over halves: a loop is what keeps the
+# compiler from computing the sums again for each of their readers. A loop's start is made
+# from data, since inside shard_map it must vary over the mesh as what is added does.
+
+
+def _sums_of_short(
+    x: jax.Array, start: jax.Array, factor: jax.Array, low: int, high: int, inverse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The two sums of each candidate, for some rows that are one piece long."""
+    chunk, columns, lanes = inverse.shape
+    half = -(-chunk // 2)
+
+    def body(i: jax.Array, total: jax.Array) -> jax.Array:
+        first = jnp.minimum(i * half, chunk - half)
+        y = lax.dynamic_slice_in_dim(x, start + first, half).astype(jnp.float32)
+        y = y * lax.dynamic_slice_in_dim(factor, first, half)[:, None]
+        part = lax.dynamic_slice_in_dim(inverse, first, half)
+        sums = _sums_of_piece(y[:, None], part[:, None], low, high)
+        return lax.dynamic_update_slice_in_dim(total, sums[:, 0], first, 0)
+
+    zero = 0 * factor[0, 0]
+    zeros = jnp.broadcast_to(lax.complex(zero, zero), (chunk, columns, lanes))
+    total = lax.fori_loop(0, 2, body, zeros)
+    return jnp.real(total), jnp.imag(total)
+
+
+def _sums_of_long(
+    x: jax.Array, start: jax.Array, factor: jax.Array, low: int, high: int, inverse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The two sums of each candidate, for some rows of any length, a slab at a time."""
+    length = x.shape[1]
+    chunk, columns, lanes = inverse.shape
+    piece = max(min(-(-length // 2), _PIECE), 1)
+    pieces = max(min(_SLAB // (chunk * piece * columns), length // piece // 2), 1)
+    step = piece * pieces
+
+    def body(i: jax.Array, total: jax.Array) -> jax.Array:
+        first = jnp.minimum(i * step, length - step)
+        y = lax.dynamic_slice(x, (start, first, 0), (chunk, step, columns))
+        y = y.astype(jnp.float32) * factor[:, None]
+        if length % step:  # the last slab begins in the one before
+            y = jnp.where((jnp.arange(step) + first >= i * step)[None, :, None], y, 0)
+        y = y.reshape(chunk, pieces, piece, columns)
+        return total + _sums_of_piece(y, inverse[:, None], low, high)
+
+    zero = 0 * factor[0, 0]
+    zeros = jnp.broadcast_to(lax.complex(zero, zero), (chunk, pieces, columns, lanes))
+    total = lax.fori_loop(0, -(-length // step), body, zeros)
+    return jnp.sum(jnp.real(total), axis=1), jnp.sum(jnp.imag(total), axis=1)
 
 
 # --- The search -----------------------------------------------------------------------
@@ -250,7 +276,15 @@ def _search(
     num_coarse = _LANES * (1 if high <= 7 else 2 if high <= 31 else 4) // len(signs)
     places = np.linspace(0, 1, num_coarse)
     span = jnp.log(least / most)
-    coarse = jnp.concatenate([sign * around(most, span, places) for sign in signs], axis=-1)
+    coarse = around(most, span, places)
+    if high > 7:
+        # Weights piled on a bound make a dip where the bound is on a level or half way, so
+        # that it is looked for there, as near as the spacing of the candidates allows.
+        levels = nonzero[..., None] / coarse
+        spacing = (levels[..., -1:] - levels[..., :1]) / (num_coarse - 1)
+        unit = jnp.exp2(jnp.clip(jnp.floor(jnp.log2(1.5 * spacing)), -4, 0))
+        coarse = nonzero[..., None] / (unit * jnp.round(levels / unit))
+    coarse = jnp.concatenate([sign * coarse for sign in signs], axis=-1)
     for i in range(0, coarse.shape[-1], _LANES):
         found = consider(coarse[..., i : i + _LANES], found)
 
