@@ -16,7 +16,7 @@ all that rounding inside the threshold does.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,10 @@ _LANES = 8
 """Candidates of a pass: one vector register of float32."""
 _PIECE = 64
 """Entries that one unrolled loop body sums."""
-_SLAB, _CHUNK = 2**18, 2**20
-"""Entries that a pass reads at a time, and those that it may work on between passes."""
+_COARSE_PASSES = {1: 1, 3: 1, 7: 1, 15: 2, 31: 4, 127: 8}
+"""Passes over the whole bracket, by highest code."""
+_SLAB = 2**18
+"""Entries that are read at a time, and whose blocks are worked on between the passes."""
 
 
 class BlockStats(NamedTuple):
@@ -82,8 +84,8 @@ def best_scale(
             functools.partial(_sums_of_whole, x, axes, factor, low, high), stats, low, high
         )
     else:
-        blocked = _three_axes(x, axes)
-        flat = BlockStats(*(s.reshape(blocked.shape[0], blocked.shape[2]) for s in stats))
+        blocked = _in_three_axes(x, axes)
+        flat = BlockStats(*(s.reshape(blocked.shape[0], -1) for s in stats))
         scale = _search_in_chunks(blocked, flat, low, high).reshape(largest.shape)
     return scale / factor
 
@@ -93,18 +95,18 @@ def _is_sharded(x: jax.Array) -> bool:
     return any(s is not None for s in getattr(jax.typeof(x).sharding, "spec", ()))
 
 
-def _three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Returns `x` as (blocks, entries, blocks); one of the outer two is often 1."""
+def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns `x` as (blocks, entries, blocks), without the last if it would be 1 long.
+
+    A trailing axis of length 1 would make XLA copy the whole array on CPU.
+    """
     first, last = min(axes, default=x.ndim), max(axes, default=x.ndim - 1)
     if len(axes) != last - first + 1:
         x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))
         first, last = x.ndim - len(axes), x.ndim - 1
-    shape = x.shape
-    return x.reshape(
-        int(np.prod(shape[:first])),
-        int(np.prod(shape[first : last + 1])),
-        int(np.prod(shape[last + 1 :])),
-    )
+    parts = x.shape[:first], x.shape[first : last + 1], x.shape[last + 1 :]
+    rows, length, columns = (int(np.prod(part)) for part in parts)
+    return x.reshape((rows, length, columns) if columns > 1 else (rows, length))
 
 
 # --- Sums over a block ----------------------------------------------------------------
@@ -148,8 +150,8 @@ def _sums_of_piece(y: jax.Array, inverse: jax.Array, low: int, high: int) -> jax
 
 def _search_in_chunks(x: jax.Array, stats: BlockStats, low: int, high: int) -> jax.Array:
     """The search over (blocks, entries, blocks), with bounded memory between the passes."""
-    rows, length, columns = x.shape
-    chunk = min(rows, max(_CHUNK // (length * columns), 1))
+    (rows, length), columns = x.shape[:2], stats.factor.shape[1]
+    chunk = min(rows, max(_SLAB // (length * columns), 1))
 
     def search_chunk(start: jax.Array) -> jax.Array:
         part = BlockStats(*(lax.dynamic_slice_in_dim(s, start, chunk) for s in stats))
@@ -167,6 +169,13 @@ def _search_in_chunks(x: jax.Array, stats: BlockStats, low: int, high: int) -> j
     return lax.fori_loop(0, -(-rows // chunk), body, 0 * stats.factor)
 
 
+def _rows_of(x: jax.Array, start: Any, rows: int, first: Any, length: int) -> jax.Array:
+    """Some rows and entries as float32, with the axis of columns that `x` may lack."""
+    starts, sizes = (start, first, 0)[: x.ndim], (rows, length, *x.shape[2:])
+    y = lax.dynamic_slice(x, starts, sizes).astype(jnp.float32)
+    return y if x.ndim == 3 else y[:, :, None]
+
+
 # Both kinds of sums loop at least twice, if only over halves: a loop is what keeps the
 # compiler from computing the sums again for each of their readers. A loop's start is made
 # from data, since inside shard_map it must vary over the mesh as what is added does.
@@ -176,12 +185,13 @@ def _sums_of_short(
     x: jax.Array, start: jax.Array, factor: jax.Array, low: int, high: int, inverse: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The two sums of each candidate, for some rows that are one piece long."""
+    length = x.shape[1]
     chunk, columns, lanes = inverse.shape
     half = -(-chunk // 2)
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         first = jnp.minimum(i * half, chunk - half)
-        y = lax.dynamic_slice_in_dim(x, start + first, half).astype(jnp.float32)
+        y = _rows_of(x, start + first, half, 0, length)
         y = y * lax.dynamic_slice_in_dim(factor, first, half)[:, None]
         part = lax.dynamic_slice_in_dim(inverse, first, half)
         sums = _sums_of_piece(y[:, None], part[:, None], low, high)
@@ -205,8 +215,7 @@ def _sums_of_long(
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         first = jnp.minimum(i * step, length - step)
-        y = lax.dynamic_slice(x, (start, first, 0), (chunk, step, columns))
-        y = y.astype(jnp.float32) * factor[:, None]
+        y = _rows_of(x, start, chunk, first, step) * factor[:, None]
         if length % step:  # the last slab begins in the one before
             y = jnp.where((jnp.arange(step) + first >= i * step)[None, :, None], y, 0)
         y = y.reshape(chunk, pieces, piece, columns)
@@ -269,11 +278,11 @@ def _search(
     stats = stats._replace(largest=nonzero)
     least, most = _bracket(stats, low, high)
     top = nonzero / high
-    inf = jnp.full_like(top, jnp.inf)
+    inf = jnp.where(top > 0, jnp.inf, top)
     found = _Found(inf, top, top, inf, top)
 
     signs = (1, -1) if low < -high else (1,)
-    num_coarse = _LANES * (1 if high <= 7 else 2 if high <= 31 else 4) // len(signs)
+    num_coarse = _LANES * _COARSE_PASSES[high] // len(signs)
     places = np.linspace(0, 1, num_coarse)
     span = jnp.log(least / most)
     coarse = around(most, span, places)
@@ -285,8 +294,11 @@ def _search(
         unit = jnp.exp2(jnp.clip(jnp.floor(jnp.log2(1.5 * spacing)), -4, 0))
         coarse = nonzero[..., None] / (unit * jnp.round(levels / unit))
     coarse = jnp.concatenate([sign * coarse for sign in signs], axis=-1)
-    for i in range(0, coarse.shape[-1], _LANES):
-        found = consider(coarse[..., i : i + _LANES], found)
+    passes = jnp.moveaxis(coarse.reshape(*top.shape, -1, _LANES), -2, 0)
+    if len(passes) == 1:
+        found = consider(passes[0], found)
+    else:
+        found, _ = lax.scan(lambda found, starts: (consider(starts, found), None), found, passes)
 
     width = span / (num_coarse - 1)
     four = _between_neighbours(4)

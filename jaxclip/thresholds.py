@@ -392,12 +392,12 @@ def mse_optimal(
 ) -> ThresholdRule:
     """Makes the rule that minimizes the squared error of rounding to a low-bit grid.
 
-    Searches `min over s of sum (w - s * clip(round(w / s), low, high))**2` from geometric
-    starts and from the scales that put weights piled on a bound on the grid, each improved
-    by the least-squares step for its codes; `t = s * high`. The error is within 1 % of the
-    exact optimum up to 4 bits and within 3 % above, on the distributions of the tests
-    (boxed, Gaussian, heavy-tailed, with outliers). For one bit the optimum is
-    `t = mean |w|`. Never worse than `max_abs`, whose scale is one of the starts.
+    Searches `min over s of sum (w - s * clip(round(w / s), low, high))**2` as `jaxclip.scales`
+    says; `t = s * high`. On the distributions of the tests (boxed, Gaussian, heavy-tailed, with
+    outliers; 64 entries a block) the error is within 0.5 % of the exact optimum up to 4 bits,
+    3 % at 5 and 6 bits and 6 % at 8, and it is nearer in larger blocks: a fine grid over a few
+    entries has more dips than a search can visit. For one bit the optimum is `t = mean |w|`.
+    Never worse than `max_abs`, up to rounding: its scale is a candidate.
 
     Args:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where `quantize` or `compress` fills it.
