@@ -260,14 +260,14 @@ def _search(
 ) -> jax.Array:
     """The scale of least error, from sums of r^2 and r l for inverse scales (last axis)."""
 
-    def consider(starts: jax.Array, found: _Found) -> _Found:
+    def consider(starts: jax.Array, found: _Found, favour: jax.Array | float = 0.0) -> _Found:
         squares, products = sums(1 / starts)
         energy = stats.energy[..., None] / jnp.square(starts)
         code_energy = energy - 2 * products - squares
         # Below that the difference is rounding; such a candidate clips nearly everything.
         is_known = code_energy > 1e-3 * energy
         change = jnp.where(is_known, products / jnp.where(is_known, code_energy, 1), 0)
-        errors = (squares - change * products) * jnp.square(starts)
+        errors = jnp.maximum(squares - change * products, 0) * jnp.square(starts) - favour
         return _better_of(found, errors, starts, starts * (1 + change))
 
     def around(start: jax.Array, width: jax.Array, places: np.ndarray) -> jax.Array:
@@ -294,7 +294,7 @@ def _search(
         unit = jnp.exp2(jnp.clip(jnp.floor(jnp.log2(1.5 * spacing)), -4, 0))
         coarse = nonzero[..., None] / (unit * jnp.round(levels / unit))
     coarse = jnp.concatenate([sign * coarse for sign in signs], axis=-1)
-    passes = jnp.moveaxis(coarse.reshape(*top.shape, -1, _LANES), -2, 0)
+    passes = jnp.moveaxis(coarse.reshape(*top.shape, _COARSE_PASSES[high], _LANES), -2, 0)
     if len(passes) == 1:
         found = consider(passes[0], found)
     else:
@@ -306,9 +306,12 @@ def _search(
     found = consider(jnp.concatenate(both, axis=-1), found)
     for _ in range(1 if high <= 31 else 2):
         width = width * 2 / 5
-        # The scale of max_abs is among them, so that the result is never worse.
+        # The scale of max_abs is among them, so that the result is never worse. A tie is its,
+        # since it is exact for weights on the grid.
         last = [around(found.start, width, _between_neighbours(7)), top[..., None]]
-        found = consider(jnp.concatenate(last, axis=-1), found)
+        is_top = np.reshape(np.arange(_LANES) == _LANES - 1, (1,) * top.ndim + (-1,))
+        favour = 1e-12 * stats.energy[..., None] * is_top.astype(np.float32)
+        found = consider(jnp.concatenate(last, axis=-1), found, favour)
     return jnp.where(stats.energy > 0, found.scale, 0)
 
 

@@ -151,9 +151,10 @@ def test_degenerate_rows_have_finite_scales_and_no_needless_error(bits, row):
 
 
 def test_the_search_keeps_little_memory_between_its_passes():
-    x = jnp.zeros((1 << 16, 64))
+    x = jax.ShapeDtypeStruct((1 << 18, 64), jnp.float32)
     search = jax.jit(lambda x: best_scale(x, (1,), np.float32(64), *SIGNED))
     used = search.lower(x).compile().memory_analysis()
     if used is None:
         pytest.skip("this version of jax does not say")
-    assert used.temp_size_in_bytes <= x.nbytes / 4
+    # XLA of jax 0.7 copies the weights; the candidates of all rows would take twice as much.
+    assert used.temp_size_in_bytes <= 1.25 * 4 * x.size
