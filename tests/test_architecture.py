@@ -17,6 +17,7 @@ ROOMS = [
     "rescaling",
     "norms",
     "grids",
+    "scales",
     "thresholds",
     "sign_kinds",
     "sign",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from exact_scales import distributions, exact_optimum
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -325,29 +326,6 @@ FEW_BITS = (1, "ternary", 2, 3, 4)
 NUM_ROWS, ROW = 16, 64
 
 
-def exact_optimum(x: np.ndarray, bits, full_signed: bool) -> float:
-    """Least squared error over all scales, by enumeration of the breakpoints.
-
-    For codes l the best scale is A / B, A = sum |x| l, B = sum l**2, and it saves A**2 / B.
-    As the scale falls, weight i moves from level k - 1 to k at |x_i| / (k - 1/2).
-    """
-    x = np.asarray(x, np.float64)
-    energy = float(np.sum(x * x))
-    if bits == 1:
-        return energy - float(np.sum(np.abs(x))) ** 2 / x.size
-    low, high = code_range(bits, full_signed)
-    gains = [0.0]
-    for y in (x, -x) if low < -high else (x,):
-        levels = np.arange(1, max(high, -low) + 1)
-        allowed = levels[None] <= np.where(y > 0, high, -low)[:, None]
-        breakpoints = (np.abs(y)[:, None] / (levels - 0.5)[None])[allowed]
-        in_a = np.broadcast_to(np.abs(y)[:, None], allowed.shape)[allowed]
-        in_b = np.broadcast_to((2 * levels - 1)[None], allowed.shape)[allowed]
-        order = np.argsort(-breakpoints, kind="stable")
-        gains.append(np.max(np.cumsum(in_a[order]) ** 2 / np.cumsum(in_b[order])))
-    return energy - float(max(gains))
-
-
 def brute_force_optimum(x, bits, full_signed):
     """Least squared error over a dense grid of scales: an upper bound of the optimum."""
     low, high = code_range(bits, full_signed)
@@ -359,36 +337,13 @@ def brute_force_optimum(x, bits, full_signed):
     return min(errors)
 
 
-def distributions(seed: int = 7) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    shape = (NUM_ROWS, ROW)
-    gaussian = rng.normal(size=shape)
-    outlier = gaussian.copy()
-    outlier[:, 5] = 30 * rng.choice([-1, 1], NUM_ROWS)
-    piled = np.where(rng.random(shape) < 0.5, rng.choice([-1, 1], shape), rng.uniform(-1, 1, shape))
-    signs = rng.choice([-1, 1], shape)
-    return {
-        "Gaussian": gaussian,
-        "uniform": rng.uniform(-1, 1, shape),
-        "Student-t, 3": rng.standard_t(3, shape),
-        "Student-t, 1.5": rng.standard_t(1.5, shape),
-        "half on +-t": 0.1 * piled,
-        "bimodal +-t, sd t/8": 0.1
-        * np.clip(signs * (1 - np.abs(rng.normal(0, 0.125, shape))), -1, 1),
-        "one outlier of 30": outlier,
-        "arcsine": np.sin(rng.uniform(-np.pi, np.pi, shape)),
-        "lognormal": rng.lognormal(0, 1, shape) * signs,
-        "one-sided": np.abs(gaussian),
-    }
-
-
-NAMES = list(distributions())
+NAMES = list(distributions(NUM_ROWS, ROW))
 
 
 @functools.cache
 def measured(bits, full_signed: bool, seed: int = 7) -> dict[str, np.ndarray]:
     """Errors of `quantize` and of the exact optimum, for all distributions in one call."""
-    rows = np.concatenate(list(distributions(seed).values())).astype(np.float32)
+    rows = np.concatenate(list(distributions(NUM_ROWS, ROW, seed).values())).astype(np.float32)
     errors = {}
     for name, rule in {"mse": mse_optimal, "max": max_abs}.items():
         q = jaxclip.quantize(
@@ -422,14 +377,14 @@ def worst_ratios(bits, full_signed) -> dict[str, float]:
 
 @pytest.mark.parametrize(("bits", "full_signed"), GRIDS)
 def test_the_total_error_is_as_near_the_optimum_as_the_docstring_says(bits, full_signed):
-    allowed = 0.01 if bits in FEW_BITS else 0.03
+    allowed = 0.005 if bits in FEW_BITS else 0.06 if bits == 8 else 0.03
     assert worst_ratios(bits, full_signed) == {n: pytest.approx(1, abs=allowed) for n in NAMES}
 
 
 @pytest.mark.parametrize(("bits", "full_signed"), GRIDS)
 def test_the_error_is_never_below_the_exact_optimum_nor_above_that_of_max_abs(bits, full_signed):
     errors = measured(bits, full_signed)
-    slack = 1e-11 * errors["energy"]
+    slack = 1e-10 * errors["energy"]
     assert np.all(errors["mse"] >= errors["best"] - slack)
     if bits != 1:
         assert np.all(errors["mse"] <= errors["max"] + slack)
@@ -448,7 +403,7 @@ def test_mse_optimal_is_never_worse_than_max_abs_whatever_the_weights(data):
         q = jaxclip.quantize(jnp.asarray(x), bits, threshold=rule, full_signed=full_signed)
         decoded = np.asarray(q.scale, np.float64) * np.asarray(q.qvalue, np.float64)
         errors.append(np.sum((x - decoded) ** 2))
-    assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-11 * np.sum(np.square(x, dtype=np.float64))
+    assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-10 * np.sum(np.square(x, dtype=np.float64))
 
 
 @pytest.mark.parametrize("bits", [1, "ternary", 2, 8])

