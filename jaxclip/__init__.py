@@ -19,7 +19,8 @@ from jaxclip.spectra import clip_by_spectral_norm
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes
 from jaxclip.stopping import StopReason, max_seconds, max_steps, nonfinite, plateau, reached
 from jaxclip.telemetry import clip_stats, explain
-from jaxclip.thresholds import fan_in, max_abs, mse_optimal, resolve_threshold
+from jaxclip.threshold_rules import max_abs, mse_optimal
+from jaxclip.thresholds import fan_in, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
 from jaxclip.units import (
     adaptive_grad_clip,

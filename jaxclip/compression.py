@@ -15,7 +15,7 @@ from jaxclip.grids import Bits, code_range
 from jaxclip.headers import make_header
 from jaxclip.layout import plan_file
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
-from jaxclip.thresholds import mse_optimal
+from jaxclip.threshold_rules import mse_optimal
 
 __all__ = ["LeafSize", "SizeReport", "compress", "decompress", "size_report"]
 

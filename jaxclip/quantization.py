@@ -20,7 +20,8 @@ from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip.grids import Bits, Granularity, code_range
-from jaxclip.thresholds import ThresholdRule, mse_optimal
+from jaxclip.threshold_rules import mse_optimal
+from jaxclip.thresholds import ThresholdRule
 
 __all__ = [
     "QuantizedArray",

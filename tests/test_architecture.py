@@ -19,6 +19,7 @@ ROOMS = [
     "grids",
     "scales",
     "thresholds",
+    "threshold_rules",
     "sign_kinds",
     "sign",
     "sign_optimizers",

@@ -1,0 +1,112 @@
+"""Rules that choose a threshold from the weights, for low-bit grids.
+
+Rules measure with reductions along axes and never sort or flatten, so they run on sharded
+arrays. What has a threshold of its own is said by `axis` and `group_size`, as in
+`jaxclip.grids`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclip.grids import Bits, Granularity, code_range
+from jaxclip.scales import best_scale
+from jaxclip.thresholds import ThresholdRule
+
+__all__ = ["max_abs", "mse_optimal"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _MaxAbs(ThresholdRule):
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        del counts
+        return jnp.max(_magnitude(blocks), axis=axes, keepdims=True, initial=0)
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+    return jnp.abs(x).astype(jnp.float32)
+
+
+def max_abs(
+    *, axis: int | tuple[int, ...] | None = None, group_size: int | None = None
+) -> ThresholdRule:
+    """Makes the rule `t = max |w|`: nothing is clipped.
+
+    Args:
+      axis: Channel axis or axes with a threshold each; None for one threshold.
+      group_size: Entries that share a threshold along the last non-channel axis.
+
+    Returns:
+      A rule: array -> float32 thresholds that broadcast against the array.
+
+    Raises:
+      TypeError: If `axis` is not an integer, a tuple of them or None.
+      ValueError: If `group_size` is not a positive integer.
+
+    Example:
+      >>> max_abs(axis=1)(jnp.array([[1.0, -4.0], [-2.0, 3.0]]))
+      Array([[2., 4.]], dtype=float32)
+    """
+    return _MaxAbs(Granularity(axis, group_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _MseOptimal(ThresholdRule):
+    bits: Bits | None = None
+    full_signed: bool = True
+
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        if self.bits is None:
+            raise ValueError("mse_optimal needs bits: mse_optimal(4)(array).")
+        low, high = code_range(self.bits, self.full_signed)
+        if self.bits == 1:
+            return jnp.sum(_magnitude(blocks) / counts, axis=axes, keepdims=True)
+        return jnp.abs(best_scale(blocks, axes, counts, low, high)) * high
+
+    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
+        return _MseOptimal(granularity, bits, full_signed)
+
+
+def mse_optimal(
+    bits: Bits | None = None,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+    full_signed: bool = True,
+) -> ThresholdRule:
+    """Makes the rule that minimizes the squared error of rounding to a low-bit grid.
+
+    Searches `min over s of sum (w - s * clip(round(w / s), low, high))**2` as `jaxclip.scales`
+    says; `t = s * high`. On the distributions of the tests (boxed, Gaussian, heavy-tailed, with
+    outliers; 64 entries a block) the error is within 0.5 % of the exact optimum up to 4 bits,
+    3 % at 5 and 6 bits and 6 % at 8, and it is nearer in larger blocks: a fine grid over a few
+    entries has more dips than a search can visit. For one bit the optimum is `t = mean |w|`.
+    Never worse than `max_abs`, up to rounding: its scale is a candidate.
+
+    Args:
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where `quantize` or `compress` fills it.
+      axis: Channel axis or axes with a threshold each; None for one threshold.
+      group_size: Entries that share a threshold along the last non-channel axis.
+      full_signed: As in `code_range`.
+
+    Returns:
+      A rule: array -> float32 thresholds that broadcast against the array.
+
+    Raises:
+      TypeError: If `axis` is not an integer, a tuple of them or None.
+      ValueError: If `bits` or `group_size` is not allowed.
+
+    Example:
+      >>> w = jnp.array([0.9, -1.1, 1.0, 0.05])
+      >>> print(mse_optimal("ternary")(w).round(3))
+      [1.]
+
+    References:
+      Idelbayev et al., Optimal Quantization Using Scaled Codebook, 2021,
+      https://doi.org/10.1109/CVPR46437.2021.01191
+    """
+    if bits is not None:
+        code_range(bits, full_signed)
+    return _MseOptimal(Granularity(axis, group_size), bits, full_signed)

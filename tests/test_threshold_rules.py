@@ -1,0 +1,203 @@
+"""The rules that choose a threshold, against exact optima."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from exact_scales import distributions, exact_optimum
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import jaxclip
+from jaxclip.grids import code_range
+from jaxclip.threshold_rules import max_abs, mse_optimal
+
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+# --- max_abs ---------------------------------------------------------------------------
+
+
+@every_dtype
+@given(data=st.data())
+def test_max_abs_is_the_largest_magnitude_of_each_row(dtype, data):
+    unsigned = np.dtype(f"uint{8 * np.dtype(dtype).itemsize}")
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        x = data.draw(hnp.arrays(unsigned, (3, 5))).view(dtype).astype(np.float64)
+    x = np.nan_to_num(x, posinf=1, neginf=-1).astype(dtype)
+    got = np.asarray(max_abs(axis=0)(jnp.asarray(x)))
+    expected = np.abs(x.astype(np.float64)).max(axis=1, keepdims=True)
+    expected = np.where(expected < 2.0**-126, 0, expected)  # flushed on CPU
+    assert got.dtype == np.float32
+    assert np.array_equal(np.where(got < 2.0**-126, 0, got), expected)
+
+
+# --- mse_optimal -----------------------------------------------------------------------
+
+ALL_BITS = [1, "ternary", 2, 3, 4, 5, 6, 8]
+GRIDS = [(b, True) for b in ALL_BITS] + [(b, False) for b in (2, 3, 4, 5, 6, 8)]
+FEW_BITS = (1, "ternary", 2, 3, 4)
+NUM_ROWS, ROW = 16, 64
+
+
+def brute_force_optimum(x, bits, full_signed):
+    """Least squared error over a dense grid of scales: an upper bound of the optimum."""
+    low, high = code_range(bits, full_signed)
+    scales = np.abs(x).max() * np.linspace(0.01, 1.2, 40001)[:, None]
+    errors = [
+        np.sum((x - s * np.clip(np.round(x / s), low, high)) ** 2, axis=1).min()
+        for s in (scales, -scales)
+    ]
+    return min(errors)
+
+
+NAMES = list(distributions(NUM_ROWS, ROW))
+
+
+@functools.cache
+def measured(bits, full_signed: bool, seed: int = 7) -> dict[str, np.ndarray]:
+    """Errors of `quantize` and of the exact optimum, for all distributions in one call."""
+    rows = np.concatenate(list(distributions(NUM_ROWS, ROW, seed).values())).astype(np.float32)
+    errors = {}
+    for name, rule in {"mse": mse_optimal, "max": max_abs}.items():
+        q = jaxclip.quantize(
+            jnp.asarray(rows), bits, threshold=rule, axis=0, full_signed=full_signed
+        )
+        decoded = np.asarray(q.scale, np.float64) * np.asarray(q.qvalue, np.float64)
+        errors[name] = np.sum((rows.astype(np.float64) - decoded) ** 2, axis=1)
+    errors["best"] = np.asarray([exact_optimum(r, bits, full_signed) for r in rows])
+    errors["energy"] = np.sum(rows.astype(np.float64) ** 2, axis=1)
+    return {k: v.reshape(len(NAMES), NUM_ROWS) for k, v in errors.items()}
+
+
+@pytest.mark.parametrize(
+    ("bits", "full_signed"), [("ternary", True), (2, True), (3, False), (4, True)]
+)
+def test_the_oracle_is_never_above_a_dense_search_and_within_a_hair_of_it(bits, full_signed):
+    rng = np.random.default_rng(8)
+    for x in (rng.normal(size=12), rng.uniform(-1, 1, 12), np.abs(rng.normal(size=12))):
+        best, dense = exact_optimum(x, bits, full_signed), brute_force_optimum(x, bits, full_signed)
+        assert best <= dense * (1 + 1e-9)
+        assert dense <= best * 1.001
+
+
+def worst_ratios(bits, full_signed) -> dict[str, float]:
+    """Total error of a distribution's rows over their optimum: the worst of some seeds."""
+    seeds = (7, 1, 2, 3) if bits in FEW_BITS else (7,)
+    runs = [measured(bits, full_signed, seed) for seed in seeds]
+    ratios = [run["mse"].sum(axis=1) / run["best"].sum(axis=1) for run in runs]
+    return dict(zip(NAMES, np.max(ratios, axis=0).tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("bits", "full_signed"), GRIDS)
+def test_the_total_error_is_as_near_the_optimum_as_the_docstring_says(bits, full_signed):
+    allowed = 0.005 if bits in FEW_BITS else 0.06 if bits == 8 else 0.03
+    assert worst_ratios(bits, full_signed) == {n: pytest.approx(1, abs=allowed) for n in NAMES}
+
+
+@pytest.mark.parametrize(("bits", "full_signed"), GRIDS)
+def test_the_error_is_never_below_the_exact_optimum_nor_above_that_of_max_abs(bits, full_signed):
+    errors = measured(bits, full_signed)
+    slack = 1e-10 * errors["energy"]
+    assert np.all(errors["mse"] >= errors["best"] - slack)
+    if bits != 1:
+        assert np.all(errors["mse"] <= errors["max"] + slack)
+    assert np.all(errors["mse"] <= errors["max"] * (1 + 1e-6) + slack)
+
+
+@given(data=st.data())
+def test_mse_optimal_is_never_worse_than_max_abs_whatever_the_weights(data):
+    bits, full_signed = data.draw(
+        st.sampled_from([("ternary", True), (2, True), (4, True), (8, False)])
+    )
+    exponents = data.draw(hnp.arrays(np.int8, 16, elements=st.integers(-20, 20)))
+    x = np.ldexp(data.draw(hnp.arrays(np.int8, 16)).astype(np.float32), exponents)[None]
+    errors = []
+    for rule in (mse_optimal, max_abs):
+        q = jaxclip.quantize(jnp.asarray(x), bits, threshold=rule, full_signed=full_signed)
+        decoded = np.asarray(q.scale, np.float64) * np.asarray(q.qvalue, np.float64)
+        errors.append(np.sum((x - decoded) ** 2))
+    assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-10 * np.sum(np.square(x, dtype=np.float64))
+
+
+@pytest.mark.parametrize("bits", [1, "ternary", 2, 8])
+def test_rows_that_lie_on_a_grid_are_stored_to_rounding(bits):
+    low, high = code_range(bits)
+    codes = np.asarray([low, high, 1, -1, high], np.float64)
+    for scale in (0.37, -0.37):
+        x = (scale * codes).astype(np.float32)
+        q = jaxclip.quantize(jnp.asarray(x), bits)
+        np.testing.assert_allclose(jaxclip.dequantize(q), x, rtol=1e-5)
+
+
+def test_one_bit_takes_the_mean_magnitude_of_each_group_without_its_padding():
+    x = np.random.default_rng(9).normal(size=(3, 7)).astype(np.float32)
+    got = np.asarray(mse_optimal(1, axis=0, group_size=4)(jnp.asarray(x)))
+    for row in range(3):
+        np.testing.assert_allclose(got[row, :4], np.abs(x[row, :4]).mean(), rtol=1e-6)
+        np.testing.assert_allclose(got[row, 4:], np.abs(x[row, 4:]).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", ["ternary", 4])
+def test_padding_of_the_last_group_changes_nothing(bits):
+    x = np.random.default_rng(10).normal(size=(1, 11)).astype(np.float32)
+    grouped = np.asarray(mse_optimal(bits, axis=0, group_size=8)(jnp.asarray(x)))
+    alone = np.asarray(mse_optimal(bits)(jnp.asarray(x[:, 8:])))
+    ratio = {}
+    for name, t in (("grouped", grouped[0, 8]), ("alone", alone.item())):
+        q = jaxclip.quantize(jnp.asarray(x[:, 8:]), bits, threshold=float(t))
+        ratio[name] = np.sum((x[:, 8:] - np.asarray(jaxclip.dequantize(q))) ** 2)
+    assert ratio["grouped"] <= 1.01 * exact_optimum(x[0, 8:], bits, True) + 1e-12
+    assert ratio["alone"] <= 1.01 * exact_optimum(x[0, 8:], bits, True) + 1e-12
+
+
+@every_dtype
+@pytest.mark.parametrize("power", [-100, -60, 0, 60, 120])
+def test_thresholds_scale_with_the_weights(dtype, power):
+    if power in (-100, -60, 60, 120) and dtype == np.float16:
+        power = int(np.sign(power) * 8)
+    x = np.random.default_rng(11).normal(size=(2, 32)).astype(dtype)
+    scaled = (x.astype(np.float64) * 2.0**power).astype(dtype)
+    assert np.array_equal(scaled.astype(np.float64), x.astype(np.float64) * 2.0**power)
+    rule = mse_optimal(4, axis=0)
+    one, other = np.asarray(rule(jnp.asarray(x))), np.asarray(rule(jnp.asarray(scaled)))
+    np.testing.assert_allclose(other.astype(np.float64), one * 2.0**power, rtol=1e-5)
+
+
+def test_rules_give_float32_that_broadcasts_and_the_same_under_jit_and_vmap():
+    x = np.random.default_rng(12).normal(size=(3, 4, 10)).astype(np.float16)
+    for rule in (
+        max_abs(axis=1),
+        mse_optimal(3, axis=(0, 1)),
+        mse_optimal(4, axis=1, group_size=4),
+    ):
+        eager = rule(jnp.asarray(x))
+        assert eager.dtype == jnp.float32
+        assert np.broadcast_shapes(eager.shape, x.shape) == x.shape
+        np.testing.assert_allclose(jax.jit(rule)(jnp.asarray(x)), eager, rtol=1e-5)
+    rows = mse_optimal(3, axis=(0, 1))(jnp.asarray(x))
+    mapped = jax.vmap(mse_optimal(3, axis=0))(jnp.asarray(x))
+    np.testing.assert_allclose(mapped, rows, rtol=1e-5)
+
+
+def test_a_rule_without_bits_asks_for_them():
+    with pytest.raises(ValueError, match="mse_optimal needs bits"):
+        mse_optimal()(jnp.ones(3))
+
+
+@pytest.mark.parametrize("bits", [0, 9, 2.5, True, "2"], ids=repr)
+def test_a_rule_with_unknown_bits_is_refused_when_made(bits):
+    with pytest.raises(ValueError, match="bits must be one of"):
+        mse_optimal(bits)
+
+
+def test_zero_and_empty_blocks_have_finite_thresholds():
+    for rule in (max_abs(axis=0), mse_optimal(1, axis=0), mse_optimal(4, axis=0)):
+        assert np.array_equal(rule(jnp.zeros((2, 3))), np.zeros((2, 1)))
+        assert rule(jnp.zeros((0, 3))).shape == (0, 1)
+        assert np.all(np.isfinite(rule(jnp.zeros((2, 0)))))
