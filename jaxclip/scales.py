@@ -171,8 +171,8 @@ def _search_in_chunks(x: jax.Array, stats: BlockStats, low: int, high: int) -> j
 
 def _rows_of(x: jax.Array, start: Any, rows: int, first: Any, length: int) -> jax.Array:
     """Some rows and entries as float32, with the axis of columns that `x` may lack."""
-    starts, sizes = (start, first, 0)[: x.ndim], (rows, length, *x.shape[2:])
-    y = lax.dynamic_slice(x, starts, sizes).astype(jnp.float32)
+    starts = tuple(jnp.asarray(i, jnp.int32) for i in (start, first, 0)[: x.ndim])
+    y = lax.dynamic_slice(x, starts, (rows, length, *x.shape[2:])).astype(jnp.float32)
     return y if x.ndim == 3 else y[:, :, None]
 
 
