@@ -37,6 +37,7 @@ ROOMS = [
     "weights",
     "telemetry",
     "quantization",
+    "coding",
     "layout",
     "headers",
     "compression",
