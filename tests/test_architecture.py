@@ -41,6 +41,7 @@ ROOMS = [
     "headers",
     "compression",
     "archives",
+    "atomic",
     "checkpoints",
     "training",
     "stopping",
