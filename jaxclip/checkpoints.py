@@ -13,11 +13,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import platform
-import re
-import secrets
-import stat
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,15 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxclip import archives, headers, layout
+from jaxclip.atomic import replacing
 from jaxclip.grids import Bits
 from jaxclip.matching import match_leaves
 from jaxclip.quantization import QuantizedArray
 from jaxclip.sources import SUFFIXES, open_source
 
 __all__ = ["CheckpointError", "FileReport", "TensorReport", "inspect", "load", "save"]
-
-# A temporary file that nobody has written to for this long belongs to nobody.
-_STALE_SECONDS = 24 * 3600
 
 
 class CheckpointError(ValueError):
@@ -76,27 +69,9 @@ def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None
     path = Path(path)
     if path.suffix not in _PREPARERS:
         raise ValueError(f"path must end in {SUFFIXES}, got {str(path)!r}.")
-    mode = _check_target(path, overwrite)
-    write = _PREPARERS[path.suffix](tree)  # refuses what it cannot hold before any writing
-    _remove_stale(path)
-    temporary = path.with_name(
-        f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.jaxclip-tmp"
-    )
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
-            if mode is not None:
-                os.chmod(temporary, mode)
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, path, overwrite)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        error.add_note(f"jaxclip: while saving {path}; a file that was there is unchanged.")
-        raise
-    _sync_directory(path.parent)
+    with replacing(path, overwrite) as file:
+        write = _PREPARERS[path.suffix](tree)  # refuses what it cannot hold before any writing
+        write(file)
 
 
 def load(path: str | os.PathLike, *, like: Any = None, device: Any = None) -> Any:
@@ -238,89 +213,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-# --- Whole or not at all --------------------------------------------------------------
-
-
-def _check_target(path: Path, overwrite: bool) -> int | None:
-    """Raises unless `path` may be written; the permissions of the file that is replaced."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory '{path.parent}' to save '{path}' in.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"the directory '{path.parent}' cannot be written to.")
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(status.st_mode):
-        raise FileExistsError(f"'{path}' is not a regular file, so it is not replaced.")
-    if not overwrite:
-        raise FileExistsError(f"'{path}' exists; pass overwrite=True to replace it.")
-    return stat.S_IMODE(status.st_mode)
-
-
-def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Gives the finished file its name; without `overwrite` only if nobody has it yet."""
-    if overwrite:
-        _check_target(path, overwrite)
-        os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        _check_target(path, overwrite)
-        raise
-    except OSError:  # a file system without hard links: a check and a rename must do
-        _check_target(path, overwrite)
-        os.replace(temporary, path)
-    else:
-        with contextlib.suppress(OSError):  # published already; the next save tidies up
-            temporary.unlink()
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems refuse
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _host() -> str:
-    return f"{zlib.crc32(platform.node().encode()):08x}"
-
-
-def _remove_stale(path: Path) -> None:
-    """Removes temporary files that writers of the same path left when they were killed."""
-    ours = re.compile(
-        rf"\.{re.escape(path.name)}\.([0-9a-f]{{8}})-([0-9]{{1,10}})-[0-9a-f]{{8}}\.jaxclip-tmp"
-    )
-    with os.scandir(path.parent) as entries:
-        matches = [(entry, ours.fullmatch(entry.name)) for entry in entries]
-    for entry, match in matches:
-        with contextlib.suppress(OSError):
-            if match is None or not entry.is_file(follow_symlinks=False):
-                continue
-            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-            died_here = match[1] == _host() and not _is_alive(int(match[2]))
-            if died_here or age > _STALE_SECONDS:
-                os.unlink(entry.path)
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 is not a mere question
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 # --- Writers: a tree is checked first, what is returned writes it ------------------------

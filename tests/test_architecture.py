@@ -45,6 +45,7 @@ ROOMS = [
     "folders",
     "sources",
     "matching",
+    "atomic",
     "checkpoints",
     "training",
     "stopping",
