@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,10 +22,12 @@ import jax.numpy as jnp
 
 from jaxclip import archives, headers, layout
 from jaxclip.atomic import replacing
+from jaxclip.coding import check_coding
 from jaxclip.grids import Bits
 from jaxclip.matching import match_leaves
 from jaxclip.quantization import QuantizedArray
 from jaxclip.sources import SUFFIXES, open_source
+from jaxclip.writing import write_tree
 
 __all__ = ["CheckpointError", "FileReport", "TensorReport", "inspect", "load", "save"]
 
@@ -35,18 +36,23 @@ class CheckpointError(ValueError):
     """A file is damaged, of a foreign kind or of a newer version; names file and tensor."""
 
 
-def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None:
+def save(
+    path: str | os.PathLike, tree: Any, *, coding: str | None = None, overwrite: bool = False
+) -> None:
     """Writes a tree to a file: all of it or nothing, whatever happens on the way.
 
     The file is written under a temporary name in the same directory, tensor by tensor,
     synced to disk and renamed. After a crash at any moment the name holds the old file or
     the new one; a leftover temporary file is removed by the next save to the same path.
-    Equal trees give equal bytes.
+    Equal trees give equal bytes (coded by Huffman: with one version of zlib).
 
     Args:
       path: Where to; the suffix decides the format: `.safetensors` for any tree, `.npz` for
         (nested) dicts of arrays, `.npy` for one array. NumPy's formats have no bfloat16.
       tree: Nested dicts, lists, tuples and None with arrays and `QuantizedArray` leaves.
+      coding: How the codes of low-bit leaves are stored where that is smaller: "huffman",
+        which every Python reads, or "ans", of the size of their entropy (needs the extra
+        `coding`). None packs them at their width. For `.safetensors`.
       overwrite: Whether an existing file may be replaced; its permissions are kept.
 
     Raises:
@@ -54,7 +60,8 @@ def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None
         (a directory, symlink, FIFO or device is never replaced).
       FileNotFoundError: If the directory does not exist.
       TypeError: If the format cannot hold a leaf or a node; the message names it.
-      ValueError: If the suffix is unknown, or a leaf or key is not valid.
+      ValueError: If the suffix or coding is unknown, or a leaf or key is not valid.
+      ImportError: If `coding` is "ans" and its package is not installed.
       OSError: If the disk is full or refuses. The old file is intact.
 
     Example:
@@ -67,10 +74,11 @@ def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None
       >>> folder.cleanup()
     """
     path = Path(path)
+    check_coding(coding)
     if path.suffix not in _PREPARERS:
         raise ValueError(f"path must end in {SUFFIXES}, got {str(path)!r}.")
     with replacing(path, overwrite) as file:
-        write = _PREPARERS[path.suffix](tree)  # refuses what it cannot hold before any writing
+        write = _PREPARERS[path.suffix](tree, coding)  # refuses what it cannot hold
         write(file)
 
 
@@ -218,30 +226,18 @@ def _naming(path: Path) -> Iterator[None]:
 # --- Writers: a tree is checked first, what is returned writes it ------------------------
 
 
-def _prepare_safetensors(tree: Any) -> Callable[[BinaryIO], None]:
+def _prepare_safetensors(tree: Any, coding: str | None) -> Callable[[BinaryIO], Any]:
     plan = layout.plan_file(tree)
-    header_size = len(headers.make_header(plan))
+    headers.header_size(plan, coding)  # too many leaves are refused before any writing
     for name, leaf in plan.leaves.items():
         for array in jax.tree.leaves(leaf):
             layout.check_has_values(name, array)
 
-    def write(file: BinaryIO) -> None:
-        file.write(bytes(header_size))  # zeros until the checksums are known
-        checksums = {}
-        for tensor in plan.tensors:
-            checksum = 0
-            for chunk in plan.chunks(tensor):
-                checksum = zlib.crc32(chunk.data, checksum)
-                file.write(chunk.data)
-            checksums[tensor.name] = checksum
-        file.seek(0)
-        file.write(headers.make_header(plan, checksums))
-
-    return write
+    return lambda file: write_tree(file, plan, plan.leaves.__getitem__, coding)
 
 
-_PREPARERS = {
+_PREPARERS: dict[str, Callable[[Any, str | None], Callable[[BinaryIO], Any]]] = {
     ".safetensors": _prepare_safetensors,
-    ".npz": archives.prepare_npz,
-    ".npy": archives.prepare_npy,
+    ".npz": lambda tree, _: archives.prepare_npz(tree),
+    ".npy": lambda tree, _: archives.prepare_npy(tree),
 }

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip import _checks
+from jaxclip.coding import check_coding
 from jaxclip.grids import Bits, code_range
-from jaxclip.headers import make_header
-from jaxclip.layout import plan_file
+from jaxclip.headers import header_size
+from jaxclip.layout import coded_tensor, plan_file
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
 from jaxclip.threshold_rules import mse_optimal
 
@@ -175,15 +176,16 @@ class SizeReport:
         return "\n".join([*lines, f"{totals}  ({self.ratio:.1f}x smaller)"])
 
 
-def size_report(small: Any) -> SizeReport:
+def size_report(small: Any, coding: str | None = None) -> SizeReport:
     """Returns the bytes a compressed tree takes, leaf by leaf; the total is the file's size.
 
     Args:
       small: What `compress` returned; plain arrays are counted as they are.
+      coding: As in `checkpoints.save`; codes are then coded to measure them.
 
     Returns:
       A `SizeReport`, printable. `total_bytes` equals the size of the file that
-      `checkpoints.save(path, small)` writes, to the byte.
+      `checkpoints.save(path, small, coding=coding)` writes, to the byte.
 
     Raises:
       TypeError: If the tree is of a kind that `checkpoints.save` refuses.
@@ -193,7 +195,11 @@ def size_report(small: Any) -> SizeReport:
       >>> report.leaves[0].raw_bytes, report.leaves[0].stored_bytes
       (16384, 1076)
     """
+    check_coding(coding)
     plan = plan_file(small)
+    overhead_bytes = header_size(plan, coding)
+    coded = {t.name: coded_tensor(t, plan.leaves[t.leaf], coding) for t in plan.tensors}
+    plan = plan.resized({name: data.size for name, data in coded.items() if data is not None})
     stored: dict[str, int] = dict.fromkeys(plan.leaves, 0)
     for tensor in plan.tensors:
         stored[tensor.leaf] += tensor.stop - tensor.start
@@ -207,7 +213,6 @@ def size_report(small: Any) -> SizeReport:
         )
         for name, leaf in plan.leaves.items()
     )
-    overhead_bytes = len(make_header(plan))
     raw_bytes = sum(leaf.raw_bytes for leaf in leaves)
     return SizeReport(leaves, overhead_bytes, overhead_bytes + plan.data_bytes, raw_bytes)
 

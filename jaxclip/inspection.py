@@ -68,7 +68,7 @@ def describe_weights(array: np.ndarray, outlier: float = 3.0) -> WeightStatistic
     Example:
       >>> s = describe_weights(np.array([0.1, -0.1, 0.1, -2.0], np.float32), outlier=1.5)
       >>> s.max_abs, round(s.rms, 3), s.outlier_share, s.sparkline
-      (2.0, 1.004, 0.25, '▃      ▃█       ')
+      (2.0, 1.004, 0.25, '▄      ▄█       ')
     """
     flat = np.asarray(array).reshape(-1)
     num_finite, squares, largest = 0, 0.0, 0.0

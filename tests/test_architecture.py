@@ -46,6 +46,7 @@ ROOMS = [
     "sources",
     "matching",
     "atomic",
+    "writing",
     "checkpoints",
     "training",
     "stopping",
@@ -54,6 +55,7 @@ ROOMS = [
     "probes",
     "lost_steps",
     "lint",
+    "inspection",
     "plots",
 ]
 every_room = pytest.mark.parametrize("room", ROOMS)
