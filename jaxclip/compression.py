@@ -14,11 +14,11 @@ from jaxclip import _checks
 from jaxclip.coding import check_coding
 from jaxclip.grids import Bits, code_range
 from jaxclip.headers import header_size
-from jaxclip.layout import coded_tensor, plan_file
+from jaxclip.layout import FilePlan, coded_tensor, plan_file
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
 from jaxclip.threshold_rules import mse_optimal
 
-__all__ = ["LeafSize", "SizeReport", "compress", "decompress", "size_report"]
+__all__ = ["LeafSize", "SizeReport", "compress", "decompress", "report_plan", "size_report"]
 
 
 def compress(
@@ -197,9 +197,22 @@ def size_report(small: Any, coding: str | None = None) -> SizeReport:
     """
     check_coding(coding)
     plan = plan_file(small)
-    overhead_bytes = header_size(plan, coding)
     coded = {t.name: coded_tensor(t, plan.leaves[t.leaf], coding) for t in plan.tensors}
-    plan = plan.resized({name: data.size for name, data in coded.items() if data is not None})
+    sizes = {name: data.size for name, data in coded.items() if data is not None}
+    return report_plan(plan.resized(sizes), header_size(plan, coding))
+
+
+def report_plan(plan: FilePlan, overhead_bytes: int) -> SizeReport:
+    """Returns the bytes that a planned file takes.
+
+    Args:
+      plan: With the sizes that coded tensors have.
+      overhead_bytes: Bytes kept for the header.
+
+    Example:
+      >>> report_plan(plan_file({"w": jnp.zeros(3)}), 200).total_bytes
+      212
+    """
     stored: dict[str, int] = dict.fromkeys(plan.leaves, 0)
     for tensor in plan.tensors:
         stored[tensor.leaf] += tensor.stop - tensor.start

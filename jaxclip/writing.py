@@ -53,12 +53,15 @@ def write_tree(
             coded = coded_tensor(tensor, leaf, coding)
             if coded is not None:
                 coded_sizes[tensor.name] = coded.size
-            checksum = 0
+            checksum = size = 0
             file.seek(reserved + (byte_position if _is_bytes(tensor) else tensor.start))
             for chunk in [coded] if coded is not None else plan.chunks(tensor, leaf):
                 checksum = zlib.crc32(chunk.data, checksum)
                 file.write(chunk.data)
-                byte_position += chunk.size if _is_bytes(tensor) else 0
+                size += chunk.size
+            if coded is None and size != tensor.stop - tensor.start:
+                raise ValueError(f"leaf '{name}' is not of the shape and dtype that were planned.")
+            byte_position += size if _is_bytes(tensor) else 0
             checksums[tensor.name] = checksum
         del leaf
     final = plan.resized(coded_sizes)

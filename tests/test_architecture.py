@@ -45,6 +45,8 @@ ROOMS = [
     "folders",
     "sources",
     "matching",
+    "file_reports",
+    "progress",
     "atomic",
     "writing",
     "checkpoints",
