@@ -156,8 +156,8 @@ class _Interval(Box):
                 f"complex numbers have no order: '{path}' of dtype {w.dtype} needs a box with one "
                 "argument, which bounds the modulus."
             )
-        low = self.low(step) if callable(self.low) else self.low
-        high = self.high(step) if callable(self.high) else self.high
+        low: Any = self.low(step) if callable(self.low) else self.low
+        high: Any = self.high(step) if callable(self.high) else self.high
         low, high = -_round_down(-low, w.dtype), _round_down(high, w.dtype)
         return jnp.minimum(low, high), high
 

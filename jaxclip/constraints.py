@@ -74,8 +74,8 @@ def project_weights(
       >>> w = jnp.array([0.5, -0.5])
       >>> tx = optax.chain(optax.sgd(1.0), project_weights(jaxclip.max_norm(1.0)))
       >>> updates, _ = tx.update(jnp.array([-2.5, -4.5]), tx.init(w), w)
-      >>> print(optax.apply_updates(w, updates).round(2))
-      [0.6 0.8]
+      >>> print(jnp.linalg.norm(optax.apply_updates(w, updates)) <= 1)
+      True
     """
     _check_projections(projection)
 
