@@ -7,6 +7,7 @@ bound for each entry are in `jaxclip.boxes`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any
@@ -22,9 +23,9 @@ from jaxclip._checks import compute_dtype, keep_weak_type
 from jaxclip.gradients import Scaling, scale_leaf, scaling_to
 from jaxclip.landing import is_free, rounded_sum, update_to, update_within
 from jaxclip.norms import rescaled_unit_norm, unit_axes
-from jaxclip.rescaling import unit_and_modulus
+from jaxclip.rescaling import accumulator, unit_and_modulus
 from jaxclip.spectra import cap_leaf
-from jaxclip.thresholds import check_threshold_tree, resolve_threshold
+from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
 
 __all__ = ["Projection", "max_norm", "spectral_cap", "unit_norm"]
 
@@ -187,32 +188,49 @@ class _MaxNorm(Projection):
     axis: _Axis
 
     def project(self, path: str, w: jax.Array, step: ArrayLike) -> jax.Array:
-        scaling = self._scaling(path, w, step)
-        return w if scaling is None else _scaled(w, scaling)
+        bound, axes = self._given(path, w, step)
+        return w if is_free(bound) else keep_weak_type(_to_norm(w, bound, axes), w)
 
     def correct(self, path: str, u: jax.Array, w: jax.Array, step: ArrayLike) -> jax.Array:
-        moved = rounded_sum(w, u)
-        scaling = self._scaling(path, moved, step)
-        if scaling is None:
-            return u
-        target = _scaled(moved, scaling)
-        size = unit_and_modulus(target)[1] if jnp.iscomplexobj(target) else jnp.abs(target)
-        # No entry is larger than that of the projection, so neither is a norm.
-        return update_within(u, w, jnp.where(scaling.is_scaled, size, jnp.inf))
+        bound, axes = self._given(path, w, step)
+        return u if is_free(bound) else keep_weak_type(_update_to_norm(u, w, bound, axes), u)
 
-    def _scaling(self, path: str, w: jax.Array, step: ArrayLike) -> Scaling | None:
+    def _given(self, path: str, w: jax.Array, step: ArrayLike) -> tuple[Any, tuple[int, ...]]:
+        """The bound of each unit, and the axes of a unit."""
         bound = resolve_threshold(self.max_norm, {path: w}, step)[path]
-        if is_free(bound):
-            return None
-        norm = rescaled_unit_norm(w, _axes_of(path, w, self.axis))
-        shape = norm.norm.shape
-        if any(n not in (1, m) for n, m in zip(np.shape(bound), shape, strict=False)):
+        axes = _axes_of(path, w, self.axis)
+        if np.ndim(bound) and any(np.shape(bound)[a] != 1 for a in axes):
             raise ValueError(
                 f"max_norm must have one value a unit; at '{path}' it has shape "
-                f"{np.shape(bound)} for norms of shape {shape}."
+                f"{np.shape(bound)} for norms over the axes {axes} of {w.shape}."
             )
-        scaling, clip = scaling_to(norm, bound)
-        return scaling._replace(is_scaled=scaling.is_scaled & ~clip.is_bad)
+        is_number = is_free(bound) or isinstance(bound, jax.Array)
+        return bound if is_number else round_toward_zero(bound, accumulator([w])), axes
+
+
+# Jitted, so that leaves of one shape share one trace.
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _to_norm(w: jax.Array, bound: ArrayLike, axes: tuple[int, ...]) -> jax.Array:
+    return _scaled(w, _scaling(w, bound, axes))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _update_to_norm(
+    u: jax.Array, w: jax.Array, bound: ArrayLike, axes: tuple[int, ...]
+) -> jax.Array:
+    moved = rounded_sum(w, u)
+    scaling = _scaling(moved, bound, axes)
+    target = _scaled(moved, scaling)
+    size = unit_and_modulus(target)[1] if jnp.iscomplexobj(target) else jnp.abs(target)
+    # No entry is larger than that of the projection, so neither is a norm.
+    return update_within(u, w, jnp.where(scaling.is_scaled, size, jnp.inf))
+
+
+def _scaling(w: jax.Array, bound: ArrayLike, axes: tuple[int, ...]) -> Scaling:
+    scaling, clip = scaling_to(rescaled_unit_norm(w, axes), bound)
+    return scaling._replace(is_scaled=scaling.is_scaled & ~clip.is_bad)
 
 
 @dataclasses.dataclass(frozen=True)
