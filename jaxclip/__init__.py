@@ -11,7 +11,7 @@ from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.guards import skip_nonfinite, skip_or_clip
 from jaxclip.lint import lint_chain
 from jaxclip.norms import global_norm, leaf_norms, unit_norms
-from jaxclip.projections import Projection, max_norm, spectral_cap, unit_norm
+from jaxclip.projections import max_norm, spectral_cap, unit_norm
 from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
@@ -36,7 +36,6 @@ from jaxclip.weights import clip_weights, keep_weights_within, kernels_only
 
 __all__ = [
     "FitResult",
-    "Projection",
     "QuantizedArray",
     "StepInfo",
     "StopReason",

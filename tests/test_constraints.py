@@ -10,6 +10,7 @@ import pytest
 from exact_sets import DTYPES, drawn, norms, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
 from jaxclip import box, constrain, max_norm, nonnegative, project_weights, spectral_cap, unit_norm
@@ -134,6 +135,29 @@ def test_a_weight_that_is_nan_stays_nan_and_harms_no_other():
         _, after = after_a_step(projection, w, jnp.zeros_like(w))
         assert np.isnan(after[0, 0])
         assert np.all(np.isfinite(after[:, 1]))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "projection",
+    [box(0.1), box(-0.1, 0.3), max_norm(0.5), max_norm(0.5, ...), unit_norm(), spectral_cap(0.5)],
+    ids=["box", "interval", "norm", "leaf norm", "unit", "spectral"],
+)
+def test_eight_devices_equal_one_and_the_sharding_is_kept(projection, kind):
+    mesh = Mesh(np.array(jax.devices()[:8]), ("x",), axis_types=(kind,))
+    split = NamedSharding(mesh, PartitionSpec("x"))
+    w, u = (jnp.asarray(drawn(seed, (16, 4), np.float32)) for seed in (13, 14))
+    tx = project_weights(projection)
+
+    @jax.jit
+    def update(u, w):
+        return tx.update(u, tx.init(w), w)[0]
+
+    one = update(u, w)
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+        many = update(*(jax.device_put(x, split) for x in (u, w)))
+    assert many.sharding.is_equivalent_to(split, 2)
+    np.testing.assert_allclose(many, one, atol=5e-6)
 
 
 # --- Parts, masks, schedules, errors --------------------------------------------------
