@@ -2,13 +2,16 @@
 
 from jaxclip import checkpoints, plots
 from jaxclip.adaptive import adagc, autoclip, zclip
+from jaxclip.boxes import box, nonnegative
 from jaxclip.compression import compress, decompress, size_report
+from jaxclip.constraints import constrain, project_weights
 from jaxclip.feedback import error_feedback
 from jaxclip.fitting import FitResult, fit, log_to_jsonl
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.guards import skip_nonfinite, skip_or_clip
 from jaxclip.lint import lint_chain
 from jaxclip.norms import global_norm, leaf_norms, unit_norms
+from jaxclip.projections import max_norm, spectral_cap, unit_norm
 from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
@@ -41,6 +44,7 @@ __all__ = [
     "adaptive_grad_clip",
     "apply_updates_stochastically",
     "autoclip",
+    "box",
     "cautious",
     "checkpoints",
     "clip_by_block_rms",
@@ -54,6 +58,7 @@ __all__ = [
     "clip_update_relative",
     "clip_weights",
     "compress",
+    "constrain",
     "decompress",
     "dequantize",
     "error_feedback",
@@ -70,13 +75,16 @@ __all__ = [
     "majority_vote",
     "make_train_step",
     "max_abs",
+    "max_norm",
     "max_seconds",
     "max_steps",
     "mse_optimal",
     "nonfinite",
+    "nonnegative",
     "pack_codes",
     "plateau",
     "plots",
+    "project_weights",
     "quantize",
     "reached",
     "resolve_threshold",
@@ -91,7 +99,9 @@ __all__ = [
     "skip_or_clip",
     "smooth_clip",
     "soft_sign",
+    "spectral_cap",
     "stochastic_sign",
+    "unit_norm",
     "unit_norms",
     "unpack_codes",
     "zclip",

@@ -7,6 +7,7 @@ transform, the same in eager and jitted code.
 
 import importlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+
+# Which leaves are meant: a tree of bools (a prefix will do), or a function that gives one.
+Mask = Any | Callable[[Any], Any]
 
 
 def is_concrete(value: Any) -> bool:
@@ -83,6 +87,13 @@ def check_finite(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite, {_describe(value)}.")
 
 
+def check_bound(name: str, value: Any, never: float) -> None:
+    """Raises unless `value` is a number other than NaN and `never`, or a jax array."""
+    number = _concrete_scalar(name, value, "a number")
+    if number is not None and (math.isnan(number) or number == never):
+        raise ValueError(f"{name} must be neither NaN nor {never}, {_describe(value)}.")
+
+
 def check_nonnegative(name: str, value: Any) -> None:
     """Raises unless `value` is a number in [0, inf), or a jax array."""
     number = _concrete_scalar(name, value, "a non-negative number")
@@ -132,6 +143,18 @@ def map_clippable(fn: Any, tree: Any, *rest: Any) -> Any:
         return fn(jnp.asarray(x), *others) if is_clippable(x) else x
 
     return jax.tree.map(apply, tree, *rest)
+
+
+def masked(mask: Mask | None, params: Any, tree: Any, otherwise: Any) -> Any:
+    """`tree`, of the structure of `params`, with `otherwise` for the leaves not in the mask."""
+    if mask is None:
+        return tree
+    chosen = mask(params) if callable(mask) else mask
+    return jax.tree.map(
+        lambda is_in, subtree: jax.tree.map(lambda x: x if is_in else otherwise, subtree),
+        chosen,
+        tree,
+    )
 
 
 def floating_leaves(tree: Any) -> list[Any]:

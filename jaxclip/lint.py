@@ -58,7 +58,7 @@ _SKIPPERS = ("skip_nonfinite", "apply_if_finite", "skip_or_clip")
 # On a good step these are the transform inside them.
 _TRANSPARENT = ("skip_nonfinite", "apply_if_finite")
 _DECAYS = ("add_decayed_weights", "_decay_weights")
-_BOX = ("keep_weights_within",)
+_BOX = ("keep_weights_within", "project_weights")
 
 # Of the weights that a step leaves as they were: in all, and in one leaf.
 _LOST_SHARE, _LOST_LEAF_SHARE = 0.1, 0.5
@@ -88,7 +88,8 @@ def lint_chain(tx: optax.GradientTransformation, params: optax.Params) -> list[F
 
     * `clip_without_effect`: a clip in front of a step that does not see the gradient's size;
     * `clip_twice`: a clip by global norm behind one that is at least as tight;
-    * `box_not_kept`: `keep_weights_within` in front of links that leave the box;
+    * `box_not_kept`: `keep_weights_within` or `project_weights` in front of links that leave
+      the set;
     * `norm_of_a_group`: a clip by global norm that sees only a part of what is trained;
     * `detector_without_spikes`: a detector of spikes that cannot see one;
     * `decay_grows_weights`: weight decay added with the sign of growth;
@@ -272,9 +273,8 @@ def _boxes_not_kept(links: Sequence[Link]) -> Iterator[Finding]:
             yield Finding(
                 "box_not_kept",
                 (str(box), *map(str, behind)),
-                "What comes after keep_weights_within changes the updates again, and weights "
-                "leave the box. Make it the last link, or leave it out and give "
-                "make_train_step a weight_threshold.",
+                "What comes after it changes the updates again, and weights leave the set. Make it "
+                "the last link, or, if it is a box, give make_train_step a weight_threshold.",
             )
 
 

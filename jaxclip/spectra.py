@@ -34,7 +34,13 @@ from jaxclip import _checks
 from jaxclip._checks import compute_dtype, increment, keep_weak_type
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
 
-__all__ = ["ClipBySpectralNormState", "cap_singular_values", "clip_by_spectral_norm"]
+__all__ = [
+    "Capped",
+    "ClipBySpectralNormState",
+    "cap_leaf",
+    "cap_singular_values",
+    "clip_by_spectral_norm",
+]
 
 # Rounds of each matrix sign.
 _DEFAULT_STEPS = 12
@@ -96,9 +102,9 @@ def clip_by_spectral_norm(
       Newhouse et al., Training Transformers with Enforced Lipschitz Constants, 2025,
       https://arxiv.org/abs/2507.13338
     """
-    steps = _DEFAULT_STEPS if steps is None else steps
+    if steps is not None:
+        _checks.check_count("steps", steps)
     stacked_axes = 0 if stacked_axes is None else stacked_axes
-    _checks.check_count("steps", steps)
     if stacked_axes != 0:
         _checks.check_count("stacked_axes", stacked_axes)
     check_threshold_tree("max_norm", max_norm)
@@ -118,7 +124,10 @@ def clip_by_spectral_norm(
         entries, treedef = jax.tree_util.tree_flatten_with_path(updates)
         pairs = list(zip(entries, jax.tree.leaves(bounds), strict=True))
         is_bad = _checks.is_bad_step(updates, bounds)
-        leaves = [_cap_leaf(path, g, c, steps, stacked_axes) for (path, g), c in pairs]
+        leaves = [
+            cap_leaf("max_norm", _checks.path_name(path), g, c, steps, stacked_axes)
+            for (path, g), c in pairs
+        ]
         num_matrices = sum(_num_matrices(g, stacked_axes) for _, g in entries)
         num_clipped = sum((x.num_clipped for x in leaves), jnp.zeros((), jnp.float32))
         pre_norm = jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *(x.norm for x in leaves)]))
@@ -182,24 +191,50 @@ def cap_singular_values(matrix: ArrayLike, cap: ArrayLike, steps: int | None = N
     return _cap(matrix, cap, steps, matrix.ndim - 2).capped if matrix.size else matrix
 
 
-class _Capped(NamedTuple):
-    """A leaf of capped matrices, their largest norm before, and how many were clipped."""
+class Capped(NamedTuple):
+    """A leaf of capped matrices.
+
+    Attributes:
+      capped: The leaf.
+      norm: Scalar float32, the largest norm before, from below.
+      num_clipped: Scalar float32, how many matrices were clipped.
+    """
 
     capped: Any
     norm: jax.Array
     num_clipped: jax.Array
 
 
-def _cap_leaf(path: tuple, g: Any, cap: Any, steps: int, num_stacked: int) -> _Capped:
+def cap_leaf(name: str, path: str, g: Any, cap: Any, steps: int | None, num_stacked: int) -> Capped:
+    """Returns a leaf with the singular values of its matrices capped, and what was seen.
+
+    Args:
+      name: The cap's name, for the message.
+      path: The leaf's path, for the message.
+      g: The leaf; one that has no matrices is passed.
+      cap: As `resolve_threshold` gives it: one number.
+      steps: As in `cap_singular_values`; None is 12.
+      num_stacked: Leading axes that number matrices; the last is taken against the others.
+
+    Returns:
+      A `Capped`.
+
+    Raises:
+      ValueError: If `cap` has several values.
+
+    Example:
+      >>> cap_leaf("cap", "w", 3 * jnp.ones((1, 1)), 1.0, 12, 0).capped.round(3)
+      Array([[1.]], dtype=float32)
+    """
     if not _num_matrices(g, num_stacked):
-        return _Capped(g, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+        return Capped(g, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     if np.size(cap) != 1:
         raise ValueError(
-            f"max_norm must be one number a leaf; at '{_checks.path_name(path)}' "
-            f"it has shape {np.shape(cap)}."
+            f"{name} must be one number a leaf; at '{path}' it has shape {np.shape(cap)}."
         )
     g = jnp.asarray(g)
     cap = cap if isinstance(cap, float) else jnp.reshape(cap, ())
+    steps = _DEFAULT_STEPS if steps is None else steps
     cap_matrices = functools.partial(_cap, steps=steps, num_stacked=num_stacked)
     found = _with_auto_axes(cap_matrices, g)(g, cap)
     return found._replace(capped=keep_weak_type(found.capped, g))
@@ -218,7 +253,7 @@ def _with_auto_axes(fn: Any, g: jax.Array) -> Any:
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return fn
     scalar = sharding.update(spec=PartitionSpec())
-    return jax.sharding.auto_axes(fn, out_sharding=_Capped(sharding, scalar, scalar))
+    return jax.sharding.auto_axes(fn, out_sharding=Capped(sharding, scalar, scalar))
 
 
 def _zero_if(is_bad: jax.Array, g: jax.Array) -> jax.Array:
@@ -229,7 +264,7 @@ def _zero_if(is_bad: jax.Array, g: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "num_stacked"), inline=True)
-def _cap(g: jax.Array, cap: ArrayLike, steps: int, num_stacked: int) -> _Capped:
+def _cap(g: jax.Array, cap: ArrayLike, steps: int, num_stacked: int) -> Capped:
     """Caps matrices, all axes after `num_stacked` but the last against the last."""
     dtype = compute_dtype(g.dtype)
     real = jnp.finfo(dtype).dtype
@@ -251,7 +286,7 @@ def _cap(g: jax.Array, cap: ArrayLike, steps: int, num_stacked: int) -> _Capped:
     norm = jnp.max(size.norm * size.unit).astype(jnp.float32)
     # Chosen in the shape of the leaf, from which the result takes its sharding.
     choice = is_above.reshape(*stack, *(1 for _ in g.shape[num_stacked:]))
-    return _Capped(
+    return Capped(
         capped=jnp.where(choice, capped.astype(g.dtype), g),
         norm=jnp.minimum(norm, jnp.finfo(jnp.float32).max),
         num_clipped=jnp.sum(is_above, dtype=jnp.float32),

@@ -10,8 +10,10 @@ import numpy as np
 
 from jaxclip._checks import is_clippable, is_concrete, path_name
 from jaxclip.gradients import LeafReport
+from jaxclip.thresholds import fan_ins, resolve_threshold
+from jaxclip.weights import weight_clip_rate
 
-__all__ = ["LeafShares", "clip_stats", "explain"]
+__all__ = ["LeafBox", "LeafShares", "clip_stats", "explain"]
 
 _FIELDS = (
     "pre_norm",
@@ -88,7 +90,34 @@ class LeafShares(NamedTuple):
         return f"{self.transform}: {largest}; {bad}"
 
 
-def explain(opt_state: Any, params: Any) -> list[LeafShares]:
+class LeafBox(NamedTuple):
+    """The weight box of one leaf; `str` says it in words.
+
+    Attributes:
+      leaf: Path of the leaf.
+      num_inputs: Its fan-in, if its threshold is that of `fan_in`; else None.
+      threshold: Half the width of the box; the smallest of several.
+      largest_threshold: The largest of several; else the same.
+      share_on_bound: Share of its weights that are on the bound or outside, in [0, 1].
+    """
+
+    leaf: str
+    num_inputs: int | None
+    threshold: float
+    largest_threshold: float
+    share_on_bound: float
+
+    def __str__(self) -> str:
+        inputs = "" if self.num_inputs is None else f"fan-in {self.num_inputs}, "
+        box = f"threshold {self.threshold:.3g}"
+        if self.largest_threshold > self.threshold:
+            box += f" to {self.largest_threshold:.3g}"
+        return f"'{self.leaf}': {inputs}{box}, {self.share_on_bound:.0%} on the bound"
+
+
+def explain(
+    opt_state: Any, params: Any, *, threshold: Any = None, step: Any = None
+) -> list[LeafShares | LeafBox]:
     """Returns which leaf rules the gradient norm, and which was the first not to be finite.
 
     The transforms that look at norms (`clip_by_global_norm`, `clip_by_leaf_norm`,
@@ -98,15 +127,20 @@ def explain(opt_state: Any, params: Any) -> list[LeafShares]:
 
     Args:
       opt_state: State of any optimizer that has such clips in it, with concrete values.
-      params: The parameters, or any tree of their structure; only paths are read.
+      params: The parameters, or any tree of their structure; only paths are read, unless
+        there is a threshold.
+      threshold: The weight box, as in `clip_weights`, if there is one to explain, too.
+      step: Scalar integer for schedules of the threshold; 0 if not given.
 
     Returns:
       A `LeafShares` for each such transform, in the order of the chain. Inside
       `optax.masked` or `partition` a transform sees some leaves only; they are then called
-      `leaf 0`, `leaf 1`, ... in its own order.
+      `leaf 0`, `leaf 1`, ... in its own order. Then a `LeafBox` for each leaf that has a
+      finite threshold.
 
     Raises:
-      TypeError: If `opt_state` is being traced.
+      TypeError: If `opt_state` is being traced, or `threshold` of a wrong type.
+      ValueError: If `threshold` is out of range or does not fit.
 
     Example:
       >>> import jaxclip
@@ -114,13 +148,16 @@ def explain(opt_state: Any, params: Any) -> list[LeafShares]:
       >>> tx = jaxclip.clip_by_global_norm(1.0)
       >>> print(*explain(tx.update(grads, tx.init(grads))[1], grads))
       clip_by_global_norm: 'kernel' has 95% of the squared norm (4.24); no leaf was ever non-finite
+      >>> params = {"kernel": jnp.array([[0.5], [0.1]] * 4), "bias": jnp.zeros(1)}
+      >>> print(*explain((), params, threshold=jaxclip.fan_in(1.0)))
+      'kernel': fan-in 8, threshold 0.5, 50% on the bound
     """
     if not all(map(is_concrete, jax.tree.leaves(opt_state))):
         raise TypeError("explain reads values: call it on the state that a jitted step returned.")
     paths = [
         path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(params) if is_clippable(x)
     ]
-    reports = []
+    reports: list[LeafShares | LeafBox] = []
     for name, state in _named_states(opt_state):
         report = getattr(state, "leaves", None)
         if not isinstance(report, LeafReport):
@@ -138,7 +175,27 @@ def explain(opt_state: Any, params: Any) -> list[LeafShares]:
                 norms=dict(zip(known, norms.tolist(), strict=True)),
             )
         )
-    return reports
+    return reports if threshold is None else reports + _boxes(params, threshold, step)
+
+
+def _boxes(params: Any, threshold: Any, step: Any) -> list[LeafBox]:
+    bounds = jax.tree.leaves(resolve_threshold(threshold, params, step))
+    counts = jax.tree.leaves(fan_ins(threshold, params))
+    leaves, boxes = jax.tree_util.tree_leaves_with_path(params), []
+    for (path, w), t, num_inputs in zip(leaves, bounds, counts, strict=True):
+        values = np.asarray(t, np.float64)
+        if not np.any(np.isfinite(values)):
+            continue
+        boxes.append(
+            LeafBox(
+                leaf=path_name(path),
+                num_inputs=None if num_inputs == np.inf else int(num_inputs),
+                threshold=float(values.min()),
+                largest_threshold=float(values.max()),
+                share_on_bound=float(weight_clip_rate(w, t)),
+            )
+        )
+    return boxes
 
 
 def _named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from jaxclip import _checks
-from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, map_clippable
-from jaxclip.rescaling import not_folded, unit_and_modulus
-from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
+from jaxclip._checks import Mask, compute_dtype, increment, map_clippable
+from jaxclip.landing import bound_in, clip_modulus, is_free, update_within
+from jaxclip.rescaling import not_folded
+from jaxclip.thresholds import check_threshold_tree, resolve_threshold
 
 __all__ = [
     "KeepWeightsWithinState",
@@ -29,8 +29,6 @@ __all__ = [
     "weight_clip_rate",
     "weight_outside_rate",
 ]
-
-_Mask = Any | Callable[[Any], Any]
 
 
 def kernels_only(params: optax.Params) -> Any:
@@ -50,7 +48,7 @@ def kernels_only(params: optax.Params) -> Any:
 
 
 def clip_weights(
-    params: optax.Params, threshold: Any, mask: _Mask | None = None, *, step: Any = None
+    params: optax.Params, threshold: Any, mask: Mask | None = None, *, step: Any = None
 ) -> optax.Params:
     """Projects parameters onto the box `[-threshold, threshold]`, exactly.
 
@@ -83,11 +81,11 @@ def clip_weights(
       https://arxiv.org/abs/2407.01704
     """
     bounds = _bounds(params, threshold, mask, step)
-    return map_clippable(_project, params, bounds)
+    return map_clippable(clip_modulus, params, bounds)
 
 
 def weight_clip_rate(
-    params: optax.Params, threshold: Any, mask: _Mask | None = None, *, step: Any = None
+    params: optax.Params, threshold: Any, mask: Mask | None = None, *, step: Any = None
 ) -> jax.Array:
     """Returns the share of boxed weights that are on the bound (or outside).
 
@@ -113,7 +111,7 @@ def weight_clip_rate(
 
 
 def weight_outside_rate(
-    params: optax.Params, threshold: Any, mask: _Mask | None = None, *, step: Any = None
+    params: optax.Params, threshold: Any, mask: Mask | None = None, *, step: Any = None
 ) -> jax.Array:
     """Returns the share of boxed weights that are outside: that `clip_weights` would move.
 
@@ -142,10 +140,10 @@ def _share_of_boxed(count: Callable[..., jax.Array], params: Any, bounds: Any) -
     """What is counted in each leaf that has a box, over the entries that have one."""
     counted = boxed = jnp.zeros((), jnp.float32)
     for w, t in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
-        if not _checks.is_clippable(w) or _is_free(t):
+        if not _checks.is_clippable(w) or is_free(t):
             continue
         w = jnp.asarray(w)
-        t = _bound_in(t, w)
+        t = bound_in(t, w)
         counted += count(*not_folded((w, t)))
         boxed += jnp.sum(jnp.isfinite(t), dtype=jnp.float32) * (w.size / max(t.size, 1))
     return counted / jnp.maximum(boxed, 1)
@@ -154,7 +152,7 @@ def _share_of_boxed(count: Callable[..., jax.Array], params: Any, bounds: Any) -
 def _num_on_bound(w: jax.Array, t: jax.Array) -> jax.Array:
     """How many entries are on a finite bound or outside, in float32."""
     modulus = jnp.abs(w)
-    if jnp.iscomplexobj(w):  # `_project` stays a few ulps inside the circle
+    if jnp.iscomplexobj(w):  # `clip_modulus` stays a few ulps inside the circle
         modulus = modulus * (1 + 8 * jnp.finfo(t.dtype).eps)
     below = jnp.where(t == 0, -jnp.ones_like(t), jnp.nextafter(t, jnp.zeros_like(t)))
     return _num_above(modulus, below, jnp.isfinite(t))
@@ -190,7 +188,7 @@ class KeepWeightsWithinState(NamedTuple):
 
 
 def keep_weights_within(
-    threshold: Any, mask: _Mask | None = None
+    threshold: Any, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Changes updates so that after `optax.apply_updates` every weight is in the box.
 
@@ -229,89 +227,12 @@ def keep_weights_within(
         _checks.check_params_given("keep_weights_within", params)
         _checks.check_same_structure("updates", updates, "params", params)
         bounds = _bounds(params, threshold, mask, state.step)
-        updates = map_clippable(_corrected_update, updates, params, bounds)
+        updates = map_clippable(update_within, updates, params, bounds)
         return updates, KeepWeightsWithinState(step=increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _bounds(params: Any, threshold: Any, mask: _Mask | None, step: Any) -> Any:
+def _bounds(params: Any, threshold: Any, mask: Mask | None, step: Any) -> Any:
     """The threshold of every leaf, inf where the mask is False."""
-    bounds = resolve_threshold(threshold, params, step)
-    if mask is None:
-        return bounds
-    chosen = mask(params) if callable(mask) else mask
-    return jax.tree.map(
-        lambda is_boxed, subtree: jax.tree.map(lambda t: t if is_boxed else float("inf"), subtree),
-        chosen,
-        bounds,
-    )
-
-
-def _is_free(bound: Any) -> bool:
-    return isinstance(bound, float) and bound == float("inf")
-
-
-def _project(w: jax.Array, bound: Any) -> jax.Array:
-    if _is_free(bound):
-        return w
-    bound = _bound_in(bound, w)
-    if jnp.iscomplexobj(w):
-        unit, modulus = unit_and_modulus(w)
-        eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
-        inside = (bound * (1 - 4 * eps)).astype(w.dtype)
-        is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
-        return keep_weak_type(jnp.where(is_outside, unit * inside, w), w)
-    # Not as a minimum and a maximum: those flush subnormals inside the box to zero.
-    clipped = jnp.where(exceeds(w, bound), jnp.where(w < 0, -bound, bound), w)
-    return keep_weak_type(clipped, w)
-
-
-def _bound_in(bound: Any, w: jax.Array) -> jax.Array:
-    """The bound in the real dtype of `w`; a traced NaN bounds nothing."""
-    bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(w.dtype).dtype))
-    return jnp.where(jnp.isnan(bound), jnp.full_like(bound, jnp.inf), bound)
-
-
-def _corrected_update(u: jax.Array, w: Any, bound: Any) -> jax.Array:
-    """An update `v` in the dtype of `u` with `|round(w + v)| <= bound`."""
-    if _is_free(bound):
-        return u
-    w = jnp.asarray(w)
-    bound = _bound_in(bound, w)
-    correct = _complex_update if jnp.iscomplexobj(w) else _real_update
-    # Where nothing is bounded the update stays as it is: w + u may overflow.
-    return keep_weak_type(jnp.where(jnp.isinf(bound), u, correct(u, w, bound)), u)
-
-
-def _real_update(u: jax.Array, w: jax.Array, bound: jax.Array) -> jax.Array:
-    """An update to the projection, corrected by an ulp where the sum is rounded outside."""
-    wide = compute_dtype(w.dtype, u.dtype)
-    target = _project((w.astype(wide) + u.astype(wide)).astype(w.dtype), bound)
-    v = (target.astype(wide) - w.astype(wide)).astype(u.dtype)
-    after = _rounded_sum(w, v)
-    above = jnp.nextafter(v, jnp.full_like(v, -jnp.inf))
-    below = jnp.nextafter(v, jnp.full_like(v, jnp.inf))
-    return jnp.where(after > bound, above, jnp.where(after < -bound, below, v))
-
-
-def _complex_update(u: jax.Array, w: jax.Array, bound: jax.Array) -> jax.Array:
-    """An update to a point as far inside the circle as its sum with `w` may be rounded."""
-    wide = compute_dtype(w.dtype, u.dtype)
-    moved = w.astype(wide) + u.astype(wide)
-    unit, modulus = unit_and_modulus(moved)
-    half = w.astype(wide) * 0.5 + u.astype(wide) * 0.5  # in case the sum overflows
-    unit = jnp.where(jnp.isfinite(moved), unit, unit_and_modulus(half)[0])
-    eps = max(float(jnp.finfo(w.dtype).eps), float(jnp.finfo(u.dtype).eps))
-    radius = bound * (1 - 4 * eps) - unit_and_modulus(w)[1] * (2 * eps)
-    radius = jnp.maximum(radius, 0).astype(modulus.dtype)
-    target = jnp.where(modulus > radius, unit * radius.astype(wide), moved)
-    return (target - w.astype(wide)).astype(u.dtype)
-
-
-def _rounded_sum(w: jax.Array, v: jax.Array) -> jax.Array:
-    """`w + v` as `optax.apply_updates` rounds it, safe from XLA's excess precision."""
-    wide = compute_dtype(w.dtype, v.dtype)
-    total = w.astype(wide) + v.astype(wide)
-    info = jnp.finfo(w.dtype)
-    return lax.reduce_precision(total, info.nexp, info.nmant).astype(w.dtype)
+    return _checks.masked(mask, params, resolve_threshold(threshold, params, step), float("inf"))

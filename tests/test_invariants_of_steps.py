@@ -53,6 +53,8 @@ EXCEPTIONS = {
         "cautious": "as the optimizer inside",
         "majority_vote": "as scale_by_sign, and the votes are kept for ties",
         "keep_weights_within": "a constraint, which does not judge: NaN weights stay NaN",
+        "project_weights": "as keep_weights_within",
+        "constrain": "as the optimizer inside",
     },
 }
 # What a state says of the last step, and its counts of steps; the rest is learned.

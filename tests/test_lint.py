@@ -55,6 +55,7 @@ NOT_KEPT = {
         jaxclip.keep_weights_within(jaxclip.fan_in()), optax.scale_by_learning_rate(WARMUP)
     ),
     "masked": chain(optax.masked(jaxclip.keep_weights_within(1.0), ONLY_W), optax.scale(-0.1)),
+    "norms": chain(jaxclip.project_weights(jaxclip.max_norm(1.0)), optax.scale(-0.1)),
     "injected": chain(optax.inject_hyperparams(jaxclip.keep_weights_within)(1.0), optax.adam(1e-3)),
     "guarded": jaxclip.skip_nonfinite(chain(jaxclip.keep_weights_within(1.0), optax.adam(1e-3))),
     "decayed": chain(jaxclip.keep_weights_within(1.0), optax.add_decayed_weights(1e-4)),
@@ -137,6 +138,7 @@ SENSIBLE = {
         jaxclip.clip_by_global_norm(10.0), jaxclip.zclip(), optax.adam(1e-3)
     ),
     "box": chain(jaxclip.lion(1e-3), jaxclip.keep_weights_within(1.0)),
+    "norms": chain(jaxclip.lion(1e-3), jaxclip.project_weights(jaxclip.max_norm(1.0))),
     "box, half a step": chain(
         jaxclip.lion(1e-3), jaxclip.keep_weights_within(1.0), optax.scale(0.5)
     ),

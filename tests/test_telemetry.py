@@ -228,3 +228,31 @@ def test_explain_reads_what_learns_too(tx):
     (report,) = jaxclip.explain(state, params)
     assert (report.largest_leaf, report.nonfinite_leaf) == ("kernel", "bias")
     np.testing.assert_allclose(list(report.norms.values()), [3, 4], rtol=1e-6)
+
+
+def test_explain_says_the_box_of_each_leaf():
+    t = float(np.sqrt(2 / 50)) * 0.5
+    params = {
+        "dense": {"kernel": jnp.full((50, 4), 0.01).at[:10].set(t), "bias": jnp.ones(4)},
+        "embed": {"embedding": jnp.zeros((3, 8))},
+        "head": {"kernel": jnp.asarray([[2.0, 0.5], [-1.0, 0.5]])},
+        "count": jnp.arange(3),
+    }
+    rule = jaxclip.fan_in(0.5)
+    threshold = {
+        "dense": rule,
+        "embed": rule,
+        "head": np.asarray([1.0, 2.0]),
+        "count": 1.0,
+    }
+    tx = jaxclip.clip_by_global_norm(1.0)
+    first, *boxes = jaxclip.explain(tx.init(params), params, threshold=threshold)
+    assert first.transform == "clip_by_global_norm"
+    assert [str(box) for box in boxes] == [
+        "'dense/kernel': fan-in 50, threshold 0.1, 20% on the bound",
+        "'embed/embedding': fan-in 8, threshold 0.25, 0% on the bound",
+        "'head/kernel': threshold 1 to 2, 50% on the bound",
+    ]
+    halved = jaxclip.explain((), params, threshold=lambda step: 1.0 / step, step=jnp.float32(4))
+    assert {box.threshold for box in halved} == {0.25}
+    assert jaxclip.explain((), params) == []

@@ -1,18 +1,22 @@
 """Thresholds as given, directed rounding, and `fan_in`."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from jaxclip._checks import path_name
 from jaxclip.threshold_rules import max_abs, mse_optimal
 from jaxclip.thresholds import (
     check_threshold_tree,
     fan_in,
+    fan_ins,
     resolve_threshold,
     round_toward_zero,
 )
@@ -255,7 +259,10 @@ def test_the_empty_tree_has_no_thresholds():
         ("attention/out/kernel", (4, 8, 32), 32),
         ("embed/embedding", (1000, 16), 16),
         ("dense/bias", (10,), None),
+        ("conv3d/kernel", (3, 3, 3, 2, 5), 54),
+        ("attention/query/bias", (4, 8), None),
         ("norm/scale", (64,), None),
+        ("norm/scale", (4, 16), None),
         ("temperature", (), None),
     ],
 )
@@ -287,6 +294,94 @@ def test_kappa_may_be_traced_or_a_schedule():
 def test_a_kappa_that_is_no_number_is_refused_by_name(bad):
     with pytest.raises((TypeError, ValueError), match="kappa"):
         fan_in(bad)
+
+
+@pytest.mark.parametrize(
+    ("shape", "out_axes", "stacked", "inputs"),
+    [
+        ((32, 4, 8), (-2, -1), 0, 32),
+        ((4, 8, 32), (-1,), 0, 32),
+        ((10, 64), 0, 0, 64),
+        ((12, 10, 64), 0, 1, 64),
+        ((16, 8, 3, 3), 0, 0, 72),
+        ((5, 6), (0, 1), 0, 1),
+    ],
+)
+def test_out_axes_say_which_axes_are_outputs(shape, out_axes, stacked, inputs):
+    rule = fan_in(1.0, out_axes=out_axes, stacked_axes=stacked)
+    params = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[stacked:][-1])}
+    got = resolve_threshold(rule, params)
+    np.testing.assert_allclose(float(got["kernel"]), np.sqrt(2 / inputs), rtol=1e-6)
+    assert float(got["bias"]) == np.inf
+    assert fan_ins(rule, params) == {"kernel": inputs, "bias": np.inf}
+
+
+@pytest.mark.parametrize("bad", [True, 1.5, "1", (), (0, None)], ids=repr)
+def test_out_axes_must_be_axes(bad):
+    with pytest.raises((TypeError, ValueError), match="out_axes"):
+        fan_in(1.0, out_axes=bad)
+    with pytest.raises(ValueError, match=r"out_axes .*'dense/kernel'"):
+        resolve_threshold(fan_in(1.0, out_axes=2), {"dense": {"kernel": jnp.ones((2, 2))}})
+
+
+class Layers(nn.Module):
+    """One of each of flax's layers, over an input of shape (2, 6, 6, 8)."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(12, (3, 3), feature_group_count=4, name="conv")(x)
+        x = nn.LayerNorm(name="norm")(x)
+        x = nn.ConvTranspose(6, (2, 2), name="transposed")(x)
+        x = nn.Dense(5, name="dense")(x.reshape(2, 36, 6))
+        x = nn.DenseGeneral((3, 4), name="two_outputs")(x)
+        x = nn.DenseGeneral(10, axis=(-2, -1), name="two_inputs")(x)
+        x = nn.MultiHeadDotProductAttention(2, qkv_features=8, name="attention")(x)
+        x = nn.scan(
+            lambda layer, x, _: (layer(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=7,
+        )(nn.Dense(10, name="stack"), x, None)[0]
+        return x, nn.Embed(30, 4, name="embed")(jnp.zeros(1, jnp.int32))
+
+
+def test_fan_in_of_the_real_layers_of_flax():
+    shapes = jax.eval_shape(Layers().init, jax.random.key(0), jnp.zeros((2, 6, 6, 8)))["params"]
+    rules = {name: fan_in() for name in shapes} | {
+        "two_outputs": fan_in(out_axes=(-2, -1)),
+        "stack": fan_in(stacked_axes=1),
+    }
+    got = fan_ins(rules, shapes)
+    kernels = {
+        name: got[name]["kernel"]
+        for name in ("conv", "transposed", "dense", "two_outputs", "two_inputs", "stack")
+    }
+    assert kernels == {
+        "conv": 3 * 3 * 8 // 4,  # of the inputs of its group
+        "transposed": 2 * 2 * 12,
+        "dense": 6,
+        "two_outputs": 5,
+        "two_inputs": 3 * 4,
+        "stack": 10,
+    }
+    attention = {name: layer["kernel"] for name, layer in got["attention"].items()}
+    assert attention == {"query": 10, "key": 10, "value": 10, "out": 8}
+    assert got["embed"] == {"embedding": 4}
+    free = [*(got[n]["bias"] for n in (*kernels, "norm")), got["norm"]["scale"]]
+    free += [layer["bias"] for layer in got["attention"].values()]
+    assert set(free) == {np.inf}
+
+
+def test_fan_in_of_the_attention_of_nnx():
+    layer = nnx.MultiHeadAttention(2, 10, 8, decode=False, rngs=nnx.Rngs(0))
+    got = fan_ins(fan_in(), nnx.state(layer, nnx.Param))
+    got = {path_name(p): n for p, n in jax.tree_util.tree_leaves_with_path(got)}
+    assert {k: n for k, n in got.items() if n < np.inf} == {
+        "query/kernel": 10,
+        "key/kernel": 10,
+        "value/kernel": 10,
+        "out/kernel": 8,
+    }
 
 
 @pytest.mark.parametrize("bad", [-1, 1.5, True, "1", None], ids=repr)

@@ -57,6 +57,15 @@ def error_feedback(max_residual):
     return jaxclip.error_feedback(jaxclip.scale_by_sign(), max_residual=max_residual)
 
 
+def project_weights(threshold):
+    return jaxclip.project_weights(jaxclip.max_norm(threshold))
+
+
+def constrain(threshold):
+    box = jaxclip.box(threshold)
+    return jaxclip.constrain(jaxclip.lion(0.1), box, zero_momentum_at_bound=True)
+
+
 def majority_vote():
     return jaxclip.majority_vote(None, ties="previous")  # of one worker
 
@@ -65,6 +74,7 @@ def smooth_clip_by_value(scale):
     return jaxclip.smooth_clip(scale, by="value")
 
 
+CONSTRAINTS = {jaxclip.keep_weights_within, project_weights}  # which do not judge a step
 WRAPPERS = {cautious, skip_nonfinite, skip_or_clip, error_feedback}
 TRANSFORMS = [
     Row(jaxclip.clip_by_value, "max_abs"),
@@ -83,6 +93,8 @@ TRANSFORMS = [
     Row(jaxclip.signum, "learning_rate", 0.01),
     Row(jaxclip.lion, "learning_rate", 0.01),
     Row(jaxclip.keep_weights_within, "threshold"),
+    Row(project_weights, "threshold"),
+    Row(constrain, "threshold", takes_schedule=False),  # its momentum remembers the bounds
     Row(jaxclip.autoclip, "quantile", 0.5, takes_schedule=False),
     Row(jaxclip.zclip, "z", 2.5, takes_schedule=False),
     Row(jaxclip.adagc, "max_norm", 1.0),
@@ -376,7 +388,7 @@ def test_a_bad_gradient_never_enters_the_state(row: Row, bad: float):
     if row.factory in WRAPPERS:  # whose inner transform may not have seen it at all
         counters = counters[:1]
     assert all(int(c) == 1 for c in counters)
-    assert counters or row.factory is jaxclip.keep_weights_within
+    assert counters or row.factory in CONSTRAINTS
 
 
 @every_transform
