@@ -1,6 +1,6 @@
 """Clipping and sign steps for JAX: train by sign inside a weight box, ship at low bits."""
 
-from jaxclip import checkpoints, plots
+from jaxclip import checkpoints, interop, plots
 from jaxclip.adaptive import adagc, autoclip, zclip
 from jaxclip.compression import compress, decompress, size_report
 from jaxclip.feedback import error_feedback
@@ -61,6 +61,7 @@ __all__ = [
     "fan_in",
     "fit",
     "global_norm",
+    "interop",
     "keep_weights_within",
     "kernels_only",
     "leaf_norms",
