@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip import layout
+from jaxclip.grids import code_range
 from jaxclip.quantization import QuantizedArray, dequantize
 
-__all__ = ["ExportTensor", "cast", "named_leaves", "plain_tensor"]
+__all__ = ["ExportTensor", "cast", "codes_of", "named_leaves", "plain_tensor"]
 
 
 class ExportTensor(NamedTuple):
@@ -123,3 +124,28 @@ def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if np.any(lost):
         raise ValueError(f"'{name}' has an entry that is not finite in {dtype}: {array[lost][0]}.")
     return result
+
+
+def codes_of(name: str, leaf: QuantizedArray) -> np.ndarray:
+    """Returns the codes of a low-bit leaf, or raises if one is outside its grid.
+
+    Args:
+      name: The leaf's name, for the message.
+      leaf: A low-bit array.
+
+    Returns:
+      int8, in the array's shape.
+
+    Raises:
+      ValueError: If a code is outside `code_range(bits, full_signed)`.
+
+    Example:
+      >>> from jaxclip.quantization import quantize
+      >>> codes_of("w", quantize(jnp.array([0.5, -0.5]), 1))
+      array([ 1, -1], dtype=int8)
+    """
+    codes = np.asarray(leaf.qvalue)
+    low, high = code_range(leaf.bits, leaf.full_signed)
+    if codes.min(initial=0) < low or codes.max(initial=0) > high:
+        raise ValueError(f"'{name}': codes are not in the range of bits={leaf.bits!r}.")
+    return codes

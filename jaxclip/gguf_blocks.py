@@ -10,6 +10,7 @@ scale. Scales are rounded to float16 before codes are chosen, so codes fit what 
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ __all__ = ["BLOCK_SIZE", "BYTES_PER_BLOCK", "blocks_of_codes", "encode_blocks"]
 BLOCK_SIZE = 32
 BYTES_PER_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 _CODES = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-128, 127)}
-# Parts of a block's range that a start of the affine fit cuts off below and above.
-_PLACES = (-0.03, 0.0, 0.03, 0.06, 0.09, 0.12)
-_STARTS = np.array(list(itertools.product(_PLACES, repeat=2)), np.float32)
+# Parts of a block's range that a start of the affine fit leaves out below and above: first
+# all pairs of these, then pairs of steps from the best of them.
+_COARSE = np.array(list(itertools.product((-0.03, 0.01, 0.06, 0.12, 0.2), repeat=2)), np.float32)
+_FINE = np.array(list(itertools.product((-0.025, -0.01, 0.01, 0.025), repeat=2)), np.float32)
 # Blocks that are encoded at once: bounds memory, and one compilation serves all chunks.
 _CHUNK = 2**14
 
@@ -157,12 +159,22 @@ def _padded(blocks: np.ndarray) -> np.ndarray:
     return np.pad(blocks, ((0, size - len(blocks)), (0, 0)))
 
 
+class _AffineFit(NamedTuple):
+    """d and m, what they explain of the sum of squares, and the start that they came from."""
+
+    d: jax.Array
+    m: jax.Array
+    gain: jax.Array
+    below: jax.Array
+    above: jax.Array
+
+
 @jax.jit
 def _affine_fit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """d and m of `d * q + m`, q in 0..15, of little squared error over axis 0.
 
-    From every start the codes are rounded once and d and m fitted to them by least squares;
-    the best fit is refined further. The sums are written out, so that one vectorized loop
+    From every start codes are rounded once, and d and m fitted to them by least squares; the
+    best fit is refined further. The sums are written out, so that one vectorized loop
     over the blocks computes them.
     """
     mean = jnp.mean(x, axis=0)
@@ -178,15 +190,21 @@ def _affine_fit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             codes, squares, products = codes + q, squares + q * q, products + q * row
         variance = squares - codes * codes / BLOCK_SIZE
         d = jnp.where(variance > 0, products / jnp.where(variance > 0, variance, 1), 0)
-        return d, -d * codes / BLOCK_SIZE, d * products  # the last is what it explains of x^2
+        return d, -d * codes / BLOCK_SIZE, d * products
 
-    def try_start(best: tuple, start: jax.Array) -> tuple[tuple, None]:
-        below, above = start
-        fit = refit(span * (1 - below - above) / 15, lowest + span * below)
-        is_better = fit[2] > best[2]
-        return tuple(jnp.where(is_better, a, b) for a, b in zip(fit, best, strict=True)), None
+    def search(best: _AffineFit, starts: np.ndarray, centre: _AffineFit) -> _AffineFit:
+        def try_start(best: _AffineFit, start: jax.Array) -> tuple[_AffineFit, None]:
+            below, above = centre.below + start[0], centre.above + start[1]
+            d, m = span * (1 - below - above) / 15, lowest + span * below
+            new = _AffineFit(*refit(d, m), below, above)
+            is_better = new.gain > best.gain
+            pairs = zip(new, best, strict=True)
+            return _AffineFit(*(jnp.where(is_better, *pair) for pair in pairs)), None
 
-    nothing = (jnp.zeros_like(span), jnp.zeros_like(span), jnp.zeros_like(span))
-    best, _ = lax.scan(try_start, nothing, jnp.asarray(_STARTS))
-    d, m, _ = lax.fori_loop(0, 3, lambda _, fit: refit(fit[0], fit[1]), best)
+        return lax.scan(try_start, best, jnp.asarray(starts))[0]
+
+    nothing = _AffineFit(*(jnp.zeros_like(span) for _ in _AffineFit._fields))
+    best = search(nothing, _COARSE, nothing)
+    best = search(best, _FINE, best)
+    d, m, _ = lax.fori_loop(0, 3, lambda _, fit: refit(fit[0], fit[1]), best[:3])
     return d, m + mean

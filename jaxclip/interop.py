@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxclip import _checks, layout
 from jaxclip.atomic import replacing
-from jaxclip.exports import ExportTensor, cast, named_leaves, plain_tensor
+from jaxclip.exports import ExportTensor, cast, codes_of, named_leaves, plain_tensor
 from jaxclip.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_of_codes, encode_blocks
 from jaxclip.grids import code_range
 from jaxclip.quantization import QuantizedArray, pack_codes
@@ -287,7 +287,7 @@ def _pack_quantized(
     packed_shape = (rows, -(-columns * num_bits // 32))
     parts = {
         f"{name}_packed": ExportTensor(
-            packed_shape, np.dtype(np.int32), lambda: _packed_rows(leaf, num_bits)
+            packed_shape, np.dtype(np.int32), lambda: _packed_rows(codes_of(name, leaf), num_bits)
         ),
         f"{name}_scale": ExportTensor(scale_shape, scale_dtype, make_scale),
         f"{name}_shape": ExportTensor((2,), np.dtype(np.int64), lambda: np.array([rows, columns])),
@@ -300,9 +300,8 @@ def _fits(leaf: QuantizedArray, lowest: int, highest: int) -> bool:
     return lowest <= low and high <= highest
 
 
-def _packed_rows(leaf: QuantizedArray, num_bits: int) -> np.ndarray:
+def _packed_rows(codes: np.ndarray, num_bits: int) -> np.ndarray:
     """Codes as int32 words, each row filled up with zeros, the first code lowest."""
-    codes = np.asarray(leaf.qvalue)
     padding = -codes.shape[1] % (32 // num_bits)
     # What packs to zeros is the lowest code.
     codes = np.pad(codes, ((0, 0), (0, padding)), constant_values=-(2 ** (num_bits - 1)))
@@ -375,7 +374,9 @@ def _gguf_tensor(name: str, leaf: Any, kind: str | None) -> tuple[str, ExportTen
     def make() -> np.ndarray:
         try:
             if isinstance(leaf, QuantizedArray):
-                blocks = blocks_of_codes(*_codes_and_scales(leaf), kind)
+                blocks = blocks_of_codes(
+                    codes_of(name, leaf).reshape(-1, BLOCK_SIZE), _block_scales(leaf), kind
+                )
             else:
                 array = np.asarray(leaf)
                 if not np.all(np.isfinite(array)):
@@ -388,8 +389,8 @@ def _gguf_tensor(name: str, leaf: Any, kind: str | None) -> tuple[str, ExportTen
     return kind, ExportTensor((*shape[:-1], num_bytes), np.dtype(np.uint8), make)
 
 
-def _codes_and_scales(leaf: QuantizedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes in blocks of 32, and the scale of each."""
+def _block_scales(leaf: QuantizedArray) -> np.ndarray:
+    """The scale of each 32 entries, of shape (blocks, 1)."""
     scale = leaf.granularity.expand(jnp.asarray(leaf.scale), leaf.shape)
     scale = np.broadcast_to(np.asarray(scale), leaf.shape).reshape(-1, BLOCK_SIZE)
     if not np.all(scale == scale[:, :1]):
@@ -398,7 +399,7 @@ def _codes_and_scales(leaf: QuantizedArray) -> tuple[np.ndarray, np.ndarray]:
             f"axis=0 or group_size=32; got axis={leaf.granularity.axis}, "
             f"group_size={leaf.granularity.group_size}."
         )
-    return np.asarray(leaf.qvalue).reshape(-1, BLOCK_SIZE), scale[:, :1]
+    return scale[:, :1]
 
 
 def _add_metadata(writer: Any, key: str, value: Any) -> None:
