@@ -1,6 +1,6 @@
 """Clipping and sign steps for JAX: train by sign inside a weight box, ship at low bits."""
 
-from jaxclip import checkpoints, plots
+from jaxclip import checkpoints, interop, plots
 from jaxclip.adaptive import adagc, autoclip, zclip
 from jaxclip.boxes import box, nonnegative
 from jaxclip.compression import compress, decompress, size_report
@@ -66,6 +66,7 @@ __all__ = [
     "fan_in",
     "fit",
     "global_norm",
+    "interop",
     "keep_weights_within",
     "kernels_only",
     "leaf_norms",

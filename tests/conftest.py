@@ -24,8 +24,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jaxclip")
 
 
-# A script that imports torch, which the tests do without; collecting doctests imports all.
-collect_ignore = ["recorded/record_torch.py"]
+# Scripts that import torch, which the tests do without; collecting doctests imports all.
+collect_ignore = ["recorded/record_torch.py", "recorded/record_compressed_tensors.py"]
 
 
 @pytest.fixture

@@ -1,0 +1,151 @@
+"""A tree as named tensors for a file of another library, each made when its turn comes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclip import layout
+from jaxclip.grids import code_range
+from jaxclip.quantization import QuantizedArray, dequantize
+
+__all__ = ["ExportTensor", "cast", "codes_of", "named_leaves", "plain_tensor"]
+
+
+class ExportTensor(NamedTuple):
+    """A tensor before it is written.
+
+    Attributes:
+      shape: Its shape.
+      dtype: Its dtype.
+      make: Returns its values, a NumPy array of that shape and dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+
+def named_leaves(tree: Any, separator: str) -> dict[str, Any]:
+    """Returns the leaves of a tree by name.
+
+    Args:
+      tree: Pytree of arrays and `QuantizedArray`.
+      separator: What joins the keys of nested trees to a name.
+
+    Returns:
+      A dict in the order of the tree; a tree that is one leaf has the name "array".
+
+    Raises:
+      TypeError: If a leaf is no array, or is traced or abstract.
+      ValueError: If two leaves have the same name, or a leaf lies on other processes.
+
+    Example:
+      >>> list(named_leaves({"layers": [{"weight": np.zeros(2)}]}, "."))
+      ['layers.0.weight']
+    """
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_quantized):
+        name = jax.tree_util.keystr(path, simple=True, separator=separator) or "array"
+        if name in leaves:
+            raise ValueError(
+                f"two leaves have the name '{name}' when keys are joined by {separator!r}."
+            )
+        for part in (leaf.qvalue, leaf.scale) if _is_quantized(leaf) else (leaf,):
+            layout.check_leaf(name, part)
+            layout.check_has_values(name, part)
+        leaves[name] = leaf
+    return leaves
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedArray)
+
+
+def plain_tensor(name: str, leaf: Any, dtype: np.dtype | None = None) -> ExportTensor:
+    """Returns the tensor of a leaf's values, dequantized if it is low-bit.
+
+    Args:
+      name: The leaf's name, for messages.
+      leaf: An array or `QuantizedArray`.
+      dtype: Floating dtype of the values if they are floating; None for the leaf's own.
+
+    Returns:
+      An `ExportTensor`. Its `make` raises ValueError if a finite entry is not finite in
+      `dtype`.
+
+    Example:
+      >>> tensor = plain_tensor("w", np.array([1, 2]), np.dtype(np.float16))
+      >>> tensor.dtype, tensor.make()
+      (dtype('int64'), array([1, 2]))
+    """
+    is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    own = jnp.dtype(leaf.dtype) if is_floating else leaf.dtype
+    target = dtype if dtype is not None and is_floating else own
+    if isinstance(target, np.dtype) and not target.isnative:
+        target = target.newbyteorder("=")
+
+    def make() -> np.ndarray:
+        if _is_quantized(leaf):
+            # jax has float64 only where that is switched on; the product is float32 anyway.
+            values = dequantize(leaf, target if target.itemsize <= 4 else jnp.float32)
+            return np.asarray(values).astype(target)
+        return cast(name, np.asarray(leaf), target)
+
+    return ExportTensor(tuple(leaf.shape), target, make)
+
+
+def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns an array in another dtype, or raises if that loses a finite value.
+
+    Args:
+      name: What to call the array in errors.
+      array: NumPy array.
+      dtype: Dtype of the result.
+
+    Returns:
+      A NumPy array.
+
+    Raises:
+      ValueError: If a finite entry is not finite in `dtype`.
+
+    Example:
+      >>> cast("w", np.array([1e6]), np.dtype(np.float16))
+      Traceback (most recent call last):
+      ValueError: 'w' has an entry that is not finite in float16: 1000000.0.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(result)
+    if np.any(lost):
+        raise ValueError(f"'{name}' has an entry that is not finite in {dtype}: {array[lost][0]}.")
+    return result
+
+
+def codes_of(name: str, leaf: QuantizedArray) -> np.ndarray:
+    """Returns the codes of a low-bit leaf, or raises if one is outside its grid.
+
+    Args:
+      name: The leaf's name, for the message.
+      leaf: A low-bit array.
+
+    Returns:
+      int8, in the array's shape.
+
+    Raises:
+      ValueError: If a code is outside `code_range(bits, full_signed)`.
+
+    Example:
+      >>> from jaxclip.quantization import quantize
+      >>> codes_of("w", quantize(jnp.array([0.5, -0.5]), 1))
+      array([ 1, -1], dtype=int8)
+    """
+    codes = np.asarray(leaf.qvalue)
+    low, high = code_range(leaf.bits, leaf.full_signed)
+    if codes.min(initial=0) < low or codes.max(initial=0) > high:
+        raise ValueError(f"'{name}': codes are not in the range of bits={leaf.bits!r}.")
+    return codes

@@ -1,0 +1,473 @@
+"""Exports, read by the libraries they are for, and by readings that share no code with ours.
+
+`recorded/record_compressed_tensors.py` made `recorded/compressed_tensors.json`.
+"""
+
+import importlib.util
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+import jaxclip
+from jaxclip import interop
+from jaxclip.grids import Granularity, code_range
+from jaxclip.quantization import QuantizedArray
+
+FOLDER = pathlib.Path(__file__).parent / "recorded"
+
+
+def random_weights(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(dtype)
+
+
+def quantized(codes: Any, scale: Any, bits: Any, axis: Any = 0, group_size: int | None = None):
+    """A low-bit array with the codes and scales given."""
+    return QuantizedArray(
+        qvalue=jnp.asarray(codes, jnp.int8),
+        scale=jnp.asarray(scale, jnp.float32),
+        bits=bits,
+        full_signed=True,
+        granularity=Granularity(axis, group_size),
+        dtype=jnp.dtype(jnp.float32),
+    )
+
+
+def drawn(bits: Any, shape: tuple[int, int], group_size: int | None = None, axis: Any = 0):
+    """A low-bit matrix with every kind of code and scales of both signs."""
+    rng = np.random.default_rng(1)
+    low, high = code_range(bits)
+    codes = rng.integers(low, high + 1, shape)
+    codes = np.where(codes == 0, 1, codes) if bits == 1 else codes
+    scale_shape = Granularity(axis, group_size).scale_shape(shape)
+    return quantized(codes, rng.normal(size=scale_shape), bits, axis, group_size)
+
+
+def expected_values(q: QuantizedArray) -> np.ndarray:
+    """code * scale in float64, for a matrix with one scale, one a row or one a group in a row."""
+    codes, scale = np.asarray(q.qvalue, np.float64), np.asarray(q.scale, np.float64)
+    return codes * np.repeat(scale, codes.shape[1] // scale.shape[1], axis=1)
+
+
+# --- safetensors ------------------------------------------------------------------------
+
+
+def model() -> dict[str, Any]:
+    return {
+        "layers": [
+            {"kernel": jaxclip.quantize(random_weights(6, 4), 4, axis=-1), "bias": np.arange(4)},
+            {"kernel": jnp.asarray(random_weights(4, 2)), "scale": random_weights(2)},
+        ],
+        "half": random_weights(3, dtype=ml_dtypes.bfloat16),
+    }
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.float16, jnp.bfloat16, np.float64])
+def test_safetensors_loads_what_decompress_gives(tmp_path, dtype):
+    path = tmp_path / "net.safetensors"
+    interop.to_safetensors(path, model(), dtype=dtype)
+    loaded = safetensors.numpy.load_file(path)
+    first, second = jaxclip.decompress(model())["layers"]
+    expected = {
+        "layers.0.kernel": first["kernel"],
+        "layers.0.bias": first["bias"],
+        "layers.1.kernel": second["kernel"],
+        "layers.1.scale": second["scale"],
+        "half": model()["half"],
+    }
+    assert loaded.keys() == expected.keys()
+    for name, array in expected.items():
+        array = np.asarray(array)
+        if dtype is not None and name != "layers.0.bias":
+            array = array.astype(dtype)
+        assert loaded[name].dtype == array.dtype
+        assert np.array_equal(loaded[name], array), name
+
+
+def test_the_file_says_its_format_for_transformers_and_tensors_are_aligned(tmp_path):
+    path = tmp_path / "net.safetensors"
+    interop.to_safetensors(path, {"a": np.ones(3, np.int8), "b": np.ones(3)})
+    with safetensors.safe_open(path, "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0
+    assert header["b"]["data_offsets"] == [0, 24]  # the wider dtype first
+
+
+def test_names_are_the_keys_as_they_are(tmp_path):
+    path = tmp_path / "net.safetensors"
+    tree = {"a/b": {"c:d": np.zeros(1)}, "é": np.ones(2), 3: [np.full(1, 2.0)]}
+    interop.to_safetensors(path, {str(k): v for k, v in tree.items()}, separator="/")
+    assert set(safetensors.numpy.load_file(path)) == {"a/b/c:d", "é", "3/0"}
+
+
+def test_arrays_that_are_not_in_row_major_order_are_written_in_it(tmp_path):
+    path = tmp_path / "net.safetensors"
+    w = random_weights(4, 6)
+    tree = {"t": w.T, "strided": w[::2, ::3], "big": w.astype(">f4"), "scalar": np.float32(2)}
+    interop.to_safetensors(path, tree)
+    loaded = safetensors.numpy.load_file(path)
+    assert loaded["scalar"].shape == ()
+    for name, array in tree.items():
+        assert np.array_equal(loaded[name], array), name
+
+
+def test_leaves_of_one_name_are_refused(tmp_path):
+    tree = {"a": {"b": np.zeros(1)}, "a.b": np.ones(1)}
+    with pytest.raises(ValueError, match=r"two leaves have the name 'a\.b'"):
+        interop.to_safetensors(tmp_path / "net.safetensors", tree)
+    with pytest.raises(ValueError, match="'__metadata__', which safetensors keeps"):
+        interop.to_safetensors(tmp_path / "net.safetensors", {"__metadata__": np.zeros(1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "message"),
+    [
+        ({"a": {"w": np.full(2, 1e6)}}, ValueError, r"'a\.w' .*not finite in float16: 1000000\.0"),
+        ({"w": 0.5}, TypeError, "'w' is the Python number"),
+        ({"w": jax.ShapeDtypeStruct((2,), np.float32)}, TypeError, "'w' has no values"),
+        ({"w": np.zeros(2, complex)}, TypeError, "'w' has dtype complex128"),
+        ({"w": jax.random.key(0)}, TypeError, "'w' has dtype key.*key_data"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused_and_leaves_the_old_one(tmp_path, tree, error, message):
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(error, match=message):
+        interop.to_safetensors(path, tree, dtype=np.float16, overwrite=True)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_infinite_entries_stay_infinite(tmp_path):
+    path = tmp_path / "net.safetensors"
+    interop.to_safetensors(path, {"w": np.array([np.inf, -1.0])}, dtype=np.float16)
+    assert np.array_equal(safetensors.numpy.load_file(path)["w"], [np.inf, -1])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, bool, "int32"])
+def test_a_dtype_that_is_not_floating_is_refused(tmp_path, dtype):
+    with pytest.raises(TypeError, match="dtype must be floating"):
+        interop.to_safetensors(tmp_path / "net.safetensors", {}, dtype=dtype)
+
+
+def every_export(path: pathlib.Path, **arguments: Any) -> list:
+    tree = {"weight": drawn(4, (2, 32))}
+    return [
+        lambda: interop.to_safetensors(path, tree, **arguments),
+        lambda: interop.to_compressed_tensors(path, tree, **arguments),
+        lambda: interop.to_gguf(path, tree, "llama", **arguments),
+    ]
+
+
+@pytest.mark.parametrize("i", [0, 1, 2], ids=["safetensors", "compressed_tensors", "gguf"])
+def test_an_existing_file_is_replaced_only_when_asked(tmp_path, i):
+    if i == 2:
+        pytest.importorskip("gguf", reason="the gguf package is in the extra gguf")
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        every_export(path)[i]()
+    assert path.read_bytes() == b"old"
+    path.chmod(0o640)
+    every_export(path, overwrite=True)[i]()
+    assert path.stat().st_size > 100
+    assert path.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        every_export(tmp_path / "missing" / "file")[i]()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- compressed-tensors -----------------------------------------------------------------
+
+
+def unpacked(words: np.ndarray, num_bits: int, columns: int) -> np.ndarray:
+    """Codes from words: code i of a row is bits [i * num_bits, (i + 1) * num_bits), plus half."""
+    per_word = 32 // num_bits
+    codes = np.zeros((len(words), columns), np.int64)
+    for i in range(columns):
+        word = words[:, i // per_word].astype(np.int64) & 0xFFFFFFFF
+        codes[:, i] = (word >> (num_bits * (i % per_word))) & (2**num_bits - 1)
+    return codes - 2 ** (num_bits - 1)
+
+
+def exported(tmp_path: pathlib.Path, tree: Any, **arguments: Any) -> tuple[dict, dict]:
+    path = tmp_path / "model.safetensors"
+    config = interop.to_compressed_tensors(path, tree, overwrite=True, **arguments)
+    return safetensors.numpy.load_file(path), config
+
+
+def test_a_word_is_that_worked_by_hand(tmp_path):
+    codes = np.array([[-8, -7, 0, 1, 7, 6, 5, 4, -8]])
+    tensors, _ = exported(tmp_path, {"a": {"weight": quantized(codes, [[0.5]], 4)}})
+    # Unsigned 0, 1, 8, 9, f, e, d, c, the first lowest: 0xcdef9810; then 0 and padding.
+    words = np.array([[0xCDEF9810, 0]], np.uint32).view(np.int32)
+    assert np.array_equal(tensors["a.weight_packed"], words)
+    assert tensors["a.weight_packed"].dtype == np.int32
+    assert np.array_equal(tensors["a.weight_shape"], [1, 9])
+    assert tensors["a.weight_shape"].dtype == np.int64
+    assert np.array_equal(tensors["a.weight_scale"], [[0.5]])
+
+
+@pytest.mark.parametrize("group_size", [None, 16, 48, 100], ids=lambda g: f"group {g}")
+@pytest.mark.parametrize("bits", [1, "ternary", 2, 3, 4, 5, 6, 8])
+def test_codes_and_scales_read_independently_give_the_weights(tmp_path, bits, group_size):
+    q = drawn(bits, (5, 48), group_size)
+    tensors, config = exported(tmp_path, {"a": {"weight": q}})
+    weights = config["config_groups"]["group_0"]["weights"]
+    assert weights["num_bits"] == (4 if bits in (1, "ternary", 2, 3, 4) else 8)
+    is_grouped = group_size == 16
+    assert weights["strategy"] == ("group" if is_grouped else "channel")
+    assert weights["group_size"] == (16 if is_grouped else None)
+    codes = unpacked(tensors["a.weight_packed"], weights["num_bits"], 48)
+    scale = tensors["a.weight_scale"].astype(np.float64)
+    assert scale.shape == (5, 3 if is_grouped else 1)
+    assert np.array_equal(codes * np.repeat(scale, 48 // scale.shape[1], 1), expected_values(q))
+
+
+def test_one_scale_for_a_matrix_is_repeated_for_each_output(tmp_path):
+    tensors, config = exported(tmp_path, {"weight": drawn(4, (3, 8), axis=None)})
+    assert tensors["weight_scale"].shape == (3, 1)
+    assert config["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
+
+
+def test_the_configuration_names_what_is_packed_and_what_is_not(tmp_path):
+    tree = {
+        "embed": {"weight": random_weights(7, 8)},
+        "norm": {"weight": random_weights(8)},
+        "a": {"weight": drawn(4, (4, 8)), "bias": random_weights(4)},
+        "b": {"weight": drawn(8, (4, 8), 4)},
+    }
+    tensors, config = exported(tmp_path, tree, dtype=jnp.bfloat16)
+    assert config["quant_method"] == "compressed-tensors"
+    assert config["format"] == "pack-quantized"
+    assert config["ignore"] == ["embed"]
+    targets = {k: g["targets"] for k, g in config["config_groups"].items()}
+    assert targets == {"group_0": ["Linear"], "group_1": ["b"]}
+    assert json.loads(json.dumps(config)) == config
+    for name in ("embed.weight", "norm.weight", "a.bias", "a.weight_scale", "b.weight_scale"):
+        assert tensors[name].dtype == ml_dtypes.bfloat16
+    assert np.array_equal(tensors["a.bias"], tree["a"]["bias"].astype(ml_dtypes.bfloat16))
+
+
+def record_module() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "record_compressed_tensors", FOLDER / "record_compressed_tensors.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RECORD = json.loads((FOLDER / "compressed_tensors.json").read_text())
+
+
+def assert_like_theirs(tmp_path: pathlib.Path, case: dict[str, Any]) -> None:
+    q = quantized(case["codes"], case["scale"], case["num_bits"], 0, case["group_size"])
+    tensors, _ = exported(tmp_path, {"weight": q})
+    assert np.array_equal(tensors["weight_packed"], case["weight_packed"])
+    assert np.array_equal(tensors["weight_shape"], case["weight_shape"])
+    assert np.array_equal(tensors["weight_scale"], np.float32(case["scale"]))
+    # Their product is rounded to float32, as ours is.
+    assert np.array_equal(np.float32(case["weight"]), np.asarray(jaxclip.dequantize(q)))
+
+
+@pytest.mark.parametrize("case", RECORD["cases"])
+def test_compressed_tensors_packed_and_unpacked_the_same(tmp_path, case):
+    assert_like_theirs(tmp_path, case)
+
+
+def test_compressed_tensors_packs_and_unpacks_the_same_here_and_now(tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors needs torch")
+    for case in record_module().record()["cases"]:
+        assert_like_theirs(tmp_path, case)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"w": drawn(4, (2, 8))}, "'w' has codes, so it must be a matrix whose name ends in"),
+        ({"weight": quantized(np.ones((2, 2, 2)), np.ones((2, 1, 1)), 4)}, r"shape \(2, 2, 2\)"),
+        ({"a.weight": drawn(4, (2, 8), axis=1)}, r"'a\.weight' must be \(outputs, inputs\)"),
+        ({"weight": drawn(4, (8, 8), 4, axis=1)}, r"got axis=1\. Transpose"),
+        ({"weight": drawn(4, (2, 8), 3)}, "8 inputs, which must be a multiple of .*group_size=3"),
+        ({"weight": random_weights(2, 2)}, "no QuantizedArray leaf: compress it first"),
+        ({"weight": quantized([[9]], [[1.0]], 4)}, "'weight': codes are not in the range"),
+        ({"weight": quantized([[1]], [[1e-9]], 4)}, "'weight' has a scale that is 0 in float16"),
+        ({"weight": quantized([[1]], [[1e9]], 4)}, "'weight_scale' .*not finite in float16"),
+        (
+            {"weight": drawn(4, (2, 8)), "weight_scale": random_weights(2)},
+            "two tensors would have the name 'weight_scale'",
+        ),
+    ],
+)
+def test_what_the_layout_has_not_is_refused_by_name(tmp_path, tree, message):
+    with pytest.raises(ValueError, match=message):
+        exported(tmp_path, tree, dtype=np.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- GGUF -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gguf() -> Any:
+    return pytest.importorskip("gguf", reason="the gguf package is in the extra gguf")
+
+
+def read_gguf(gguf: Any, path: pathlib.Path) -> dict[str, tuple[str, np.ndarray]]:
+    """GGUF's type and the values of each tensor, by the gguf package alone."""
+    tensors = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        is_plain = tensor.tensor_type.name[0] in "FI"
+        values = tensor.data if is_plain else gguf.dequantize(tensor.data, tensor.tensor_type)
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        tensors[tensor.name] = (tensor.tensor_type.name, np.array(values).reshape(shape))
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_the_gguf_package_reads_every_leaf(tmp_path, gguf, kind):
+    path = tmp_path / "net.gguf"
+    w = random_weights(6, 64)
+    tree = {
+        "blk": [{"w": jnp.asarray(w), "stack": w.reshape(2, 3, 64), "b": w[0]}],
+        "odd": w[:, :33],
+        "half": w[:, :5].astype(np.float16),
+        "brain": w[:, :64].astype(ml_dtypes.bfloat16),
+        "ids": np.arange(5, dtype=np.int32),
+        "scalar": np.float32(2.5),
+    }
+    interop.to_gguf(path, tree, "llama", kind=kind)
+    read = read_gguf(gguf, path)
+    types = {name: type_name for name, (type_name, _) in read.items()}
+    assert types == {
+        "blk.0.w": kind,
+        "blk.0.stack": kind,
+        "blk.0.b": "F32",
+        "odd": "F32",
+        "half": "F16",
+        "brain": kind,
+        "ids": "I32",
+        "scalar": "F32",
+    }
+    for name, exact in [("blk.0.b", w[0]), ("odd", w[:, :33]), ("ids", tree["ids"])]:
+        assert np.array_equal(read[name][1], exact)
+    assert np.array_equal(read["half"][1], tree["half"])
+    assert read["scalar"][1].tolist() == [2.5]
+    step = np.abs(w).max() / (127 if kind == "Q8_0" else 7)
+    assert np.abs(read["blk.0.w"][1] - w).max() <= step
+    assert np.array_equal(read["blk.0.stack"][1].reshape(6, 64), read["blk.0.w"][1])
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "axis", "type_name"),
+    [
+        (4, 32, 0, "Q4_0"),
+        (4, None, 0, "Q4_0"),
+        (4, None, None, "Q4_0"),
+        (4, 64, 0, "Q4_0"),
+        ("ternary", None, 0, "Q4_0"),
+        (1, 32, 0, "Q4_0"),
+        (5, 32, 0, "Q8_0"),
+        (8, 32, None, "Q8_0"),
+    ],
+)
+def test_low_bit_leaves_keep_their_codes(tmp_path, gguf, bits, group_size, axis, type_name):
+    path = tmp_path / "net.gguf"
+    q = drawn(bits, (3, 128), group_size, axis)
+    interop.to_gguf(path, {"w": q}, "llama", kind=None)
+    read_type, values = read_gguf(gguf, path)["w"]
+    assert read_type == type_name
+    halved = np.asarray(q.scale).astype(np.float16).astype(np.float64)
+    blocks = np.broadcast_to(np.repeat(halved, 128 // halved.shape[1], 1), (3, 128))
+    assert np.array_equal(values, blocks * np.asarray(q.qvalue))
+
+
+def test_without_a_kind_floating_leaves_stay_as_they_are(tmp_path, gguf):
+    path = tmp_path / "net.gguf"
+    w = random_weights(4, 32)
+    interop.to_gguf(path, {"w": w, "h": w.astype(np.float16), "d": w.astype(float)}, "x", kind=None)
+    read = read_gguf(gguf, path)
+    assert {name: t for name, (t, _) in read.items()} == {"w": "F32", "h": "F16", "d": "F64"}
+    assert np.array_equal(read["w"][1], w)
+
+
+def test_metadata_is_read_back(tmp_path, gguf):
+    path = tmp_path / "net.gguf"
+    metadata = {
+        "llama.block_count": 12,
+        "x.negative": -5,
+        "x.eps": 0.25,
+        "x.flag": True,
+        "general.name": "a name",
+        "tokenizer.ggml.tokens": ["a", "bc"],
+        "x.sizes": (1, 2, 3),
+    }
+    interop.to_gguf(path, {"w": random_weights(2, 32)}, "llama", metadata=metadata)
+    fields = gguf.GGUFReader(path).fields
+
+    def value(key: str) -> Any:
+        field = fields[key]
+        parts = [field.parts[i] for i in field.data]
+        if field.types[-1] == gguf.GGUFValueType.STRING:
+            texts = [bytes(part).decode() for part in parts]
+            return texts if len(field.types) > 1 else texts[0]
+        numbers = [part.tolist()[0] for part in parts]
+        return numbers if len(field.types) > 1 else numbers[0]
+
+    assert value("general.architecture") == "llama"
+    assert value("general.quantization_version") == 2
+    assert {key: value(key) for key in metadata} == {**metadata, "x.sizes": [1, 2, 3]}
+    assert fields["llama.block_count"].types == [gguf.GGUFValueType.UINT32]
+    assert fields["x.flag"].types == [gguf.GGUFValueType.BOOL]
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "message"),
+    [
+        ({"w": drawn(4, (2, 64), axis=1)}, ValueError, "'w': its scale must be the same for each"),
+        ({"w": drawn(4, (2, 64), 16)}, ValueError, "group_size=16"),
+        ({"w": drawn(4, (2, 33))}, ValueError, "'w' must have rows of a multiple of 32, got 33"),
+        ({"w": np.full((1, 32), np.nan)}, ValueError, "'w': a weight is NaN or infinite"),
+        ({"w": np.full((1, 32), 1e9)}, ValueError, "'w': a scale of .* too large for float16"),
+        ({"w": np.zeros((1,) * 5)}, ValueError, "'w' must have at most 4 dimensions, got 5"),
+        ({"w" * 64: np.zeros(1)}, ValueError, "a name of at most 63 bytes, got 64"),
+        ({"w": np.zeros(3, bool)}, TypeError, "'w' has dtype bool, which GGUF has not"),
+        ({"w": quantized(np.full((1, 32), 9), [[1]], 4)}, ValueError, "codes are not in the range"),
+        ({"w": drawn(4, (1, 32)), "x": {"y": 0.5}}, TypeError, "'x.y' is the Python number"),
+    ],
+)
+def test_what_gguf_has_not_is_refused_by_name(tmp_path, gguf, tree, error, message):
+    with pytest.raises(error, match=message):
+        interop.to_gguf(tmp_path / "net.gguf", tree, "llama")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "q4_0", 4, True])
+def test_other_kinds_are_refused(tmp_path, gguf, kind):
+    with pytest.raises(ValueError, match="kind must be one of"):
+        interop.to_gguf(tmp_path / "net.gguf", {}, "llama", kind=kind)
+
+
+def test_metadata_of_another_type_is_refused(tmp_path, gguf):
+    with pytest.raises(TypeError, match=r"metadata has \{\} under 'a\.b'"):
+        interop.to_gguf(tmp_path / "net.gguf", {}, "llama", metadata={"a.b": {}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_gguf_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"jaxclip\[gguf\]"):
+        interop.to_gguf(tmp_path / "net.gguf", {}, "llama")
