@@ -158,4 +158,4 @@ def test_complex_entries_have_no_interval():
 def test_weak_types_are_kept_and_other_arrays_returned():
     for projection in (box(0.1), box(0.0, 0.1), nonnegative()):
         assert projection(jnp.asarray(2.0)).weak_type
-        assert projection(jnp.arange(3)).dtype == jnp.int32
+        assert projection(jnp.arange(3, dtype=jnp.int32)).dtype == jnp.int32

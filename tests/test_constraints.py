@@ -57,10 +57,10 @@ def test_norms_are_never_above_the_bound_from_inside_and_from_outside(dtype, see
     room = np.where(is_passed, 1 + 1e-6, 1)  # a norm that comes out as the bound
     assert np.all(norms(after, 0)[0] <= bound * room)
     # And the way there is the projection, to the rounding of the weights and of the sum.
-    expected = max_norm(bound, 0)(jnp.asarray(wide(w).astype(float) + wide(u).astype(float)))
-    info = ml_dtypes.finfo(dtype)
-    atol = 4 * float(info.eps) * (np.abs(wide(w)).astype(float) + np.abs(expected) + 2.0**-20)
-    assert np.all(np.abs(np.asarray(after, np.float64) - np.asarray(expected)) <= atol)
+    moved, eps = wide(w) + wide(u), float(ml_dtypes.finfo(dtype).eps)
+    expected = moved * np.minimum(1, bound / norms(moved, 0))
+    atol = 4 * eps * (np.abs(wide(w)) + np.abs(expected) + 2.0**-20) + 2e-6 * np.abs(expected)
+    assert np.all(np.abs(wide(after) - expected) <= atol)
 
 
 @pytest.mark.parametrize(("dtype", "coarser"), [(np.float32, ml_dtypes.bfloat16)])

@@ -139,7 +139,7 @@ def test_it_agrees_with_the_l2_ball_of_optax_where_that_is_right(dtype):
     rtol = 1.01 * float(ml_dtypes.finfo(dtype).eps) + 1e-5
     np.testing.assert_allclose(wide(got).astype(float), wide(expected).astype(float), rtol=rtol)
     # Where it is not: 3e20 squared is infinity, and its projection 0.
-    huge = jnp.full(4, 3e20)
+    huge = jnp.full(4, 3e20, jnp.float32)
     assert np.array_equal(optax.projections.projection_l2_ball(huge, 1.0), np.zeros(4))
     np.testing.assert_allclose(max_norm(1.0)(huge), np.full(4, 0.5), rtol=1e-5)
 
@@ -229,4 +229,4 @@ def test_counts_that_are_none_are_refused_by_name(name):
 def test_weak_types_are_kept_and_other_arrays_returned():
     for projection in (max_norm(0.1), unit_norm(), spectral_cap(1.0)):
         assert projection(jnp.asarray(2.0)).weak_type
-        assert projection(jnp.arange(3)).dtype == jnp.int32
+        assert projection(jnp.arange(3, dtype=jnp.int32)).dtype == jnp.int32
