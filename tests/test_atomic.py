@@ -31,9 +31,14 @@ def test_what_another_writer_puts_under_the_temporary_name_is_published(tmp_path
 def test_an_error_in_the_block_leaves_the_old_file_and_no_other(tmp_path: pathlib.Path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyError) as caught, replacing(path, overwrite=True) as file:
-        file.write(b"new")
-        raise KeyError("x")
+
+    def write_half():
+        with replacing(path, overwrite=True) as file:
+            file.write(b"new")
+            raise KeyError("x")
+
+    with pytest.raises(KeyError) as caught:
+        write_half()
     assert caught.value.__notes__ == [
         f"jaxclip: while saving {path}; a file that was there is unchanged."
     ]
