@@ -32,22 +32,37 @@ from jaxclip.layout import (
 )
 from jaxclip.quantization import QuantizedArray
 
-__all__ = ["FileContents", "header_length", "make_header", "parse_header"]
+__all__ = [
+    "FileContents",
+    "header_length",
+    "header_size",
+    "make_header",
+    "parse_header",
+    "strict_json",
+]
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
-_VERSION = 1
+_VERSION = 2
+_READABLE = (1, 2)
 # Every version begins like this, so that the header's checksum has a fixed place.
 _PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
 _CRC_PLACE = slice(8 + len(_PREFIX), 16 + len(_PREFIX))
 _DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> bytes:
+def make_header(
+    plan: FilePlan,
+    checksums: dict[str, int] | None = None,
+    codings: dict[str, str | None] | None = None,
+    min_bytes: int = 0,
+) -> bytes:
     """Returns a file's header, its length prefix included.
 
     Args:
       plan: What `plan_file` returned.
       checksums: CRC-32 of each tensor's bytes; None for zeros, as the size is the same.
+      codings: How the codes of low-bit leaves are coded, by name; packed if not there.
+      min_bytes: Spaces fill up the header to this size, a multiple of 8.
 
     Returns:
       Bytes that depend on nothing else; a multiple of 8, so that tensors are aligned.
@@ -65,7 +80,10 @@ def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> byte
         "header_crc": "00000000",
         "version": _VERSION,
         "tree": plan.tree,
-        "leaves": {name: _quantized_info(leaf) for name, leaf in quantized.items()},
+        "leaves": {
+            name: {**_quantized_info(leaf), "coding": (codings or {}).get(name)}
+            for name, leaf in quantized.items()
+        },
         "crc": crc,
     }
     outer: dict[str, Any] = {"__metadata__": {"jaxclip": _to_json(inner)}}
@@ -73,7 +91,7 @@ def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> byte
         offsets = [t.start, t.stop]
         outer[t.name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
     text = _to_json(outer).encode("ascii")
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, min_bytes - 8 - len(text))
     if len(text) > _MAX_HEADER_BYTES:
         raise ValueError(
             f"the tree has {len(plan.leaves):,} leaves, whose names and shapes take {len(text):,} "
@@ -82,6 +100,24 @@ def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> byte
     raw = bytearray(struct.pack("<Q", len(text)) + text)
     raw[_CRC_PLACE] = f"{zlib.crc32(raw):08x}".encode("ascii")
     return bytes(raw)
+
+
+def header_size(plan: FilePlan, coding: str | None) -> int:
+    """Returns the bytes kept for a header: as many as it takes if coding makes nothing smaller.
+
+    Args:
+      plan: What `plan_file` returned.
+      coding: What is asked for; None for packed codes.
+
+    Returns:
+      A multiple of 8.
+
+    Example:
+      >>> header_size(plan_file(None), None)
+      128
+    """
+    quantized = (n for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray))
+    return len(make_header(plan, codings=dict.fromkeys(quantized, coding)))
 
 
 def _to_json(value: Any) -> str:
@@ -116,26 +152,22 @@ class FileContents:
       checksums: CRC-32 of each tensor's bytes; empty for a file of other origin.
       tree: The tree with shapes for arrays, or None for a file of other origin.
       leaves: Its leaves by name, in the order of the tree.
+      codings: How the codes of its low-bit leaves are coded, by name; None if packed.
     """
 
     tensors: dict[str, Tensor]
     checksums: dict[str, int]
     tree: Any = None
     leaves: dict[str, Any] | None = None
+    codings: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
-    def restore(self, read: Callable[[Tensor], np.ndarray]) -> Any:
-        """Returns the tree, with `read` called once a tensor; a flat dict if not our file."""
-        if self.leaves is None:
-            return {name: read(tensor) for name, tensor in self.tensors.items()}
-        restored = [self._restore_leaf(name, like, read) for name, like in self.leaves.items()]
-        structure = jax.tree.structure(self.tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
-        return jax.tree.unflatten(structure, restored)
-
-    def _restore_leaf(self, name: str, like: Any, read: Callable[[Tensor], np.ndarray]) -> Any:
+    def restore_leaf(self, name: str, read: Callable[[Tensor], np.ndarray]) -> Any:
+        """Returns a leaf of our file, with `read` called once for each of its tensors."""
+        like = (self.leaves or {})[name]
         if not isinstance(like, QuantizedArray):
             return read(self.tensors[name])
-        scale, packed = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
-        return restore_leaf(name, like, scale, packed)
+        scale, stored = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
+        return restore_leaf(name, like, scale, stored, self.codings[name])
 
 
 def header_length(prefix: bytes, file_size: int) -> int:
@@ -181,7 +213,7 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
       >>> parse_header(make_header(plan), plan.data_bytes).tree
       [ShapeDtypeStruct(shape=(3,), dtype=int8)]
     """
-    outer = _strict_json(raw[8:])
+    outer = strict_json(raw[8:], "the header")
     metadata = outer.pop("__metadata__", {}) if type(outer) is dict else None
     if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
         raise ValueError("the header is not that of a safetensors file.")
@@ -194,18 +226,34 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
     checksum = f"{zlib.crc32(zeroed):08x}".encode("ascii")
     if not raw.startswith(_PREFIX, 8) or raw[_CRC_PLACE] != checksum:
         raise ValueError("the header is damaged or was rewritten: its checksum does not match.")
-    inner = _strict_json(ours[0].encode())
+    inner = strict_json(ours[0].encode(), "the header")
     version = inner.get("version")
-    if version != _VERSION or type(version) is not int:
+    if version not in _READABLE or type(version) is not int:
         raise ValueError(
-            f"the file has version {version!r} of the format and this jaxclip reads version "
-            f"{_VERSION}: a jaxclip that reads version {version!r} is needed."
+            f"the file has version {version!r} of the format and this jaxclip reads versions "
+            f"1 to {_VERSION}: a jaxclip that reads version {version!r} is needed."
         )
     return _parse_ours(inner, _parse_tensors(outer, data_bytes))
 
 
-def _strict_json(text: bytes) -> Any:
-    """`json.loads` without duplicate keys, NaN, fractions, giant numbers or deep nesting."""
+def strict_json(text: bytes, name: str) -> Any:
+    """`json.loads` without duplicate keys, NaN, fractions, giant numbers or deep nesting.
+
+    Args:
+      text: UTF-8.
+      name: What to call it in errors.
+
+    Returns:
+      Dicts, lists, strings, integers, booleans and None.
+
+    Raises:
+      ValueError: If the text is not that.
+
+    Example:
+      >>> strict_json(b'{"a": 1, "a": 2}', "the header")
+      Traceback (most recent call last):
+      ValueError: the header is not valid JSON: a key occurs twice.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -222,7 +270,7 @@ def _strict_json(text: bytes) -> Any:
     try:
         return json.loads(text.decode(), object_pairs_hook=unique, **hooks)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the header is not valid JSON: {error}.") from error
+        raise ValueError(f"{name} is not valid JSON: {error}.") from error
 
 
 def _is_shape(value: Any) -> bool:
@@ -268,9 +316,14 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
             raise ValueError(f"tensor {name!r}: it is missing.")
         return jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].numpy_dtype)
 
+    codings = {name: _coding_of(name, info) for name, info in infos.items()}
     tree = _abstract_node(inner["tree"], (), shapes_of)
-    # Laid out again, the tree must give the tensors that the file has.
+    # Laid out again, the tree must give the tensors that the file has; coded ones are smaller.
     plan = plan_file(tree)
+    coded = {f"{name}:codes" for name, coding in codings.items() if coding is not None}
+    sizes = {t.name: t.stop - t.start for t in plan.tensors if t.name in coded}
+    smaller = {n: tensors[n].shape[0] for n in sizes if n in tensors and tensors[n].shape}
+    plan = plan.resized({name: min(sizes[name], size) for name, size in smaller.items()})
     wanted = {t.name: (t.dtype, t.shape) for t in plan.tensors}
     for name in {**wanted, **tensors, **checksums}:
         tensor, crc = tensors.get(name), checksums.get(name)
@@ -281,7 +334,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
     if not infos.keys() <= plan.leaves.keys():
         raise ValueError("the header describes a leaf that is not in the tree.")
     checksums = {name: int(crc, 16) for name, crc in checksums.items()}
-    return FileContents(tensors, checksums, tree, plan.leaves)
+    return FileContents(tensors, checksums, tree, plan.leaves, codings)
 
 
 def _abstract_node(node: Any, path: tuple[str | int, ...], shapes_of: Callable[[str], Any]) -> Any:
@@ -313,9 +366,17 @@ def _split_node(node: Any) -> tuple[str, Any]:
     raise ValueError("the tree in the header is not valid.")
 
 
+def _coding_of(name: str, info: Any) -> str | None:
+    """How a leaf's codes are coded; files of version 1 do not say, theirs are packed."""
+    coding = info.get("coding") if type(info) is dict else None
+    if coding not in (None, "huffman", "ans"):
+        raise ValueError(f"tensor {name!r}: its coding {coding!r} is not known.")
+    return coding
+
+
 def _abstract_quantized(name: str, info: Any) -> QuantizedArray:
     keys = {"bits", "full_signed", "axis", "group_size", "shape", "dtype"}
-    if type(info) is not dict or set(info) != keys or not _is_shape(info["shape"]):
+    if type(info) is not dict or set(info) - {"coding"} != keys or not _is_shape(info["shape"]):
         raise ValueError(f"tensor {name!r}: its description in the header is not valid.")
     axis, shape, dtype = info["axis"], tuple(info["shape"]), info["dtype"]
     stored = DTYPES.get(dtype) if type(dtype) is str else None

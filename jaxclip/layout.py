@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip import _checks
+from jaxclip.coding import decode_codes, encode_codes
 from jaxclip.grids import code_range
 from jaxclip.quantization import (
     QuantizedArray,
@@ -33,6 +34,7 @@ __all__ = [
     "Tensor",
     "check_has_values",
     "check_leaf",
+    "coded_tensor",
     "leaf_name",
     "plan_file",
     "restore_leaf",
@@ -103,10 +105,18 @@ class FilePlan:
         """Size of all tensors."""
         return self.tensors[-1].stop if self.tensors else 0
 
-    def chunks(self, tensor: Tensor) -> Iterator[np.ndarray]:
-        """Yields the bytes of one tensor; a jax array is fetched only here."""
+    def resized(self, num_bytes: dict[str, int]) -> "FilePlan":
+        """The plan when some tensors, of bytes and by name, turned out to be of other sizes."""
+        parts = [
+            (t.name, t.dtype, (num_bytes[t.name],) if t.name in num_bytes else t.shape)
+            for t in self.tensors
+        ]
+        return dataclasses.replace(self, tensors=_placed(parts))
+
+    def chunks(self, tensor: Tensor, leaf: Any = None) -> Iterator[np.ndarray]:
+        """Yields the bytes of one tensor, of the plan's leaf or of one like it."""
         name, part = tensor.leaf, tensor.name.removeprefix(tensor.leaf)
-        leaf = self.leaves[name]
+        leaf = self.leaves[name] if leaf is None else leaf
         if part == ":codes":
             yield from _packed_chunks(name, leaf)
             return
@@ -142,12 +152,17 @@ def plan_file(tree: Any) -> FilePlan:
     skeleton = _skeleton(tree, (), leaves)
     parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf)]
     parts.sort(key=lambda part: (-DTYPES[part[1]].itemsize, part[0]))  # aligned, no holes
+    return FilePlan(_placed(parts), leaves, skeleton)
+
+
+def _placed(parts: list[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]:
+    """Tensors one behind the other."""
     tensors, start = [], 0
     for name, dtype, shape in parts:
         stop = start + math.prod(shape) * DTYPES[dtype].itemsize
         tensors.append(Tensor(name, dtype, shape, start, stop))
         start = stop
-    return FilePlan(tuple(tensors), leaves, skeleton)
+    return tuple(tensors)
 
 
 def _skeleton(node: Any, path: tuple[str | int, ...], leaves: dict[str, Any]) -> Any:
@@ -314,11 +329,43 @@ def _check_scale(name: str, scale: np.ndarray) -> None:
         raise ValueError(f"'{name}': scales must be finite and not 0.")
 
 
+def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> np.ndarray | None:
+    """Returns the codes of a low-bit array entropy coded, if that is smaller than packed.
+
+    Args:
+      tensor: A tensor of the plan.
+      leaf: The leaf that it belongs to.
+      coding: As in `coding.encode_codes`; None codes nothing.
+
+    Returns:
+      Bytes; None if the tensor does not hold codes, or is not smaller when they are coded.
+
+    Raises:
+      ValueError: If a code is outside the grid.
+
+    Example:
+      >>> from jaxclip.quantization import quantize
+      >>> plan = plan_file({"w": quantize(jnp.zeros(10_000))})
+      >>> coded_tensor(plan.tensors[1], plan.leaves["w"], "huffman").size < 200
+      True
+    """
+    if coding is None or tensor.name != f"{tensor.leaf}:codes":
+        return None
+    codes = np.asarray(leaf.qvalue).reshape(-1)
+    _check_codes(tensor.leaf, codes, leaf)
+    coded = np.frombuffer(encode_codes(codes, coding), np.uint8)
+    return coded if coded.size < tensor.stop - tensor.start else None
+
+
 # --- Reading --------------------------------------------------------------------------
 
 
 def restore_leaf(
-    name: str, like: QuantizedArray, scale: np.ndarray, packed: np.ndarray
+    name: str,
+    like: QuantizedArray,
+    scale: np.ndarray,
+    stored: np.ndarray,
+    coding: str | None = None,
 ) -> QuantizedArray:
     """Returns a low-bit array from the two tensors that a file has for it.
 
@@ -326,14 +373,16 @@ def restore_leaf(
       name: The leaf's path, for messages.
       like: The same with shapes for arrays.
       scale: Scales, in the shape of `like.scale`.
-      packed: Codes as `pack_codes` packs them.
+      stored: Codes as `pack_codes` packs them, or as `coded_tensor` codes them.
+      coding: How they are coded; None if they are packed.
 
     Returns:
       A `QuantizedArray` of NumPy arrays.
 
     Raises:
       ValueError: If a scale is 0 or not finite, a code is outside the grid, or the codes
-        are not packed as `pack_codes` does.
+        are not packed or coded as the format says.
+      ImportError: If `coding` is "ans" and constriction is not installed.
 
     Example:
       >>> from jaxclip.quantization import quantize
@@ -342,8 +391,20 @@ def restore_leaf(
       array([ 1, -1], dtype=int8)
     """
     _check_scale(name, scale)
-    codes = _unpacked(name, packed, like)
+    if coding is None:
+        codes = _unpacked(name, stored, like)
+    else:
+        codes = _decoded(name, stored, like, coding)
     return dataclasses.replace(like, qvalue=codes.reshape(like.shape), scale=scale)
+
+
+def _decoded(name: str, stored: np.ndarray, like: QuantizedArray, coding: str) -> np.ndarray:
+    try:
+        codes = decode_codes(stored.tobytes(), coding, math.prod(like.shape))
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from error
+    _check_codes(name, codes, like)
+    return codes
 
 
 def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray:
