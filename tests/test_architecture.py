@@ -60,6 +60,7 @@ ROOMS = [
     "inspection",
     "exports",
     "gguf_blocks",
+    "pack_quantized",
     "interop",
     "plots",
 ]
