@@ -11,7 +11,7 @@ from jaxclip import layout
 from jaxclip.grids import code_range
 from jaxclip.quantization import QuantizedArray, dequantize
 
-__all__ = ["ExportTensor", "cast", "codes_of", "named_leaves", "plain_tensor"]
+__all__ = ["ExportTensor", "cast", "codes_of", "has_grid_within", "named_leaves", "plain_tensor"]
 
 
 class ExportTensor(NamedTuple):
@@ -149,3 +149,23 @@ def codes_of(name: str, leaf: QuantizedArray) -> np.ndarray:
     if codes.min(initial=0) < low or codes.max(initial=0) > high:
         raise ValueError(f"'{name}': codes are not in the range of bits={leaf.bits!r}.")
     return codes
+
+
+def has_grid_within(leaf: QuantizedArray, lowest: int, highest: int) -> bool:
+    """Whether all codes that the grid of a low-bit leaf has lie in a range.
+
+    Args:
+      leaf: A low-bit array.
+      lowest: The least code of the range.
+      highest: The greatest.
+
+    Returns:
+      A bool.
+
+    Example:
+      >>> from jaxclip.quantization import quantize
+      >>> has_grid_within(quantize(jnp.array([0.5, -0.5]), 5), -8, 7)
+      False
+    """
+    low, high = code_range(leaf.bits, leaf.full_signed)
+    return lowest <= low and high <= highest

@@ -20,15 +20,12 @@ import numpy as np
 
 from jaxclip import _checks, layout
 from jaxclip.atomic import replacing
-from jaxclip.exports import ExportTensor, cast, codes_of, named_leaves, plain_tensor
+from jaxclip.exports import ExportTensor, codes_of, has_grid_within, named_leaves, plain_tensor
 from jaxclip.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_of_codes, encode_blocks
-from jaxclip.grids import code_range
-from jaxclip.quantization import QuantizedArray, pack_codes
+from jaxclip.pack_quantized import pack_leaf, quantization_config
+from jaxclip.quantization import QuantizedArray
 
 __all__ = ["to_compressed_tensors", "to_gguf", "to_safetensors"]
-
-# Codes packed at once, which bounds memory.
-_CHUNK = 2**20
 
 
 def to_safetensors(
@@ -124,7 +121,7 @@ def to_compressed_tensors(
     for name, leaf in named_leaves(tree, separator).items():
         module = name.removesuffix("weight").removesuffix(separator)
         if isinstance(leaf, QuantizedArray):
-            parts, scheme = _pack_quantized(name, leaf, dtype)
+            parts, scheme = pack_leaf(name, leaf, dtype)
             schemes.setdefault(scheme, []).append(module)
         else:
             parts = {name: plain_tensor(name, leaf, dtype)}
@@ -133,7 +130,7 @@ def to_compressed_tensors(
     if not schemes:
         raise ValueError("tree has no QuantizedArray leaf: compress it first.")
     _write_safetensors(path, tensors, overwrite)
-    return _quantization_config(schemes, ignored)
+    return quantization_config(schemes, ignored)
 
 
 def to_gguf(
@@ -247,99 +244,6 @@ def _add(tensors: dict[str, ExportTensor], parts: dict[str, ExportTensor]) -> No
         tensors[name] = tensor
 
 
-# --- compressed-tensors -----------------------------------------------------------------
-
-
-def _pack_quantized(
-    name: str, leaf: QuantizedArray, dtype: np.dtype | None
-) -> tuple[dict[str, ExportTensor], tuple[int, int | None]]:
-    """The three tensors of a low-bit leaf, and its width and group size."""
-    if not name.endswith("weight") or len(leaf.shape) != 2:
-        raise ValueError(
-            f"leaf '{name}' has codes, so it must be a matrix whose name ends in 'weight', got "
-            f"shape {leaf.shape}."
-        )
-    (rows, columns), granularity = leaf.shape, leaf.granularity
-    group_size = None
-    if granularity.group_axis(2) == 1:
-        group_size = min(int(granularity.group_size or columns), columns)
-        group_size = None if group_size == columns else group_size
-    if leaf.scale.shape[0] not in (1, rows) or 1 in granularity.channel_axes(2):
-        raise ValueError(
-            f"leaf '{name}' must be (outputs, inputs) with axis=0, or axis=0 and a group_size; "
-            f"got axis={granularity.axis}. Transpose the matrix before it is compressed."
-        )
-    if columns % (group_size or 1):
-        raise ValueError(
-            f"leaf '{name}' has {columns} inputs, which must be a multiple of its "
-            f"group_size={group_size}."
-        )
-    num_bits = 4 if _fits(leaf, -8, 7) else 8
-    scale_shape = (rows, columns // group_size if group_size else 1)
-    scale_dtype = dtype or np.dtype(np.float32)
-
-    def make_scale() -> np.ndarray:
-        scale = cast(f"{name}_scale", np.asarray(leaf.scale), scale_dtype)
-        if not np.all(scale):
-            raise ValueError(f"leaf '{name}' has a scale that is 0 in {scale_dtype}.")
-        return np.broadcast_to(scale, scale_shape)
-
-    packed_shape = (rows, -(-columns * num_bits // 32))
-    parts = {
-        f"{name}_packed": ExportTensor(
-            packed_shape, np.dtype(np.int32), lambda: _packed_rows(codes_of(name, leaf), num_bits)
-        ),
-        f"{name}_scale": ExportTensor(scale_shape, scale_dtype, make_scale),
-        f"{name}_shape": ExportTensor((2,), np.dtype(np.int64), lambda: np.array([rows, columns])),
-    }
-    return parts, (num_bits, group_size)
-
-
-def _fits(leaf: QuantizedArray, lowest: int, highest: int) -> bool:
-    low, high = code_range(leaf.bits, leaf.full_signed)
-    return lowest <= low and high <= highest
-
-
-def _packed_rows(codes: np.ndarray, num_bits: int) -> np.ndarray:
-    """Codes as int32 words, each row filled up with zeros, the first code lowest."""
-    padding = -codes.shape[1] % (32 // num_bits)
-    # What packs to zeros is the lowest code.
-    codes = np.pad(codes, ((0, 0), (0, padding)), constant_values=-(2 ** (num_bits - 1)))
-    step = max(_CHUNK // max(codes.shape[1], 1), 1)
-    words = [
-        pack_codes(codes[i : i + step], num_bits).view("<i4") for i in range(0, len(codes), step)
-    ]
-    return np.concatenate([*words, np.empty(0, np.int32)]).reshape(len(codes), -1)
-
-
-def _quantization_config(
-    schemes: dict[tuple[int, int | None], list[str]], ignored: list[str]
-) -> dict[str, Any]:
-    groups = {}
-    for i, ((num_bits, group_size), modules) in enumerate(schemes.items()):
-        groups[f"group_{i}"] = {
-            # All linear layers that are not ignored, but for those that are named.
-            "targets": modules if i else ["Linear"],
-            "weights": {
-                "num_bits": num_bits,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group" if group_size else "channel",
-                "group_size": group_size,
-                "dynamic": False,
-            },
-            "input_activations": None,
-            "output_activations": None,
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignored,
-    }
-
-
 # --- GGUF -------------------------------------------------------------------------------
 
 _GGUF_DTYPES = {"float16": "F16", "float64": "F64"}
@@ -357,7 +261,7 @@ def _gguf_tensor(name: str, leaf: Any, kind: str | None) -> tuple[str, ExportTen
         )
     is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     if isinstance(leaf, QuantizedArray):
-        kind = "Q4_0" if _fits(leaf, -8, 7) else "Q8_0"
+        kind = "Q4_0" if has_grid_within(leaf, -8, 7) else "Q8_0"
     elif not is_floating or len(shape) < 2 or length % BLOCK_SIZE:
         kind = None
     if kind is None:

@@ -64,6 +64,7 @@ ROOMS = [
     "inspection",
     "exports",
     "gguf_blocks",
+    "pack_quantized",
     "interop",
     "plots",
 ]

@@ -1,0 +1,138 @@
+"""The pack-quantized layout of compressed-tensors: what a low-bit matrix becomes in it.
+
+weight_packed   int32    code + 2**(num_bits - 1), the first in the lowest bits of a word
+weight_scale    float    (outputs, 1), or (outputs, groups)
+weight_shape    int64    (outputs, inputs)
+"""
+
+from typing import Any
+
+import numpy as np
+
+from jaxclip.exports import ExportTensor, cast, codes_of, has_grid_within
+from jaxclip.quantization import QuantizedArray, pack_codes
+
+__all__ = ["pack_leaf", "quantization_config"]
+
+# Codes packed at once, which bounds memory.
+_CHUNK = 2**20
+
+
+def pack_leaf(
+    name: str, leaf: QuantizedArray, dtype: np.dtype | None = None
+) -> tuple[dict[str, ExportTensor], tuple[int, int | None]]:
+    """Returns the tensors of a low-bit leaf, and its scheme.
+
+    Args:
+      name: The leaf's name, which must end in "weight".
+      leaf: A matrix (outputs, inputs) with a scale for it, for each output, or for each group
+        of inputs.
+      dtype: Floating dtype of the scales; None for float32.
+
+    Returns:
+      `{name_packed, name_scale, name_shape}` as `ExportTensor`s, and `(num_bits, group_size)`,
+      with None for one scale an output.
+
+    Raises:
+      ValueError: If the name, shape or granularity is one that the layout has not.
+
+    Example:
+      >>> from jaxclip.quantization import quantize
+      >>> q = quantize(np.ones((4, 64), np.float32), 4, axis=0, group_size=32)
+      >>> tensors, scheme = pack_leaf("proj.weight", q)
+      >>> [(name, t.shape) for name, t in tensors.items()], scheme  # doctest: +NORMALIZE_WHITESPACE
+      ([('proj.weight_packed', (4, 8)), ('proj.weight_scale', (4, 2)),
+        ('proj.weight_shape', (2,))], (4, 32))
+    """
+    if not name.endswith("weight") or len(leaf.shape) != 2:
+        raise ValueError(
+            f"leaf '{name}' has codes, so it must be a matrix whose name ends in 'weight', got "
+            f"shape {leaf.shape}."
+        )
+    (rows, columns), granularity = leaf.shape, leaf.granularity
+    group_size = None
+    if granularity.group_axis(2) == 1:
+        group_size = min(int(granularity.group_size or columns), columns)
+        group_size = None if group_size == columns else group_size
+    if leaf.scale.shape[0] not in (1, rows) or 1 in granularity.channel_axes(2):
+        raise ValueError(
+            f"leaf '{name}' must be (outputs, inputs) with axis=0, or axis=0 and a group_size; "
+            f"got axis={granularity.axis}. Transpose the matrix before it is compressed."
+        )
+    if columns % (group_size or 1):
+        raise ValueError(
+            f"leaf '{name}' has {columns} inputs, which must be a multiple of its "
+            f"group_size={group_size}."
+        )
+    num_bits = 4 if has_grid_within(leaf, -8, 7) else 8
+    scale_shape = (rows, columns // group_size if group_size else 1)
+    scale_dtype = dtype or np.dtype(np.float32)
+
+    def make_scale() -> np.ndarray:
+        scale = cast(f"{name}_scale", np.asarray(leaf.scale), scale_dtype)
+        if not np.all(scale):
+            raise ValueError(f"leaf '{name}' has a scale that is 0 in {scale_dtype}.")
+        return np.broadcast_to(scale, scale_shape)
+
+    packed_shape = (rows, -(-columns * num_bits // 32))
+    parts = {
+        f"{name}_packed": ExportTensor(
+            packed_shape, np.dtype(np.int32), lambda: _packed_rows(codes_of(name, leaf), num_bits)
+        ),
+        f"{name}_scale": ExportTensor(scale_shape, scale_dtype, make_scale),
+        f"{name}_shape": ExportTensor((2,), np.dtype(np.int64), lambda: np.array([rows, columns])),
+    }
+    return parts, (num_bits, group_size)
+
+
+def _packed_rows(codes: np.ndarray, num_bits: int) -> np.ndarray:
+    """Codes as int32 words, each row filled up with zeros, the first code lowest."""
+    padding = -codes.shape[1] % (32 // num_bits)
+    # What packs to zeros is the lowest code.
+    codes = np.pad(codes, ((0, 0), (0, padding)), constant_values=-(2 ** (num_bits - 1)))
+    step = max(_CHUNK // max(codes.shape[1], 1), 1)
+    words = [
+        pack_codes(codes[i : i + step], num_bits).view("<i4") for i in range(0, len(codes), step)
+    ]
+    return np.concatenate([*words, np.empty(0, np.int32)]).reshape(len(codes), -1)
+
+
+def quantization_config(
+    schemes: dict[tuple[int, int | None], list[str]], ignored: list[str]
+) -> dict[str, Any]:
+    """Returns the value of `quantization_config` for a model's config.json.
+
+    Args:
+      schemes: The modules of each scheme that `pack_leaf` returned.
+      ignored: Modules with a matrix that has no codes.
+
+    Returns:
+      A dict that JSON can hold.
+
+    Example:
+      >>> quantization_config({(4, None): ["proj"]}, [])["config_groups"]["group_0"]["targets"]
+      ['Linear']
+    """
+    groups = {}
+    for i, ((num_bits, group_size), modules) in enumerate(schemes.items()):
+        groups[f"group_{i}"] = {
+            # All linear layers that are not ignored, but for those that are named.
+            "targets": modules if i else ["Linear"],
+            "weights": {
+                "num_bits": num_bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group" if group_size else "channel",
+                "group_size": group_size,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+    }
