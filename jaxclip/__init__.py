@@ -9,7 +9,8 @@ from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.guards import skip_nonfinite, skip_or_clip
 from jaxclip.lint import lint_chain
 from jaxclip.norms import global_norm, leaf_norms, unit_norms
-from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
+from jaxclip.packing import pack_codes, unpack_codes
+from jaxclip.quantization import QuantizedArray, dequantize, quantize
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign

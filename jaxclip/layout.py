@@ -19,12 +19,8 @@ import numpy as np
 
 from jaxclip import _checks
 from jaxclip.grids import code_range
-from jaxclip.quantization import (
-    QuantizedArray,
-    num_packed_bytes,
-    pack_codes,
-    unpack_codes,
-)
+from jaxclip.packing import num_packed_bytes, pack_codes, unpack_codes
+from jaxclip.quantization import QuantizedArray
 
 __all__ = [
     "DEPTH_LIMIT",

@@ -1,4 +1,4 @@
-"""Arrays at 1 to 8 bits: thresholds to codes, codes to packed bytes, and back.
+"""Arrays at 1 to 8 bits: thresholds to scales and codes, and back.
 
     code = clip(round(w / scale), low, high)        round half to even
     w'   = scale * code
@@ -23,14 +23,7 @@ from jaxclip.grids import Bits, Granularity, code_range
 from jaxclip.threshold_rules import mse_optimal
 from jaxclip.thresholds import ThresholdRule
 
-__all__ = [
-    "QuantizedArray",
-    "dequantize",
-    "num_packed_bytes",
-    "pack_codes",
-    "quantize",
-    "unpack_codes",
-]
+__all__ = ["QuantizedArray", "dequantize", "quantize"]
 
 
 @functools.partial(
@@ -200,106 +193,3 @@ def _encode(
     if low < -high:
         scale = jnp.where(block_error(-scale) < block_error(scale), -scale, scale)
     return jnp.clip(jnp.round(ratio(scale)), low, high).astype(jnp.int8), scale
-
-
-# --- Packing --------------------------------------------------------------------------
-
-_TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
-
-
-def num_packed_bytes(count: int, bits: Bits) -> int:
-    """Returns how many bytes `pack_codes` makes of `count` codes.
-
-    Args:
-      count: Number of codes.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary" (five codes a byte).
-
-    Returns:
-      A count of bytes.
-
-    Raises:
-      ValueError: If `bits` is not allowed.
-
-    Example:
-      >>> num_packed_bytes(10, "ternary"), num_packed_bytes(10, 3)
-      (2, 4)
-    """
-    code_range(bits)
-    return -(-count // 5) if bits == "ternary" else -(-count * int(bits) // 8)
-
-
-def pack_codes(codes: Any, bits: Bits, *, full_signed: bool = True) -> Any:
-    """Packs integer codes densely into bytes.
-
-    Code i becomes the unsigned `code - low`. Ternary codes go five to a byte in base 3,
-    the first the least significant digit; one bit is 0 for -1 and 1 for 1; other widths
-    fill bits `[i * bits, (i + 1) * bits)` of the stream, least significant bit first. The
-    last byte is filled up with zeros.
-
-    Args:
-      codes: Integer array of any shape, entries in `code_range(bits, full_signed)`; taken
-        in row-major order. NumPy arrays stay NumPy; jax arrays may be traced.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
-      full_signed: As in `code_range`.
-
-    Returns:
-      A flat uint8 array of `num_packed_bytes(codes.size, bits)` bytes.
-
-    Raises:
-      ValueError: If `bits` is not allowed.
-
-    Example:
-      >>> pack_codes(np.array([1, -1, 0, 1, 1]), "ternary")
-      array([227], dtype=uint8)
-    """
-    low, _ = code_range(bits, full_signed)
-    xp = np if isinstance(codes, np.ndarray) else jnp
-    flat = xp.reshape(codes, (-1,)).astype(np.int16)
-    unsigned = ((flat + 1) // 2 if bits == 1 else flat - low).astype(np.uint8)
-    if bits == "ternary":
-        trits = xp.pad(unsigned, (0, -flat.size % 5)).reshape(-1, 5)
-        return xp.sum(trits * _TRITS[None], axis=1, dtype=np.uint8)
-    if bits == 8:
-        return unsigned
-    places = np.arange(int(bits), dtype=np.uint8)
-    stream = (unsigned[:, None] >> places[None]) & np.uint8(1)
-    return xp.packbits(stream.reshape(-1), bitorder="little")
-
-
-def unpack_codes(packed: Any, bits: Bits, count: int, *, full_signed: bool = True) -> Any:
-    """Unpacks what `pack_codes` packed.
-
-    Args:
-      packed: Flat uint8 array, NumPy or jax.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
-      count: How many codes were packed.
-      full_signed: As in `code_range`.
-
-    Returns:
-      A flat int8 array of `count` codes.
-
-    Raises:
-      ValueError: If `bits` is not allowed, or `packed` does not have the right length.
-
-    Example:
-      >>> unpack_codes(np.array([227], np.uint8), "ternary", 5)
-      array([ 1, -1,  0,  1,  1], dtype=int8)
-    """
-    low, _ = code_range(bits, full_signed)
-    if packed.shape != (num_packed_bytes(count, bits),):
-        raise ValueError(
-            f"packed must have {num_packed_bytes(count, bits)} bytes for {count} codes at "
-            f"bits={bits!r}, got shape {packed.shape}."
-        )
-    xp = np if isinstance(packed, np.ndarray) else jnp
-    if bits == "ternary":
-        unsigned = ((packed[:, None] // _TRITS[None]) % np.uint8(3)).reshape(-1)[:count]
-    elif bits == 8:
-        unsigned = packed
-    else:
-        stream = xp.unpackbits(packed, count=count * int(bits), bitorder="little")
-        weights = np.uint8(1) << np.arange(int(bits), dtype=np.uint8)
-        unsigned = xp.sum(stream.reshape(count, int(bits)) * weights[None], axis=1, dtype=np.uint8)
-    if bits == 1:
-        return unsigned.astype(np.int8) * np.int8(2) - np.int8(1)
-    return (unsigned.astype(np.int16) + np.int16(low)).astype(np.int8)

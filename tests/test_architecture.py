@@ -36,6 +36,7 @@ ROOMS = [
     "feedback",
     "weights",
     "telemetry",
+    "packing",
     "quantization",
     "layout",
     "headers",
