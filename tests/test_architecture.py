@@ -37,6 +37,7 @@ ROOMS = [
     "weights",
     "telemetry",
     "packing",
+    "scale_formats",
     "quantization",
     "layout",
     "headers",
