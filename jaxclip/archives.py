@@ -1,6 +1,9 @@
 """NumPy's own files, `.npy` and `.npz`, without pickles, bombs or surprises."""
 
+import contextlib
+import dataclasses
 import errno
+import functools
 import math
 import zipfile
 from collections.abc import Callable, Iterator
@@ -11,7 +14,7 @@ import numpy as np
 from jaxclip.layout import DEPTH_LIMIT, check_has_values, check_leaf
 from jaxclip.quantization import QuantizedArray
 
-__all__ = ["prepare_npy", "prepare_npz", "read_array", "read_npy", "read_npz"]
+__all__ = ["Member", "open_npy", "open_npz", "prepare_npy", "prepare_npz", "read_array"]
 
 # What compressed members of an .npz may grow to, in total: real weights deflate by less
 # than 2:1, a bomb by 1000:1; the fixed part lets small files of zeros through.
@@ -148,15 +151,32 @@ def read_array(file: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any = 
     return data.view(dtype).reshape(shape, order=order)
 
 
-def read_npy(file: Any, file_size: int) -> np.ndarray:
-    """Reads a .npy file.
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """An array in one of NumPy's files, not read yet.
+
+    Attributes:
+      shape: Its shape.
+      dtype: Its dtype.
+      num_bytes: Bytes of its data.
+      read: Reads it, while the file is open.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    num_bytes: int
+    read: Callable[[], np.ndarray]
+
+
+def open_npy(file: Any, file_size: int) -> Member:
+    """Reads the header of a .npy file.
 
     Args:
       file: Binary file at its beginning.
       file_size: Its size in bytes.
 
     Returns:
-      The array.
+      The array, to be read once.
 
     Raises:
       ValueError: If it is not a whole .npy file of numbers and nothing else.
@@ -166,7 +186,7 @@ def read_npy(file: Any, file_size: int) -> np.ndarray:
       >>> file = io.BytesIO()
       >>> np.save(file, np.array([None]), allow_pickle=True)
       >>> size = file.tell(); _ = file.seek(0)
-      >>> read_npy(file, size)
+      >>> open_npy(file, size)
       Traceback (most recent call last):
       ValueError: its dtype object is not a number (bfloat16 is lost in .npy).
     """
@@ -183,18 +203,19 @@ def read_npy(file: Any, file_size: int) -> np.ndarray:
     num_bytes, num_found = math.prod(shape) * dtype.itemsize, file_size - file.tell()
     if num_bytes != num_found:
         raise ValueError(f"its data must have {num_bytes} bytes, found {num_found}.")
-    return read_array(file, dtype, shape, "F" if is_fortran else "C")
+    order = "F" if is_fortran else "C"
+    return Member(shape, dtype, num_bytes, lambda: read_array(file, dtype, shape, order))
 
 
-def read_npz(file: BinaryIO, file_size: int) -> dict[str, np.ndarray]:
-    """Reads a .npz file.
+def open_npz(file: BinaryIO, file_size: int) -> dict[str, Member]:
+    """Reads what a .npz file holds.
 
     Args:
       file: Binary file.
       file_size: Its size in bytes; what is unpacked may be 64 times that, and 256 MiB.
 
     Returns:
-      A flat dict from name to array.
+      A flat dict from name to array, to be read while the file is open.
 
     Raises:
       ValueError: If it is not a whole .npz file of numbers, or a bomb.
@@ -203,32 +224,48 @@ def read_npz(file: BinaryIO, file_size: int) -> dict[str, np.ndarray]:
       >>> import io
       >>> file = io.BytesIO()
       >>> prepare_npz({"w": np.zeros(1, np.int8)})(file)
-      >>> read_npz(file, file.tell())
-      {'w': array([0], dtype=int8)}
+      >>> open_npz(file, file.tell())["w"].read()
+      array([0], dtype=int8)
     """
+    with _zip_errors():
+        archive = zipfile.ZipFile(file)
+        members = archive.infolist()
+        if len({member.filename for member in members}) != len(members):
+            raise ValueError("two members have the same name.")
+        total = sum(member.file_size for member in members)
+        if total > _ALWAYS_ALLOWED_BYTES + _MAX_GROWTH * file_size:
+            raise ValueError(f"{total:,} bytes packed into {file_size:,} are refused as a bomb.")
+        arrays = {}
+        for member in members:
+            if not member.filename.endswith(".npy"):
+                raise ValueError(f"member {member.filename!r} is not an array.")
+            with _opened_member(archive, member) as array:
+                read = functools.partial(_read_member, archive, member)
+                name = member.filename.removesuffix(".npy")
+                arrays[name] = dataclasses.replace(array, read=read)
+        return arrays
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with _zip_errors(), _opened_member(archive, member) as array:
+        return array.read()
+
+
+@contextlib.contextmanager
+def _opened_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[Member]:
+    with archive.open(member) as opened:
+        try:
+            yield open_npy(opened, member.file_size)
+        except ValueError as error:
+            raise ValueError(f"member {member.filename!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _zip_errors() -> Iterator[None]:
+    """Turns what damage raises into ValueError; zipfile has no closed list of it."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            return _read_members(archive, file_size)
-    except Exception as error:  # zipfile has no closed list of what damage raises
+        yield
+    except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek out of bounds
             raise
         raise ValueError(str(error) or type(error).__name__) from error
-
-
-def _read_members(archive: zipfile.ZipFile, file_size: int) -> dict[str, np.ndarray]:
-    members = archive.infolist()
-    if len({member.filename for member in members}) != len(members):
-        raise ValueError("two members have the same name.")
-    total = sum(member.file_size for member in members)
-    if total > _ALWAYS_ALLOWED_BYTES + _MAX_GROWTH * file_size:
-        raise ValueError(f"{total:,} bytes packed into {file_size:,} are refused as a bomb.")
-    arrays = {}
-    for member in members:
-        if not member.filename.endswith(".npy"):
-            raise ValueError(f"member {member.filename!r} is not an array.")
-        with archive.open(member) as opened:
-            try:
-                arrays[member.filename.removesuffix(".npy")] = read_npy(opened, member.file_size)
-            except ValueError as error:
-                raise ValueError(f"member {member.filename!r}: {error}") from error
-    return arrays

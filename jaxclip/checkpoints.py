@@ -10,27 +10,25 @@ it is believed, and memory is never claimed on the word of a header alone.
 """
 
 import contextlib
+import dataclasses
+import math
 import os
-import platform
-import re
-import secrets
-import stat
-import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jaxclip import archives, headers, layout
+from jaxclip.atomic import replacing
+from jaxclip.grids import Bits
+from jaxclip.matching import match_leaves
+from jaxclip.quantization import QuantizedArray
+from jaxclip.sources import SUFFIXES, open_source
 
-__all__ = ["CheckpointError", "load", "save"]
-
-_SUFFIXES = ".safetensors, .npz or .npy"
-# A temporary file that nobody has written to for this long belongs to nobody.
-_STALE_SECONDS = 24 * 3600
+__all__ = ["CheckpointError", "FileReport", "TensorReport", "inspect", "load", "save"]
 
 
 class CheckpointError(ValueError):
@@ -61,6 +59,7 @@ def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
       >>> folder = tempfile.TemporaryDirectory()
       >>> save(folder.name + "/net.safetensors", {"bias": np.zeros(2, np.float32)})
       >>> load(folder.name + "/net.safetensors")
@@ -69,44 +68,33 @@ def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None
     """
     path = Path(path)
     if path.suffix not in _PREPARERS:
-        raise ValueError(f"path must end in {_SUFFIXES}, got {str(path)!r}.")
-    mode = _check_target(path, overwrite)
-    write = _PREPARERS[path.suffix](tree)  # refuses what it cannot hold before any writing
-    _remove_stale(path)
-    temporary = path.with_name(
-        f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.jaxclip-tmp"
-    )
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
-            if mode is not None:
-                os.chmod(temporary, mode)
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, path, overwrite)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        error.add_note(f"jaxclip: while saving {path}; a file that was there is unchanged.")
-        raise
-    _sync_directory(path.parent)
+        raise ValueError(f"path must end in {SUFFIXES}, got {str(path)!r}.")
+    with replacing(path, overwrite) as file:
+        write = _PREPARERS[path.suffix](tree)  # refuses what it cannot hold before any writing
+        write(file)
 
 
-def load(path: str | os.PathLike) -> Any:
-    """Reads a file that `save` wrote, or any `.safetensors`, `.npz` or `.npy` file of arrays.
+def load(path: str | os.PathLike, *, like: Any = None, device: Any = None) -> Any:
+    """Reads the weights in a file or a folder of shards, leaf by leaf.
 
     Args:
-      path: The file; the suffix decides the format.
+      path: A `.safetensors`, `.npz` or `.npy` file; or a folder with
+        `model.safetensors.index.json` and its shards, or with `model.safetensors`.
+      like: Tree of arrays or `jax.ShapeDtypeStruct`: what the file must hold. The result has
+        its structure; flat names are matched with keys joined by "/" or ".". Low-bit leaves
+        may stand for arrays of their shape and dtype.
+      device: Where each leaf is put when it has been read: a device or a sharding, as in
+        `jax.device_put`. None leaves NumPy arrays.
 
     Returns:
-      NumPy arrays throughout. For our `.safetensors` files the tree that was saved, with its
-      `QuantizedArray` leaves; for others, and for `.npz`, a flat dict from name to array;
-      for `.npy` an array.
+      NumPy arrays throughout, or jax arrays on `device`. For our `.safetensors` files the
+      tree that was saved, with its `QuantizedArray` leaves; for others, folders and `.npz`, a
+      flat dict from name to array; for `.npy` an array.
 
     Raises:
       CheckpointError: If the file is damaged, not what its suffix says, of a newer version,
         or not a regular file. `.npy` files have no checksum, so damage to values goes unseen.
+      ValueError: If the file does not hold what `like` does; names the first difference.
       FileNotFoundError: If there is no file.
       OSError: If the disk refuses.
 
@@ -116,96 +104,115 @@ def load(path: str | os.PathLike) -> Any:
       FileNotFoundError: there is no file 'net.safetensors'.
     """
     path = Path(path)
-    with _open_regular(path) as file:
-        if path.suffix not in _READERS:
-            raise CheckpointError(f"{path}: the suffix must be {_SUFFIXES}.")
-        try:
-            return _READERS[path.suffix](file, os.fstat(file.fileno()).st_size)
-        except (ValueError, OverflowError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
+    with contextlib.ExitStack() as stack:
+        with _naming(path):
+            source = stack.enter_context(open_source(path))
+            names = None if like is None else match_leaves(like, source)
+
+        def read(name: str) -> Any:
+            with _naming(path):
+                leaf = source.read(name)
+            return leaf if device is None else jax.device_put(leaf, device)
+
+        if names is None:
+            return source.restore(read)
+        structure = jax.tree.structure(like, is_leaf=lambda x: isinstance(x, QuantizedArray))
+        return jax.tree.unflatten(structure, [read(name) for name in names])
 
 
-# --- Whole or not at all --------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """One leaf of a file.
+
+    Attributes:
+      path: Its name in the file.
+      shape: Shape of the array.
+      dtype: Dtype of the array, `float32`.
+      bits: Width of its codes, or None if it is stored as it is.
+      num_bytes: Bytes that it takes in the file.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    bits: Bits | None
+    num_bytes: int
 
 
-def _check_target(path: Path, overwrite: bool) -> int | None:
-    """Raises unless `path` may be written; the permissions of the file that is replaced."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory '{path.parent}' to save '{path}' in.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"the directory '{path.parent}' cannot be written to.")
+@dataclasses.dataclass(frozen=True)
+class FileReport:
+    """What a file or folder of weights holds; `print` it for a table.
+
+    Attributes:
+      path: The file or folder.
+      tensors: One `TensorReport` a leaf.
+    """
+
+    path: str
+    tensors: tuple[TensorReport, ...]
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of all arrays."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that all leaves take, without headers."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    def __str__(self) -> str:
+        width = max([len(tensor.path) for tensor in self.tensors] + [12])
+        lines = [f"{'leaf':<{width}} {'shape':>16} {'dtype':>9} {'bits':>8} {'bytes':>13}"]
+        lines += [
+            f"{t.path:<{width}} {'x'.join(map(str, t.shape)) or 'scalar':>16} {t.dtype:>9} "
+            f"{t.bits or 'as is':>8} {t.num_bytes:>13,}"
+            for t in self.tensors
+        ]
+        totals = f"{len(self.tensors):,} leaves, {self.num_weights:,} entries"
+        return "\n".join([*lines, f"{totals:<{width + 36}} {self.num_bytes:>13,}"])
+
+
+def inspect(path: str | os.PathLike) -> FileReport:
+    """Returns what a file or folder holds, from headers alone: no weight is read.
+
+    Args:
+      path: As in `load`.
+
+    Returns:
+      A `FileReport`, printable.
+
+    Raises:
+      CheckpointError: As in `load`; damage to the weights themselves goes unseen.
+      FileNotFoundError: If there is no file.
+
+    Example:
+      >>> inspect("net.safetensors")
+      Traceback (most recent call last):
+      FileNotFoundError: there is no file 'net.safetensors'.
+    """
+    path = Path(path)
+    with _naming(path), open_source(path) as source:
+        tensors = tuple(
+            TensorReport(
+                path=name,
+                shape=tuple(leaf.shape),
+                dtype=jnp.dtype(leaf.dtype).name,
+                bits=leaf.bits if isinstance(leaf, QuantizedArray) else None,
+                num_bytes=source.num_bytes[name],
+            )
+            for name, leaf in source.leaves.items()
+        )
+    return FileReport(str(path), tensors)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong with a file is a `CheckpointError` with its name."""
     try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(status.st_mode):
-        raise FileExistsError(f"'{path}' is not a regular file, so it is not replaced.")
-    if not overwrite:
-        raise FileExistsError(f"'{path}' exists; pass overwrite=True to replace it.")
-    return stat.S_IMODE(status.st_mode)
-
-
-def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Gives the finished file its name; without `overwrite` only if nobody has it yet."""
-    if overwrite:
-        _check_target(path, overwrite)
-        os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        _check_target(path, overwrite)
-        raise
-    except OSError:  # a file system without hard links: a check and a rename must do
-        _check_target(path, overwrite)
-        os.replace(temporary, path)
-    else:
-        with contextlib.suppress(OSError):  # published already; the next save tidies up
-            temporary.unlink()
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems refuse
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _host() -> str:
-    return f"{zlib.crc32(platform.node().encode()):08x}"
-
-
-def _remove_stale(path: Path) -> None:
-    """Removes temporary files that writers of the same path left when they were killed."""
-    ours = re.compile(
-        rf"\.{re.escape(path.name)}\.([0-9a-f]{{8}})-([0-9]{{1,10}})-[0-9a-f]{{8}}\.jaxclip-tmp"
-    )
-    with os.scandir(path.parent) as entries:
-        matches = [(entry, ours.fullmatch(entry.name)) for entry in entries]
-    for entry, match in matches:
-        with contextlib.suppress(OSError):
-            if match is None or not entry.is_file(follow_symlinks=False):
-                continue
-            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-            died_here = match[1] == _host() and not _is_alive(int(match[2]))
-            if died_here or age > _STALE_SECONDS:
-                os.unlink(entry.path)
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 is not a mere question
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+        yield
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 # --- Writers: a tree is checked first, what is returned writes it ------------------------
@@ -233,51 +240,8 @@ def _prepare_safetensors(tree: Any) -> Callable[[BinaryIO], None]:
     return write
 
 
-# --- Readers ----------------------------------------------------------------------------
-
-
-def _open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file; others are refused unopened, as opening may wait or act."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a regular file.")
-        # Should it become a FIFO now, opening still does not wait.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        file = os.fdopen(os.open(path, flags), "rb")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"there is no file '{path}'.") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise CheckpointError(f"{path}: not a regular file.")
-    return file
-
-
-def _read_safetensors(file: BinaryIO, file_size: int) -> Any:
-    prefix = file.read(8)
-    length = headers.header_length(prefix, file_size)
-    contents = headers.parse_header(prefix + file.read(length), file_size - 8 - length)
-
-    def read(tensor: layout.Tensor) -> np.ndarray:
-        file.seek(8 + length + tensor.start)
-        try:
-            array = archives.read_array(file, tensor.numpy_dtype, tensor.shape)
-        except ValueError as error:
-            raise ValueError(f"tensor {tensor.name!r}: {error}") from error
-        checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data)
-        if contents.checksums and checksum != contents.checksums[tensor.name]:
-            raise ValueError(f"tensor {tensor.name!r}: it is damaged, its checksum differs.")
-        return array
-
-    return contents.restore(read)
-
-
 _PREPARERS = {
     ".safetensors": _prepare_safetensors,
     ".npz": archives.prepare_npz,
     ".npy": archives.prepare_npy,
-}
-_READERS: dict[str, Callable[[BinaryIO, int], Any]] = {
-    ".safetensors": _read_safetensors,
-    ".npz": archives.read_npz,
-    ".npy": archives.read_npy,
 }

@@ -32,7 +32,7 @@ from jaxclip.layout import (
 )
 from jaxclip.quantization import QuantizedArray
 
-__all__ = ["FileContents", "header_length", "make_header", "parse_header"]
+__all__ = ["FileContents", "header_length", "make_header", "parse_header", "strict_json"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
 _VERSION = 1
@@ -123,15 +123,9 @@ class FileContents:
     tree: Any = None
     leaves: dict[str, Any] | None = None
 
-    def restore(self, read: Callable[[Tensor], np.ndarray]) -> Any:
-        """Returns the tree, with `read` called once a tensor; a flat dict if not our file."""
-        if self.leaves is None:
-            return {name: read(tensor) for name, tensor in self.tensors.items()}
-        restored = [self._restore_leaf(name, like, read) for name, like in self.leaves.items()]
-        structure = jax.tree.structure(self.tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
-        return jax.tree.unflatten(structure, restored)
-
-    def _restore_leaf(self, name: str, like: Any, read: Callable[[Tensor], np.ndarray]) -> Any:
+    def restore_leaf(self, name: str, read: Callable[[Tensor], np.ndarray]) -> Any:
+        """Returns a leaf of our file, with `read` called once for each of its tensors."""
+        like = (self.leaves or {})[name]
         if not isinstance(like, QuantizedArray):
             return read(self.tensors[name])
         scale, packed = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
@@ -181,7 +175,7 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
       >>> parse_header(make_header(plan), plan.data_bytes).tree
       [ShapeDtypeStruct(shape=(3,), dtype=int8)]
     """
-    outer = _strict_json(raw[8:])
+    outer = strict_json(raw[8:], "the header")
     metadata = outer.pop("__metadata__", {}) if type(outer) is dict else None
     if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
         raise ValueError("the header is not that of a safetensors file.")
@@ -194,7 +188,7 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
     checksum = f"{zlib.crc32(zeroed):08x}".encode("ascii")
     if not raw.startswith(_PREFIX, 8) or raw[_CRC_PLACE] != checksum:
         raise ValueError("the header is damaged or was rewritten: its checksum does not match.")
-    inner = _strict_json(ours[0].encode())
+    inner = strict_json(ours[0].encode(), "the header")
     version = inner.get("version")
     if version != _VERSION or type(version) is not int:
         raise ValueError(
@@ -204,8 +198,24 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
     return _parse_ours(inner, _parse_tensors(outer, data_bytes))
 
 
-def _strict_json(text: bytes) -> Any:
-    """`json.loads` without duplicate keys, NaN, fractions, giant numbers or deep nesting."""
+def strict_json(text: bytes, name: str) -> Any:
+    """`json.loads` without duplicate keys, NaN, fractions, giant numbers or deep nesting.
+
+    Args:
+      text: UTF-8.
+      name: What to call it in errors.
+
+    Returns:
+      Dicts, lists, strings, integers, booleans and None.
+
+    Raises:
+      ValueError: If the text is not that.
+
+    Example:
+      >>> strict_json(b'{"a": 1, "a": 2}', "the header")
+      Traceback (most recent call last):
+      ValueError: the header is not valid JSON: a key occurs twice.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -222,7 +232,7 @@ def _strict_json(text: bytes) -> Any:
     try:
         return json.loads(text.decode(), object_pairs_hook=unique, **hooks)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the header is not valid JSON: {error}.") from error
+        raise ValueError(f"{name} is not valid JSON: {error}.") from error
 
 
 def _is_shape(value: Any) -> bool:

@@ -1,0 +1,138 @@
+"""Sharded checkpoints: the index of a folder, read with suspicion.
+
+A folder holds `model.safetensors.index.json`, whose `weight_map` names the shard of every
+tensor. A name there is data from elsewhere: only bare file names are followed, and only
+inside the folder.
+
+What is wrong with an index raises ValueError; `checkpoints` adds the folder's name.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxclip.headers import strict_json
+
+__all__ = ["INDEX_NAME", "check_total_size", "find_shards", "read_index"]
+
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_INDEX_BYTES = 100_000_000
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def find_shards(folder: Path) -> Path | None:
+    """Returns the index of a folder, or None if it holds a single file of weights.
+
+    Args:
+      folder: A directory.
+
+    Returns:
+      The path of `model.safetensors.index.json`; None if there is `model.safetensors` alone.
+
+    Raises:
+      ValueError: If the folder holds neither, or both.
+
+    Example:
+      >>> find_shards(Path("/"))
+      Traceback (most recent call last):
+      ValueError: the folder holds neither model.safetensors.index.json nor model.safetensors.
+    """
+    has_index, has_single = ((folder / name).exists() for name in (INDEX_NAME, "model.safetensors"))
+    if has_index and has_single:
+        raise ValueError(
+            f"the folder holds both {INDEX_NAME} and model.safetensors: name the one to read."
+        )
+    if not has_index and not has_single:
+        raise ValueError(f"the folder holds neither {INDEX_NAME} nor model.safetensors.")
+    return folder / INDEX_NAME if has_index else None
+
+
+def read_index(raw: bytes, folder: Path) -> tuple[dict[str, str], int | None]:
+    """Returns the shard of every tensor that an index lists, and the total size it gives.
+
+    Args:
+      raw: The index, JSON.
+      folder: The directory that it lies in.
+
+    Returns:
+      A dict from tensor name to a bare file name in the folder, and `total_size` in bytes or
+      None if the index has none.
+
+    Raises:
+      ValueError: If the index is not valid, names a file that is not a bare `.safetensors`
+        name, is missing or lies elsewhere, or a numbered shard in the folder is not listed.
+
+    Example:
+      >>> read_index(b'{"weight_map": {"w": "../x.safetensors"}}', Path("."))
+      Traceback (most recent call last):
+      ValueError: tensor 'w': its shard '../x.safetensors' is not a bare .safetensors name.
+    """
+    if len(raw) > _MAX_INDEX_BYTES:
+        raise ValueError(f"{INDEX_NAME} is larger than {_MAX_INDEX_BYTES:,} bytes.")
+    index = strict_json(raw, INDEX_NAME)
+    weight_map = index.get("weight_map") if type(index) is dict else None
+    if type(weight_map) is not dict or not weight_map:
+        raise ValueError(f"{INDEX_NAME} has no weight_map.")
+    for name, shard in weight_map.items():
+        if type(shard) is not str or not _is_bare_name(shard):
+            raise ValueError(
+                f"tensor {name!r}: its shard {shard!r} is not a bare .safetensors name."
+            )
+    listed = set(weight_map.values())
+    for shard in sorted(listed):
+        _check_inside(folder, shard)
+    unlisted = {name for name in os.listdir(folder) if _SHARD.fullmatch(name)} - listed
+    if unlisted:
+        raise ValueError(f"shard {min(unlisted)!r} is in the folder but not in {INDEX_NAME}.")
+    return weight_map, _total_size(index.get("metadata", {}))
+
+
+def _is_bare_name(name: str) -> bool:
+    is_plain = name.isprintable() and not set(name) & set("/\\:") and len(name) <= 255
+    return is_plain and name.endswith(".safetensors") and not name.startswith(".")
+
+
+def _check_inside(folder: Path, shard: str) -> None:
+    """Raises unless the shard exists and is no link that leads out of the folder.
+
+    Caches of the Hugging Face hub keep files as `blobs/HASH` beside `snapshots/REVISION`,
+    where the names are links: those two folders belong together.
+    """
+    root = Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(folder / shard))
+    homes = {root}
+    if root.parent.name == "snapshots":
+        homes.add(root.parent.parent / "blobs")
+    if target.parent not in homes:
+        raise ValueError(f"shard {shard!r} is a link that leads out of the folder.")
+    if not target.exists():
+        raise ValueError(f"shard {shard!r} is missing.")
+
+
+def _total_size(metadata: Any) -> int | None:
+    total = metadata.get("total_size") if type(metadata) is dict else None
+    if total is not None and (type(total) is not int or total < 0):
+        raise ValueError(f"{INDEX_NAME} has a total_size that is not a size: {total!r}.")
+    return total
+
+
+def check_total_size(total: int | None, found: int) -> None:
+    """Raises unless the shards hold as many bytes as the index says, if it says.
+
+    Args:
+      total: `total_size` of the index, or None.
+      found: Bytes of all tensors.
+
+    Raises:
+      ValueError: If they differ.
+
+    Example:
+      >>> check_total_size(4, 8)
+      Traceback (most recent call last):
+      ValueError: model.safetensors.index.json says 4 bytes of tensors, the shards hold 8.
+    """
+    if total is not None and total != found:
+        raise ValueError(
+            f"{INDEX_NAME} says {total:,} bytes of tensors, the shards hold {found:,}."
+        )

@@ -1,0 +1,215 @@
+"""Weights as they lie on disk: what is there, and each leaf on its own when asked for.
+
+    .safetensors   one file, ours with its tree, others' flat
+    a folder       shards by `model.safetensors.index.json`, or one `model.safetensors`
+    .npz, .npy     NumPy's own
+
+What is wrong with a file raises ValueError; `checkpoints` adds the file's name.
+"""
+
+import contextlib
+import dataclasses
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+
+from jaxclip import archives, folders, headers, layout
+from jaxclip.quantization import QuantizedArray
+
+__all__ = ["SUFFIXES", "Source", "open_regular", "open_source"]
+
+SUFFIXES = ".safetensors, .npz or .npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Leaves on disk, while the files are open.
+
+    Attributes:
+      leaves: Every leaf by name: `jax.ShapeDtypeStruct`, or a `QuantizedArray` of them.
+      read: Reads one leaf by its name, as NumPy arrays, and checks it.
+      num_bytes: Bytes that each leaf takes on disk, by name.
+      structure: The structure of the tree whose leaves these are, in this order; None for a
+        flat dict.
+    """
+
+    leaves: dict[str, Any]
+    read: Callable[[str], Any]
+    num_bytes: dict[str, int]
+    structure: Any = None
+
+    def restore(self, read: Callable[[str], Any]) -> Any:
+        """Returns the tree, or flat dict, with `read` called once a leaf."""
+        values = {name: read(name) for name in self.leaves}
+        if self.structure is None:
+            return values
+        return jax.tree.unflatten(self.structure, values.values())
+
+
+@contextlib.contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """Opens a file or folder of weights; leaves are read one by one while it is open.
+
+    Args:
+      path: A `.safetensors`, `.npz` or `.npy` file, an index of shards, or a folder.
+
+    Returns:
+      A context manager that gives a `Source`.
+
+    Raises:
+      ValueError: If it is not what its name says, or damaged where that shows at once.
+      FileNotFoundError: If there is nothing at `path`.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.save(folder + "/w.npy", np.ones(3))
+      ...     with open_source(Path(folder + "/w.npy")) as source:
+      ...         print(source.leaves["array"].shape, source.read("array"))
+      (3,) [1. 1. 1.]
+    """
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            path = folders.find_shards(path) or path / "model.safetensors"
+        file = stack.enter_context(open_regular(path))
+        size = os.fstat(file.fileno()).st_size
+        if path.name.endswith(".safetensors.index.json"):
+            yield _open_shards(stack, file.read(size), path.parent)
+        elif path.suffix in _OPENERS:
+            yield _OPENERS[path.suffix](file, size)
+        else:
+            raise ValueError(f"the suffix must be {SUFFIXES}.")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file; others are refused unopened, as opening may wait or act.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The open file.
+
+    Raises:
+      ValueError: If it is a directory, FIFO, device or socket.
+      FileNotFoundError: If there is none.
+
+    Example:
+      >>> open_regular(Path("net.safetensors"))
+      Traceback (most recent call last):
+      FileNotFoundError: there is no file 'net.safetensors'.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file.")
+        # Should it become a FIFO now, opening still does not wait.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = os.fdopen(os.open(path, flags), "rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"there is no file '{path}'.") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("not a regular file.")
+    return file
+
+
+# --- safetensors ------------------------------------------------------------------------
+
+
+def _open_safetensors(file: BinaryIO, file_size: int) -> Source:
+    prefix = file.read(8)
+    length = headers.header_length(prefix, file_size)
+    contents = headers.parse_header(prefix + file.read(length), file_size - 8 - length)
+
+    def read_tensor(tensor: layout.Tensor) -> np.ndarray:
+        file.seek(8 + length + tensor.start)
+        try:
+            array = archives.read_array(file, tensor.numpy_dtype, tensor.shape)
+        except ValueError as error:
+            raise ValueError(f"tensor {tensor.name!r}: {error}") from error
+        checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data)
+        if contents.checksums and checksum != contents.checksums[tensor.name]:
+            raise ValueError(f"tensor {tensor.name!r}: it is damaged, its checksum differs.")
+        return array
+
+    if contents.leaves is None:
+        tensors = contents.tensors
+        leaves = {n: jax.ShapeDtypeStruct(t.shape, t.numpy_dtype) for n, t in tensors.items()}
+        sizes = {name: t.stop - t.start for name, t in tensors.items()}
+        return Source(leaves, lambda name: read_tensor(tensors[name]), sizes)
+    sizes = dict.fromkeys(contents.leaves, 0)
+    for tensor in contents.tensors.values():
+        sizes[tensor.leaf] += tensor.stop - tensor.start
+    return Source(
+        leaves=contents.leaves,
+        read=lambda name: contents.restore_leaf(name, read_tensor),
+        num_bytes=sizes,
+        structure=jax.tree.structure(
+            contents.tree, is_leaf=lambda x: isinstance(x, QuantizedArray)
+        ),
+    )
+
+
+def _open_shards(stack: contextlib.ExitStack, index: bytes, folder: Path) -> Source:
+    weight_map, total_size = folders.read_index(index, folder)
+    shards: dict[str, Source] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = stack.enter_context(open_regular(folder / shard))
+        with _naming(shard):
+            source = _open_safetensors(file, os.fstat(file.fileno()).st_size)
+            if source.structure is not None:
+                raise ValueError("a shard must be a plain file of tensors, not one of a tree.")
+        for name in source.leaves:
+            if weight_map.get(name) != shard:
+                raise ValueError(f"tensor {name!r} is in shard {shard!r}, but not by the index.")
+        shards[shard] = source
+    for name, shard in weight_map.items():
+        if name not in shards[shard].leaves:
+            raise ValueError(f"tensor {name!r} is missing in its shard {shard!r}.")
+
+    def read(name: str) -> np.ndarray:
+        with _naming(weight_map[name]):
+            return shards[weight_map[name]].read(name)
+
+    sizes = {name: shards[shard].num_bytes[name] for name, shard in weight_map.items()}
+    folders.check_total_size(total_size, sum(sizes.values()))
+    leaves = {name: shards[shard].leaves[name] for name, shard in weight_map.items()}
+    return Source(leaves, read, sizes)
+
+
+@contextlib.contextmanager
+def _naming(shard: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"shard {shard!r}: {error}") from error
+
+
+# --- NumPy's ----------------------------------------------------------------------------
+
+
+def _open_npz(file: BinaryIO, file_size: int) -> Source:
+    members = archives.open_npz(file, file_size)
+    leaves = {name: jax.ShapeDtypeStruct(m.shape, m.dtype) for name, m in members.items()}
+    sizes = {name: m.num_bytes for name, m in members.items()}
+    return Source(leaves, lambda name: members[name].read(), sizes)
+
+
+def _open_npy(file: BinaryIO, file_size: int) -> Source:
+    member = archives.open_npy(file, file_size)
+    leaves = {"array": jax.ShapeDtypeStruct(member.shape, member.dtype)}
+    structure = jax.tree.structure(0)
+    return Source(leaves, lambda _: member.read(), {"array": member.num_bytes}, structure)
+
+
+_OPENERS: dict[str, Callable[[BinaryIO, int], Source]] = {
+    ".safetensors": _open_safetensors,
+    ".npz": _open_npz,
+    ".npy": _open_npy,
+}
