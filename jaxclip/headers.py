@@ -13,7 +13,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -31,11 +31,12 @@ from jaxclip.layout import (
     restore_leaf,
 )
 from jaxclip.quantization import QuantizedArray
+from jaxclip.scale_formats import scale_format
 
 __all__ = ["FileContents", "header_length", "make_header", "parse_header", "strict_json"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
-_VERSION = 1
+_VERSIONS = (1, 2)
 # Every version begins like this, so that the header's checksum has a fixed place.
 _PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
 _CRC_PLACE = slice(8 + len(_PREFIX), 16 + len(_PREFIX))
@@ -61,11 +62,12 @@ def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> byte
     """
     crc = {t.name: f"{checksums[t.name] if checksums else 0:08x}" for t in plan.tensors}
     quantized = {n: leaf for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray)}
+    version = _version_for(quantized.values())
     inner = {
         "header_crc": "00000000",
-        "version": _VERSION,
+        "version": version,
         "tree": plan.tree,
-        "leaves": {name: _quantized_info(leaf) for name, leaf in quantized.items()},
+        "leaves": {name: _quantized_info(leaf, version) for name, leaf in quantized.items()},
         "crc": crc,
     }
     outer: dict[str, Any] = {"__metadata__": {"jaxclip": _to_json(inner)}}
@@ -88,9 +90,15 @@ def _to_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _quantized_info(leaf: QuantizedArray) -> dict[str, Any]:
+def _version_for(quantized: Iterable[QuantizedArray]) -> int:
+    """The lowest version that can say it all, so that older readers understand what they can."""
+    is_new = any(q.zero is not None or q.scale_dtype != "float32" for q in quantized)
+    return 2 if is_new else 1
+
+
+def _quantized_info(leaf: QuantizedArray, version: int) -> dict[str, Any]:
     axis, group_size = leaf.granularity.axis, leaf.granularity.group_size
-    return {
+    info = {
         "bits": leaf.bits,
         "full_signed": bool(leaf.full_signed),
         "axis": [int(a) for a in axis] if isinstance(axis, tuple) else _int_or_none(axis),
@@ -98,6 +106,9 @@ def _quantized_info(leaf: QuantizedArray) -> dict[str, Any]:
         "shape": list(leaf.shape),
         "dtype": _DTYPE_CODES[jnp.dtype(leaf.dtype)],
     }
+    if version >= 2:
+        info |= {"zero_point": leaf.zero is not None, "scale_dtype": leaf.scale_dtype}
+    return info
 
 
 def _int_or_none(value: Any) -> int | None:
@@ -129,7 +140,9 @@ class FileContents:
         if not isinstance(like, QuantizedArray):
             return read(self.tensors[name])
         scale, packed = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
-        return restore_leaf(name, like, scale, packed)
+        zero = None if like.zero is None else read(self.tensors[f"{name}:zero"])
+        unit = read(self.tensors[f"{name}:unit"]) if like.scale_dtype == "log8" else None
+        return restore_leaf(name, like, scale, packed, zero=zero, unit=unit)
 
 
 def header_length(prefix: bytes, file_size: int) -> int:
@@ -190,10 +203,10 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
         raise ValueError("the header is damaged or was rewritten: its checksum does not match.")
     inner = strict_json(ours[0].encode(), "the header")
     version = inner.get("version")
-    if version != _VERSION or type(version) is not int:
+    if version not in _VERSIONS or type(version) is not int:
         raise ValueError(
-            f"the file has version {version!r} of the format and this jaxclip reads version "
-            f"{_VERSION}: a jaxclip that reads version {version!r} is needed."
+            f"the file has version {version!r} of the format and this jaxclip reads versions "
+            f"1 to {_VERSIONS[-1]}: a jaxclip that reads version {version!r} is needed."
         )
     return _parse_ours(inner, _parse_tensors(outer, data_bytes))
 
@@ -273,7 +286,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
 
     def shapes_of(name: str) -> Any:
         if name in infos:
-            return _abstract_quantized(name, infos[name])
+            return _abstract_quantized(name, infos[name], inner["version"])
         if name not in tensors:
             raise ValueError(f"tensor {name!r}: it is missing.")
         return jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].numpy_dtype)
@@ -323,21 +336,26 @@ def _split_node(node: Any) -> tuple[str, Any]:
     raise ValueError("the tree in the header is not valid.")
 
 
-def _abstract_quantized(name: str, info: Any) -> QuantizedArray:
+def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
     keys = {"bits", "full_signed", "axis", "group_size", "shape", "dtype"}
+    keys |= {"zero_point", "scale_dtype"} if version >= 2 else set()
     if type(info) is not dict or set(info) != keys or not _is_shape(info["shape"]):
         raise ValueError(f"tensor {name!r}: its description in the header is not valid.")
     axis, shape, dtype = info["axis"], tuple(info["shape"]), info["dtype"]
     stored = DTYPES.get(dtype) if type(dtype) is str else None
     is_float = stored is not None and jnp.issubdtype(stored, jnp.floating)
-    if type(info["full_signed"]) is not bool or not is_float:
+    has_zero, scale_dtype = info.get("zero_point", False), info.get("scale_dtype", "float32")
+    if type(info["full_signed"]) is not bool or type(has_zero) is not bool or not is_float:
         raise ValueError(f"tensor {name!r}: its grid or dtype is not valid.")
     try:
+        if type(scale_dtype) is not str:
+            raise TypeError(f"scale_dtype must be a name, got {scale_dtype!r}.")
         code_range(info["bits"])
+        in_memory = scale_format(scale_dtype).replace("log8", "float32")
         granularity = Granularity(tuple(axis) if type(axis) is list else axis, info["group_size"])
         scale_shape = granularity.scale_shape(shape)
         qvalue: Any = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))
-        scale: Any = jax.ShapeDtypeStruct(scale_shape, np.dtype(np.float32))
+        scale: Any = jax.ShapeDtypeStruct(scale_shape, jnp.dtype(in_memory))
         return QuantizedArray(
             qvalue=qvalue,
             scale=scale,
@@ -345,6 +363,8 @@ def _abstract_quantized(name: str, info: Any) -> QuantizedArray:
             full_signed=info["full_signed"],
             granularity=granularity,
             dtype=stored,
+            zero=jax.ShapeDtypeStruct(scale_shape, np.dtype(np.int8)) if has_zero else None,
+            scale_dtype=scale_dtype,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"tensor {name!r}: {error}") from error

@@ -51,5 +51,35 @@ def version_1() -> dict:
     }
 
 
+def version_2() -> dict:
+    """Zero points, and scales in every format, alone and together."""
+
+    def low_bit(bits, scale_dtype, has_zero, shape=(5, 9), axis=-1, group_size=None):
+        low, high = code_range(bits)
+        granularity = Granularity(axis, group_size)
+        scale_shape = granularity.scale_shape(shape)
+        places = np.arange(np.prod(scale_shape, dtype=int)).reshape(scale_shape)
+        scale = 0.5 * 2.0 ** -np.minimum(places, 15)  # exact in every format
+        sign = np.where(has_zero | (places % 2 == 0), 1, -1)
+        in_memory = {"log8": "float32", "bfloat16": ml_dtypes.bfloat16}.get(
+            scale_dtype, scale_dtype
+        )
+        return QuantizedArray(
+            codes_of(shape, low, high).astype(np.int8), (scale * sign).astype(in_memory),
+            bits, True, granularity, np.dtype(np.float32),
+            codes_of(scale_shape, low, high).astype(np.int8) if has_zero else None, scale_dtype,
+        )  # fmt: skip
+
+    formats = ("float32", "float16", "bfloat16", "log8")
+    return {
+        "scales": {name: low_bit(4, name, False) for name in formats},
+        "zeros": {name: low_bit(3, name, True) for name in formats},
+        "ternary": low_bit("ternary", "log8", True, shape=(4, 7), axis=0, group_size=3),
+        "8": low_bit(8, "float32", True, shape=(300,), axis=None, group_size=100),
+        "empty": low_bit(2, "log8", True, shape=(0, 3)),
+        "plain": [np.arange(3.0), None],
+    }
+
+
 if __name__ == "__main__":
-    checkpoints.save(sys.argv[1], version_1())
+    checkpoints.save(sys.argv[1], version_2())

@@ -295,7 +295,8 @@ def test_the_hand_made_header_is_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2 is needed"),
+        ({"version": 3}, "version 3 is needed"),
+        ({"version": 2}, "description in the header"),
         ({"version": True}, "version"),
         ({"version": "1"}, "version"),
         ({"tree": {"v": 0}}, "missing"),
