@@ -19,6 +19,7 @@ from jaxclip.smoothing import smooth_clip
 from jaxclip.spectra import clip_by_spectral_norm
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes
 from jaxclip.stopping import StopReason, max_seconds, max_steps, nonfinite, plateau, reached
+from jaxclip.straight_through import fake_quantize
 from jaxclip.telemetry import clip_stats, explain
 from jaxclip.threshold_rules import max_abs, mse_optimal
 from jaxclip.thresholds import fan_in, resolve_threshold
@@ -59,6 +60,7 @@ __all__ = [
     "dequantize",
     "error_feedback",
     "explain",
+    "fake_quantize",
     "fan_in",
     "fit",
     "global_norm",

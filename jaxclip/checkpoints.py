@@ -10,43 +10,64 @@ it is believed, and memory is never claimed on the word of a header alone.
 """
 
 import contextlib
-import dataclasses
-import math
 import os
-import zlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from jaxclip import archives, headers, layout
+from jaxclip import archives
 from jaxclip.atomic import replacing
+from jaxclip.coding import check_coding
+from jaxclip.compression import SizeReport, compress, decompress, report_plan
+from jaxclip.file_reports import FileReport, report_source
 from jaxclip.grids import Bits
+from jaxclip.headers import header_size
+from jaxclip.layout import check_has_values, plan_file
 from jaxclip.matching import match_leaves
-from jaxclip.quantization import QuantizedArray
+from jaxclip.progress import byte_bar
+from jaxclip.quantization import QuantizedArray, dequantize
 from jaxclip.sources import SUFFIXES, open_source
+from jaxclip.threshold_rules import mse_optimal
+from jaxclip.thresholds import check_threshold_tree, resolve_threshold
+from jaxclip.weights import clip_weights
+from jaxclip.writing import write_tree
 
-__all__ = ["CheckpointError", "FileReport", "TensorReport", "inspect", "load", "save"]
+__all__ = [
+    "CheckpointError",
+    "clip_checkpoint",
+    "compress_checkpoint",
+    "decompress_checkpoint",
+    "inspect",
+    "load",
+    "save",
+]
 
 
 class CheckpointError(ValueError):
     """A file is damaged, of a foreign kind or of a newer version; names file and tensor."""
 
 
-def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None:
+def save(
+    path: str | os.PathLike, tree: Any, *, coding: str | None = None, overwrite: bool = False
+) -> None:
     """Writes a tree to a file: all of it or nothing, whatever happens on the way.
 
     The file is written under a temporary name in the same directory, tensor by tensor,
     synced to disk and renamed. After a crash at any moment the name holds the old file or
     the new one; a leftover temporary file is removed by the next save to the same path.
-    Equal trees give equal bytes.
+    Equal trees give equal bytes (coded by Huffman: with one version of zlib).
 
     Args:
       path: Where to; the suffix decides the format: `.safetensors` for any tree, `.npz` for
         (nested) dicts of arrays, `.npy` for one array. NumPy's formats have no bfloat16.
       tree: Nested dicts, lists, tuples and None with arrays and `QuantizedArray` leaves.
+      coding: How the codes of low-bit leaves are stored where that is smaller: "huffman",
+        which every Python reads, or "ans", of the size of their entropy (needs the extra
+        `coding`). None packs them at their width. For `.safetensors`.
       overwrite: Whether an existing file may be replaced; its permissions are kept.
 
     Raises:
@@ -54,7 +75,8 @@ def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None
         (a directory, symlink, FIFO or device is never replaced).
       FileNotFoundError: If the directory does not exist.
       TypeError: If the format cannot hold a leaf or a node; the message names it.
-      ValueError: If the suffix is unknown, or a leaf or key is not valid.
+      ValueError: If the suffix or coding is unknown, or a leaf or key is not valid.
+      ImportError: If `coding` is "ans" and its package is not installed.
       OSError: If the disk is full or refuses. The old file is intact.
 
     Example:
@@ -67,10 +89,11 @@ def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None
       >>> folder.cleanup()
     """
     path = Path(path)
+    check_coding(coding)
     if path.suffix not in _PREPARERS:
         raise ValueError(f"path must end in {SUFFIXES}, got {str(path)!r}.")
     with replacing(path, overwrite) as file:
-        write = _PREPARERS[path.suffix](tree)  # refuses what it cannot hold before any writing
+        write = _PREPARERS[path.suffix](tree, coding)  # refuses what it cannot hold
         write(file)
 
 
@@ -120,59 +143,6 @@ def load(path: str | os.PathLike, *, like: Any = None, device: Any = None) -> An
         return jax.tree.unflatten(structure, [read(name) for name in names])
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorReport:
-    """One leaf of a file.
-
-    Attributes:
-      path: Its name in the file.
-      shape: Shape of the array.
-      dtype: Dtype of the array, `float32`.
-      bits: Width of its codes, or None if it is stored as it is.
-      num_bytes: Bytes that it takes in the file.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    bits: Bits | None
-    num_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class FileReport:
-    """What a file or folder of weights holds; `print` it for a table.
-
-    Attributes:
-      path: The file or folder.
-      tensors: One `TensorReport` a leaf.
-    """
-
-    path: str
-    tensors: tuple[TensorReport, ...]
-
-    @property
-    def num_weights(self) -> int:
-        """Entries of all arrays."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that all leaves take, without headers."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
-
-    def __str__(self) -> str:
-        width = max([len(tensor.path) for tensor in self.tensors] + [12])
-        lines = [f"{'leaf':<{width}} {'shape':>16} {'dtype':>9} {'bits':>8} {'bytes':>13}"]
-        lines += [
-            f"{t.path:<{width}} {'x'.join(map(str, t.shape)) or 'scalar':>16} {t.dtype:>9} "
-            f"{t.bits or 'as is':>8} {t.num_bytes:>13,}"
-            for t in self.tensors
-        ]
-        totals = f"{len(self.tensors):,} leaves, {self.num_weights:,} entries"
-        return "\n".join([*lines, f"{totals:<{width + 36}} {self.num_bytes:>13,}"])
-
-
 def inspect(path: str | os.PathLike) -> FileReport:
     """Returns what a file or folder holds, from headers alone: no weight is read.
 
@@ -193,17 +163,7 @@ def inspect(path: str | os.PathLike) -> FileReport:
     """
     path = Path(path)
     with _naming(path), open_source(path) as source:
-        tensors = tuple(
-            TensorReport(
-                path=name,
-                shape=tuple(leaf.shape),
-                dtype=jnp.dtype(leaf.dtype).name,
-                bits=leaf.bits if isinstance(leaf, QuantizedArray) else None,
-                num_bytes=source.num_bytes[name],
-            )
-            for name, leaf in source.leaves.items()
-        )
-    return FileReport(str(path), tensors)
+        return report_source(str(path), source)
 
 
 @contextlib.contextmanager
@@ -215,33 +175,231 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+# --- Leaf by leaf -----------------------------------------------------------------------
+
+
+def compress_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    bits: Bits = 4,
+    *,
+    rule: Any = mse_optimal,
+    axis: int | tuple[int, ...] | None = 0,
+    group_size: int | None = None,
+    full_signed: bool = True,
+    policy: Sequence[tuple[str, Bits | None]] = (),
+    coding: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> SizeReport:
+    """Compresses a file or folder of weights to one low-bit file, leaf by leaf.
+
+    Memory is bounded by a few times the largest leaf, however large the checkpoint. The new
+    file appears when it is complete; after a crash or an interrupt there is none, and the
+    source is never written to.
+
+    Args:
+      src: As in `load`. Leaves that are low-bit already are copied.
+      dst: The `.safetensors` file to write.
+      bits: As in `compress`.
+      rule: As in `compress`; a rule that looks at more than one leaf is not possible here.
+      axis: As in `compress`, but 0 by default: PyTorch's layouts have the output channel
+        first, where flax's have it last.
+      group_size: As in `compress`.
+      full_signed: As in `compress`.
+      policy: As in `compress`, on the names in the source.
+      coding: As in `save`.
+      overwrite: Whether an existing file may be replaced.
+      dry_run: Whether to write nothing and only return the sizes. Without `coding` they
+        follow from shapes, and no weight is read.
+      progress: Whether to show a bar where there is a terminal or a notebook, and rich.
+
+    Returns:
+      A `SizeReport`; `total_bytes` is the size of the file.
+
+    Raises:
+      CheckpointError: As in `load`.
+      FileExistsError: As in `save`; also if `dst` is one of the files that are read, under
+        any name.
+      ValueError: As in `compress`.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> source = folder.name + "/net.npz"
+      >>> save(source, {"kernel": np.ones((64, 64), np.float32)})
+      >>> report = compress_checkpoint(source, folder.name + "/small.safetensors", "ternary")
+      >>> report.raw_bytes, report.leaves[0].stored_bytes
+      (16384, 1076)
+      >>> folder.cleanup()
+    """
+    grid: dict[str, Any] = {"axis": axis, "group_size": group_size, "full_signed": full_signed}
+
+    def outline(tree: Any) -> Any:
+        small = jax.eval_shape(lambda t: compress(t, bits, rule=rule, policy=policy, **grid), tree)
+        # Others stay as they are: tracing would give int64 another dtype.
+        return {n: x if isinstance(x, QuantizedArray) else tree[n] for n, x in small.items()}
+
+    def compress_leaf(name: str, leaf: Any, like: Any) -> Any:
+        if not isinstance(like, QuantizedArray) or isinstance(leaf, QuantizedArray):
+            return leaf
+        # The policy has chosen the width; one leaf has one path, its name.
+        return compress({name: leaf}, like.bits, rule=rule, policy=[("", like.bits)], **grid)[name]
+
+    return _rewrite(src, dst, outline, compress_leaf, coding, overwrite, dry_run, progress)
+
+
+def decompress_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    dtype: Any = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> SizeReport:
+    """Writes the arrays that a low-bit file stands for to a plain `.safetensors` file.
+
+    Any library that reads safetensors loads it, by the names that `inspect` shows.
+
+    Args:
+      src: As in `load`.
+      dst: The `.safetensors` file to write.
+      dtype: Floating dtype for the leaves that were compressed; None for their own.
+      overwrite: Whether an existing file may be replaced.
+      progress: As in `compress_checkpoint`.
+
+    Returns:
+      A `SizeReport`.
+
+    Raises:
+      CheckpointError: As in `load`.
+      FileExistsError: As in `compress_checkpoint`.
+
+    Example:
+      >>> decompress_checkpoint("small.safetensors", "net.safetensors")
+      Traceback (most recent call last):
+      FileNotFoundError: there is no file 'small.safetensors'.
+    """
+
+    def outline(tree: Any) -> Any:
+        arrays = {n: x for n, x in tree.items() if isinstance(x, QuantizedArray)}
+        return tree | jax.eval_shape(lambda t: decompress(t, dtype), arrays)
+
+    def decompress_leaf(name: str, leaf: Any, like: Any) -> Any:
+        del name, like
+        return dequantize(leaf, dtype) if isinstance(leaf, QuantizedArray) else leaf
+
+    return _rewrite(src, dst, outline, decompress_leaf, None, overwrite, False, progress)
+
+
+def clip_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    threshold: Any,
+    *,
+    include: str = "",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> SizeReport:
+    """Writes the weights of a file or folder, clipped to `[-threshold, threshold]`.
+
+    Args:
+      src: As in `load`; low-bit leaves are copied.
+      dst: The `.safetensors` file to write.
+      threshold: Number in [0, inf] or a rule, as in `clip_weights`.
+      include: Regular expression; leaves whose name it matches are clipped.
+      overwrite: Whether an existing file may be replaced.
+      progress: As in `compress_checkpoint`.
+
+    Returns:
+      A `SizeReport`.
+
+    Raises:
+      CheckpointError: As in `load`.
+      FileExistsError: As in `compress_checkpoint`.
+      TypeError: If the threshold is of a wrong type.
+      ValueError: If the threshold is negative or NaN, or `include` matches no leaf.
+
+    Example:
+      >>> clip_checkpoint("net.safetensors", "clipped.safetensors", 0.1)
+      Traceback (most recent call last):
+      FileNotFoundError: there is no file 'net.safetensors'.
+    """
+    check_threshold_tree("threshold", threshold)
+    pattern = re.compile(include)
+
+    def outline(tree: Any) -> Any:
+        if not any(pattern.search(name) for name in tree):
+            raise ValueError(f"include={include!r} matches no leaf.")
+        return tree
+
+    def clip_leaf(name: str, leaf: Any, like: Any) -> Any:
+        del like
+        if isinstance(leaf, QuantizedArray) or not pattern.search(name):
+            return leaf
+        if leaf.dtype == np.float64:  # which jax may not have
+            t = np.asarray(resolve_threshold(threshold, leaf), np.float64)
+            return np.clip(leaf, -t, t)
+        return clip_weights(leaf, threshold)
+
+    return _rewrite(src, dst, outline, clip_leaf, None, overwrite, False, progress)
+
+
+def _rewrite(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    outline: Callable[[dict[str, Any]], dict[str, Any]],
+    rewrite_leaf: Callable[[str, Any, Any], Any],
+    coding: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    progress: bool,
+) -> SizeReport:
+    """Writes what `rewrite_leaf` makes of each leaf; `outline` tells its shapes before."""
+    src, dst = Path(src), Path(dst)
+    check_coding(coding)
+    if dst.suffix != ".safetensors":
+        raise ValueError(f"dst must end in .safetensors, got {str(dst)!r}.")
+    with contextlib.ExitStack() as stack:
+        with _naming(src):
+            source = stack.enter_context(open_source(src))
+        if any(dst.exists() and dst.samefile(file) for file in source.files):
+            raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
+        outlined = outline(source.leaves)
+        plan = plan_file(source.restore(outlined.__getitem__))
+        if dry_run and coding is None:
+            return report_plan(plan, header_size(plan, None))
+        advance = stack.enter_context(byte_bar(sum(source.num_bytes.values()), progress))
+
+        def produce(name: str) -> Any:
+            with _naming(src):
+                leaf = source.read(name)
+            advance(source.num_bytes[name])
+            return rewrite_leaf(name, leaf, outlined[name])
+
+        nowhere = Path(os.devnull)
+        target = nowhere.open("wb") if dry_run else replacing(dst, overwrite)
+        final = write_tree(stack.enter_context(target), plan, produce, coding)
+    return report_plan(final, header_size(plan, coding))
+
+
 # --- Writers: a tree is checked first, what is returned writes it ------------------------
 
 
-def _prepare_safetensors(tree: Any) -> Callable[[BinaryIO], None]:
-    plan = layout.plan_file(tree)
-    header_size = len(headers.make_header(plan))
+def _prepare_safetensors(tree: Any, coding: str | None) -> Callable[[BinaryIO], Any]:
+    plan = plan_file(tree)
+    header_size(plan, coding)  # too many leaves are refused before any writing
     for name, leaf in plan.leaves.items():
         for array in jax.tree.leaves(leaf):
-            layout.check_has_values(name, array)
+            check_has_values(name, array)
 
-    def write(file: BinaryIO) -> None:
-        file.write(bytes(header_size))  # zeros until the checksums are known
-        checksums = {}
-        for tensor in plan.tensors:
-            checksum = 0
-            for chunk in plan.chunks(tensor):
-                checksum = zlib.crc32(chunk.data, checksum)
-                file.write(chunk.data)
-            checksums[tensor.name] = checksum
-        file.seek(0)
-        file.write(headers.make_header(plan, checksums))
-
-    return write
+    return lambda file: write_tree(file, plan, plan.leaves.__getitem__, coding)
 
 
-_PREPARERS = {
+_PREPARERS: dict[str, Callable[[Any, str | None], Callable[[BinaryIO], Any]]] = {
     ".safetensors": _prepare_safetensors,
-    ".npz": archives.prepare_npz,
-    ".npy": archives.prepare_npy,
+    ".npz": lambda tree, _: archives.prepare_npz(tree),
+    ".npy": lambda tree, _: archives.prepare_npy(tree),
 }

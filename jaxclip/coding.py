@@ -10,6 +10,7 @@ depends on how peaked the codes are, and is found by trying all on a sample.
 """
 
 import dataclasses
+import struct
 import zlib
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from jaxclip import _checks
 
-__all__ = ["CodedArray", "check_coding", "decode_codes", "encode_codes"]
+__all__ = ["check_coding", "decode_codes", "encode_codes"]
 
 _BASES = {1: 256, 2: 16, 3: 6, 4: 4, 5: 3, 8: 2}
 """Levels of a digit, by digits that share a byte."""
@@ -27,24 +28,10 @@ _SAMPLE = 2**17
 """Codes that are tried out."""
 _RAW_DEFLATE = -15
 """zlib's window bits for a stream with neither header nor checksum."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CodedArray:
-    """Codes as a coder leaves them.
-
-    Attributes:
-      coding: "huffman" or "ans".
-      lowest: The code of digit or level 0.
-      numbers: What else the reader must know. For "huffman" the digits that share a byte and
-        how many codes follow them; for "ans" how often each level occurs.
-      data: The coded bytes.
-    """
-
-    coding: str
-    lowest: int
-    numbers: tuple[int, ...]
-    data: bytes
+_HUFFMAN_PREFIX = "<bBxxxxxxQ"
+"""The code of digit 0, the digits that share a byte, and how many codes follow them."""
+_ANS_PREFIX = "<bxHI"
+"""The lowest code, the number of levels, and the size of the table of their counts."""
 
 
 def check_coding(coding: Any) -> None:
@@ -67,8 +54,8 @@ def check_coding(coding: Any) -> None:
         _checks.import_extra("constriction", "coding")
 
 
-def encode_codes(codes: np.ndarray, coding: str) -> CodedArray:
-    """Returns codes entropy coded.
+def encode_codes(codes: np.ndarray, coding: str) -> bytes:
+    """Returns codes entropy coded; `docs/format.md` has the bytes.
 
     Args:
       codes: int8, one dimension.
@@ -80,17 +67,18 @@ def encode_codes(codes: np.ndarray, coding: str) -> CodedArray:
 
     Example:
       >>> codes = np.random.default_rng(0).binomial(4, 0.5, 8000).astype(np.int8)  # 2.03 bits
-      >>> 2030 <= len(encode_codes(codes, "huffman").data) < 2100
+      >>> 2030 <= len(encode_codes(codes, "huffman")) < 2100
       True
     """
     return (_huffman_encode if coding == "huffman" else _ans_encode)(codes)
 
 
-def decode_codes(coded: CodedArray, count: int) -> np.ndarray:
+def decode_codes(data: bytes, coding: str, count: int) -> np.ndarray:
     """Returns the codes that `encode_codes` coded.
 
     Args:
-      coded: What it returned, or what a file claims that it did.
+      data: What it returned, or what a file claims that it did.
+      coding: "huffman" or "ans".
       count: How many codes there are.
 
     Returns:
@@ -98,18 +86,14 @@ def decode_codes(coded: CodedArray, count: int) -> np.ndarray:
 
     Raises:
       ValueError: If the data are not `count` codes.
-      ImportError: If "ans" is asked for and constriction is not installed.
+      ImportError: If `coding` is "ans" and constriction is not installed.
 
     Example:
       >>> codes = np.array([3, -1, 0, 0, 0], np.int8)
-      >>> decode_codes(encode_codes(codes, "huffman"), 5)
+      >>> decode_codes(encode_codes(codes, "huffman"), "huffman", 5)
       array([ 3, -1,  0,  0,  0], dtype=int8)
     """
-    if coded.coding == "huffman":
-        return _huffman_decode(coded, count)
-    if coded.coding == "ans":
-        return _ans_decode(coded, count)
-    raise ValueError(f"coding {coded.coding!r} is not known.")
+    return (_huffman_decode if coding == "huffman" else _ans_decode)(data, count)
 
 
 def _counts(codes: np.ndarray) -> tuple[int, np.ndarray]:
@@ -122,12 +106,13 @@ def _counts(codes: np.ndarray) -> tuple[int, np.ndarray]:
 # --- Huffman ------------------------------------------------------------------------------
 
 
-def _huffman_encode(codes: np.ndarray) -> CodedArray:
+def _huffman_encode(codes: np.ndarray) -> bytes:
     lowest, counts = _counts(codes)
     sample = codes[:: -(-codes.size // _SAMPLE) or 1]
     plans = [_plan(lowest, counts, k) for k in _BASES]
     best = min(plans, key=lambda plan: len(_deflated(sample, plan)))
-    return CodedArray("huffman", best.lowest, (best.k, best.num_beyond), _deflated(codes, best))
+    prefix = struct.pack(_HUFFMAN_PREFIX, best.lowest, best.k, best.num_beyond)
+    return prefix + _deflated(codes, best)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +162,16 @@ def _deflated(codes: np.ndarray, plan: _Plan) -> bytes:
     return b"".join(pieces)
 
 
-def _huffman_decode(coded: CodedArray, count: int) -> np.ndarray:
-    if len(coded.numbers) != 2 or coded.numbers[0] not in _BASES or coded.numbers[1] > count:
-        raise ValueError("its coding is not valid.")
-    plan = _Plan(coded.numbers[0], coded.lowest, coded.numbers[1])
+def _huffman_decode(data: bytes, count: int) -> np.ndarray:
+    size = struct.calcsize(_HUFFMAN_PREFIX)
+    if len(data) < size:
+        raise ValueError("its coded data are damaged: they are cut short.")
+    lowest, k, num_beyond = struct.unpack(_HUFFMAN_PREFIX, data[:size])
+    if k not in _BASES or num_beyond > count:
+        raise ValueError("its coded data are damaged: their prefix is not valid.")
+    plan = _Plan(k, lowest, num_beyond)
     num_bytes = -(-count // plan.k)
-    stream = _inflated(coded.data, num_bytes + plan.num_beyond)
+    stream = _inflated(data[size:], num_bytes + plan.num_beyond)
     every_byte = np.arange(256)[:, None] // plan.powers.astype(np.int64) % plan.base
     every_byte = (every_byte + plan.lowest).astype(np.int8)
     codes = np.empty(num_bytes * plan.k, np.int8)
@@ -213,33 +202,38 @@ def _inflated(data: bytes, num_bytes: int) -> np.ndarray:
 # --- Asymmetric numeral systems -------------------------------------------------------------
 
 
-def _ans_encode(codes: np.ndarray) -> CodedArray:
+def _ans_encode(codes: np.ndarray) -> bytes:
     lowest, counts = _counts(codes)
     coder, model = _ans_coder(None), _ans_model(counts)
     # A stack: what goes in last comes out first.
     for start in reversed(range(0, codes.size, _CHUNK)):
         levels = codes[start : start + _CHUNK].astype(np.int32) - np.int32(lowest)
         coder.encode_reverse(levels, model)
-    data = coder.get_compressed().astype("<u4").tobytes()
-    return CodedArray("ans", lowest, tuple(counts.tolist()), data)
+    table = zlib.compress(counts.astype("<u8").tobytes(), 9, _RAW_DEFLATE)
+    prefix = struct.pack(_ANS_PREFIX, lowest, counts.size, len(table))
+    return prefix + table + coder.get_compressed().astype("<u4").tobytes()
 
 
-def _ans_decode(coded: CodedArray, count: int) -> np.ndarray:
-    counts = np.array(coded.numbers, np.int64)
-    is_valid = 1 <= counts.size <= 128 - coded.lowest and counts.min() >= 0
-    if not is_valid or counts.sum() != count or len(coded.data) % 4:
-        raise ValueError("its coding is not valid.")
-    if not count:
-        return np.empty(0, np.int8)
+def _ans_decode(data: bytes, count: int) -> np.ndarray:
+    start = struct.calcsize(_ANS_PREFIX)
+    if len(data) < start:
+        raise ValueError("its coded data are damaged: they are cut short.")
+    lowest, num_levels, table_size = struct.unpack(_ANS_PREFIX, data[:start])
+    stop = start + table_size
+    if not 1 <= num_levels <= 128 - lowest or (len(data) - stop) % 4 or stop > len(data):
+        raise ValueError("its coded data are damaged: their prefix is not valid.")
+    counts = _inflated(data[start:stop], 8 * num_levels).view("<u8").astype(np.uint64)
+    if sum(counts.tolist()) != count:
+        raise ValueError("its coded data are damaged: their counts do not add up.")
     try:
-        coder = _ans_coder(np.frombuffer(coded.data, "<u4").astype(np.uint32))
+        coder = _ans_coder(np.frombuffer(data[stop:], "<u4").astype(np.uint32))
     except ValueError as error:
         raise ValueError(f"its coded data are damaged: {error}.") from error
     model, codes = _ans_model(counts), np.empty(count, np.int8)
     for start in range(0, count, _CHUNK):
         levels = coder.decode(model, min(_CHUNK, count - start))
-        codes[start : start + levels.size] = levels + coded.lowest
-    found = np.bincount(codes.astype(np.int16) - coded.lowest, minlength=counts.size)
+        codes[start : start + levels.size] = levels + lowest
+    found = np.bincount(codes.astype(np.int16) - lowest, minlength=counts.size)
     if not coder.is_empty() or not np.array_equal(found, counts):
         raise ValueError("its coded data are damaged: they are not what was counted.")
     return codes

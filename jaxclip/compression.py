@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip import _checks
+from jaxclip.coding import check_coding
 from jaxclip.grids import Bits, code_range
-from jaxclip.headers import make_header
-from jaxclip.layout import plan_file
+from jaxclip.headers import header_size
+from jaxclip.layout import FilePlan, coded_tensor, plan_file
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
 from jaxclip.scale_formats import scale_format
 from jaxclip.threshold_rules import mse_optimal
 
-__all__ = ["LeafSize", "SizeReport", "compress", "decompress", "size_report"]
+__all__ = ["LeafSize", "SizeReport", "compress", "decompress", "report_plan", "size_report"]
 
 
 def compress(
@@ -184,15 +185,16 @@ class SizeReport:
         return "\n".join([*lines, f"{totals}  ({self.ratio:.1f}x smaller)"])
 
 
-def size_report(small: Any) -> SizeReport:
+def size_report(small: Any, coding: str | None = None) -> SizeReport:
     """Returns the bytes a compressed tree takes, leaf by leaf; the total is the file's size.
 
     Args:
       small: What `compress` returned; plain arrays are counted as they are.
+      coding: As in `checkpoints.save`; codes are then coded to measure them.
 
     Returns:
       A `SizeReport`, printable. `total_bytes` equals the size of the file that
-      `checkpoints.save(path, small)` writes, to the byte.
+      `checkpoints.save(path, small, coding=coding)` writes, to the byte.
 
     Raises:
       TypeError: If the tree is of a kind that `checkpoints.save` refuses.
@@ -202,7 +204,24 @@ def size_report(small: Any) -> SizeReport:
       >>> report.leaves[0].raw_bytes, report.leaves[0].stored_bytes
       (16384, 1076)
     """
+    check_coding(coding)
     plan = plan_file(small)
+    coded = {t.name: coded_tensor(t, plan.leaves[t.leaf], coding) for t in plan.tensors}
+    sizes = {name: data.size for name, data in coded.items() if data is not None}
+    return report_plan(plan.resized(sizes), header_size(plan, coding))
+
+
+def report_plan(plan: FilePlan, overhead_bytes: int) -> SizeReport:
+    """Returns the bytes that a planned file takes.
+
+    Args:
+      plan: With the sizes that coded tensors have.
+      overhead_bytes: Bytes kept for the header.
+
+    Example:
+      >>> report_plan(plan_file({"w": jnp.zeros(3)}), 200).total_bytes
+      212
+    """
     stored: dict[str, int] = dict.fromkeys(plan.leaves, 0)
     for tensor in plan.tensors:
         stored[tensor.leaf] += tensor.stop - tensor.start
@@ -216,7 +235,6 @@ def size_report(small: Any) -> SizeReport:
         )
         for name, leaf in plan.leaves.items()
     )
-    overhead_bytes = len(make_header(plan))
     raw_bytes = sum(leaf.raw_bytes for leaf in leaves)
     return SizeReport(leaves, overhead_bytes, overhead_bytes + plan.data_bytes, raw_bytes)
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip import _checks
+from jaxclip.progress import rich_progress
 from jaxclip.stopping import Seen, StopReason, StopRule
 from jaxclip.training import StepInfo, TrainState
 
@@ -324,15 +325,8 @@ class _RichBar(_NoBar):
 
 def _bar(is_wanted: bool, total: int | None) -> _NoBar:
     """A bar if there is somebody to see it."""
-    if not is_wanted:
-        return _NoBar()
-    try:
-        from rich import get_console, progress
-    except ImportError:
-        return _NoBar()
-    console = get_console()
-    has_viewer = console.is_terminal or console.is_jupyter
-    return _RichBar(progress, total) if has_viewer else _NoBar()
+    rich = rich_progress(is_wanted)
+    return _NoBar() if rich is None else _RichBar(rich, total)
 
 
 # --- Checkpoints ----------------------------------------------------------------------

@@ -13,7 +13,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,7 +33,14 @@ from jaxclip.layout import (
 from jaxclip.quantization import QuantizedArray
 from jaxclip.scale_formats import scale_format
 
-__all__ = ["FileContents", "header_length", "make_header", "parse_header", "strict_json"]
+__all__ = [
+    "FileContents",
+    "header_length",
+    "header_size",
+    "make_header",
+    "parse_header",
+    "strict_json",
+]
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
 _VERSIONS = (1, 2)
@@ -43,12 +50,19 @@ _CRC_PLACE = slice(8 + len(_PREFIX), 16 + len(_PREFIX))
 _DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> bytes:
+def make_header(
+    plan: FilePlan,
+    checksums: dict[str, int] | None = None,
+    codings: dict[str, str | None] | None = None,
+    min_bytes: int = 0,
+) -> bytes:
     """Returns a file's header, its length prefix included.
 
     Args:
       plan: What `plan_file` returned.
       checksums: CRC-32 of each tensor's bytes; None for zeros, as the size is the same.
+      codings: How the codes of low-bit leaves are coded, by name; packed if not there.
+      min_bytes: Spaces fill up the header to this size, a multiple of 8.
 
     Returns:
       Bytes that depend on nothing else; a multiple of 8, so that tensors are aligned.
@@ -62,12 +76,16 @@ def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> byte
     """
     crc = {t.name: f"{checksums[t.name] if checksums else 0:08x}" for t in plan.tensors}
     quantized = {n: leaf for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray)}
-    version = _version_for(quantized.values())
+    codings = codings or {}
+    version = _version_for(quantized, codings)
     inner = {
         "header_crc": "00000000",
         "version": version,
         "tree": plan.tree,
-        "leaves": {name: _quantized_info(leaf, version) for name, leaf in quantized.items()},
+        "leaves": {
+            name: _quantized_info(leaf, version, codings.get(name))
+            for name, leaf in quantized.items()
+        },
         "crc": crc,
     }
     outer: dict[str, Any] = {"__metadata__": {"jaxclip": _to_json(inner)}}
@@ -75,7 +93,7 @@ def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> byte
         offsets = [t.start, t.stop]
         outer[t.name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
     text = _to_json(outer).encode("ascii")
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, min_bytes - 8 - len(text))
     if len(text) > _MAX_HEADER_BYTES:
         raise ValueError(
             f"the tree has {len(plan.leaves):,} leaves, whose names and shapes take {len(text):,} "
@@ -86,17 +104,38 @@ def make_header(plan: FilePlan, checksums: dict[str, int] | None = None) -> byte
     return bytes(raw)
 
 
+def header_size(plan: FilePlan, coding: str | None) -> int:
+    """Returns the bytes kept for a header: as many as it takes if coding makes nothing smaller.
+
+    Args:
+      plan: What `plan_file` returned.
+      coding: What is asked for; None for packed codes.
+
+    Returns:
+      A multiple of 8.
+
+    Example:
+      >>> header_size(plan_file(None), None)
+      128
+    """
+    quantized = (n for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray))
+    return len(make_header(plan, codings=dict.fromkeys(quantized, coding)))
+
+
 def _to_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _version_for(quantized: Iterable[QuantizedArray]) -> int:
+def _version_for(quantized: dict[str, QuantizedArray], codings: dict[str, str | None]) -> int:
     """The lowest version that can say it all, so that older readers understand what they can."""
-    is_new = any(q.zero is not None or q.scale_dtype != "float32" for q in quantized)
+    is_new = any(
+        leaf.zero is not None or leaf.scale_dtype != "float32" or codings.get(name) is not None
+        for name, leaf in quantized.items()
+    )
     return 2 if is_new else 1
 
 
-def _quantized_info(leaf: QuantizedArray, version: int) -> dict[str, Any]:
+def _quantized_info(leaf: QuantizedArray, version: int, coding: str | None) -> dict[str, Any]:
     axis, group_size = leaf.granularity.axis, leaf.granularity.group_size
     info = {
         "bits": leaf.bits,
@@ -108,6 +147,7 @@ def _quantized_info(leaf: QuantizedArray, version: int) -> dict[str, Any]:
     }
     if version >= 2:
         info |= {"zero_point": leaf.zero is not None, "scale_dtype": leaf.scale_dtype}
+        info |= {"coding": coding}
     return info
 
 
@@ -127,22 +167,24 @@ class FileContents:
       checksums: CRC-32 of each tensor's bytes; empty for a file of other origin.
       tree: The tree with shapes for arrays, or None for a file of other origin.
       leaves: Its leaves by name, in the order of the tree.
+      codings: How the codes of its low-bit leaves are coded, by name; None if packed.
     """
 
     tensors: dict[str, Tensor]
     checksums: dict[str, int]
     tree: Any = None
     leaves: dict[str, Any] | None = None
+    codings: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
     def restore_leaf(self, name: str, read: Callable[[Tensor], np.ndarray]) -> Any:
         """Returns a leaf of our file, with `read` called once for each of its tensors."""
         like = (self.leaves or {})[name]
         if not isinstance(like, QuantizedArray):
             return read(self.tensors[name])
-        scale, packed = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
+        scale, stored = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
         zero = None if like.zero is None else read(self.tensors[f"{name}:zero"])
         unit = read(self.tensors[f"{name}:unit"]) if like.scale_dtype == "log8" else None
-        return restore_leaf(name, like, scale, packed, zero=zero, unit=unit)
+        return restore_leaf(name, like, scale, stored, self.codings[name], zero=zero, unit=unit)
 
 
 def header_length(prefix: bytes, file_size: int) -> int:
@@ -291,9 +333,14 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
             raise ValueError(f"tensor {name!r}: it is missing.")
         return jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].numpy_dtype)
 
+    codings = {name: _coding_of(name, info) for name, info in infos.items()}
     tree = _abstract_node(inner["tree"], (), shapes_of)
-    # Laid out again, the tree must give the tensors that the file has.
+    # Laid out again, the tree must give the tensors that the file has; coded ones are smaller.
     plan = plan_file(tree)
+    coded = {f"{name}:codes" for name, coding in codings.items() if coding is not None}
+    sizes = {t.name: t.stop - t.start for t in plan.tensors if t.name in coded}
+    smaller = {n: tensors[n].shape[0] for n in sizes if n in tensors and tensors[n].shape}
+    plan = plan.resized({name: min(sizes[name], size) for name, size in smaller.items()})
     wanted = {t.name: (t.dtype, t.shape) for t in plan.tensors}
     for name in {**wanted, **tensors, **checksums}:
         tensor, crc = tensors.get(name), checksums.get(name)
@@ -304,7 +351,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
     if not infos.keys() <= plan.leaves.keys():
         raise ValueError("the header describes a leaf that is not in the tree.")
     checksums = {name: int(crc, 16) for name, crc in checksums.items()}
-    return FileContents(tensors, checksums, tree, plan.leaves)
+    return FileContents(tensors, checksums, tree, plan.leaves, codings)
 
 
 def _abstract_node(node: Any, path: tuple[str | int, ...], shapes_of: Callable[[str], Any]) -> Any:
@@ -336,9 +383,17 @@ def _split_node(node: Any) -> tuple[str, Any]:
     raise ValueError("the tree in the header is not valid.")
 
 
+def _coding_of(name: str, info: Any) -> str | None:
+    """How a leaf's codes are coded; files of version 1 do not say, theirs are packed."""
+    coding = info.get("coding") if type(info) is dict else None
+    if coding not in (None, "huffman", "ans"):
+        raise ValueError(f"tensor {name!r}: its coding {coding!r} is not known.")
+    return coding
+
+
 def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
     keys = {"bits", "full_signed", "axis", "group_size", "shape", "dtype"}
-    keys |= {"zero_point", "scale_dtype"} if version >= 2 else set()
+    keys |= {"zero_point", "scale_dtype", "coding"} if version >= 2 else set()
     if type(info) is not dict or set(info) != keys or not _is_shape(info["shape"]):
         raise ValueError(f"tensor {name!r}: its description in the header is not valid.")
     axis, shape, dtype = info["axis"], tuple(info["shape"]), info["dtype"]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip import _checks
+from jaxclip.coding import decode_codes, encode_codes
 from jaxclip.packing import num_packed_bytes, pack_codes, unpack_codes
 from jaxclip.quantization import QuantizedArray
 from jaxclip.scale_formats import decode_log8, encode_log8
@@ -29,6 +30,7 @@ __all__ = [
     "Tensor",
     "check_has_values",
     "check_leaf",
+    "coded_tensor",
     "leaf_name",
     "plan_file",
     "restore_leaf",
@@ -99,10 +101,18 @@ class FilePlan:
         """Size of all tensors."""
         return self.tensors[-1].stop if self.tensors else 0
 
-    def chunks(self, tensor: Tensor) -> Iterator[np.ndarray]:
-        """Yields the bytes of one tensor; a jax array is fetched only here."""
+    def resized(self, num_bytes: dict[str, int]) -> "FilePlan":
+        """The plan when some tensors, of bytes and by name, turned out to be of other sizes."""
+        parts = [
+            (t.name, t.dtype, (num_bytes[t.name],) if t.name in num_bytes else t.shape)
+            for t in self.tensors
+        ]
+        return dataclasses.replace(self, tensors=_placed(parts))
+
+    def chunks(self, tensor: Tensor, leaf: Any = None) -> Iterator[np.ndarray]:
+        """Yields the bytes of one tensor, of the plan's leaf or of one like it."""
         name, part = tensor.leaf, tensor.name.removeprefix(tensor.leaf)
-        leaf = self.leaves[name]
+        leaf = self.leaves[name] if leaf is None else leaf
         if part == ":codes":
             yield from _packed_chunks(name, leaf)
             return
@@ -136,12 +146,17 @@ def plan_file(tree: Any) -> FilePlan:
     skeleton = _skeleton(tree, (), leaves)
     parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf)]
     parts.sort(key=lambda part: (-DTYPES[part[1]].itemsize, part[0]))  # aligned, no holes
+    return FilePlan(_placed(parts), leaves, skeleton)
+
+
+def _placed(parts: list[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]:
+    """Tensors one behind the other."""
     tensors, start = [], 0
     for name, dtype, shape in parts:
         stop = start + math.prod(shape) * DTYPES[dtype].itemsize
         tensors.append(Tensor(name, dtype, shape, start, stop))
         start = stop
-    return FilePlan(tuple(tensors), leaves, skeleton)
+    return tuple(tensors)
 
 
 def _skeleton(node: Any, path: tuple[str | int, ...], leaves: dict[str, Any]) -> Any:
@@ -309,6 +324,34 @@ def _log8_parts(name: str, scale: np.ndarray) -> dict[str, np.ndarray]:
     return {":scale": codes, ":unit": unit}
 
 
+def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> np.ndarray | None:
+    """Returns the codes of a low-bit array entropy coded, if that is smaller than packed.
+
+    Args:
+      tensor: A tensor of the plan.
+      leaf: The leaf that it belongs to.
+      coding: As in `coding.encode_codes`; None codes nothing.
+
+    Returns:
+      Bytes; None if the tensor does not hold codes, or is not smaller when they are coded.
+
+    Raises:
+      ValueError: If a code is outside the grid.
+
+    Example:
+      >>> from jaxclip.quantization import quantize
+      >>> plan = plan_file({"w": quantize(jnp.zeros(10_000))})
+      >>> coded_tensor(plan.tensors[1], plan.leaves["w"], "huffman").size < 200
+      True
+    """
+    if coding is None or tensor.name != f"{tensor.leaf}:codes":
+        return None
+    codes = np.asarray(leaf.qvalue).reshape(-1).astype(np.int8, copy=False)
+    leaf.check_codes(codes, tensor.leaf)
+    coded = np.frombuffer(encode_codes(codes, coding), np.uint8)
+    return coded if coded.size < tensor.stop - tensor.start else None
+
+
 # --- Reading --------------------------------------------------------------------------
 
 
@@ -316,7 +359,8 @@ def restore_leaf(
     name: str,
     like: QuantizedArray,
     scale: np.ndarray,
-    packed: np.ndarray,
+    stored: np.ndarray,
+    coding: str | None = None,
     *,
     zero: np.ndarray | None = None,
     unit: np.ndarray | None = None,
@@ -327,7 +371,8 @@ def restore_leaf(
       name: The leaf's path, for messages.
       like: The same with shapes for arrays.
       scale: Scales, in the shape of `like.scale`; for log8 their bytes.
-      packed: Codes as `pack_codes` packs them.
+      stored: Codes as `pack_codes` packs them, or as `coded_tensor` codes them.
+      coding: How they are coded; None if they are packed.
       zero: Zeros, if it has them.
       unit: The unit of log8 scales.
 
@@ -336,7 +381,8 @@ def restore_leaf(
 
     Raises:
       ValueError: If a scale is 0 or not finite, a code or zero is outside the grid, or codes
-        or scales are not encoded as the format says.
+        or scales are not packed or coded as the format says.
+      ImportError: If `coding` is "ans" and constriction is not installed.
 
     Example:
       >>> from jaxclip.quantization import quantize
@@ -348,7 +394,11 @@ def restore_leaf(
         scale = _decoded_log8(name, scale, unit)
     q = dataclasses.replace(like, scale=scale, zero=zero)
     q.check_values(name)
-    return dataclasses.replace(q, qvalue=_unpacked(name, packed, like).reshape(like.shape))
+    if coding is None:
+        codes = _unpacked(name, stored, like)
+    else:
+        codes = _decoded(name, stored, like, coding)
+    return dataclasses.replace(q, qvalue=codes.reshape(like.shape))
 
 
 def _decoded_log8(name: str, codes: np.ndarray, unit: np.ndarray) -> np.ndarray:
@@ -359,6 +409,15 @@ def _decoded_log8(name: str, codes: np.ndarray, unit: np.ndarray) -> np.ndarray:
     if parts[":unit"] != unit or not np.array_equal(parts[":scale"], codes):
         raise ValueError(f"'{name}': scales are not encoded as the format says.")
     return scale
+
+
+def _decoded(name: str, stored: np.ndarray, like: QuantizedArray, coding: str) -> np.ndarray:
+    try:
+        codes = decode_codes(stored.tobytes(), coding, math.prod(like.shape))
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from error
+    like.check_codes(codes, name)
+    return codes
 
 
 def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray:

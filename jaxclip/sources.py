@@ -35,6 +35,7 @@ class Source:
       leaves: Every leaf by name: `jax.ShapeDtypeStruct`, or a `QuantizedArray` of them.
       read: Reads one leaf by its name, as NumPy arrays, and checks it.
       num_bytes: Bytes that each leaf takes on disk, by name.
+      files: The files that are read.
       structure: The structure of the tree whose leaves these are, in this order; None for a
         flat dict.
     """
@@ -42,6 +43,7 @@ class Source:
     leaves: dict[str, Any]
     read: Callable[[str], Any]
     num_bytes: dict[str, int]
+    files: tuple[Path, ...] = ()
     structure: Any = None
 
     def restore(self, read: Callable[[str], Any]) -> Any:
@@ -80,9 +82,9 @@ def open_source(path: Path) -> Iterator[Source]:
         file = stack.enter_context(open_regular(path))
         size = os.fstat(file.fileno()).st_size
         if path.name.endswith(".safetensors.index.json"):
-            yield _open_shards(stack, file.read(size), path.parent)
+            yield _open_shards(stack, path, file.read(size))
         elif path.suffix in _OPENERS:
-            yield _OPENERS[path.suffix](file, size)
+            yield dataclasses.replace(_OPENERS[path.suffix](file, size), files=(path,))
         else:
             raise ValueError(f"the suffix must be {SUFFIXES}.")
 
@@ -156,7 +158,8 @@ def _open_safetensors(file: BinaryIO, file_size: int) -> Source:
     )
 
 
-def _open_shards(stack: contextlib.ExitStack, index: bytes, folder: Path) -> Source:
+def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Source:
+    folder = path.parent
     weight_map, total_size = folders.read_index(index, folder)
     shards: dict[str, Source] = {}
     for shard in sorted(set(weight_map.values())):
@@ -180,7 +183,8 @@ def _open_shards(stack: contextlib.ExitStack, index: bytes, folder: Path) -> Sou
     sizes = {name: shards[shard].num_bytes[name] for name, shard in weight_map.items()}
     folders.check_total_size(total_size, sum(sizes.values()))
     leaves = {name: shards[shard].leaves[name] for name, shard in weight_map.items()}
-    return Source(leaves, read, sizes)
+    files = (path, *(folder / shard for shard in shards))
+    return Source(leaves, read, sizes, files)
 
 
 @contextlib.contextmanager
@@ -205,7 +209,8 @@ def _open_npy(file: BinaryIO, file_size: int) -> Source:
     member = archives.open_npy(file, file_size)
     leaves = {"array": jax.ShapeDtypeStruct(member.shape, member.dtype)}
     structure = jax.tree.structure(0)
-    return Source(leaves, lambda _: member.read(), {"array": member.num_bytes}, structure)
+    sizes = {"array": member.num_bytes}
+    return Source(leaves, lambda _: member.read(), sizes, structure=structure)
 
 
 _OPENERS: dict[str, Callable[[BinaryIO, int], Source]] = {

@@ -39,6 +39,7 @@ ROOMS = [
     "packing",
     "scale_formats",
     "quantization",
+    "straight_through",
     "coding",
     "layout",
     "headers",
@@ -47,7 +48,10 @@ ROOMS = [
     "folders",
     "sources",
     "matching",
+    "file_reports",
+    "progress",
     "atomic",
+    "writing",
     "checkpoints",
     "training",
     "stopping",
@@ -56,6 +60,7 @@ ROOMS = [
     "probes",
     "lost_steps",
     "lint",
+    "inspection",
     "plots",
 ]
 every_room = pytest.mark.parametrize("room", ROOMS)

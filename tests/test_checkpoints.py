@@ -201,7 +201,7 @@ def test_the_safetensors_library_reads_our_file(path):
     checkpoints.save(path, tree)
     with safetensors.safe_open(path, framework="np") as file:
         assert list(file.metadata()) == ["jaxclip"]
-        assert json.loads(file.metadata()["jaxclip"])["version"] == 1
+        assert json.loads(file.metadata()["jaxclip"])["version"] == 2
         np.testing.assert_array_equal(file.get_tensor("layer/bias"), tree["layer"]["bias"])
     tensors = safetensors.numpy.load_file(path)
     assert set(tensors) == {
@@ -281,6 +281,59 @@ def test_npz_refuses_names_that_collide_or_are_no_names(tmp_path):
     for key in ("a\0b", 3, "a\n"):
         with pytest.raises(TypeError, match="keys"):
             checkpoints.save(tmp_path / "x.npz", {key: one})
+
+
+# --- Entropy coding ---------------------------------------------------------------------------
+
+
+def drawn_params() -> dict:
+    rng = np.random.default_rng(0)
+    return {
+        "a": {"kernel": rng.standard_normal((64, 48)).astype(np.float32)},
+        "b": [rng.standard_t(3, (40, 40)).astype(np.float32), np.arange(5, dtype=np.int8)],
+        "tiny": np.ones((2, 1), np.float32),
+    }
+
+
+@pytest.mark.parametrize("coding", [None, "huffman", "ans"])
+@pytest.mark.parametrize("bits", [1, "ternary", 3, 4, 8])
+def test_coded_codes_come_back_and_the_reported_size_is_the_files(coding, bits, path):
+    small = compress(drawn_params(), bits)
+    checkpoints.save(path, small, coding=coding)
+    loaded = checkpoints.load(path)
+    assert jax.tree.structure(loaded) == jax.tree.structure(small)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, small))
+    assert size_report(small, coding).total_bytes == path.stat().st_size
+    assert sum(t.num_bytes for t in checkpoints.inspect(path).tensors) < path.stat().st_size
+
+
+def test_coding_makes_files_smaller_and_is_left_out_where_it_would_not(path, tmp_path):
+    small = compress(drawn_params(), 8, rule=20.0)  # steps of .16: 4.7 bits of entropy
+    checkpoints.save(path, small)
+    coded = tmp_path / "coded.safetensors"
+    checkpoints.save(coded, small, coding="huffman")
+    assert coded.stat().st_size < 0.8 * path.stat().st_size
+    sizes = {tensor.path: tensor.num_bytes for tensor in checkpoints.inspect(coded).tensors}
+    assert sizes["tiny"] == 2 + 4  # packed
+
+
+def test_every_flipped_bit_of_a_coded_file_is_refused(path):
+    small = compress({"kernel": drawn_params()["a"]["kernel"][:20, :8]}, 8)
+    checkpoints.save(path, small, coding="huffman")
+    data = path.read_bytes()
+    assert len(data) < 1000
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"net\.safetensors"):
+            checkpoints.load(path)
+
+
+def test_an_unknown_coding_is_refused_before_the_work(path):
+    with pytest.raises(ValueError, match="coding must be one of"):
+        checkpoints.save(path, drawn_params(), coding="zip")
+    assert not path.exists()
 
 
 # --- Damage -----------------------------------------------------------------------------------
@@ -386,7 +439,7 @@ def test_pickles_are_never_run(suffix, tmp_path):
 
 
 def test_a_newer_version_is_refused_by_its_number(path, monkeypatch):
-    monkeypatch.setattr("jaxclip.headers._version_for", lambda quantized: 3)
+    monkeypatch.setattr("jaxclip.headers._version_for", lambda quantized, codings: 3)
     checkpoints.save(path, small_tree())
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"reads version 3 is needed"):

@@ -1,0 +1,84 @@
+"""Writing a tree to a safetensors file, leaf by leaf.
+
+A header comes before the data it describes, so a place is kept for it. It is as large as the
+header can get: how small coded tensors turn out is known only when they are written.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from jaxclip.headers import header_size, make_header
+from jaxclip.layout import DTYPES, FilePlan, Tensor, coded_tensor
+
+__all__ = ["write_tree"]
+
+
+def write_tree(
+    file: BinaryIO, plan: FilePlan, produce: Callable[[str], Any], coding: str | None
+) -> FilePlan:
+    """Writes a tree to an empty file.
+
+    Args:
+      file: Binary file, to be written and sought in.
+      plan: The plan of the tree, which needs no values.
+      produce: Gives a leaf by name; called once a leaf, and the leaf is let go before the
+        next, so that memory is bounded by one leaf.
+      coding: How codes are coded where that makes them smaller; None to pack them.
+
+    Returns:
+      The plan with the sizes that coded tensors turned out to have.
+
+    Raises:
+      ValueError: If a code or scale is not valid; the message names the leaf.
+
+    Example:
+      >>> import io
+      >>> import numpy as np
+      >>> from jaxclip.layout import plan_file
+      >>> tree = {"w": np.zeros(3, np.int8)}
+      >>> file = io.BytesIO()
+      >>> _ = write_tree(file, plan_file(tree), tree.get, None)
+      >>> file.getvalue()[-3:]
+      b'\\x00\\x00\\x00'
+    """
+    reserved = header_size(plan, coding)
+    file.write(bytes(reserved))
+    checksums: dict[str, int] = {}
+    coded_sizes: dict[str, int] = {}
+    byte_position = min((t.start for t in plan.tensors if _is_bytes(t)), default=0)
+    for name, tensors in _by_leaf(plan).items():
+        leaf = produce(name)
+        for tensor in tensors:
+            coded = coded_tensor(tensor, leaf, coding)
+            if coded is not None:
+                coded_sizes[tensor.name] = coded.size
+            checksum = size = 0
+            file.seek(reserved + (byte_position if _is_bytes(tensor) else tensor.start))
+            for chunk in [coded] if coded is not None else plan.chunks(tensor, leaf):
+                checksum = zlib.crc32(chunk.data, checksum)
+                file.write(chunk.data)
+                size += chunk.size
+            if coded is None and size != tensor.stop - tensor.start:
+                raise ValueError(f"leaf '{name}' is not of the shape and dtype that were planned.")
+            byte_position += size if _is_bytes(tensor) else 0
+            checksums[tensor.name] = checksum
+        del leaf
+    final = plan.resized(coded_sizes)
+    codings = {name.partition(":")[0]: coding for name in coded_sizes}
+    file.seek(0)
+    file.write(make_header(final, checksums, codings, reserved))
+    return final
+
+
+def _is_bytes(tensor: Tensor) -> bool:
+    """Whether it is among the tensors of single bytes, the last ones and the coded ones."""
+    return DTYPES[tensor.dtype].itemsize == 1
+
+
+def _by_leaf(plan: FilePlan) -> dict[str, list[Tensor]]:
+    """The tensors of each leaf, in an order in which those of single bytes follow each other."""
+    tensors: dict[str, list[Tensor]] = {}
+    for tensor in reversed(plan.tensors):
+        tensors.setdefault(tensor.leaf, []).insert(0, tensor)
+    return dict(reversed(tensors.items()))

@@ -1,0 +1,232 @@
+"""Checkpoints rewritten leaf by leaf: the same bytes as from memory, and nothing lost."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jaxclip
+from jaxclip import checkpoints
+from jaxclip.checkpoints import (
+    CheckpointError,
+    clip_checkpoint,
+    compress_checkpoint,
+    decompress_checkpoint,
+)
+
+
+def drawn(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(shape) * 0.1).astype(dtype)
+
+
+def weights() -> dict[str, np.ndarray]:
+    return {
+        "embed.weight": drawn(40, 16),
+        "layer.weight": drawn(24, 16, seed=1, dtype=ml_dtypes.bfloat16),
+        "layer.bias": drawn(24, seed=2),
+        "position_ids": np.arange(7, dtype=np.int64),
+        "mask": np.array([True, False]),
+    }
+
+
+@pytest.fixture
+def source(tmp_path: pathlib.Path) -> pathlib.Path:
+    safetensors.numpy.save_file(weights(), tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+@pytest.fixture
+def target(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "small.safetensors"
+
+
+# --- Compress ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coding", [None, "huffman"])
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [(4, {"group_size": 8}), ("ternary", {}), (8, {"rule": jaxclip.max_abs, "axis": None})],
+)
+def test_the_file_is_that_of_the_tree_in_memory(bits, options, coding, source, target, tmp_path):
+    report = compress_checkpoint(source, target, bits, coding=coding, **options)
+    in_memory = jaxclip.compress(checkpoints.load(source), bits, **{"axis": 0, **options})
+    checkpoints.save(tmp_path / "memory.safetensors", in_memory, coding=coding)
+    assert target.read_bytes() == (tmp_path / "memory.safetensors").read_bytes()
+    assert report.total_bytes == target.stat().st_size
+    assert report.total_bytes == jaxclip.size_report(in_memory, coding).total_bytes
+    assert checkpoints.load(target)["position_ids"].dtype == np.int64
+
+
+def test_a_dry_run_knows_the_size_and_writes_nothing(source, target):
+    for coding in (None, "huffman"):
+        planned = compress_checkpoint(source, target, 3, coding=coding, dry_run=True)
+        assert os.listdir(target.parent) == []
+        assert planned == compress_checkpoint(source, target, 3, coding=coding)
+        target.unlink()
+
+
+def test_the_policy_names_leaves_of_the_file(source, target):
+    compress_checkpoint(source, target, 2, policy=[("embed", 8), (r"bias$", 4)])
+    small = checkpoints.load(target)
+    assert small["embed.weight"].bits == 8
+    assert small["layer.weight"].bits == 2
+    assert small["layer.bias"].bits == 4
+    with pytest.raises(ValueError, match=r"match no leaf: \['head'\]"):
+        compress_checkpoint(source, target, 2, policy=[("head", 8)], overwrite=True)
+    assert checkpoints.load(target)["embed.weight"].bits == 8
+
+
+def test_shards_become_one_file(tmp_path, target):
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    tensors = weights()
+    weight_map = {key: names[i % 2] for i, key in enumerate(tensors)}
+    for name in names:
+        part = {key: tensors[key] for key, shard in weight_map.items() if shard == name}
+        safetensors.numpy.save_file(part, tmp_path / name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    compress_checkpoint(tmp_path, target, 8)
+    assert sorted(checkpoints.load(target)) == sorted(tensors)
+
+
+def test_a_tree_of_ours_keeps_its_structure_and_its_low_bit_leaves(tmp_path, target):
+    tree = {"a": [drawn(8, 4), jaxclip.quantize(drawn(8, 4), 2)], "b": (drawn(3),)}
+    checkpoints.save(tmp_path / "tree.safetensors", tree)
+    compress_checkpoint(tmp_path / "tree.safetensors", target, 4, axis=-1)
+    small = checkpoints.load(target)
+    assert [q.bits for q in small["a"]] == [4, 2]
+    np.testing.assert_array_equal(small["b"][0], drawn(3))
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(tmp_path, target):
+    bad = weights() | {"layer.weight": np.full((2, 2), np.nan, np.float32)}
+    safetensors.numpy.save_file(bad, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"layer\.weight.* must be finite"):
+        compress_checkpoint(tmp_path / "bad.safetensors", target)
+    assert os.listdir(target.parent) == []
+
+
+def test_damage_that_shows_late_leaves_the_old_file(source, target, tmp_path):
+    tree = {"a": drawn(8, 4), "b": drawn(8, 4, seed=1)}
+    checkpoints.save(tmp_path / "tree.safetensors", tree)
+    data = bytearray((tmp_path / "tree.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "tree.safetensors").write_bytes(data)
+    compress_checkpoint(source, target)
+    before = target.read_bytes()
+    with pytest.raises(CheckpointError, match=r"tree\.safetensors: tensor 'b'"):
+        compress_checkpoint(tmp_path / "tree.safetensors", target, overwrite=True)
+    assert target.read_bytes() == before
+    assert os.listdir(target.parent) == [target.name]
+
+
+@pytest.mark.parametrize("link", ["same", "hard", "symbolic"])
+def test_what_is_read_is_never_written(link, source, tmp_path):
+    before = source.read_bytes()
+    target = source if link == "same" else tmp_path / "link.safetensors"
+    if link == "hard":
+        os.link(source, target)
+    elif link == "symbolic":
+        target.symlink_to(source)
+    with pytest.raises(FileExistsError, match="is a file that is read"):
+        compress_checkpoint(source, target, overwrite=True)
+    assert source.read_bytes() == before
+
+
+def test_existing_files_and_other_suffixes_are_refused_before_the_work(source, target):
+    target.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        compress_checkpoint(source, target)
+    assert target.read_bytes() == b"mine"
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        compress_checkpoint(source, target.with_suffix(".npz"))
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        compress_checkpoint(source, target / "sub" / "x.safetensors")
+
+
+# --- Decompress and clip ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, np.float16, ml_dtypes.bfloat16])
+def test_decompressed_files_are_read_by_others(dtype, source, target, tmp_path):
+    compress_checkpoint(source, target, 4)
+    decompress_checkpoint(target, tmp_path / "plain.safetensors", dtype)
+    wanted = jaxclip.decompress(checkpoints.load(target), dtype)
+    found = safetensors.numpy.load_file(tmp_path / "plain.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_clipping_is_the_projection_and_leaves_the_rest(source, target):
+    clip_checkpoint(source, target, 0.1, include="weight$")
+    clipped, original = checkpoints.load(target), weights()
+    np.testing.assert_array_equal(
+        clipped["embed.weight"], np.asarray(jaxclip.clip_weights(original["embed.weight"], 0.1))
+    )
+    assert np.abs(clipped["layer.weight"].astype(np.float64)).max() <= 0.1
+    for name in ("layer.bias", "position_ids", "mask"):
+        np.testing.assert_array_equal(clipped[name], original[name])
+        assert clipped[name].dtype == original[name].dtype
+
+
+def test_float64_weights_are_clipped_as_float64(tmp_path, target):
+    w = drawn(10, 10, dtype=np.float64)
+    np.save(tmp_path / "w.npy", w)
+    clip_checkpoint(tmp_path / "w.npy", target, 0.1)
+    np.testing.assert_array_equal(checkpoints.load(target), np.clip(w, -0.1, 0.1))
+
+
+def test_a_rule_clips_each_leaf_by_its_own_threshold(source, target):
+    clip_checkpoint(source, target, jaxclip.mse_optimal(2))
+    for name, w in weights().items():
+        if name.endswith("weight"):
+            t = float(np.max(jaxclip.mse_optimal(2)(w)))
+            assert np.abs(checkpoints.load(target)[name].astype(np.float32)).max() <= t
+
+
+def test_a_wrong_clip_is_refused_before_the_work(source, target):
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, inf\]"):
+        clip_checkpoint(source, target, -1.0)
+    with pytest.raises(ValueError, match="include='head' matches no leaf"):
+        clip_checkpoint(source, target, 1.0, include="head")
+    assert not target.exists()
+
+
+# --- Memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_largest_leaf(tmp_path):
+    script = textwrap.dedent(
+        """
+        import resource, sys, numpy as np, jaxclip
+        from jaxclip import checkpoints
+        folder, count = sys.argv[1], int(sys.argv[2])
+        w = np.random.default_rng(0).standard_normal((1024, 2048)).astype(np.float32)
+        checkpoints.save(folder + "/net.npz", {f"w{i}": w for i in range(count)}, overwrite=True)
+        checkpoints.compress_checkpoint(
+            folder + "/net.npz", folder + "/small.safetensors", 4, group_size=64, overwrite=True
+        )
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        """
+    )
+
+    def peak(count: int) -> int:
+        command = [sys.executable, "-c", script, str(tmp_path), str(count)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(result.stdout) * 1024
+
+    leaf_bytes = 1024 * 2048 * 4
+    assert peak(24) - peak(2) < 2 * leaf_bytes
