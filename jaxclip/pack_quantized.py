@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxclip.exports import ExportTensor, cast, codes_of, has_grid_within
-from jaxclip.quantization import QuantizedArray, pack_codes
+from jaxclip.packing import pack_codes
+from jaxclip.quantization import QuantizedArray
 
 __all__ = ["pack_leaf", "quantization_config"]
 

@@ -219,7 +219,11 @@ def test_schedules_count_the_steps_of_the_transform():
             np.testing.assert_allclose(w, [expected], rtol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [None, 1.0, "box", jnp.clip, {"w": 1.0}, max_norm], ids=repr)
+@pytest.mark.parametrize(
+    "bad",
+    [None, 1.0, "box", jnp.clip, {"w": 1.0}, max_norm],
+    ids=["none", "number", "string", "function", "tree", "factory"],
+)
 def test_what_is_no_projection_is_refused_with_the_path(bad):
     for make in (project_weights, lambda p: constrain(optax.sgd(0.1), p)):
         with pytest.raises(TypeError, match="projection"):
