@@ -62,8 +62,8 @@ def project_weights(
     Returns:
       A transform that needs `params`; shapes, dtypes and weak types of the updates are kept.
       Boxes and `max_norm` are never left, however the sum is rounded, the others only by its
-      rounding: each projection says so. An update that leads to the inside of a set is the
-      one that was asked for.
+      rounding: each projection says so. An update that leads to a point of the set is the
+      one that was asked for (with `box(t)`, to its rounding).
 
     Raises:
       TypeError: If an entry of `projection` is not a `Projection`.
