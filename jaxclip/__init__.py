@@ -10,6 +10,7 @@ from jaxclip.guards import skip_nonfinite, skip_or_clip
 from jaxclip.lint import lint_chain
 from jaxclip.norms import global_norm, leaf_norms, unit_norms
 from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
+from jaxclip.rates import rate_optimal
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign
@@ -78,6 +79,7 @@ __all__ = [
     "plateau",
     "plots",
     "quantize",
+    "rate_optimal",
     "reached",
     "resolve_threshold",
     "scale_by_lion",

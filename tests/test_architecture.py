@@ -20,6 +20,7 @@ ROOMS = [
     "scales",
     "thresholds",
     "threshold_rules",
+    "rates",
     "sign_kinds",
     "sign",
     "sign_optimizers",
