@@ -83,29 +83,14 @@ def draw(curves, file):
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     styles = {
-        "fixed, channel": ("#D55E00", "v", "fixed width,\na scale a channel", (8, 12), "left"),
-        "fixed, group 64": (
-            "#E69F00",
-            "s",
-            "fixed width,\na scale for 64 weights",
-            (10, -8),
-            "left",
-        ),
-        "coded": ("#0072B2", "o", "entropy coded\n(rate_optimal)", (-12, -30), "right"),
+        "fixed, channel": ("#D55E00", "v", "fixed width,\na scale a channel", (4.08, 0.0155)),
+        "fixed, group 64": ("#E69F00", "s", "fixed width,\na scale for 64 weights", (2.45, 0.13)),
+        "coded": ("#0072B2", "o", "entropy coded\n(rate_optimal)", (4.15, 0.0053)),
     }
-    for name, (color, marker, label, offset, side) in styles.items():
+    for name, (color, marker, label, place) in styles.items():
         bits, errors = np.asarray(curves[name]).T
         axes.plot(bits, errors, color=color, marker=marker, markersize=6)
-        at = 0 if side == "left" else 3
-        axes.annotate(
-            label,
-            (bits[at], errors[at]),
-            xytext=offset,
-            textcoords="offset points",
-            ha=side,
-            color=color,
-            fontweight="bold",
-        )
+        axes.annotate(label, place, color=color, fontweight="bold")
     for bits, errors, name in zip(
         *np.asarray(curves["fixed, group 64"]).T, ("ternary", "2", "3", "4"), strict=True
     ):
