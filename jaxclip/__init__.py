@@ -14,6 +14,7 @@ from jaxclip.norms import global_norm, leaf_norms, unit_norms
 from jaxclip.packing import pack_codes, unpack_codes
 from jaxclip.projections import max_norm, spectral_cap, unit_norm
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
+from jaxclip.rates import rate_optimal
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign
@@ -90,6 +91,7 @@ __all__ = [
     "plots",
     "project_weights",
     "quantize",
+    "rate_optimal",
     "reached",
     "resolve_threshold",
     "scale_by_lion",

@@ -26,6 +26,11 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+def is_sharded(x: jax.Array) -> bool:
+    """Whether an axis is split over an explicit mesh: then it must not be reshaped."""
+    return any(s is not None for s in getattr(jax.typeof(x).sharding, "spec", ()))
+
+
 def _describe(value: Any) -> str:
     return f"got {value!r} of type {type(value).__name__}"
 

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxclip import _checks
+
 __all__ = ["BlockStats", "best_scale"]
 
 _LANES = 8
@@ -79,7 +81,7 @@ def best_scale(
     energy = jnp.sum(jnp.square(x.astype(jnp.float32) * factor), axis=axes, keepdims=True)
     count = jnp.broadcast_to(jnp.asarray(counts, jnp.float32), largest.shape)
     stats = BlockStats(factor, largest * factor, energy, count)
-    if x.size == 0 or _is_sharded(x):
+    if x.size == 0 or _checks.is_sharded(x):
         scale = _search(
             functools.partial(_sums_of_whole, x, axes, factor, low, high), stats, low, high
         )
@@ -88,11 +90,6 @@ def best_scale(
         flat = BlockStats(*(s.reshape(blocked.shape[0], -1) for s in stats))
         scale = _search_in_chunks(blocked, flat, low, high).reshape(largest.shape)
     return scale / factor
-
-
-def _is_sharded(x: jax.Array) -> bool:
-    """Whether an axis is split over an explicit mesh: then it must not be reshaped."""
-    return any(s is not None for s in getattr(jax.typeof(x).sharding, "spec", ()))
 
 
 def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

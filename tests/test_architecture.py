@@ -21,6 +21,7 @@ ROOMS = [
     "thresholds",
     "threshold_rules",
     "landing",
+    "rates",
     "sign_kinds",
     "sign",
     "sign_optimizers",
