@@ -19,7 +19,7 @@ from jaxclip.spectra import clip_by_spectral_norm
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes
 from jaxclip.stopping import StopReason, max_seconds, max_steps, nonfinite, plateau, reached
 from jaxclip.telemetry import clip_stats, explain
-from jaxclip.threshold_rules import max_abs, mse_optimal
+from jaxclip.threshold_rules import max_abs, mse_optimal, percentile_abs, std_multiple
 from jaxclip.thresholds import fan_in, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
 from jaxclip.units import (
@@ -75,6 +75,7 @@ __all__ = [
     "mse_optimal",
     "nonfinite",
     "pack_codes",
+    "percentile_abs",
     "plateau",
     "plots",
     "quantize",
@@ -91,6 +92,7 @@ __all__ = [
     "skip_or_clip",
     "smooth_clip",
     "soft_sign",
+    "std_multiple",
     "stochastic_sign",
     "unit_norms",
     "unpack_codes",
