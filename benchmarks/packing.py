@@ -37,7 +37,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     print(
-        f"jax {jax.__version__}, numpy {np.__version__}; {args.codes:,} codes; GB of codes a CPU second"
+        f"jax {jax.__version__}, numpy {np.__version__}; {args.codes:,} codes; "
+        "GB of codes a CPU second"
     )
     titles = ("copy", "pack", "unpack", "copy, jit", "pack, jit", "unpack, jit")
     print(f"{'bits':>8}" + "".join(f"{title:>13}" for title in titles))

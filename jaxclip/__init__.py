@@ -25,7 +25,7 @@ from jaxclip.spikes import clip_leaf_spikes, clip_spikes
 from jaxclip.stopping import StopReason, max_seconds, max_steps, nonfinite, plateau, reached
 from jaxclip.straight_through import fake_quantize
 from jaxclip.telemetry import clip_stats, explain
-from jaxclip.threshold_rules import max_abs, mse_optimal
+from jaxclip.threshold_rules import max_abs, mse_optimal, percentile_abs, std_multiple
 from jaxclip.thresholds import fan_in, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
 from jaxclip.units import (
@@ -87,6 +87,7 @@ __all__ = [
     "nonfinite",
     "nonnegative",
     "pack_codes",
+    "percentile_abs",
     "plateau",
     "plots",
     "project_weights",
@@ -106,6 +107,7 @@ __all__ = [
     "smooth_clip",
     "soft_sign",
     "spectral_cap",
+    "std_multiple",
     "stochastic_sign",
     "unit_norm",
     "unit_norms",

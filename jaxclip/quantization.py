@@ -27,6 +27,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip import _checks
+from jaxclip.affine_scales import best_scale_and_zero
 from jaxclip.grids import Bits, Granularity, code_range
 from jaxclip.scale_formats import round_scale, scale_format
 from jaxclip.threshold_rules import mse_optimal
@@ -381,7 +382,7 @@ def _encode_with_zero(
     """Codes, scales and zeros; without a threshold both ends are searched for."""
     low, high = code_range(bits, full_signed)
     x, info = array.astype(jnp.float32), jnp.finfo(jnp.float32)
-    search = _affine_scale if t is None else _range_scale
+    search = best_scale_and_zero if t is None else _range_scale
     if t is not None:
         bound = granularity.expand(t, x.shape)
         x = jnp.clip(x, -bound, bound)
@@ -394,13 +395,6 @@ def _encode_with_zero(
     codes = jnp.round(_ratio(x, stored.astype(jnp.float32), granularity))
     codes = jnp.clip(codes + granularity.expand(zero, x.shape), low, high)
     return codes.astype(jnp.int8), stored, zero.astype(jnp.int8)
-
-
-def _affine_scale(
-    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, low: int, high: int
-) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero for `mse_optimal`: those of the range of each block."""
-    return _range_scale(blocks, axes, counts, low, high)
 
 
 def _range_scale(

@@ -10,12 +10,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from jaxclip import _checks
 from jaxclip.grids import Bits, Granularity, code_range
 from jaxclip.scales import best_scale
 from jaxclip.thresholds import ThresholdRule
 
-__all__ = ["max_abs", "mse_optimal"]
+__all__ = ["max_abs", "mse_optimal", "percentile_abs", "std_multiple"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,115 @@ def max_abs(
       Array([[2., 4.]], dtype=float32)
     """
     return _MaxAbs(Granularity(axis, group_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _PercentileAbs(ThresholdRule):
+    q: float = 100.0
+
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        size = _magnitude(blocks)
+        largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
+        if self.q == 100 or blocks.size == 0:
+            return largest
+        # Weights that may lie above; counted from the top, where a group has no padding.
+        num_above = counts - np.ceil(np.float64(counts) * self.q / 100)
+        most = jnp.broadcast_to(jnp.asarray(num_above, jnp.int32), largest.shape)
+        # Floats of one sign are in the order of their bits, so 32 halvings find the least
+        # number with few enough weights above it: a weight, or 0.
+        high = lax.bitcast_convert_type(largest, jnp.int32)
+
+        def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = ends
+            middle = low + (high - low) // 2
+            above = size > lax.bitcast_convert_type(middle, jnp.float32)
+            is_enough = jnp.sum(above, axis=axes, keepdims=True, dtype=jnp.int32) <= most
+            return jnp.where(is_enough, low, middle + 1), jnp.where(is_enough, middle, high)
+
+        _, found = lax.fori_loop(0, 32, halve, (0 * high, high))
+        return lax.bitcast_convert_type(found, jnp.float32)
+
+
+def percentile_abs(
+    q: float,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+) -> ThresholdRule:
+    """Makes the rule `t = the q-th percentile of |w|`: the share `1 - q / 100` is clipped.
+
+    The least `|w|` that at least `q` percent of the entries do not exceed, exactly: one of
+    the magnitudes, as `numpy.quantile` gives with method "inverted_cdf". Found by 32 passes
+    that count, without a sort, so that it runs on sharded arrays.
+
+    Args:
+      q: Number in (0, 100]; 100 is `max_abs`.
+      axis: Channel axis or axes with a threshold each; None for one threshold.
+      group_size: Entries that share a threshold along the last non-channel axis.
+
+    Returns:
+      A rule: array -> float32 thresholds that broadcast against the array.
+
+    Raises:
+      TypeError: If `q` is not a number, or `axis` not an integer, a tuple of them or None.
+      ValueError: If `q` is not in (0, 100], or `group_size` not a positive integer.
+
+    Example:
+      >>> print(percentile_abs(75)(jnp.array([1.0, -4.0, -2.0, 3.0])))
+      [3.]
+    """
+    q = q.item() if isinstance(q, jax.Array) else q
+    _checks.check_positive("q", q)
+    if not q <= 100:
+        raise ValueError(f"q must be in (0, 100], got {q!r}.")
+    return _PercentileAbs(Granularity(axis, group_size), float(q))
+
+
+@dataclasses.dataclass(frozen=True)
+class _StdMultiple(ThresholdRule):
+    k: float = 1.0
+
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        size = _magnitude(blocks)
+        largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
+        _, exponent = jnp.frexp(largest)  # a power of two keeps squares in range
+        factor = jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
+        mean = jnp.sum(jnp.square(size * factor), axis=axes, keepdims=True) / counts
+        most = np.finfo(np.float32).max
+        return jnp.minimum(np.float32(self.k) * jnp.sqrt(mean) / factor, most)
+
+
+def std_multiple(
+    k: float,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+) -> ThresholdRule:
+    """Makes the rule `t = k * sqrt(mean(w**2))`, k standard deviations around zero.
+
+    The deviation is taken from 0, not from the mean, since clipping is around 0 too: it is
+    the root mean square, and weights whose mean is not 0 get a wider threshold.
+
+    Args:
+      k: Finite number above 0; 2 to 4 are usual.
+      axis: Channel axis or axes with a threshold each; None for one threshold.
+      group_size: Entries that share a threshold along the last non-channel axis.
+
+    Returns:
+      A rule: array -> float32 thresholds that broadcast against the array. Right for every
+      finite array: squares neither overflow nor vanish.
+
+    Raises:
+      TypeError: If `k` is not a number, or `axis` not an integer, a tuple of them or None.
+      ValueError: If `k` is not positive and finite, or `group_size` not a positive integer.
+
+    Example:
+      >>> print(std_multiple(2.0)(jnp.array([3.0, -3.0, 3.0, 3.0])))
+      [6.]
+    """
+    k = k.item() if isinstance(k, jax.Array) else k
+    _checks.check_positive("k", k)
+    return _StdMultiple(Granularity(axis, group_size), float(k))
 
 
 @dataclasses.dataclass(frozen=True)

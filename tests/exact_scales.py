@@ -16,16 +16,27 @@ def exact_optimum(x: np.ndarray, bits, full_signed: bool) -> float:
     if bits == 1:
         return energy - float(np.sum(np.abs(x))) ** 2 / x.size
     low, high = code_range(bits, full_signed)
-    gains = [0.0]
-    for y in (x, -x) if low < -high else (x,):
-        levels = np.arange(1, max(high, -low) + 1)
-        allowed = levels[None] <= np.where(y > 0, high, -low)[:, None]
-        breakpoints = (np.abs(y)[:, None] / (levels - 0.5)[None])[allowed]
-        in_a = np.broadcast_to(np.abs(y)[:, None], allowed.shape)[allowed]
-        in_b = np.broadcast_to((2 * levels - 1)[None], allowed.shape)[allowed]
-        order = np.argsort(-breakpoints, kind="stable")
-        gains.append(np.max(np.cumsum(in_a[order]) ** 2 / np.cumsum(in_b[order])))
-    return energy - float(max(gains))
+    gain = _best_gain(x, -low, high)
+    return energy - (max(gain, _best_gain(-x, -low, high)) if low < -high else gain)
+
+
+def exact_affine_optimum(x: np.ndarray, low: int, high: int) -> float:
+    """Least squared error over all scales and all zero points from `low` to `high`."""
+    x = np.asarray(x, np.float64)
+    gains = [_best_gain(x, zero - low, high - zero) for zero in range(low, high + 1)]
+    return float(np.sum(x * x)) - max(gains)
+
+
+def _best_gain(x: np.ndarray, down: int, up: int) -> float:
+    """What the best scale saves with codes from `-down` to `up`."""
+    size, levels = np.abs(x)[:, None], np.arange(1, max(down, up) + 1)
+    allowed = levels[None] <= np.where(x > 0, up, down)[:, None]
+    breakpoints = (size / (levels - 0.5)[None])[allowed]
+    in_a = np.broadcast_to(size, allowed.shape)[allowed]
+    in_b = np.broadcast_to((2 * levels - 1)[None], allowed.shape)[allowed]
+    order = np.argsort(-breakpoints, kind="stable")
+    gains = np.cumsum(in_a[order]) ** 2 / np.cumsum(in_b[order])
+    return float(np.max(gains, initial=0.0))
 
 
 def distributions(num_rows: int, row: int, seed: int = 7) -> dict[str, np.ndarray]:

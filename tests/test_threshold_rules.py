@@ -11,10 +11,11 @@ from exact_scales import distributions, exact_optimum
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
 from jaxclip.grids import code_range
-from jaxclip.threshold_rules import max_abs, mse_optimal
+from jaxclip.threshold_rules import max_abs, mse_optimal, percentile_abs, std_multiple
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -35,6 +36,86 @@ def test_max_abs_is_the_largest_magnitude_of_each_row(dtype, data):
     expected = np.where(expected < 2.0**-126, 0, expected)  # flushed on CPU
     assert got.dtype == np.float32
     assert np.array_equal(np.where(got < 2.0**-126, 0, got), expected)
+
+
+# --- percentile_abs and std_multiple ---------------------------------------------------
+
+
+def percentile_by_sorting(x, q):
+    """The least magnitude of each row that q percent of its entries do not exceed."""
+    size = np.sort(np.abs(x), axis=1)
+    return size[:, [int(np.ceil(x.shape[1] * q / 100)) - 1]]
+
+
+@every_dtype
+@pytest.mark.parametrize("q", [0.01, 7, 50, 99.5, 100])
+def test_percentile_abs_is_the_magnitude_that_sorting_finds(dtype, q):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(4, 100)) * np.exp2(rng.integers(-8, 8, (4, 1)))).astype(dtype)
+    x[0, :60] = 0
+    x[1] = np.round(x[1].astype(np.float64)).astype(dtype)  # many equal magnitudes
+    got = percentile_abs(q, axis=0)(jnp.asarray(x))
+    assert np.array_equal(got, percentile_by_sorting(x.astype(np.float32), q))
+    ours = np.asarray(percentile_abs(q)(jnp.asarray(x))).item()
+    if q in (50, 100):  # where NumPy's product of share and count is exact
+        assert ours == np.quantile(np.abs(x.astype(np.float32)), q / 100, method="inverted_cdf")
+
+
+def test_percentile_abs_reaches_from_subnormal_to_the_largest_float32():
+    x = np.asarray([[1e-37, 1e-3, 1.0, 3e38], [0, 0, 0, -2e-38]], np.float32)
+    for q in (25, 50, 75, 100):
+        assert np.array_equal(
+            percentile_abs(q, axis=0)(jnp.asarray(x)), percentile_by_sorting(x, q)
+        )
+
+
+@pytest.mark.parametrize("power", [-100, 0, 120])
+def test_std_multiple_is_k_times_the_root_mean_square_whatever_the_size(power):
+    x = np.ldexp(np.random.default_rng(1).normal(1, 1, (3, 50)), power).astype(np.float32)
+    got = std_multiple(2.5, axis=0)(jnp.asarray(x))
+    expected = 2.5 * np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=1, keepdims=True))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_padding_of_the_last_group_counts_for_no_percentile_and_no_mean():
+    x = np.random.default_rng(2).normal(size=(3, 11)).astype(np.float32)
+    tail = jnp.asarray(x[:, 8:])
+    for make in (functools.partial(percentile_abs, 40), functools.partial(std_multiple, 2.0)):
+        grouped = np.asarray(make(axis=0, group_size=8)(jnp.asarray(x)))
+        np.testing.assert_allclose(grouped[:, 8:9], make(axis=0)(tail), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "rule", [percentile_abs(90), percentile_abs(90, axis=1), std_multiple(3.0)]
+)
+def test_percentiles_and_multiples_of_sharded_weights_are_those_of_one_device(kind, rule):
+    x = np.random.default_rng(3).normal(size=(16, 6)).astype(np.float32)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("x", "y")))
+        got = jax.jit(rule)(sharded)
+    np.testing.assert_allclose(np.asarray(got), rule(jnp.asarray(x)), rtol=1e-6)
+
+
+def test_percentiles_clip_weights_and_compress_trees():
+    params = {"kernel": jnp.asarray(np.arange(-10, 10, dtype=np.float32).reshape(5, 4))}
+    clipped = jaxclip.clip_weights(params, percentile_abs(50))
+    assert float(jnp.max(jnp.abs(clipped["kernel"]))) == 5
+    small = jaxclip.compress(params, 8, rule=percentile_abs(50), axis=None)
+    np.testing.assert_allclose(small["kernel"].scale * 127, [[5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("q", [0, -1, 100.5, float("nan")])
+def test_a_percentile_outside_its_range_is_refused_when_made(q):
+    with pytest.raises(ValueError, match="q must be"):
+        percentile_abs(q)
+
+
+@pytest.mark.parametrize("k", [0, -1.0, float("inf"), float("nan")])
+def test_a_multiple_that_is_not_positive_and_finite_is_refused_when_made(k):
+    with pytest.raises(ValueError, match="k must be positive and finite"):
+        std_multiple(k)
 
 
 # --- mse_optimal -----------------------------------------------------------------------
@@ -197,7 +278,8 @@ def test_a_rule_with_unknown_bits_is_refused_when_made(bits):
 
 
 def test_zero_and_empty_blocks_have_finite_thresholds():
-    for rule in (max_abs(axis=0), mse_optimal(1, axis=0), mse_optimal(4, axis=0)):
+    few = (percentile_abs(50, axis=0), std_multiple(2.0, axis=0))
+    for rule in (max_abs(axis=0), mse_optimal(1, axis=0), mse_optimal(4, axis=0), *few):
         assert np.array_equal(rule(jnp.zeros((2, 3))), np.zeros((2, 1)))
         assert rule(jnp.zeros((0, 3))).shape == (0, 1)
         assert np.all(np.isfinite(rule(jnp.zeros((2, 0)))))
