@@ -36,10 +36,8 @@ def main():
     parser.add_argument("--codes", type=int, default=2**24)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    print(
-        f"jax {jax.__version__}, numpy {np.__version__}; {args.codes:,} codes; "
-        "GB of codes a CPU second"
-    )
+    print(f"jax {jax.__version__}, numpy {np.__version__}; {args.codes:,} codes")
+    print("GB of codes a CPU second")
     titles = ("copy", "pack", "unpack", "copy, jit", "pack, jit", "unpack, jit")
     print(f"{'bits':>8}" + "".join(f"{title:>13}" for title in titles))
     for bits in (1, "ternary", 2, 3, 4, 5, 6, 8):
