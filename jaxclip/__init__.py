@@ -9,7 +9,8 @@ from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.guards import skip_nonfinite, skip_or_clip
 from jaxclip.lint import lint_chain
 from jaxclip.norms import global_norm, leaf_norms, unit_norms
-from jaxclip.quantization import QuantizedArray, dequantize, pack_codes, quantize, unpack_codes
+from jaxclip.packing import pack_codes, unpack_codes
+from jaxclip.quantization import QuantizedArray, dequantize, quantize
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign
@@ -18,6 +19,7 @@ from jaxclip.smoothing import smooth_clip
 from jaxclip.spectra import clip_by_spectral_norm
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes
 from jaxclip.stopping import StopReason, max_seconds, max_steps, nonfinite, plateau, reached
+from jaxclip.straight_through import fake_quantize
 from jaxclip.telemetry import clip_stats, explain
 from jaxclip.threshold_rules import max_abs, mse_optimal
 from jaxclip.thresholds import fan_in, resolve_threshold
@@ -58,6 +60,7 @@ __all__ = [
     "dequantize",
     "error_feedback",
     "explain",
+    "fake_quantize",
     "fan_in",
     "fit",
     "global_norm",

@@ -16,6 +16,7 @@ from jaxclip.grids import Bits, code_range
 from jaxclip.headers import header_size
 from jaxclip.layout import FilePlan, coded_tensor, plan_file
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
+from jaxclip.scale_formats import scale_format
 from jaxclip.threshold_rules import mse_optimal
 
 __all__ = ["LeafSize", "SizeReport", "compress", "decompress", "report_plan", "size_report"]
@@ -29,6 +30,8 @@ def compress(
     axis: int | tuple[int, ...] | None = -1,
     group_size: int | None = None,
     full_signed: bool = True,
+    zero_point: bool = False,
+    scale_dtype: Any = "float32",
     policy: Sequence[tuple[str, Bits | None]] = (),
 ) -> Any:
     """Replaces leaves of two or more dimensions by low-bit arrays.
@@ -43,6 +46,8 @@ def compress(
         channel in flax's layouts. None for one scale a leaf.
       group_size: Entries that share a scale along the last non-channel axis.
       full_signed: Whether grids of two bits or more use the level -2**(bits-1).
+      zero_point: Whether grids may lie unevenly around 0, as in `quantize`; not for 1 bit.
+      scale_dtype: Format of the scales: float32, float16, bfloat16 or "log8".
       policy: Pairs `(regex, bits)`; the first whose regex matches a leaf's path decides
         its width, None to leave it as it is. Leaves that none matches follow `bits`.
 
@@ -52,7 +57,8 @@ def compress(
 
     Raises:
       TypeError: If an argument is of a wrong type.
-      ValueError: If `bits` is not allowed, a regex matches no leaf, or a weight is NaN or
+      ValueError: If `bits` or `scale_dtype` is not allowed, `zero_point` comes with 1 bit, a
+        regex matches no leaf, or a weight is NaN or
         infinite (the message names leaf and index).
 
     Example:
@@ -62,6 +68,7 @@ def compress(
       ('ternary', dtype('float32'))
     """
     code_range(bits)
+    scale_dtype = scale_format(scale_dtype)
     if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in policy):
         raise ValueError(f"policy must be pairs (regex, bits), got {policy!r}.")
     rules = [(_compiled(pattern), width) for pattern, width in policy]
@@ -92,6 +99,8 @@ def compress(
             axis=axis if np.ndim(leaf) >= 2 else None,
             group_size=group_size,
             full_signed=full_signed,
+            zero_point=zero_point,
+            scale_dtype=scale_dtype,
             name=f"params at '{name}'",
         )
 

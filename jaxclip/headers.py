@@ -31,6 +31,7 @@ from jaxclip.layout import (
     restore_leaf,
 )
 from jaxclip.quantization import QuantizedArray
+from jaxclip.scale_formats import scale_format
 
 __all__ = [
     "FileContents",
@@ -42,8 +43,7 @@ __all__ = [
 ]
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
-_VERSION = 2
-_READABLE = (1, 2)
+_VERSIONS = (1, 2)
 # Every version begins like this, so that the header's checksum has a fixed place.
 _PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
 _CRC_PLACE = slice(8 + len(_PREFIX), 16 + len(_PREFIX))
@@ -76,12 +76,14 @@ def make_header(
     """
     crc = {t.name: f"{checksums[t.name] if checksums else 0:08x}" for t in plan.tensors}
     quantized = {n: leaf for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray)}
+    codings = codings or {}
+    version = _version_for(quantized, codings)
     inner = {
         "header_crc": "00000000",
-        "version": _VERSION,
+        "version": version,
         "tree": plan.tree,
         "leaves": {
-            name: {**_quantized_info(leaf), "coding": (codings or {}).get(name)}
+            name: _quantized_info(leaf, version, codings.get(name))
             for name, leaf in quantized.items()
         },
         "crc": crc,
@@ -124,9 +126,18 @@ def _to_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _quantized_info(leaf: QuantizedArray) -> dict[str, Any]:
+def _version_for(quantized: dict[str, QuantizedArray], codings: dict[str, str | None]) -> int:
+    """The lowest version that can say it all, so that older readers understand what they can."""
+    is_new = any(
+        leaf.zero is not None or leaf.scale_dtype != "float32" or codings.get(name) is not None
+        for name, leaf in quantized.items()
+    )
+    return 2 if is_new else 1
+
+
+def _quantized_info(leaf: QuantizedArray, version: int, coding: str | None) -> dict[str, Any]:
     axis, group_size = leaf.granularity.axis, leaf.granularity.group_size
-    return {
+    info = {
         "bits": leaf.bits,
         "full_signed": bool(leaf.full_signed),
         "axis": [int(a) for a in axis] if isinstance(axis, tuple) else _int_or_none(axis),
@@ -134,6 +145,10 @@ def _quantized_info(leaf: QuantizedArray) -> dict[str, Any]:
         "shape": list(leaf.shape),
         "dtype": _DTYPE_CODES[jnp.dtype(leaf.dtype)],
     }
+    if version >= 2:
+        info |= {"zero_point": leaf.zero is not None, "scale_dtype": leaf.scale_dtype}
+        info |= {"coding": coding}
+    return info
 
 
 def _int_or_none(value: Any) -> int | None:
@@ -167,7 +182,9 @@ class FileContents:
         if not isinstance(like, QuantizedArray):
             return read(self.tensors[name])
         scale, stored = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
-        return restore_leaf(name, like, scale, stored, self.codings[name])
+        zero = None if like.zero is None else read(self.tensors[f"{name}:zero"])
+        unit = read(self.tensors[f"{name}:unit"]) if like.scale_dtype == "log8" else None
+        return restore_leaf(name, like, scale, stored, self.codings[name], zero=zero, unit=unit)
 
 
 def header_length(prefix: bytes, file_size: int) -> int:
@@ -228,10 +245,10 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
         raise ValueError("the header is damaged or was rewritten: its checksum does not match.")
     inner = strict_json(ours[0].encode(), "the header")
     version = inner.get("version")
-    if version not in _READABLE or type(version) is not int:
+    if version not in _VERSIONS or type(version) is not int:
         raise ValueError(
             f"the file has version {version!r} of the format and this jaxclip reads versions "
-            f"1 to {_VERSION}: a jaxclip that reads version {version!r} is needed."
+            f"1 to {_VERSIONS[-1]}: a jaxclip that reads version {version!r} is needed."
         )
     return _parse_ours(inner, _parse_tensors(outer, data_bytes))
 
@@ -311,7 +328,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
 
     def shapes_of(name: str) -> Any:
         if name in infos:
-            return _abstract_quantized(name, infos[name])
+            return _abstract_quantized(name, infos[name], inner["version"])
         if name not in tensors:
             raise ValueError(f"tensor {name!r}: it is missing.")
         return jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].numpy_dtype)
@@ -374,21 +391,26 @@ def _coding_of(name: str, info: Any) -> str | None:
     return coding
 
 
-def _abstract_quantized(name: str, info: Any) -> QuantizedArray:
+def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
     keys = {"bits", "full_signed", "axis", "group_size", "shape", "dtype"}
-    if type(info) is not dict or set(info) - {"coding"} != keys or not _is_shape(info["shape"]):
+    keys |= {"zero_point", "scale_dtype", "coding"} if version >= 2 else set()
+    if type(info) is not dict or set(info) != keys or not _is_shape(info["shape"]):
         raise ValueError(f"tensor {name!r}: its description in the header is not valid.")
     axis, shape, dtype = info["axis"], tuple(info["shape"]), info["dtype"]
     stored = DTYPES.get(dtype) if type(dtype) is str else None
     is_float = stored is not None and jnp.issubdtype(stored, jnp.floating)
-    if type(info["full_signed"]) is not bool or not is_float:
+    has_zero, scale_dtype = info.get("zero_point", False), info.get("scale_dtype", "float32")
+    if type(info["full_signed"]) is not bool or type(has_zero) is not bool or not is_float:
         raise ValueError(f"tensor {name!r}: its grid or dtype is not valid.")
     try:
+        if type(scale_dtype) is not str:
+            raise TypeError(f"scale_dtype must be a name, got {scale_dtype!r}.")
         code_range(info["bits"])
+        in_memory = scale_format(scale_dtype).replace("log8", "float32")
         granularity = Granularity(tuple(axis) if type(axis) is list else axis, info["group_size"])
         scale_shape = granularity.scale_shape(shape)
         qvalue: Any = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))
-        scale: Any = jax.ShapeDtypeStruct(scale_shape, np.dtype(np.float32))
+        scale: Any = jax.ShapeDtypeStruct(scale_shape, jnp.dtype(in_memory))
         return QuantizedArray(
             qvalue=qvalue,
             scale=scale,
@@ -396,6 +418,8 @@ def _abstract_quantized(name: str, info: Any) -> QuantizedArray:
             full_signed=info["full_signed"],
             granularity=granularity,
             dtype=stored,
+            zero=jax.ShapeDtypeStruct(scale_shape, np.dtype(np.int8)) if has_zero else None,
+            scale_dtype=scale_dtype,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"tensor {name!r}: {error}") from error

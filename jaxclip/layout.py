@@ -19,13 +19,9 @@ import numpy as np
 
 from jaxclip import _checks
 from jaxclip.coding import decode_codes, encode_codes
-from jaxclip.grids import code_range
-from jaxclip.quantization import (
-    QuantizedArray,
-    num_packed_bytes,
-    pack_codes,
-    unpack_codes,
-)
+from jaxclip.packing import num_packed_bytes, pack_codes, unpack_codes
+from jaxclip.quantization import QuantizedArray
+from jaxclip.scale_formats import decode_log8, encode_log8
 
 __all__ = [
     "DEPTH_LIMIT",
@@ -120,9 +116,7 @@ class FilePlan:
         if part == ":codes":
             yield from _packed_chunks(name, leaf)
             return
-        array = np.asarray(leaf.scale if part == ":scale" else leaf)
-        if part == ":scale":
-            _check_scale(name, array)
+        array = _side_part(name, leaf, part) if part else np.asarray(leaf)
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -278,22 +272,18 @@ def _leaf_tensors(name: str, leaf: Any) -> list[tuple[str, str, tuple[int, ...]]
     """Name, dtype and shape of the tensors that hold a leaf."""
     if not isinstance(leaf, QuantizedArray):
         return [(name, _dtype_code(name, leaf.dtype), tuple(leaf.shape))]
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"QuantizedArray '{name}' must stand for a float, got {leaf.dtype}.")
+    leaf.check_parts(name)
     _dtype_code(name, jnp.dtype(leaf.dtype))
-    try:
-        code_range(leaf.bits, leaf.full_signed)
-        wanted = leaf.granularity.scale_shape(leaf.shape)
-    except ValueError as error:
-        raise ValueError(f"QuantizedArray '{name}': {error}") from error
-    given = (leaf.qvalue.dtype, leaf.scale.dtype, tuple(leaf.scale.shape))
-    if given != (np.dtype(np.int8), np.dtype(np.float32), wanted):
-        raise ValueError(
-            f"QuantizedArray '{name}' of shape {leaf.shape} must have int8 codes and float32 "
-            f"scales of shape {wanted}; got {given[0]}, {given[1]} and {given[2]}."
-        )
+    shape = tuple(leaf.scale.shape)
     num_bytes = num_packed_bytes(math.prod(leaf.shape), leaf.bits)
-    return [(f"{name}:codes", "U8", (num_bytes,)), (f"{name}:scale", "F32", wanted)]
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [(f"{name}:codes", "U8", (num_bytes,))]
+    if leaf.scale_dtype == "log8":
+        tensors += [(f"{name}:scale", "U8", shape), (f"{name}:unit", "F32", ())]
+    else:
+        tensors.append((f"{name}:scale", _dtype_code(name, leaf.scale.dtype), shape))
+    if leaf.zero is not None:
+        tensors.append((f"{name}:zero", "I8", shape))
+    return tensors
 
 
 def _dtype_code(name: str, dtype: Any) -> str:
@@ -312,21 +302,26 @@ def _dtype_code(name: str, dtype: Any) -> str:
 def _packed_chunks(name: str, leaf: QuantizedArray) -> Iterator[np.ndarray]:
     codes = np.asarray(leaf.qvalue).reshape(-1)
     for start in range(0, codes.size, _CHUNK):
-        chunk = codes[start : start + _CHUNK]
-        _check_codes(name, chunk, leaf)
+        chunk = codes[start : start + _CHUNK].astype(np.int8, copy=False)
+        leaf.check_codes(chunk, name)
         yield pack_codes(chunk, leaf.bits, full_signed=leaf.full_signed)
 
 
-def _check_codes(name: str, codes: np.ndarray, leaf: QuantizedArray) -> None:
-    low, high = code_range(leaf.bits, leaf.full_signed)
-    inside = low <= codes.min(initial=high) and codes.max(initial=low) <= high
-    if not inside or (leaf.bits == 1 and not codes.all()):
-        raise ValueError(f"'{name}': codes are not in the range of bits={leaf.bits!r}.")
+def _side_part(name: str, leaf: QuantizedArray, part: str) -> np.ndarray:
+    """What is stored beside the codes, as a file has it."""
+    leaf.check_values(name)
+    if part == ":zero":
+        return np.asarray(leaf.zero)
+    scale = np.asarray(leaf.scale)
+    return scale if leaf.scale_dtype != "log8" else _log8_parts(name, scale)[part]
 
 
-def _check_scale(name: str, scale: np.ndarray) -> None:
-    if not np.all(np.isfinite(scale) & (scale != 0)):
-        raise ValueError(f"'{name}': scales must be finite and not 0.")
+def _log8_parts(name: str, scale: np.ndarray) -> dict[str, np.ndarray]:
+    try:
+        codes, unit = encode_log8(scale)
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from error
+    return {":scale": codes, ":unit": unit}
 
 
 def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> np.ndarray | None:
@@ -351,8 +346,8 @@ def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> np.ndarray | 
     """
     if coding is None or tensor.name != f"{tensor.leaf}:codes":
         return None
-    codes = np.asarray(leaf.qvalue).reshape(-1)
-    _check_codes(tensor.leaf, codes, leaf)
+    codes = np.asarray(leaf.qvalue).reshape(-1).astype(np.int8, copy=False)
+    leaf.check_codes(codes, tensor.leaf)
     coded = np.frombuffer(encode_codes(codes, coding), np.uint8)
     return coded if coded.size < tensor.stop - tensor.start else None
 
@@ -366,22 +361,27 @@ def restore_leaf(
     scale: np.ndarray,
     stored: np.ndarray,
     coding: str | None = None,
+    *,
+    zero: np.ndarray | None = None,
+    unit: np.ndarray | None = None,
 ) -> QuantizedArray:
-    """Returns a low-bit array from the two tensors that a file has for it.
+    """Returns a low-bit array from the tensors that a file has for it.
 
     Args:
       name: The leaf's path, for messages.
       like: The same with shapes for arrays.
-      scale: Scales, in the shape of `like.scale`.
+      scale: Scales, in the shape of `like.scale`; for log8 their bytes.
       stored: Codes as `pack_codes` packs them, or as `coded_tensor` codes them.
       coding: How they are coded; None if they are packed.
+      zero: Zeros, if it has them.
+      unit: The unit of log8 scales.
 
     Returns:
       A `QuantizedArray` of NumPy arrays.
 
     Raises:
-      ValueError: If a scale is 0 or not finite, a code is outside the grid, or the codes
-        are not packed or coded as the format says.
+      ValueError: If a scale is 0 or not finite, a code or zero is outside the grid, or codes
+        or scales are not packed or coded as the format says.
       ImportError: If `coding` is "ans" and constriction is not installed.
 
     Example:
@@ -390,12 +390,25 @@ def restore_leaf(
       >>> restore_leaf("w", q, np.array([0.5], np.float32), np.array([1], np.uint8)).qvalue
       array([ 1, -1], dtype=int8)
     """
-    _check_scale(name, scale)
+    if unit is not None:
+        scale = _decoded_log8(name, scale, unit)
+    q = dataclasses.replace(like, scale=scale, zero=zero)
+    q.check_values(name)
     if coding is None:
         codes = _unpacked(name, stored, like)
     else:
         codes = _decoded(name, stored, like, coding)
-    return dataclasses.replace(like, qvalue=codes.reshape(like.shape), scale=scale)
+    return dataclasses.replace(q, qvalue=codes.reshape(like.shape))
+
+
+def _decoded_log8(name: str, codes: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """The scales of log8; a unit that `round_scale` never makes is refused."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = decode_log8(codes, unit)
+        parts = _log8_parts(name, scale)
+    if parts[":unit"] != unit or not np.array_equal(parts[":scale"], codes):
+        raise ValueError(f"'{name}': scales are not encoded as the format says.")
+    return scale
 
 
 def _decoded(name: str, stored: np.ndarray, like: QuantizedArray, coding: str) -> np.ndarray:
@@ -403,7 +416,7 @@ def _decoded(name: str, stored: np.ndarray, like: QuantizedArray, coding: str) -
         codes = decode_codes(stored.tobytes(), coding, math.prod(like.shape))
     except ValueError as error:
         raise ValueError(f"'{name}': {error}") from error
-    _check_codes(name, codes, like)
+    like.check_codes(codes, name)
     return codes
 
 
@@ -415,7 +428,7 @@ def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray
         stop = min(start + _CHUNK, count)
         piece = packed[num_packed_bytes(start, bits) : num_packed_bytes(stop, bits)]
         codes[start:stop] = unpack_codes(piece, bits, stop - start, full_signed=full_signed)
-        _check_codes(name, codes[start:stop], like)
+        like.check_codes(codes[start:stop], name)
     tail = count - count % 40
     padded = pack_codes(codes[tail:], bits, full_signed=full_signed)
     too_big = bits == "ternary" and packed.max(initial=0) > 242

@@ -71,7 +71,8 @@ def _grid(leaf: QuantizedArray) -> str:
     granularity = leaf.granularity
     return (
         f"bits={leaf.bits!r}, axis={granularity.axis}, group_size={granularity.group_size}, "
-        f"full_signed={leaf.full_signed}"
+        f"full_signed={leaf.full_signed}, zero_point={leaf.zero is not None}, "
+        f"scale_dtype={leaf.scale_dtype}"
     )
 
 

@@ -1,12 +1,20 @@
-"""Arrays at 1 to 8 bits: thresholds to codes, codes to packed bytes, and back.
+"""Arrays at 1 to 8 bits: thresholds to scales and codes, and back.
 
-    code = clip(round(w / scale), low, high)        round half to even
+    code = clip(round(w / scale), low, high)                   round half to even
     w'   = scale * code
 
 `scale = threshold / high`, one for each tensor, channel or group. Inside the threshold
 `|w - w'| <= |scale| / 2`. One bit has no zero: `code = 1 if w >= 0 else -1`, and
 `scale = threshold`. A full signed grid has one level more on one side, `low = -high - 1`;
 the sign of the scale puts it where it lowers the squared error.
+
+With a zero point the grid is moved by whole codes, so 0 stays on it exactly:
+
+    code = clip(round(w / scale) + zero, low, high)            zero in low .. high
+    w'   = scale * (code - zero)
+
+The scale is rounded to its format first and the codes are made with what is stored, so that
+the bound of half a step holds for the scale that decoding uses.
 """
 
 import dataclasses
@@ -20,37 +28,42 @@ from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip.grids import Bits, Granularity, code_range
+from jaxclip.scale_formats import round_scale, scale_format
 from jaxclip.threshold_rules import mse_optimal
 from jaxclip.thresholds import ThresholdRule
 
-__all__ = [
-    "QuantizedArray",
-    "dequantize",
-    "num_packed_bytes",
-    "pack_codes",
-    "quantize",
-    "unpack_codes",
-]
+__all__ = ["QuantizedArray", "dequantize", "quantize"]
+
+_CODE_DTYPES = ("int8", "int4", "int2")
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("qvalue", "scale"),
-    meta_fields=("bits", "full_signed", "granularity", "dtype"),
+    data_fields=("qvalue", "scale", "zero"),
+    meta_fields=("bits", "full_signed", "granularity", "dtype", "scale_dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
     """An array as integer codes and scales, a pytree that passes through jit and vmap.
 
-    `dequantize(q) == q.scale * q.qvalue`, with one scale per block as `granularity` says.
+    jax functions take it for the array that it stands for: `x @ q`, `jnp.sin(q)`, `q[0]`.
+    What holds, and what `validate` checks, with one scale and one zero for each block:
+
+        array == scale * (qvalue - zero)                   zero None counts as 0
+        low <= qvalue <= high, low <= zero <= high         low, high = code_range(bits, ...)
+        qvalue != 0                                        for one bit, which has no zero point
+        scale != 0 and finite                              scale > 0 with a zero point
+        scale.shape == zero.shape == granularity.scale_shape(qvalue.shape)
 
     Attributes:
-      qvalue: int8 codes in `code_range(bits, full_signed)`, in the array's shape.
-      scale: float32, not 0 and finite; 1 along shared axes, one a group along a grouped one.
+      qvalue: Codes in the array's shape: int8, or int4 or int2 after `with_code_dtype`.
+      scale: float32, float16 or bfloat16; 1 along shared axes, one a group along a grouped one.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
       full_signed: Whether the level -2**(bits-1) is used.
       granularity: Which entries share a scale.
       dtype: Dtype of the array that was quantized, and of what `dequantize` returns.
+      zero: int8, in the shape of `scale`; None for a grid around code 0.
+      scale_dtype: Format of the scales, as in `jaxclip.scale_formats`.
     """
 
     qvalue: jax.Array
@@ -59,6 +72,8 @@ class QuantizedArray:
     full_signed: bool
     granularity: Granularity
     dtype: Any
+    zero: Any = None
+    scale_dtype: str = "float32"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,9 +81,117 @@ class QuantizedArray:
         return self.qvalue.shape
 
     @property
+    def ndim(self) -> int:
+        """Number of dimensions of the array."""
+        return len(self.shape)
+
+    @property
     def threshold(self) -> jax.Array:
-        """The clip threshold of each block, `|scale| * high`."""
-        return jnp.abs(self.scale) * code_range(self.bits, self.full_signed)[1]
+        """The clip threshold of each block, `|scale| * high`; float32.
+
+        With a zero point, the magnitude of the level that is farthest from 0.
+        """
+        low, high = code_range(self.bits, self.full_signed)
+        step = jnp.abs(jnp.asarray(self.scale).astype(jnp.float32))
+        if self.zero is None:
+            return step * high
+        zero = jnp.asarray(self.zero).astype(jnp.float32)
+        return step * jnp.maximum(high - zero, zero - low)
+
+    def __jax_array__(self) -> jax.Array:
+        return dequantize(self)
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return dequantize(self)[index]
+
+    def with_code_dtype(self, dtype: Any) -> "QuantizedArray":
+        """Returns the same array with its codes in int8, int4 or int2.
+
+        Args:
+          dtype: `jnp.int8`, `jnp.int4` or `jnp.int2`; int2 needs jax 0.10 or newer, since
+            older ones compute wrong numbers from it on CPU.
+
+        Returns:
+          A `QuantizedArray` that decodes to the same bits.
+
+        Raises:
+          TypeError: If `dtype` is none of these.
+          ValueError: If the codes of `bits` do not fit, or jax is too old.
+        """
+        name = jnp.dtype(dtype).name
+        if name not in _CODE_DTYPES:
+            raise TypeError(f"dtype must be one of {_CODE_DTYPES}, got {name}.")
+        if name == "int2" and jax.__version_info__ < (0, 10):
+            raise ValueError(
+                f"dtype int2 needs jax 0.10 or newer, got {jax.__version__}, which computes wrong "
+                "numbers from it on CPU. Use jnp.int4."
+            )
+        low, high = code_range(self.bits, self.full_signed)
+        half = 2 ** (int(name.removeprefix("int")) - 1)
+        if low < -half or high > half - 1:
+            raise ValueError(f"dtype {name} does not hold the codes of bits={self.bits!r}.")
+        return dataclasses.replace(self, qvalue=jnp.asarray(self.qvalue).astype(dtype))
+
+    def validate(self, name: str = "array") -> None:
+        """Raises unless all equations of the class hold.
+
+        Args:
+          name: What to call the array in errors.
+
+        Raises:
+          TypeError: If `dtype` is not floating.
+          ValueError: If a part has a wrong dtype, shape or value; names the part.
+        """
+        self.check_parts(name)
+        self.check_values(name)
+        self.check_codes(np.asarray(self.qvalue), name)
+
+    def check_parts(self, name: str) -> None:
+        """Raises unless dtypes and shapes of the parts fit; needs no values."""
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise TypeError(f"QuantizedArray '{name}' must stand for a float, got {self.dtype}.")
+        try:
+            code_range(self.bits, self.full_signed)
+            wanted = self.granularity.scale_shape(self.shape)
+            stored = scale_format(self.scale_dtype).replace("log8", "float32")
+            _check_zero_point(self.bits, self.zero is not None)
+        except ValueError as error:
+            raise ValueError(f"QuantizedArray '{name}': {error}") from error
+        if jnp.dtype(self.qvalue.dtype).name not in _CODE_DTYPES:
+            raise ValueError(
+                f"QuantizedArray '{name}' of shape {self.shape} must have codes of a dtype in "
+                f"{_CODE_DTYPES}, got {self.qvalue.dtype}."
+            )
+        parts = {"scale": (self.scale, stored)}
+        parts |= {"zero": (self.zero, "int8")} if self.zero is not None else {}
+        for part, (array, dtype) in parts.items():
+            if (array.dtype, tuple(array.shape)) != (jnp.dtype(dtype), wanted):
+                raise ValueError(
+                    f"QuantizedArray '{name}' of shape {self.shape} must have {part} of dtype "
+                    f"{dtype} and shape {wanted}, got {array.dtype} and {tuple(array.shape)}."
+                )
+
+    def check_values(self, name: str) -> None:
+        """Raises unless the values of scales and zeros are those of the class's equations."""
+        scale = np.asarray(self.scale).astype(np.float32)
+        if not np.all(np.isfinite(scale) & (scale != 0)):
+            raise ValueError(f"'{name}': scales must be finite and not 0.")
+        if self.zero is not None:
+            low, high = code_range(self.bits, self.full_signed)
+            zero = np.asarray(self.zero)
+            if not (np.all(scale > 0) and np.all((low <= zero) & (zero <= high))):
+                raise ValueError(
+                    f"'{name}': with a zero point scales must be positive and zeros in "
+                    f"[{low}, {high}]."
+                )
+
+    def check_codes(self, codes: np.ndarray, name: str) -> None:
+        """Raises unless `codes`, some of the array's, are in the range of its bits."""
+        low, high = code_range(self.bits, self.full_signed)
+        codes = codes.astype(np.int8, copy=False)
+        inside = low <= codes.min(initial=high) and codes.max(initial=low) <= high
+        if not inside or (self.bits == 1 and not codes.all()):
+            raise ValueError(f"'{name}': codes are not in the range of bits={self.bits!r}.")
 
 
 def quantize(
@@ -79,6 +202,8 @@ def quantize(
     axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
     full_signed: bool = True,
+    zero_point: bool = False,
+    scale_dtype: Any = "float32",
     name: str = "array",
 ) -> QuantizedArray:
     """Rounds an array to a low-bit grid inside a clip threshold.
@@ -91,34 +216,55 @@ def quantize(
       axis: Channel axis or axes with a scale each; None for one scale.
       group_size: Entries that share a scale along the last non-channel axis.
       full_signed: Whether grids of two bits or more use the level -2**(bits-1).
+      zero_point: Whether the grid may lie unevenly around 0, with a zero point a block. The
+        range is then that of the weights and 0, inside the threshold if one is given;
+        `mse_optimal` chooses both ends. Not for 1 bit.
+      scale_dtype: Format of the scales: float32, float16, bfloat16 or "log8", as in
+        `jaxclip.scale_formats`.
       name: What to call the array in errors.
 
     Returns:
-      A `QuantizedArray`. `|w - dequantize| <= |scale| / 2` inside the threshold. Blocks of
-      zeros, and blocks whose scale would underflow, get the smallest normal scale.
+      A `QuantizedArray`. `|w - dequantize| <= |scale| / 2` inside the threshold, with the
+      scale as stored. Blocks of zeros, and blocks whose scale would underflow, get the
+      smallest scale of the format.
 
     Raises:
       TypeError: If `array` is not real floating, or `threshold` is no threshold.
-      ValueError: If `bits` is not allowed, or a concrete entry is NaN or infinite.
+      ValueError: If `bits` or `scale_dtype` is not allowed, `zero_point` comes with 1 bit, or
+        a concrete entry is NaN or infinite.
 
     Example:
       >>> q = quantize(jnp.array([0.9, -1.1, 1.0, 0.05]), "ternary")
       >>> print(q.qvalue, q.scale.round(3))
       [ 1 -1  1  0] [1.]
     """
-    low, high = code_range(bits, full_signed)
+    code_range(bits, full_signed)
+    _check_zero_point(bits, zero_point)
     array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be real floating to be quantized, got {array.dtype}.")
     _check_all_finite(name, array)
     granularity = Granularity(axis, group_size)
-    t = _block_thresholds(array, bits, full_signed, granularity, threshold)
-    qvalue, scale = _encode(array, t, bits, low, high, granularity)
-    return QuantizedArray(qvalue, scale, bits, full_signed, granularity, array.dtype)
+    if getattr(threshold, "__annotations__", {}).get("return") is ThresholdRule:
+        threshold = threshold()  # a rule's factory
+    scale_dtype = scale_format(scale_dtype)
+    grid = (bits, full_signed, granularity, scale_dtype)
+    measured = (array, bits, full_signed, granularity, threshold)
+    zero = None
+    if not zero_point:
+        t = _block_thresholds(*measured)
+        qvalue, scale = _encode(array, t, *grid)
+    else:
+        is_searched = isinstance(threshold, type(mse_optimal()))
+        t = None if is_searched else _block_thresholds(*measured)
+        qvalue, scale, zero = _encode_with_zero(array, t, *grid)
+    return QuantizedArray(
+        qvalue, scale, bits, full_signed, granularity, array.dtype, zero, scale_dtype
+    )
 
 
 def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
-    """Returns `scale * code`, the array that a `QuantizedArray` stands for.
+    """Returns `scale * (code - zero)`, the array that a `QuantizedArray` stands for.
 
     Args:
       quantized: What `quantize` returned, or a file held.
@@ -132,12 +278,24 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
       >>> dequantize(quantize(jnp.array([0.9, -1.1, 0.25]), "ternary", threshold=0.5))
       Array([ 0.5, -0.5,  0. ], dtype=float32)
     """
-    scale = quantized.granularity.expand(jnp.asarray(quantized.scale), quantized.shape)
-    values = scale * jnp.asarray(quantized.qvalue).astype(jnp.float32)
+
+    def expanded(part: ArrayLike) -> jax.Array:
+        part = quantized.granularity.expand(jnp.asarray(part), quantized.shape)
+        return part.astype(jnp.float32)
+
+    levels = jnp.asarray(quantized.qvalue).astype(jnp.float32)
+    if quantized.zero is not None:
+        levels = levels - expanded(quantized.zero)
+    values = expanded(quantized.scale) * levels
     dtype = quantized.dtype if dtype is None else dtype
     # The largest code times the scale may round past the largest number of the dtype.
     largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
     return jnp.clip(values, -largest, largest).astype(dtype)
+
+
+def _check_zero_point(bits: Bits, zero_point: bool) -> None:
+    if zero_point and bits == 1:
+        raise ValueError("zero_point needs a grid with a code for 0, which bits=1 does not have.")
 
 
 def _check_all_finite(name: str, array: jax.Array) -> None:
@@ -151,11 +309,13 @@ def _check_all_finite(name: str, array: jax.Array) -> None:
 
 
 def _block_thresholds(
-    array: jax.Array, bits: Bits, full_signed: bool, granularity: Granularity, threshold: Any
+    array: jax.Array,
+    bits: Bits,
+    full_signed: bool,
+    granularity: Granularity,
+    threshold: Any,
 ) -> jax.Array:
     """One threshold a block, in the compact form of scales."""
-    if getattr(threshold, "__annotations__", {}).get("return") is ThresholdRule:
-        threshold = threshold()  # a rule's factory
     if isinstance(threshold, ThresholdRule):
         t = jnp.asarray(threshold.bind(bits, full_signed, granularity).compact(array))
     elif callable(threshold):
@@ -174,22 +334,28 @@ def _block_thresholds(
         ) from error
 
 
+# --- Codes ----------------------------------------------------------------------------
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _encode(
-    array: jax.Array, t: jax.Array, bits: Bits, low: int, high: int, granularity: Granularity
+    array: jax.Array,
+    t: jax.Array,
+    bits: Bits,
+    full_signed: bool,
+    granularity: Granularity,
+    scale_dtype: str,
 ) -> tuple[jax.Array, jax.Array]:
-    x = array.astype(jnp.float32)
-    info = jnp.finfo(jnp.float32)
-    scale = jnp.clip(t / high, info.tiny, info.max)
+    """Codes and scales of a grid around 0."""
+    low, high = code_range(bits, full_signed)
+    x, info = array.astype(jnp.float32), jnp.finfo(jnp.float32)
+    stored = round_scale(jnp.clip(t / high, info.tiny, info.max), scale_dtype)
     if bits == 1:
-        return jnp.where(x < 0, -1, 1).astype(jnp.int8), scale
+        return jnp.where(x < 0, -1, 1).astype(jnp.int8), stored
+    scale = stored.astype(jnp.float32)
 
     def ratio(scale: jax.Array) -> jax.Array:
-        # Near the top of float32 the reciprocal that XLA may divide by would be subnormal.
-        smaller = jnp.where(jnp.abs(scale) > 1, 0.25, jnp.ones_like(scale))
-        return (x * granularity.expand(smaller, x.shape)) / granularity.expand(
-            scale * smaller, x.shape
-        )
+        return _ratio(x, scale, granularity)
 
     def block_error(scale: jax.Array) -> jax.Array:
         """Squared error of each block in units of the scale, so that it cannot overflow."""
@@ -199,107 +365,63 @@ def _encode(
 
     if low < -high:
         scale = jnp.where(block_error(-scale) < block_error(scale), -scale, scale)
-    return jnp.clip(jnp.round(ratio(scale)), low, high).astype(jnp.int8), scale
+    codes = jnp.clip(jnp.round(ratio(scale)), low, high).astype(jnp.int8)
+    return codes, scale.astype(stored.dtype)
 
 
-# --- Packing --------------------------------------------------------------------------
-
-_TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
-
-
-def num_packed_bytes(count: int, bits: Bits) -> int:
-    """Returns how many bytes `pack_codes` makes of `count` codes.
-
-    Args:
-      count: Number of codes.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary" (five codes a byte).
-
-    Returns:
-      A count of bytes.
-
-    Raises:
-      ValueError: If `bits` is not allowed.
-
-    Example:
-      >>> num_packed_bytes(10, "ternary"), num_packed_bytes(10, 3)
-      (2, 4)
-    """
-    code_range(bits)
-    return -(-count // 5) if bits == "ternary" else -(-count * int(bits) // 8)
-
-
-def pack_codes(codes: Any, bits: Bits, *, full_signed: bool = True) -> Any:
-    """Packs integer codes densely into bytes.
-
-    Code i becomes the unsigned `code - low`. Ternary codes go five to a byte in base 3,
-    the first the least significant digit; one bit is 0 for -1 and 1 for 1; other widths
-    fill bits `[i * bits, (i + 1) * bits)` of the stream, least significant bit first. The
-    last byte is filled up with zeros.
-
-    Args:
-      codes: Integer array of any shape, entries in `code_range(bits, full_signed)`; taken
-        in row-major order. NumPy arrays stay NumPy; jax arrays may be traced.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
-      full_signed: As in `code_range`.
-
-    Returns:
-      A flat uint8 array of `num_packed_bytes(codes.size, bits)` bytes.
-
-    Raises:
-      ValueError: If `bits` is not allowed.
-
-    Example:
-      >>> pack_codes(np.array([1, -1, 0, 1, 1]), "ternary")
-      array([227], dtype=uint8)
-    """
-    low, _ = code_range(bits, full_signed)
-    xp = np if isinstance(codes, np.ndarray) else jnp
-    flat = xp.reshape(codes, (-1,)).astype(np.int16)
-    unsigned = ((flat + 1) // 2 if bits == 1 else flat - low).astype(np.uint8)
-    if bits == "ternary":
-        trits = xp.pad(unsigned, (0, -flat.size % 5)).reshape(-1, 5)
-        return xp.sum(trits * _TRITS[None], axis=1, dtype=np.uint8)
-    if bits == 8:
-        return unsigned
-    places = np.arange(int(bits), dtype=np.uint8)
-    stream = (unsigned[:, None] >> places[None]) & np.uint8(1)
-    return xp.packbits(stream.reshape(-1), bitorder="little")
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _encode_with_zero(
+    array: jax.Array,
+    t: jax.Array | None,
+    bits: Bits,
+    full_signed: bool,
+    granularity: Granularity,
+    scale_dtype: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Codes, scales and zeros; without a threshold both ends are searched for."""
+    low, high = code_range(bits, full_signed)
+    x, info = array.astype(jnp.float32), jnp.finfo(jnp.float32)
+    search = _affine_scale if t is None else _range_scale
+    if t is not None:
+        bound = granularity.expand(t, x.shape)
+        x = jnp.clip(x, -bound, bound)
+    blocks, axes = granularity.split(x)
+    counts = jnp.asarray(granularity.block_counts(x.shape))
+    scale, zero = (
+        granularity.compact(part, x.ndim) for part in search(blocks, axes, counts, low, high)
+    )
+    stored = round_scale(jnp.clip(scale, info.tiny, info.max), scale_dtype)
+    codes = jnp.round(_ratio(x, stored.astype(jnp.float32), granularity))
+    codes = jnp.clip(codes + granularity.expand(zero, x.shape), low, high)
+    return codes.astype(jnp.int8), stored, zero.astype(jnp.int8)
 
 
-def unpack_codes(packed: Any, bits: Bits, count: int, *, full_signed: bool = True) -> Any:
-    """Unpacks what `pack_codes` packed.
+def _affine_scale(
+    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, low: int, high: int
+) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero for `mse_optimal`: those of the range of each block."""
+    return _range_scale(blocks, axes, counts, low, high)
 
-    Args:
-      packed: Flat uint8 array, NumPy or jax.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
-      count: How many codes were packed.
-      full_signed: As in `code_range`.
 
-    Returns:
-      A flat int8 array of `count` codes.
+def _range_scale(
+    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, low: int, high: int
+) -> tuple[jax.Array, jax.Array]:
+    """The least scale whose grid spans each block and 0, and the code for 0; dims kept."""
+    del counts
+    top = jnp.max(blocks, axis=axes, keepdims=True, initial=0)
+    bottom = jnp.min(blocks, axis=axes, keepdims=True, initial=0)
+    scale = jnp.maximum(top / (high - low) - bottom / (high - low), jnp.finfo(jnp.float32).tiny)
+    zero = jnp.clip(low - jnp.round(_quotient(bottom, scale, jnp.abs(scale) > 1)), low, high)
+    return scale, zero
 
-    Raises:
-      ValueError: If `bits` is not allowed, or `packed` does not have the right length.
 
-    Example:
-      >>> unpack_codes(np.array([227], np.uint8), "ternary", 5)
-      array([ 1, -1,  0,  1,  1], dtype=int8)
-    """
-    low, _ = code_range(bits, full_signed)
-    if packed.shape != (num_packed_bytes(count, bits),):
-        raise ValueError(
-            f"packed must have {num_packed_bytes(count, bits)} bytes for {count} codes at "
-            f"bits={bits!r}, got shape {packed.shape}."
-        )
-    xp = np if isinstance(packed, np.ndarray) else jnp
-    if bits == "ternary":
-        unsigned = ((packed[:, None] // _TRITS[None]) % np.uint8(3)).reshape(-1)[:count]
-    elif bits == 8:
-        unsigned = packed
-    else:
-        stream = xp.unpackbits(packed, count=count * int(bits), bitorder="little")
-        weights = np.uint8(1) << np.arange(int(bits), dtype=np.uint8)
-        unsigned = xp.sum(stream.reshape(count, int(bits)) * weights[None], axis=1, dtype=np.uint8)
-    if bits == 1:
-        return unsigned.astype(np.int8) * np.int8(2) - np.int8(1)
-    return (unsigned.astype(np.int16) + np.int16(low)).astype(np.int8)
+def _ratio(x: jax.Array, scale: jax.Array, granularity: Granularity) -> jax.Array:
+    """`x` in units of the scale of its block."""
+    is_large = granularity.expand(jnp.abs(scale) > 1, x.shape)
+    return _quotient(x, granularity.expand(scale, x.shape), is_large)
+
+
+def _quotient(x: jax.Array, scale: jax.Array, is_large: jax.Array) -> jax.Array:
+    # Near the top of float32 the reciprocal that XLA may divide by would be subnormal.
+    smaller = jnp.where(is_large, jnp.float32(0.25), jnp.float32(1))
+    return (x * smaller) / (scale * smaller)

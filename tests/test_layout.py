@@ -18,7 +18,8 @@ import pytest
 from jaxclip import checkpoints, headers, layout
 from jaxclip.compression import compress, size_report
 from jaxclip.grids import Granularity
-from jaxclip.quantization import QuantizedArray, num_packed_bytes, quantize
+from jaxclip.packing import num_packed_bytes
+from jaxclip.quantization import QuantizedArray, quantize
 
 WIDTHS = [1, "ternary", 2, 3, 4, 5, 6, 8]
 DTYPES = [bool, *[f"{s}{n}" for s in "iu" for n in (1, 2, 4, 8)], "f2", "f4", "f8"]
@@ -295,6 +296,7 @@ def test_the_hand_made_header_is_read():
     ("change", "message"),
     [
         ({"version": 3}, "version 3 is needed"),
+        ({"version": 2}, "description in the header"),
         ({"version": True}, "version"),
         ({"version": "1"}, "version"),
         ({"tree": {"v": 0}}, "missing"),

@@ -1,4 +1,4 @@
-"""Codes, scales and packed bytes against float64 NumPy and plain Python integers."""
+"""Codes and scales against float64 NumPy and hand-worked tables."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxclip
 from jaxclip.grids import code_range
-from jaxclip.quantization import (
-    QuantizedArray,
-    dequantize,
-    num_packed_bytes,
-    pack_codes,
-    quantize,
-    unpack_codes,
-)
+from jaxclip.quantization import QuantizedArray, dequantize, quantize
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
@@ -364,14 +357,8 @@ def test_rounding_is_half_to_even_and_one_bit_of_zero_is_one():
 
 @pytest.mark.parametrize("bits", [0, 7, 9, -1, 2.5, True, "2", None], ids=repr)
 def test_unknown_bits_are_refused_with_the_allowed_list(bits):
-    for call in (
-        lambda: quantize(jnp.ones(3), bits),
-        lambda: num_packed_bytes(3, bits),
-        lambda: pack_codes(np.zeros(3, np.int8), bits),
-        lambda: unpack_codes(np.zeros(3, np.uint8), bits, 3),
-    ):
-        with pytest.raises(ValueError, match="bits must be one of"):
-            call()
+    with pytest.raises(ValueError, match="bits must be one of"):
+        quantize(jnp.ones(3), bits)
 
 
 @every_dtype
@@ -433,87 +420,3 @@ def test_the_threshold_of_a_box_is_a_rule_for_quantizing_too():
 def test_an_axis_out_of_range_is_refused(axis):
     with pytest.raises(ValueError, match="axis must be in"):
         quantize(jnp.ones((3, 2)), 4, axis=axis)
-
-
-# --- Packing ---------------------------------------------------------------------------
-
-
-def packed_by_hand(codes, bits, full_signed):
-    """The documented layout in plain Python integers."""
-    low, _ = code_range(bits, full_signed)
-    digits = [(c + 1) // 2 if bits == 1 else c - low for c in map(int, codes)]
-    if bits == "ternary":
-        rows = [digits[i : i + 5] for i in range(0, len(digits), 5)]
-        return [sum(d * 3**k for k, d in enumerate(row)) for row in rows]
-    stream = sum(d << (i * bits) for i, d in enumerate(digits))
-    return list(stream.to_bytes(-(-len(digits) * bits // 8), "little"))
-
-
-def draw_codes(data, bits, full_signed, size):
-    low, high = code_range(bits, full_signed)
-    values = [-1, 1] if bits == 1 else range(low, high + 1)
-    return np.asarray(
-        data.draw(st.lists(st.sampled_from(values), min_size=size, max_size=size)), np.int8
-    )
-
-
-@every_grid
-@given(data=st.data())
-def test_packing_is_the_documented_layout_and_unpacking_its_exact_inverse(bits, full_signed, data):
-    codes = draw_codes(data, bits, full_signed, data.draw(st.integers(0, 23)))
-    packed = pack_codes(codes, bits, full_signed=full_signed)
-    assert isinstance(packed, np.ndarray)
-    assert packed.dtype == np.uint8
-    assert packed.tolist() == packed_by_hand(codes, bits, full_signed)
-    assert packed.size == num_packed_bytes(codes.size, bits)
-    back = unpack_codes(packed, bits, codes.size, full_signed=full_signed)
-    assert back.dtype == np.int8
-    assert np.array_equal(back, codes)
-
-
-@each_kind_of_grid
-@pytest.mark.parametrize("size", [1, 7, 13])
-def test_numpy_and_jit_pack_the_same_bytes(bits, full_signed, size):
-    low, high = code_range(bits, full_signed)
-    rng = np.random.default_rng(size)
-    codes = rng.integers(low, high + 1, size).astype(np.int8)
-    codes = np.where(codes == 0, 1, codes).astype(np.int8) if bits == 1 else codes
-    packed = pack_codes(codes, bits, full_signed=full_signed)
-
-    @jax.jit
-    def pack(c):
-        return pack_codes(c, bits, full_signed=full_signed)
-
-    @jax.jit
-    def unpack(p):
-        return unpack_codes(p, bits, size, full_signed=full_signed)
-
-    assert np.array_equal(pack(jnp.asarray(codes)), packed)
-    assert pack(jnp.asarray(codes)).dtype == jnp.uint8
-    back = unpack(jnp.asarray(packed))
-    assert back.dtype == jnp.int8
-    assert np.array_equal(back, codes)
-
-
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_arrays_of_any_shape_are_packed_in_row_major_order(bits):
-    codes = np.asarray([[1, -1, 1], [-1, -1, 1]], np.int8)
-    for c in (codes, np.asfortranarray(codes)):
-        assert np.array_equal(pack_codes(c, bits), pack_codes(codes.ravel(), bits))
-
-
-@pytest.mark.parametrize("length", [0, 1, 3])
-def test_a_packed_array_of_the_wrong_length_is_refused(length):
-    with pytest.raises(ValueError, match="packed must have 2 bytes for 4 codes"):
-        unpack_codes(np.zeros(length, np.uint8), 4, 4)
-
-
-@pytest.mark.parametrize(("bits", "full_signed"), [(1, True), ("ternary", True), (3, True)])
-def test_codes_survive_quantize_pack_unpack_bit_for_bit(bits, full_signed):
-    x = np.random.default_rng(10).normal(size=(5, 7)).astype(np.float32)
-    q = quantize(jnp.asarray(x), bits, axis=1, full_signed=full_signed)
-    packed = pack_codes(np.asarray(q.qvalue), bits, full_signed=full_signed)
-    codes = unpack_codes(packed, bits, 35, full_signed=full_signed).reshape(5, 7)
-    assert np.array_equal(codes, q.qvalue)
-    rebuilt = QuantizedArray(jnp.asarray(codes), q.scale, bits, full_signed, q.granularity, q.dtype)
-    assert np.array_equal(np.asarray(dequantize(rebuilt)), np.asarray(dequantize(q)))

@@ -1,0 +1,101 @@
+"""Values of quantization with derivatives worked by hand."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxclip
+from jaxclip import dequantize, fake_quantize, quantize
+
+CASES = {
+    "one bit": ({"bits": 1, "threshold": 1.0}, [-3, -1, -0.2, 0, 1, 1.1], [0, 1, 1, 1, 1, 0]),
+    "ternary": (
+        {"bits": "ternary", "threshold": 1.0},
+        [-1.2, -1, -0.4, 0, 0.6, 1, 1.4],
+        [0, 1, 1, 1, 1, 1, 0],
+    ),
+    "narrow": (
+        {"bits": 2, "threshold": 2.0, "full_signed": False},
+        [-2.5, -2, 0, 1, 2, 2.01],
+        [0, 1, 1, 1, 1, 0],
+    ),
+    # Levels -2, -1, 0, 1, and the other way round where that is nearer.
+    "full": ({"bits": 2, "threshold": 1.0}, [-2.1, -2, -1, 0, 1, 1.01], [0, 1, 1, 1, 1, 0]),
+    "full, turned": ({"bits": 2, "threshold": 1.0}, [2.1, 2, 1, 0, -1, -1.01], [0, 1, 1, 1, 1, 0]),
+    "zero point": (
+        {"bits": 2, "threshold": 3.0, "zero_point": True},
+        [-0.0, 0.4, 1, 2.6, 3, 3.1],
+        [1, 1, 1, 1, 1, 0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_derivatives_are_1_on_the_range_of_the_grid_and_0_outside(name):
+    options, x, expected = CASES[name]
+    x = jnp.asarray(x, jnp.float32)
+    weights = jnp.arange(1, 1 + x.size, dtype=jnp.float32)
+    loss = lambda x: jnp.vdot(weights, fake_quantize(x, **options))  # noqa: E731
+    for grad in (jax.grad(loss), jax.jit(jax.grad(loss))):
+        assert np.asarray(grad(x) / weights).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("bits", [1, 4])
+def test_values_are_those_of_quantizing_and_dequantizing(dtype, bits):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)).astype(dtype))
+    options = {"axis": 0, "group_size": 4, "threshold": jaxclip.max_abs}
+    expected = dequantize(quantize(x, bits, **options))
+    assert expected.dtype == dtype
+    got = fake_quantize(x, bits, **options)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, expected)
+    gradient = jax.jit(jax.grad(lambda x: fake_quantize(x, bits, **options).sum()))(x)
+    assert gradient.dtype == dtype
+    assert np.array_equal(gradient, np.ones_like(gradient))  # max_abs clips nothing
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_each_block_has_its_own_range(zero_point):
+    x = jnp.asarray([[0.5, -0.5, 2.0, 0.1], [50.0, -50.0, 2.0, 0.1]], jnp.float32)
+    threshold = np.float32([[1.0], [100.0]])
+    options = {"threshold": threshold, "axis": 0, "full_signed": False, "zero_point": zero_point}
+    gradient = jax.grad(lambda x: fake_quantize(x, 4, **options).sum())(x)
+    assert np.asarray(gradient).tolist() == [[1, 1, 0, 1], [1, 1, 1, 1]]
+
+
+def test_a_traced_threshold_has_no_derivative():
+    x = jnp.asarray([0.3, 0.9, -2.0])
+    loss = lambda x, t: fake_quantize(x, "ternary", threshold=t).sum()  # noqa: E731
+    by_x, by_t = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, jnp.float32(1.0))
+    assert np.asarray(by_x).tolist() == [1, 1, 0]
+    assert float(by_t) == 0
+
+
+def test_it_works_under_vmap_and_forward_mode():
+    x = jnp.asarray([[0.3, 0.9, -2.0], [1.0, 0.2, 0.1]])
+    f = lambda row: fake_quantize(row, "ternary", threshold=1.0)  # noqa: E731
+    values, tangents = jax.jvp(jax.vmap(f), (x,), (jnp.full_like(x, 3.0),))
+    assert np.asarray(values).tolist() == [[0, 1, -1], [1, 0, 0]]
+    assert np.asarray(tangents).tolist() == [[3, 3, 0], [3, 3, 3]]
+
+
+def test_weights_learn_through_the_grid():
+    """Descent on the rounded weights finds levels that rounding the solution misses."""
+    target = jnp.asarray([0.9, -0.9, 0.1, 0.4])
+    loss = lambda w: jnp.sum((fake_quantize(w, "ternary", threshold=1.0) - target) ** 2)  # noqa: E731
+    w = jnp.zeros(4)
+    for _ in range(20):
+        w = w - 0.05 * jax.grad(loss)(w)
+    assert np.asarray(fake_quantize(w, "ternary", threshold=1.0)).tolist()[:3] == [1, -1, 0]
+
+
+def test_bad_arguments_are_refused_as_by_quantize():
+    with pytest.raises(ValueError, match="bits must be one of"):
+        fake_quantize(jnp.ones(3), 7)
+    with pytest.raises(TypeError, match="threshold"):
+        fake_quantize(jnp.ones(3), 4, threshold="max")
+    with pytest.raises(TypeError, match="real floating"):
+        fake_quantize(jnp.ones(3, jnp.int32), 4)
