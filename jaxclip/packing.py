@@ -10,6 +10,7 @@ pushed together: neighbours to pairs, pairs to fours, fours to eights. All of it
 masks of whole words, which run at the speed of memory.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -174,20 +175,18 @@ def _join(unsigned: Any, bits: int) -> Any:
     """Eight codes a row, a byte each, to `bits` bytes a row."""
     if isinstance(unsigned, np.ndarray):
         return _squeezed(unsigned.view("<u8"), bits).view(np.uint8)[:, :bits]
-    # jax has 64-bit words on request only: two halves, cut into bytes.
-    words = lax.bitcast_convert_type(unsigned.reshape(-1, 2, 4), jnp.uint32)
-    first, second = (_squeezed(words[:, i], bits) for i in (0, 1))
+    # jax has 64-bit words on request only; of bytes XLA makes vectors by itself.
+    shared = math.gcd(bits, 8)
+    rows = unsigned.reshape(-1, 8 // shared)  # the fewest codes that fill whole bytes
     columns = []
-    for j in range(bits):
-        # Byte j begins in the first half, or at bit `place` >= 0 of the second.
-        place = 8 * j - 4 * bits
-        if place >= 0:
-            byte = second >> np.uint32(place)
-        elif place <= -8:
-            byte = first >> np.uint32(8 * j)
-        else:
-            byte = first >> np.uint32(8 * j) | second << np.uint32(-place)
-        columns.append(byte.astype(np.uint8))
+    for j in range(bits // shared):
+        byte = None
+        for i in range(8 * j // bits, -(-8 * (j + 1) // bits)):
+            place = bits * i - 8 * j  # of code i's first bit in byte j
+            code = rows[:, i]
+            code = code << np.uint8(place) if place >= 0 else code >> np.uint8(-place)
+            byte = code if byte is None else byte | code
+        columns.append(byte)
     return jnp.stack(columns, axis=1)
 
 

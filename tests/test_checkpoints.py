@@ -201,7 +201,8 @@ def test_the_safetensors_library_reads_our_file(path):
     checkpoints.save(path, tree)
     with safetensors.safe_open(path, framework="np") as file:
         assert list(file.metadata()) == ["jaxclip"]
-        assert json.loads(file.metadata()["jaxclip"])["version"] == 2
+        # All that this tree needs: older readers understand it.
+        assert json.loads(file.metadata()["jaxclip"])["version"] == 1
         np.testing.assert_array_equal(file.get_tensor("layer/bias"), tree["layer"]["bias"])
     tensors = safetensors.numpy.load_file(path)
     assert set(tensors) == {

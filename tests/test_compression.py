@@ -61,12 +61,22 @@ def test_decompressing_into_another_dtype_casts_only_what_was_compressed():
 def test_each_leaf_equals_quantizing_it_alone():
     params = make_params()
     params = {"dense": {"kernel": params["dense"]["kernel"]}}
-    for options in ({}, {"axis": 0}, {"axis": None}, {"group_size": 4}, {"full_signed": False}):
+    for options in (
+        {},
+        {"axis": 0},
+        {"axis": None},
+        {"group_size": 4},
+        {"full_signed": False},
+        {"zero_point": True, "scale_dtype": "log8"},
+    ):
         q = compress(params, 3, **options)["dense"]["kernel"]
         alone = jaxclip.quantize(params["dense"]["kernel"], 3, **{"axis": -1, **options})
         assert np.array_equal(q.qvalue, alone.qvalue)
         assert np.array_equal(q.scale, alone.scale)
         assert q.granularity == alone.granularity
+        assert (q.zero is None) == (alone.zero is None)
+        assert q.zero is None or np.array_equal(q.zero, alone.zero)
+        assert q.scale_dtype == alone.scale_dtype
 
 
 def test_compressing_twice_gives_the_same_codes():
