@@ -40,7 +40,8 @@ def named_leaves(tree: Any, separator: str) -> dict[str, Any]:
 
     Raises:
       TypeError: If a leaf is no array, or is traced or abstract.
-      ValueError: If two leaves have the same name, or a leaf lies on other processes.
+      ValueError: If two leaves have the same name, a leaf lies on other processes, or the
+        parts of a low-bit leaf do not fit.
 
     Example:
       >>> list(named_leaves({"layers": [{"weight": np.zeros(2)}]}, "."))
@@ -53,9 +54,12 @@ def named_leaves(tree: Any, separator: str) -> dict[str, Any]:
             raise ValueError(
                 f"two leaves have the name '{name}' when keys are joined by {separator!r}."
             )
-        for part in (leaf.qvalue, leaf.scale) if _is_quantized(leaf) else (leaf,):
+        for part in jax.tree.leaves(leaf):  # codes, scales and zeros of a low-bit leaf
             layout.check_leaf(name, part)
             layout.check_has_values(name, part)
+        if _is_quantized(leaf):
+            leaf.check_parts(name)
+            leaf.check_values(name)
         leaves[name] = leaf
     return leaves
 
@@ -144,10 +148,8 @@ def codes_of(name: str, leaf: QuantizedArray) -> np.ndarray:
       >>> codes_of("w", quantize(jnp.array([0.5, -0.5]), 1))
       array([ 1, -1], dtype=int8)
     """
-    codes = np.asarray(leaf.qvalue)
-    low, high = code_range(leaf.bits, leaf.full_signed)
-    if codes.min(initial=0) < low or codes.max(initial=0) > high:
-        raise ValueError(f"'{name}': codes are not in the range of bits={leaf.bits!r}.")
+    codes = np.asarray(leaf.qvalue).astype(np.int8)
+    leaf.check_codes(codes, name)
     return codes
 
 

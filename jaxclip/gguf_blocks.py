@@ -61,13 +61,16 @@ def encode_blocks(array: np.ndarray, kind: str) -> np.ndarray:
     return packed.reshape(*array.shape[:-1], num_bytes)
 
 
-def blocks_of_codes(codes: np.ndarray, scale: np.ndarray, kind: str) -> np.ndarray:
+def blocks_of_codes(
+    codes: np.ndarray, scale: np.ndarray, kind: str, zeros: np.ndarray | None = None
+) -> np.ndarray:
     """Returns the bytes of blocks that have codes already.
 
     Args:
-      codes: Integers in -8..7 for Q4_0, in int8 for Q8_0; shape (blocks, 32).
+      codes: Integers in -8..7, in int8 for Q8_0; shape (blocks, 32).
       scale: One number a block, of shape (blocks, 1); rounded to float16.
-      kind: "Q4_0" or "Q8_0".
+      kind: "Q4_0" or "Q8_0", or "Q4_1" with zero points.
+      zeros: The code that stands for 0 in each block, of shape (blocks, 1), for Q4_1.
 
     Returns:
       uint8 of shape (blocks, bytes).
@@ -83,7 +86,12 @@ def blocks_of_codes(codes: np.ndarray, scale: np.ndarray, kind: str) -> np.ndarr
     if np.any((d == 0) & (scale != 0)):
         smallest = np.min(np.abs(scale[d == 0]))
         raise ValueError(f"a scale of {smallest:.3g} is 0 in float16.")
-    return _packed(codes, [d], kind)
+    if zeros is None:
+        return _packed(codes, [d], kind)
+    # The offset that puts the zero code on 0, for the scale as it is stored.
+    low = _CODES["Q4_0"][0]
+    offset = _as_float16(d.astype(np.float32) * (low - zeros))
+    return _packed(codes.astype(np.int16) - low, [d, offset], kind)
 
 
 def _packed(codes: np.ndarray, header: list[np.ndarray], kind: str) -> np.ndarray:

@@ -22,7 +22,7 @@ from jaxclip import _checks, layout
 from jaxclip.atomic import replacing
 from jaxclip.exports import ExportTensor, codes_of, has_grid_within, named_leaves, plain_tensor
 from jaxclip.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_of_codes, encode_blocks
-from jaxclip.pack_quantized import pack_leaf, quantization_config
+from jaxclip.pack_quantized import Scheme, pack_leaf, quantization_config
 from jaxclip.quantization import QuantizedArray
 
 __all__ = ["to_compressed_tensors", "to_gguf", "to_safetensors"]
@@ -78,8 +78,9 @@ def to_compressed_tensors(
     """Writes low-bit weights in the pack-quantized layout, and returns its configuration.
 
     A low-bit leaf `layer.weight` becomes `layer.weight_packed` (int32, codes packed along the
-    inputs), `layer.weight_scale` and `layer.weight_shape`: of 4 bits if its codes are in
-    -8..7, else of 8. Other leaves stay as they are.
+    inputs), `layer.weight_scale` and `layer.weight_shape`, with zero points also
+    `layer.weight_zero_point`: of 4 bits if its codes are in -8..7, else of 8. Other leaves stay
+    as they are.
 
     Args:
       path: Where to, such as `folder/model.safetensors`.
@@ -116,7 +117,7 @@ def to_compressed_tensors(
     """
     dtype = _floating_dtype(dtype)
     tensors: dict[str, ExportTensor] = {}
-    schemes: dict[tuple[int, int | None], list[str]] = {}
+    schemes: dict[Scheme, list[str]] = {}
     ignored = []
     for name, leaf in named_leaves(tree, separator).items():
         module = name.removesuffix("weight").removesuffix(separator)
@@ -146,9 +147,10 @@ def to_gguf(
     """Writes a tree as GGUF, with codes in blocks of 32 along the last axis.
 
     Floating leaves of two or more dimensions become blocks of `kind`, with scales of little
-    squared error. Low-bit leaves keep their codes: as Q4_0 if these are in -8..7, else as
-    Q8_0; only their scales are rounded, to float16. What has one dimension, or rows that are
-    not a multiple of 32 long, stays float: float16 as it is, else float32.
+    squared error. Low-bit leaves keep their codes: as Q4_0 if these are in -8..7 (Q4_1 with
+    zero points), else as Q8_0; only scales and offsets are rounded, to float16. What has one
+    dimension, or rows that are not a multiple of 32 long, stays float: float16 as it is, else
+    float32.
 
     Args:
       path: Where to.
@@ -167,8 +169,8 @@ def to_gguf(
       TypeError: If a leaf is of a dtype, or an entry of `metadata` of a type, that GGUF has
         not.
       ValueError: If `kind` is none of these, a weight is NaN or infinite or beyond float16
-        scales, the scale of a low-bit leaf varies within a block, or a name or shape is
-        longer than GGUF allows.
+        scales, the scale of a low-bit leaf varies within a block, one of more than 4 bits
+        has zero points, or a name or shape is longer than GGUF allows.
       OSError: As `checkpoints.save`.
 
     Example:
@@ -261,7 +263,11 @@ def _gguf_tensor(name: str, leaf: Any, kind: str | None) -> tuple[str, ExportTen
         )
     is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     if isinstance(leaf, QuantizedArray):
-        kind = "Q4_0" if has_grid_within(leaf, -8, 7) else "Q8_0"
+        kind = "Q8_0"
+        if has_grid_within(leaf, -8, 7):
+            kind = "Q4_0" if leaf.zero is None else "Q4_1"
+        elif leaf.zero is not None:
+            raise ValueError(f"leaf '{name}' has zero points, which GGUF has up to 4 bits only.")
     elif not is_floating or len(shape) < 2 or length % BLOCK_SIZE:
         kind = None
     if kind is None:
@@ -278,9 +284,9 @@ def _gguf_tensor(name: str, leaf: Any, kind: str | None) -> tuple[str, ExportTen
     def make() -> np.ndarray:
         try:
             if isinstance(leaf, QuantizedArray):
-                blocks = blocks_of_codes(
-                    codes_of(name, leaf).reshape(-1, BLOCK_SIZE), _block_scales(leaf), kind
-                )
+                codes = codes_of(name, leaf).reshape(-1, BLOCK_SIZE)
+                zeros = None if leaf.zero is None else _of_blocks(leaf, leaf.zero)
+                blocks = blocks_of_codes(codes, _of_blocks(leaf, leaf.scale), kind, zeros)
             else:
                 array = np.asarray(leaf)
                 if not np.all(np.isfinite(array)):
@@ -293,17 +299,17 @@ def _gguf_tensor(name: str, leaf: Any, kind: str | None) -> tuple[str, ExportTen
     return kind, ExportTensor((*shape[:-1], num_bytes), np.dtype(np.uint8), make)
 
 
-def _block_scales(leaf: QuantizedArray) -> np.ndarray:
-    """The scale of each 32 entries, of shape (blocks, 1)."""
-    scale = leaf.granularity.expand(jnp.asarray(leaf.scale), leaf.shape)
-    scale = np.broadcast_to(np.asarray(scale), leaf.shape).reshape(-1, BLOCK_SIZE)
-    if not np.all(scale == scale[:, :1]):
+def _of_blocks(leaf: QuantizedArray, values: Any) -> np.ndarray:
+    """The scale or zero point of each 32 entries, float32 of shape (blocks, 1)."""
+    expanded = leaf.granularity.expand(jnp.asarray(values), leaf.shape)
+    rows = np.broadcast_to(np.asarray(expanded), leaf.shape).reshape(-1, BLOCK_SIZE)
+    if not np.all(rows == rows[:, :1]):
         raise ValueError(
             "its scale must be the same for each 32 entries along the last axis, such as with "
             f"axis=0 or group_size=32; got axis={leaf.granularity.axis}, "
             f"group_size={leaf.granularity.group_size}."
         )
-    return scale[:, :1]
+    return rows[:, :1].astype(np.float32)
 
 
 def _add_metadata(writer: Any, key: str, value: Any) -> None:

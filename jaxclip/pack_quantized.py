@@ -1,11 +1,17 @@
 """The pack-quantized layout of compressed-tensors: what a low-bit matrix becomes in it.
 
-weight_packed   int32    code + 2**(num_bits - 1), the first in the lowest bits of a word
-weight_scale    float    (outputs, 1), or (outputs, groups)
-weight_shape    int64    (outputs, inputs)
+    weight_packed   int32    code + 2**(num_bits - 1), the first in the lowest bits of a word
+    weight_scale    float    (outputs, 1), or (outputs, groups)
+    weight_shape    int64    (outputs, inputs)
+
+A weight is `scale * code`. A grid with a zero point adds, for `scale * (code - zero)`,
+
+    weight_zero_point   int32    zero + 2**(num_bits - 1), packed along the outputs
+
+and has no negative scales.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,15 +19,29 @@ from jaxclip.exports import ExportTensor, cast, codes_of, has_grid_within
 from jaxclip.packing import pack_codes
 from jaxclip.quantization import QuantizedArray
 
-__all__ = ["pack_leaf", "quantization_config"]
+__all__ = ["Scheme", "pack_leaf", "quantization_config"]
 
 # Codes packed at once, which bounds memory.
 _CHUNK = 2**20
 
 
+class Scheme(NamedTuple):
+    """How a matrix is packed.
+
+    Attributes:
+      num_bits: 4 or 8.
+      group_size: Inputs that share a scale; None for one scale an output.
+      has_zero_point: Whether its grids have zero points.
+    """
+
+    num_bits: int
+    group_size: int | None
+    has_zero_point: bool
+
+
 def pack_leaf(
     name: str, leaf: QuantizedArray, dtype: np.dtype | None = None
-) -> tuple[dict[str, ExportTensor], tuple[int, int | None]]:
+) -> tuple[dict[str, ExportTensor], Scheme]:
     """Returns the tensors of a low-bit leaf, and its scheme.
 
     Args:
@@ -31,8 +51,8 @@ def pack_leaf(
       dtype: Floating dtype of the scales; None for float32.
 
     Returns:
-      `{name_packed, name_scale, name_shape}` as `ExportTensor`s, and `(num_bits, group_size)`,
-      with None for one scale an output.
+      `{name_packed, name_scale, name_shape}` as `ExportTensor`s, and `name_zero_point` if the
+      grids have one; and the scheme.
 
     Raises:
       ValueError: If the name, shape or granularity is one that the layout has not.
@@ -41,9 +61,10 @@ def pack_leaf(
       >>> from jaxclip.quantization import quantize
       >>> q = quantize(np.ones((4, 64), np.float32), 4, axis=0, group_size=32)
       >>> tensors, scheme = pack_leaf("proj.weight", q)
-      >>> [(name, t.shape) for name, t in tensors.items()], scheme  # doctest: +NORMALIZE_WHITESPACE
-      ([('proj.weight_packed', (4, 8)), ('proj.weight_scale', (4, 2)),
-        ('proj.weight_shape', (2,))], (4, 32))
+      >>> [(name, t.shape) for name, t in tensors.items()]
+      [('proj.weight_packed', (4, 8)), ('proj.weight_scale', (4, 2)), ('proj.weight_shape', (2,))]
+      >>> scheme
+      Scheme(num_bits=4, group_size=32, has_zero_point=False)
     """
     if not name.endswith("weight") or len(leaf.shape) != 2:
         raise ValueError(
@@ -70,7 +91,7 @@ def pack_leaf(
     scale_dtype = dtype or np.dtype(np.float32)
 
     def make_scale() -> np.ndarray:
-        scale = cast(f"{name}_scale", np.asarray(leaf.scale), scale_dtype)
+        scale = cast(f"{name}_scale", np.asarray(leaf.scale).astype(np.float32), scale_dtype)
         if not np.all(scale):
             raise ValueError(f"leaf '{name}' has a scale that is 0 in {scale_dtype}.")
         return np.broadcast_to(scale, scale_shape)
@@ -83,7 +104,14 @@ def pack_leaf(
         f"{name}_scale": ExportTensor(scale_shape, scale_dtype, make_scale),
         f"{name}_shape": ExportTensor((2,), np.dtype(np.int64), lambda: np.array([rows, columns])),
     }
-    return parts, (num_bits, group_size)
+    if leaf.zero is not None:
+        zero = np.broadcast_to(np.asarray(leaf.zero), scale_shape)
+        parts[f"{name}_zero_point"] = ExportTensor(
+            (-(-rows * num_bits // 32), scale_shape[1]),
+            np.dtype(np.int32),
+            lambda: _packed_rows(zero.T, num_bits).T,
+        )
+    return parts, Scheme(num_bits, group_size, leaf.zero is not None)
 
 
 def _packed_rows(codes: np.ndarray, num_bits: int) -> np.ndarray:
@@ -98,9 +126,7 @@ def _packed_rows(codes: np.ndarray, num_bits: int) -> np.ndarray:
     return np.concatenate([*words, np.empty(0, np.int32)]).reshape(len(codes), -1)
 
 
-def quantization_config(
-    schemes: dict[tuple[int, int | None], list[str]], ignored: list[str]
-) -> dict[str, Any]:
+def quantization_config(schemes: dict[Scheme, list[str]], ignored: list[str]) -> dict[str, Any]:
     """Returns the value of `quantization_config` for a model's config.json.
 
     Args:
@@ -111,20 +137,21 @@ def quantization_config(
       A dict that JSON can hold.
 
     Example:
-      >>> quantization_config({(4, None): ["proj"]}, [])["config_groups"]["group_0"]["targets"]
-      ['Linear']
+      >>> config = quantization_config({Scheme(4, None, False): ["proj"]}, ["embed"])
+      >>> config["config_groups"]["group_0"]["targets"], config["ignore"]
+      (['Linear'], ['embed'])
     """
     groups = {}
-    for i, ((num_bits, group_size), modules) in enumerate(schemes.items()):
+    for i, (scheme, modules) in enumerate(schemes.items()):
         groups[f"group_{i}"] = {
             # All linear layers that are not ignored, but for those that are named.
             "targets": modules if i else ["Linear"],
             "weights": {
-                "num_bits": num_bits,
+                "num_bits": scheme.num_bits,
                 "type": "int",
-                "symmetric": True,
-                "strategy": "group" if group_size else "channel",
-                "group_size": group_size,
+                "symmetric": not scheme.has_zero_point,
+                "strategy": "group" if scheme.group_size else "channel",
+                "group_size": scheme.group_size,
                 "dynamic": False,
             },
             "input_activations": None,

@@ -29,7 +29,7 @@ def random_weights(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(dtype)
 
 
-def quantized(codes: Any, scale: Any, bits: Any, axis: Any = 0, group_size: int | None = None):
+def quantized(codes: Any, scale: Any, bits: Any, axis: Any = 0, group_size=None, zero=None):
     """A low-bit array with the codes and scales given."""
     return QuantizedArray(
         qvalue=jnp.asarray(codes, jnp.int8),
@@ -38,6 +38,7 @@ def quantized(codes: Any, scale: Any, bits: Any, axis: Any = 0, group_size: int 
         full_signed=True,
         granularity=Granularity(axis, group_size),
         dtype=jnp.dtype(jnp.float32),
+        zero=None if zero is None else jnp.asarray(zero, jnp.int8),
     )
 
 
@@ -236,6 +237,31 @@ def test_codes_and_scales_read_independently_give_the_weights(tmp_path, bits, gr
     assert np.array_equal(codes * np.repeat(scale, 48 // scale.shape[1], 1), expected_values(q))
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_zero_points_are_packed_along_the_outputs(tmp_path, bits):
+    rng = np.random.default_rng(2)
+    low, high = code_range(bits)
+    codes, zero = (rng.integers(low, high + 1, shape) for shape in [(5, 48), (5, 3)])
+    scale = rng.uniform(1, 2, (5, 3)).astype(np.float32)
+    q = quantized(codes, scale, bits, 0, 16, zero)
+    tensors, config = exported(tmp_path, {"weight": q})
+    num_bits = config["config_groups"]["group_0"]["weights"]["num_bits"]
+    assert np.array_equal(unpacked(tensors["weight_zero_point"].T, num_bits, 5).T, zero)
+    assert np.array_equal(unpacked(tensors["weight_packed"], num_bits, 48), codes)
+    scales, zeros = np.repeat(scale.astype(float), 16, 1), np.repeat(zero, 16, 1)
+    assert np.allclose(jaxclip.dequantize(q), scales * (codes - zeros), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "log8"])
+def test_scales_of_other_formats_are_written_as_float32(tmp_path, scale_dtype):
+    q = jaxclip.quantize(random_weights(4, 32), 4, axis=0, scale_dtype=scale_dtype)
+    tensors, _ = exported(tmp_path, {"weight": q.with_code_dtype(jnp.int4)})
+    assert tensors["weight_scale"].dtype == np.float32
+    codes = unpacked(tensors["weight_packed"], 4, 32)
+    weights = codes.astype(np.float32) * tensors["weight_scale"]
+    assert np.array_equal(weights, np.asarray(jaxclip.dequantize(q)))
+
+
 def test_one_scale_for_a_matrix_is_repeated_for_each_output(tmp_path):
     tensors, config = exported(tmp_path, {"weight": drawn(4, (3, 8), axis=None)})
     assert tensors["weight_scale"].shape == (3, 1)
@@ -274,8 +300,14 @@ RECORD = json.loads((FOLDER / "compressed_tensors.json").read_text())
 
 
 def assert_like_theirs(tmp_path: pathlib.Path, case: dict[str, Any]) -> None:
-    q = quantized(case["codes"], case["scale"], case["num_bits"], 0, case["group_size"])
-    tensors, _ = exported(tmp_path, {"weight": q})
+    group_size, zero = case["group_size"], case["zero"]
+    q = quantized(case["codes"], case["scale"], case["num_bits"], 0, group_size, zero)
+    tensors, config = exported(tmp_path, {"weight": q})
+    weights = config["config_groups"]["group_0"]["weights"]
+    assert weights["symmetric"] is (zero is None)
+    assert ("weight_zero_point" in tensors) is (zero is not None)
+    if zero is not None:
+        assert np.array_equal(tensors["weight_zero_point"], case["weight_zero_point"])
     assert np.array_equal(tensors["weight_packed"], case["weight_packed"])
     assert np.array_equal(tensors["weight_shape"], case["weight_shape"])
     assert np.array_equal(tensors["weight_scale"], np.float32(case["scale"]))
@@ -395,6 +427,21 @@ def test_low_bit_leaves_keep_their_codes(tmp_path, gguf, bits, group_size, axis,
     assert np.array_equal(values, blocks * np.asarray(q.qvalue))
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_low_bit_leaves_with_zero_points_keep_their_codes_as_q4_1(tmp_path, gguf, bits):
+    path = tmp_path / "net.gguf"
+    w = random_weights(3, 64) + 0.5
+    q = jaxclip.quantize(w, bits, axis=0, group_size=32, zero_point=True)
+    interop.to_gguf(path, {"w": q}, "llama")
+    read_type, values = read_gguf(gguf, path)["w"]
+    assert read_type == "Q4_1"
+    expected = np.asarray(jaxclip.dequantize(q)).astype(np.float64)
+    # The scale and the offset, up to 15 scales, are rounded to float16.
+    step = np.repeat(np.asarray(q.scale), 32, 1)
+    assert np.all(np.abs(values - expected) <= 2.0**-11 * (np.abs(expected) + 32 * step))
+    assert np.abs(values - expected).max() > 0
+
+
 def test_without_a_kind_floating_leaves_stay_as_they_are(tmp_path, gguf):
     path = tmp_path / "net.gguf"
     w = random_weights(4, 32)
@@ -439,6 +486,11 @@ def test_metadata_is_read_back(tmp_path, gguf):
     [
         ({"w": drawn(4, (2, 64), axis=1)}, ValueError, "'w': its scale must be the same for each"),
         ({"w": drawn(4, (2, 64), 16)}, ValueError, "group_size=16"),
+        (
+            {"w": quantized(np.ones((1, 32)), [[1]], 8, zero=[[1]])},
+            ValueError,
+            "'w' has zero points, which GGUF has up to 4 bits only",
+        ),
         ({"w": drawn(4, (2, 33))}, ValueError, "'w' must have rows of a multiple of 32, got 33"),
         ({"w": np.full((1, 32), np.nan)}, ValueError, "'w': a weight is NaN or infinite"),
         ({"w": np.full((1, 32), 1e9)}, ValueError, "'w': a scale of .* too large for float16"),
