@@ -1,118 +1,28 @@
 """Clipping and sign steps for JAX: train by sign inside a weight box, ship at low bits."""
 
-from jaxclip import checkpoints, interop, plots
-from jaxclip.adaptive import adagc, autoclip, zclip
-from jaxclip.boxes import box, nonnegative
-from jaxclip.compression import compress, decompress, size_report
-from jaxclip.constraints import constrain, project_weights
-from jaxclip.feedback import error_feedback
-from jaxclip.fitting import FitResult, fit, log_to_jsonl
-from jaxclip.gradients import clip_by_global_norm, clip_by_value
-from jaxclip.guards import skip_nonfinite, skip_or_clip
-from jaxclip.lint import lint_chain
-from jaxclip.norms import global_norm, leaf_norms, unit_norms
-from jaxclip.packing import pack_codes, unpack_codes
-from jaxclip.projections import max_norm, spectral_cap, unit_norm
-from jaxclip.quantization import QuantizedArray, dequantize, quantize
-from jaxclip.rates import rate_optimal
-from jaxclip.rounding import apply_updates_stochastically
-from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
-from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign
-from jaxclip.sign_optimizers import cautious, lion, sign_sgd, signum
-from jaxclip.smoothing import smooth_clip
-from jaxclip.spectra import clip_by_spectral_norm
-from jaxclip.spikes import clip_leaf_spikes, clip_spikes
-from jaxclip.stopping import StopReason, max_seconds, max_steps, nonfinite, plateau, reached
-from jaxclip.straight_through import fake_quantize
-from jaxclip.telemetry import clip_stats, explain
-from jaxclip.threshold_rules import max_abs, mse_optimal, percentile_abs, std_multiple
-from jaxclip.thresholds import fan_in, resolve_threshold
-from jaxclip.training import StepInfo, TrainState, make_train_step
-from jaxclip.units import (
-    adaptive_grad_clip,
-    clip_by_block_rms,
-    clip_by_leaf_norm,
-    clip_update_relative,
-)
-from jaxclip.voting import majority_vote
-from jaxclip.weights import clip_weights, keep_weights_within, kernels_only
-
-__all__ = [
-    "FitResult",
-    "QuantizedArray",
-    "StepInfo",
-    "StopReason",
-    "TrainState",
-    "adagc",
-    "adaptive_grad_clip",
-    "apply_updates_stochastically",
-    "autoclip",
-    "box",
-    "cautious",
-    "checkpoints",
-    "clip_by_block_rms",
-    "clip_by_global_norm",
-    "clip_by_leaf_norm",
-    "clip_by_spectral_norm",
-    "clip_by_value",
-    "clip_leaf_spikes",
-    "clip_spikes",
-    "clip_stats",
-    "clip_update_relative",
-    "clip_weights",
-    "compress",
-    "constrain",
-    "decompress",
-    "dequantize",
-    "error_feedback",
-    "explain",
-    "fake_quantize",
-    "fan_in",
-    "fit",
-    "global_norm",
-    "interop",
-    "keep_weights_within",
-    "kernels_only",
-    "leaf_norms",
-    "lint_chain",
-    "lion",
-    "log_to_jsonl",
-    "majority_vote",
-    "make_train_step",
-    "max_abs",
-    "max_norm",
-    "max_seconds",
-    "max_steps",
-    "mse_optimal",
-    "nonfinite",
-    "nonnegative",
-    "pack_codes",
-    "percentile_abs",
-    "plateau",
-    "plots",
-    "project_weights",
-    "quantize",
-    "rate_optimal",
-    "reached",
-    "resolve_threshold",
-    "scale_by_lion",
-    "scale_by_sign",
-    "scale_by_signum",
-    "scaled_sign",
-    "sign_sgd",
-    "signum",
-    "size_report",
-    "skip_nonfinite",
-    "skip_or_clip",
-    "smooth_clip",
-    "soft_sign",
-    "spectral_cap",
-    "std_multiple",
-    "stochastic_sign",
-    "unit_norm",
-    "unit_norms",
-    "unpack_codes",
-    "zclip",
-]
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from jaxclip._names import *
+else:
+    # The public names, all in `_names`, are imported when the first one is used: the command
+    # line imports this package too, and its help should not wait for jax.
+
+    def __getattr__(name: str) -> Any:
+        missing = AttributeError(f"module 'jaxclip' has no attribute {name!r}")
+        if name.startswith("_") and name != "__all__":
+            raise missing
+        if importlib.util.find_spec(f"jaxclip.{name}"):
+            return importlib.import_module(f"jaxclip.{name}")
+        names = importlib.import_module("jaxclip._names")
+        if not hasattr(names, name):
+            raise missing
+        globals()[name] = getattr(names, name)
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return [*globals(), *__getattr__("__all__")]

@@ -1,17 +1,24 @@
-"""What an array of weights looks like, and which thresholds it suggests."""
+"""What weights look like, in memory and in files, and which thresholds they suggest."""
 
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxclip.file_reports import FileReport, report_source
 from jaxclip.grids import Bits
+from jaxclip.progress import byte_bar
+from jaxclip.quantization import QuantizedArray, dequantize
+from jaxclip.sources import open_source
 from jaxclip.threshold_rules import mse_optimal
 
-__all__ = ["WeightStatistics", "describe_weights"]
+__all__ = ["WeightStatistics", "describe_file", "describe_weights", "verify_file"]
 
 _CHUNK = 2**20
 """Entries looked at in one piece: bounds the memory."""
@@ -93,6 +100,64 @@ def describe_weights(array: np.ndarray, outlier: float = 3.0) -> WeightStatistic
         histogram=tuple(histogram.tolist()),
         thresholds=_suggested(flat),
     )
+
+
+def describe_file(path: str | os.PathLike, outlier: float = 3.0) -> dict[str, WeightStatistics]:
+    """Returns how the floating leaves of a file or folder are spread, read one by one.
+
+    Args:
+      path: As in `checkpoints.load`.
+      outlier: As in `describe_weights`.
+
+    Returns:
+      A `WeightStatistics` for each floating leaf, by name; of the values that low-bit leaves
+      stand for.
+
+    Raises:
+      CheckpointError: As in `checkpoints.load`.
+
+    Example:
+      >>> describe_file("net.safetensors")
+      Traceback (most recent call last):
+      FileNotFoundError: there is no file 'net.safetensors'.
+    """
+    found = {}
+    with open_source(Path(path)) as source:
+        for name, like in source.leaves.items():
+            if jnp.issubdtype(like.dtype, jnp.floating):
+                leaf = source.read(name)
+                array = dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf
+                found[name] = describe_weights(np.asarray(array), outlier)
+    return found
+
+
+def verify_file(path: str | os.PathLike, progress: bool = True) -> FileReport:
+    """Reads a whole file or folder and checks all that can be checked.
+
+    Files of ours have a checksum for every byte. Others' have none: for them shapes, sizes
+    and names are checked.
+
+    Args:
+      path: As in `checkpoints.load`.
+      progress: Whether to show a bar where there is a terminal or a notebook, and rich.
+
+    Returns:
+      What `checkpoints.inspect` returns.
+
+    Raises:
+      CheckpointError: If anything is wrong.
+
+    Example:
+      >>> verify_file("net.safetensors")
+      Traceback (most recent call last):
+      FileNotFoundError: there is no file 'net.safetensors'.
+    """
+    with open_source(Path(path)) as source:
+        with byte_bar(sum(source.num_bytes.values()), progress) as advance:
+            for name, num_bytes in source.num_bytes.items():
+                source.read(name)
+                advance(num_bytes)
+        return report_source(str(path), source)
 
 
 def _finite_chunks(flat: np.ndarray) -> Iterator[np.ndarray]:

@@ -4,7 +4,8 @@
     a folder       shards by `model.safetensors.index.json`, or one `model.safetensors`
     .npz, .npy     NumPy's own
 
-What is wrong with a file raises ValueError; `checkpoints` adds the file's name.
+What is wrong with a file is a `CheckpointError` that names it; the rooms that read parts of
+files raise ValueError, which becomes one here.
 """
 
 import contextlib
@@ -22,9 +23,32 @@ import numpy as np
 from jaxclip import archives, folders, headers, layout
 from jaxclip.quantization import QuantizedArray
 
-__all__ = ["SUFFIXES", "Source", "open_regular", "open_source"]
+__all__ = ["ALLOWED_SUFFIXES", "CheckpointError", "Source", "naming", "open_source"]
 
-SUFFIXES = ".safetensors, .npz or .npy"
+ALLOWED_SUFFIXES = ".safetensors, .npz or .npy"
+
+
+class CheckpointError(ValueError):
+    """A file is damaged, of a foreign kind or of a newer version; names file and tensor."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns what is wrong with a file into a `CheckpointError` with its name.
+
+    Args:
+      path: The file.
+
+    Example:
+      >>> with naming(Path("net.npy")):
+      ...     raise ValueError("it is damaged.")
+      Traceback (most recent call last):
+      jaxclip.sources.CheckpointError: net.npy: it is damaged.
+    """
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +89,7 @@ def open_source(path: Path) -> Iterator[Source]:
       A context manager that gives a `Source`.
 
     Raises:
-      ValueError: If it is not what its name says, or damaged where that shows at once.
+      CheckpointError: If it is not what its name says, or damaged; `read` raises it too.
       FileNotFoundError: If there is nothing at `path`.
 
     Example:
@@ -77,36 +101,30 @@ def open_source(path: Path) -> Iterator[Source]:
       (3,) [1. 1. 1.]
     """
     with contextlib.ExitStack() as stack:
-        if path.is_dir():
-            path = folders.find_shards(path) or path / "model.safetensors"
-        file = stack.enter_context(open_regular(path))
-        size = os.fstat(file.fileno()).st_size
-        if path.name.endswith(".safetensors.index.json"):
-            yield _open_shards(stack, path, file.read(size))
-        elif path.suffix in _OPENERS:
-            yield dataclasses.replace(_OPENERS[path.suffix](file, size), files=(path,))
-        else:
-            raise ValueError(f"the suffix must be {SUFFIXES}.")
+        with naming(path):
+            source = _open(stack, path)
+
+        def read(name: str) -> Any:
+            with naming(path):
+                return source.read(name)
+
+        yield dataclasses.replace(source, read=read)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file; others are refused unopened, as opening may wait or act.
+def _open(stack: contextlib.ExitStack, path: Path) -> Source:
+    if path.is_dir():
+        path = folders.find_shards(path) or path / "model.safetensors"
+    file = stack.enter_context(_open_regular(path))
+    size = os.fstat(file.fileno()).st_size
+    if path.name.endswith(".safetensors.index.json"):
+        return _open_shards(stack, path, file.read(size))
+    if path.suffix not in _OPENERS:
+        raise ValueError(f"the suffix must be {ALLOWED_SUFFIXES}.")
+    return dataclasses.replace(_OPENERS[path.suffix](file, size), files=(path,))
 
-    Args:
-      path: The file.
 
-    Returns:
-      The open file.
-
-    Raises:
-      ValueError: If it is a directory, FIFO, device or socket.
-      FileNotFoundError: If there is none.
-
-    Example:
-      >>> open_regular(Path("net.safetensors"))
-      Traceback (most recent call last):
-      FileNotFoundError: there is no file 'net.safetensors'.
-    """
+def _open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file; others are refused unopened, as opening may wait or act."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a regular file.")
@@ -163,8 +181,8 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
     weight_map, total_size = folders.read_index(index, folder)
     shards: dict[str, Source] = {}
     for shard in sorted(set(weight_map.values())):
-        file = stack.enter_context(open_regular(folder / shard))
-        with _naming(shard):
+        file = stack.enter_context(_open_regular(folder / shard))
+        with _in_shard(shard):
             source = _open_safetensors(file, os.fstat(file.fileno()).st_size)
             if source.structure is not None:
                 raise ValueError("a shard must be a plain file of tensors, not one of a tree.")
@@ -177,7 +195,7 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
             raise ValueError(f"tensor {name!r} is missing in its shard {shard!r}.")
 
     def read(name: str) -> np.ndarray:
-        with _naming(weight_map[name]):
+        with _in_shard(weight_map[name]):
             return shards[weight_map[name]].read(name)
 
     sizes = {name: shards[shard].num_bytes[name] for name, shard in weight_map.items()}
@@ -188,7 +206,7 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
 
 
 @contextlib.contextmanager
-def _naming(shard: str) -> Iterator[None]:
+def _in_shard(shard: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:

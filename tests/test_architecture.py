@@ -10,6 +10,7 @@ import types
 import pytest
 
 import jaxclip
+from jaxclip import _names
 
 PACKAGE = pathlib.Path(jaxclip.__file__).parent
 ROOMS = [
@@ -59,6 +60,7 @@ ROOMS = [
     "progress",
     "atomic",
     "writing",
+    "conversion",
     "checkpoints",
     "training",
     "stopping",
@@ -73,6 +75,7 @@ ROOMS = [
     "pack_quantized",
     "interop",
     "plots",
+    "cli",
 ]
 every_room = pytest.mark.parametrize("room", ROOMS)
 
@@ -91,7 +94,7 @@ def imported_rooms(room: str) -> set[str]:
 
 
 def test_every_file_is_a_room_with_a_place_in_the_order():
-    assert {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"} == set(ROOMS)
+    assert {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__", "_names"} == set(ROOMS)
     assert not [p for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"]
 
 
@@ -118,10 +121,26 @@ def test_all_is_the_public_names_of_the_room(room: str):
 
 
 def test_all_of_the_root_is_its_public_names():
-    modules = {m for m in ROOMS if m not in ("checkpoints", "interop", "plots")}
-    public = {n for n in vars(jaxclip) if not n.startswith("_")} - modules
+    modules = set(ROOMS) - {"checkpoints", "interop", "plots"}
+    public = {n for n in vars(_names) if not n.startswith("_")} - modules
     assert public == set(jaxclip.__all__)
+    assert set(dir(jaxclip)) >= public
+    assert all(getattr(jaxclip, name) is getattr(_names, name) for name in public)
     assert isinstance(jaxclip.checkpoints, types.ModuleType)
+    assert not hasattr(jaxclip, "no_such_name")
+
+
+def test_names_of_the_root_are_imported_on_use_and_the_help_of_commands_needs_no_jax():
+    for words in ("--help", "inspect --help", "compress --help"):
+        script = (
+            "import sys; from jaxclip.cli import main\n"
+            f"try: main({words.split()!r})\n"
+            "except SystemExit as end: assert not end.code\n"
+            "assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+        )
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "usage: jaxclip" in result.stdout
 
 
 @every_room
@@ -145,7 +164,7 @@ def test_public_functions_are_documented_with_an_example(room: str):
 def test_importing_jaxclip_imports_only_jax_optax_and_numpy():
     script = (
         "import sys, jax, optax, numpy; before = set(sys.modules);"
-        "import jaxclip; print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+        "import jaxclip; jaxclip.lion; print(*{m.split('.')[0] for m in set(sys.modules) - before})"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

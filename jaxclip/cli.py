@@ -1,0 +1,323 @@
+"""The command line: `jaxclip COMMAND ...`, or `python -m jaxclip COMMAND ...`.
+
+Commands import what they need when they run, so that `--help` is there at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["main"]
+
+_FILES = """\
+Files of weights are .safetensors, .npz or .npy, or a folder with model.safetensors or with
+model.safetensors.index.json and its shards. They are read tensor by tensor, and never written
+to: what is made is a new file, which appears when it is complete.
+
+Exit status: 0; 1 after an error, which is a line on standard error; 2 if the command line is
+wrong; 130 after an interrupt.
+"""
+
+_HELP = {
+    "inspect": """\
+Look into a file: what it holds, and how its weights are spread.
+
+For every floating tensor: a histogram from -max to max, the largest magnitude, the root mean
+square (rms), the share of entries beyond some multiple of it, and the thresholds of least
+squared error for one scale at 4, 3 and 2 bits and ternary.
+
+examples:
+  jaxclip inspect net.safetensors
+  jaxclip inspect net.safetensors --headers-only --json
+""",
+    "clip": """\
+Clip weights to [-T, T].
+
+Entries beyond the threshold end exactly on it; tensors keep their dtype.
+
+examples:
+  jaxclip clip net.safetensors clipped.safetensors --threshold 0.1 --include "weight$"
+""",
+    "compress": """\
+Round weights to a few bits, all in one file.
+
+Tensors of two or more dimensions are rounded to a grid with one scale for each index along the
+axis, or for each group of entries; the others stay as they are. With --target-bpw the codes are
+entropy coded, and the step of each tensor is chosen so that they take that many bits.
+
+examples:
+  jaxclip compress net.safetensors small.safetensors --bits 4 --group-size 64 --dry-run
+  jaxclip compress net.safetensors small.safetensors --bits ternary --policy embed=8
+  jaxclip compress net.safetensors small.safetensors --target-bpw 2.5 --force
+""",
+    "decompress": """\
+Write plain floating weights, which any safetensors reader loads.
+
+The names are those that `jaxclip inspect` shows.
+
+examples:
+  jaxclip decompress small.safetensors plain.safetensors --dtype bfloat16
+""",
+    "export": """\
+Write low-bit weights for other programs.
+
+compressed-tensors: codes and scales as vLLM and transformers read them; what is printed belongs
+into the model's config.json as quantization_config. Q4_0, Q4_1, Q8_0: GGUF, which needs the
+extra gguf and names that its reader knows. The file is read as a whole.
+
+examples:
+  jaxclip export small.safetensors model.safetensors --to compressed-tensors
+  jaxclip export net.safetensors net.gguf --to Q4_0 --architecture llama
+""",
+    "verify": """\
+Read everything and check all that can be checked.
+
+Files of jaxclip have a checksum for every byte; of others, structure and sizes are checked.
+
+examples:
+  jaxclip verify small.safetensors
+""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      arguments: Words of the command line without the program's name; None for the process's.
+
+    Returns:
+      The exit status: 0, or 1 after an error, which is a line on standard error.
+
+    Example:
+      >>> main(["verify", "net.safetensors"])
+      1
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        result = parsed.run(parsed)
+        is_json = parsed.json or isinstance(result, dict)
+        print(json.dumps(_as_json(result), indent=2) if is_json else result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("jaxclip: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"jaxclip: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _as_json(value: Any) -> Any:
+    """Reports as dicts; what has no JSON as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    return value
+
+
+# --- Commands -----------------------------------------------------------------------------
+
+
+def _inspect(args: argparse.Namespace) -> Any:
+    from jaxclip import checkpoints, inspection
+
+    report = checkpoints.inspect(args.path)
+    if args.headers_only:
+        return report
+    return _Inspection(report, inspection.describe_file(args.path, args.outlier))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inspection:
+    """A file's report, and the statistics of its floating leaves by name."""
+
+    report: Any
+    statistics: dict[str, Any]
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in self.statistics] + [4])
+        titles = ("max", "rms", "outliers", "t, 4 bits", "t, 3 bits", "t, 2 bits", "t, ternary")
+        lines = [f"{'leaf':<{width}} {'-max ... max':<16}" + _columns(titles)]
+        for name, s in self.statistics.items():
+            numbers = [f"{s.max_abs:.4g}", f"{s.rms:.4g}", f"{s.outlier_share:.3%}"]
+            numbers += [f"{t:.4g}" for t in s.thresholds.values()]
+            note = f"  {s.num_nonfinite:,} not finite" if s.num_nonfinite else ""
+            lines.append(f"{name:<{width}} {s.sparkline}{_columns(numbers)}{note}")
+        return f"{self.report}\n\n" + "\n".join(lines)
+
+
+def _columns(texts: Sequence[str]) -> str:
+    return "".join(f"{text:>11}" for text in texts)
+
+
+def _clip(args: argparse.Namespace) -> Any:
+    from jaxclip import checkpoints
+
+    return checkpoints.clip_checkpoint(
+        args.src, args.dst, args.threshold, include=args.include, overwrite=args.force
+    )
+
+
+def _compress(args: argparse.Namespace) -> Any:
+    from jaxclip import checkpoints, rates, threshold_rules
+
+    bits, coding, rule = args.bits, args.coding, getattr(threshold_rules, args.rule)
+    if args.target_bpw is not None:
+        bits, rule = 8, rates.rate_optimal(args.target_bpw)
+        coding = coding or "huffman"
+    return checkpoints.compress_checkpoint(
+        args.src,
+        args.dst,
+        bits,
+        rule=rule,
+        axis=args.axis,
+        group_size=args.group_size,
+        zero_point=args.zero_point,
+        scale_dtype=args.scale_dtype,
+        policy=args.policy,
+        coding=coding,
+        overwrite=args.force,
+        dry_run=args.dry_run,
+    )
+
+
+def _decompress(args: argparse.Namespace) -> Any:
+    from jaxclip import checkpoints
+
+    dtype = _dtype(args.dtype)
+    return checkpoints.decompress_checkpoint(args.src, args.dst, dtype, overwrite=args.force)
+
+
+def _export(args: argparse.Namespace) -> Any:
+    from jaxclip import checkpoints, interop
+
+    tree = checkpoints.load(args.src)
+    if args.to == "compressed-tensors":
+        return interop.to_compressed_tensors(args.dst, tree, overwrite=args.force)
+    interop.to_gguf(args.dst, tree, args.architecture, kind=args.to, overwrite=args.force)
+    return {"path": args.dst, "num_bytes": os.path.getsize(args.dst)}
+
+
+def _verify(args: argparse.Namespace) -> Any:
+    from jaxclip import inspection
+
+    return inspection.verify_file(args.path)
+
+
+def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    import jax.numpy as jnp
+
+    return jnp.dtype(name)
+
+
+# --- The words of the command line ----------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxclip",
+        description="Look into files of weights, clip them, compress them, export them.",
+        epilog=_FILES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any) -> Any:
+        text, _, examples = _HELP[name].partition("examples:")
+        added = commands.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text,
+            epilog=f"examples:{examples}\n{_FILES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        added.set_defaults(run=run)
+        return added
+
+    _add_reader_options(command("inspect", _inspect), has_statistics=True)
+    _add_reader_options(command("verify", _verify), has_statistics=False)
+
+    clip = command("clip", _clip)
+    _add_files(clip)
+    clip.add_argument("--threshold", type=float, required=True, metavar="T", help="at least 0")
+    clip.add_argument(
+        "--include", default="", metavar="REGEX", help="clip only tensors whose name it matches"
+    )
+
+    _add_compress_options(command("compress", _compress))
+
+    decompress = command("decompress", _decompress)
+    _add_files(decompress)
+    dtypes = ["float16", "bfloat16", "float32"]
+    decompress.add_argument("--dtype", choices=dtypes, help="that of the weights if not given")
+
+    export = command("export", _export)
+    _add_files(export)
+    export.add_argument(
+        "--to", choices=["compressed-tensors", "Q4_0", "Q4_1", "Q8_0"], required=True
+    )
+    export.add_argument("--architecture", default="llama", help="what GGUF says it is (llama)")
+    return parser
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="the file or folder to read")
+    parser.add_argument("dst", metavar="DST", help="the file to write")
+    parser.add_argument("--force", action="store_true", help="replace DST if it exists")
+
+
+def _add_reader_options(parser: argparse.ArgumentParser, has_statistics: bool) -> None:
+    parser.add_argument("path", metavar="FILE", help="a file or folder of weights")
+    if has_statistics:
+        parser.add_argument("--headers-only", action="store_true", help="read no weights")
+        parser.add_argument(
+            "--outlier", type=float, default=3.0, metavar="K", help="outliers are beyond K rms (3)"
+        )
+
+
+def _add_compress_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_files(parser)
+    add("--bits", type=_bits, default=4, metavar="B", help="1, ternary, 2, 3, 4, 5, 6 or 8 (4)")
+    add("--target-bpw", type=float, metavar="B", help="entropy coded bits a weight, instead")
+    add("--axis", type=_axis, default=0, metavar="A", help="axis of output channels: 0, as PyTorch "
+        "has it (default); -1, as flax; none, for one scale a tensor")  # fmt: skip
+    add("--group-size", type=int, metavar="N", help="entries that share a scale (a whole channel)")
+    add("--rule", choices=["mse_optimal", "max_abs"], default="mse_optimal",
+        help="how the grid's range is chosen (mse_optimal)")  # fmt: skip
+    add("--zero-point", action="store_true", help="a grid need not be around 0")
+    add("--scale-dtype", choices=["float32", "float16", "bfloat16", "log8"], default="float32",
+        help="what scales are stored as (float32)")  # fmt: skip
+    add("--policy", type=_policy, action="append", default=[], metavar="REGEX=B",
+        help="bits of tensors whose name it matches, or none; the first match counts")  # fmt: skip
+    add("--coding", choices=["huffman", "ans"], help="entropy code what gets smaller by it")
+    add("--dry-run", action="store_true", help="write nothing, print the sizes")
+
+
+def _bits(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _axis(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _policy(text: str) -> tuple[str, int | str | None]:
+    pattern, equals, width = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=BITS")
+    return pattern, None if width == "none" else _bits(width)

@@ -1,0 +1,169 @@
+"""The command line: what its help promises runs, and errors are one line on standard error."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jaxclip
+from jaxclip import checkpoints, cli
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: pathlib.Path, monkeypatch) -> pathlib.Path:
+    """A folder to work in, with a file of weights and a low-bit file."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    tensors = {
+        "embed.weight": rng.standard_normal((40, 64)).astype(np.float32),
+        "layer.weight": rng.standard_normal((32, 64)).astype(ml_dtypes.bfloat16),
+        "layer.bias": rng.standard_normal(32).astype(np.float32),
+    }
+    safetensors.numpy.save_file(tensors, "net.safetensors")
+    small = jaxclip.compress(tensors, 4, axis=0)
+    checkpoints.save("low.safetensors", small)
+    return tmp_path
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main(words)
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, out.getvalue(), err.getvalue()
+
+
+def run_json(*words: str) -> Any:
+    status, out, err = run(*words, "--json")
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_every_example_of_the_help_runs():
+    examples = [
+        line.strip()
+        for name in cli._HELP
+        for line in run(name, "--help")[1].splitlines()
+        if line.startswith("  jaxclip ")
+    ]
+    assert len(examples) >= 9
+    checkpoints.save("small.safetensors", checkpoints.load("low.safetensors"))
+    for example in examples:
+        program, *words = shlex.split(example)
+        target = words[2] if len(words) > 2 and not words[2].startswith("--") else None
+        if target and words[1] != target and "small" in target:
+            pathlib.Path(target).unlink(missing_ok=True)
+        status, out, err = run(*words)
+        assert status == 0, (example, err)
+        assert program == "jaxclip"
+        assert out.strip()
+    assert "net.gguf" in os.listdir()
+
+
+def test_inspect_shows_what_is_there_and_how_it_is_spread():
+    status, out, _ = run("inspect", "net.safetensors")
+    assert status == 0
+    assert "embed.weight" in out
+    assert "bfloat16" in out
+    assert "█" in out
+    found = run_json("inspect", "net.safetensors")
+    w = checkpoints.load("net.safetensors")["embed.weight"]
+    assert found["statistics"]["embed.weight"]["max_abs"] == pytest.approx(np.abs(w).max())
+    assert found["statistics"]["embed.weight"]["thresholds"].keys() == {"4", "3", "2", "ternary"}
+    headers = run_json("inspect", "low.safetensors", "--headers-only")
+    assert {t["path"]: t["bits"] for t in headers["tensors"]}["embed.weight"] == 4
+
+
+def test_clip_saves_the_projection():
+    assert run("clip", "net.safetensors", "out.safetensors", "--threshold", "0.5")[0] == 0
+    clipped = checkpoints.load("out.safetensors")
+    for name, w in checkpoints.load("net.safetensors").items():
+        np.testing.assert_array_equal(clipped[name], np.asarray(jaxclip.clip_weights(w, 0.5)))
+
+
+def test_compress_and_decompress_do_what_python_does():
+    words = ["compress", "net.safetensors", "out.safetensors", "--bits", "ternary"]
+    words += ["--group-size", "16", "--policy", "embed=8", "--policy", r"layer\.weight$=none"]
+    planned = run_json(*words, "--dry-run")
+    assert not os.path.exists("out.safetensors")
+    assert run_json(*words) == planned
+    assert planned["total_bytes"] == os.path.getsize("out.safetensors")
+    small = checkpoints.load("out.safetensors")
+    assert small["embed.weight"].bits == 8
+    assert small["layer.weight"].dtype == ml_dtypes.bfloat16
+    decompress = ["decompress", "out.safetensors", "plain.safetensors", "--dtype", "float16"]
+    assert run(*decompress)[0] == 0
+    plain = safetensors.numpy.load_file("plain.safetensors")
+    wanted = jaxclip.dequantize(small["embed.weight"], np.float16)
+    np.testing.assert_array_equal(plain["embed.weight"], wanted)
+
+
+def test_a_target_is_met_by_entropy_coding():
+    words = ["compress", "net.safetensors", "out.safetensors", "--target-bpw", "3"]
+    leaves = {leaf["path"]: leaf for leaf in run_json(*words)["leaves"]}
+    embed = leaves["embed.weight"]
+    assert 8 * (embed["stored_bytes"] - 4 * 40) / (40 * 64) == pytest.approx(3, rel=0.06)
+
+
+def test_verify_reads_everything():
+    assert run("verify", "low.safetensors")[0] == 0
+    data = bytearray(pathlib.Path("low.safetensors").read_bytes())
+    data[-1] ^= 1
+    pathlib.Path("low.safetensors").write_bytes(data)
+    status, out, err = run("verify", "low.safetensors")
+    assert (status, out) == (1, "")
+    assert err.startswith("jaxclip: error: low.safetensors: tensor ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("inspect no.safetensors", "there is no file 'no.safetensors'"),
+        ("inspect folder.txt", "there is no file"),
+        ("compress net.safetensors low.safetensors", "low.safetensors' exists"),
+        ("compress net.safetensors net.safetensors --force", "is a file that is read"),
+        ("compress net.safetensors x.safetensors --bits 7", "bits must be one of"),
+        ("compress net.safetensors x.safetensors --policy head=8", "match no leaf"),
+        ("compress net.safetensors no/x.safetensors", "no directory"),
+        ("clip net.safetensors x.safetensors --threshold -1", "threshold must be in"),
+        ("export low.safetensors no/x.gguf --to Q4_0", "no directory"),
+    ],
+)
+def test_errors_are_one_line_on_standard_error(words, message):
+    status, out, err = run(*shlex.split(words))
+    assert (status, out) == (1, "")
+    assert err.startswith("jaxclip: error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not os.path.exists("x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["", "no-such-command", "clip net.safetensors x.safetensors", "compress a b --policy 8"],
+)
+def test_a_wrong_command_line_ends_with_2(words):
+    status, out, err = run(*words.split())
+    assert (status, out) == (2, "")
+    assert "usage: jaxclip" in err
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "jaxclip", "inspect", "low.safetensors", "--headers-only"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "embed.weight" in result.stdout
