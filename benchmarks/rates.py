@@ -3,15 +3,15 @@
     python benchmarks/rates.py model.safetensors [--match encoder] [--picture docs/rates.png]
 
 The weights are the two-dimensional float leaves of a safetensors file whose name has `--match` in
-it. Error is |W - Q|^2 / |W|^2 over all of them. Bits a weight include scales of 16 bits. "ideal"
-is the order-0 entropy of each leaf's codes, "Huffman" what zlib's Z_HUFFMAN_ONLY makes of them,
-one code a byte, tables included. "saved" is against the fixed-width row above, at equal error.
+it. Error is |W - Q|^2 / |W|^2 over all of them. "ideal" is the order-0 entropy of each leaf's codes
+and its float16 scales; the others are the bytes of files that `checkpoints.save` writes, headers
+included, per weight. "saved" is against the fixed-width file of the row above, at equal error.
 """
 
 import argparse
 import pathlib
+import tempfile
 import time
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ import numpy as np
 import jaxclip
 from jaxclip.rates import code_entropy
 
-SCALE_BITS = 16
 WIDTHS = ("ternary", 2, 3, 4)
 RATES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
 
@@ -37,39 +36,36 @@ def squared_error(leaf, q):
     return np.sum(difference**2)
 
 
-def huffman_bits(codes):
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    symbols = np.asarray(codes).tobytes()
-    return 8 * len(coder.compress(symbols) + coder.flush())
+def file_bits(tree, coding=None):
+    """Bits of the file of a tree of low-bit arrays, per weight."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "small.safetensors")
+        jaxclip.checkpoints.save(path, tree, coding=coding)
+        return 8 * path.stat().st_size / sum(q.qvalue.size for q in tree)
+
+
+def relative_error(leaves, tree):
+    energy = sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves)
+    return sum(squared_error(x, q) for x, q in zip(leaves, tree, strict=True)) / energy
 
 
 def fixed(leaves, bits, group_size):
     """Bits a weight and error of codes of a fixed width."""
-    total = sum(leaf.size for leaf in leaves)
-    spent = error = 0
-    for leaf in leaves:
-        q = jaxclip.quantize(leaf, bits, axis=0, group_size=group_size)
-        codes = jaxclip.quantization.num_packed_bytes(leaf.size, bits)
-        spent += 8 * codes + SCALE_BITS * q.scale.size
-        error += squared_error(leaf, q)
-    return spent / total, error / sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves)
+    grid = {"axis": 0, "group_size": group_size, "scale_dtype": "float16"}
+    tree = [jaxclip.quantize(leaf, bits, **grid) for leaf in leaves]
+    return file_bits(tree), relative_error(leaves, tree)
 
 
 def coded(leaves, axis=0, **goal):
-    """Bits a weight (ideal, Huffman), error, and seconds of quantizing."""
-    total = sum(leaf.size for leaf in leaves)
-    ideal = huffman = error = seconds = 0
-    for leaf in leaves:
-        start = time.perf_counter()
-        q = jaxclip.quantize(leaf, 8, threshold=jaxclip.rate_optimal(**goal), axis=axis)
-        jax.block_until_ready(q.qvalue)
-        seconds += time.perf_counter() - start
-        scales = SCALE_BITS * q.scale.size
-        ideal += float(code_entropy(q.qvalue)) * leaf.size + scales
-        huffman += huffman_bits(q.qvalue) + scales
-        error += squared_error(leaf, q)
-    energy = sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves)
-    return ideal / total, huffman / total, error / energy, seconds
+    """Bits a weight (ideal, by Huffman, by ans), error, and seconds of quantizing."""
+    start = time.perf_counter()
+    grid = {"threshold": jaxclip.rate_optimal(**goal), "axis": axis, "scale_dtype": "float16"}
+    tree = jax.block_until_ready([jaxclip.quantize(leaf, 8, **grid) for leaf in leaves])
+    seconds = time.perf_counter() - start
+    ideal = sum(float(code_entropy(q.qvalue)) * q.qvalue.size + 16 * q.scale.size for q in tree)
+    files = [file_bits(tree, coding) for coding in ("huffman", "ans")]
+    total = sum(q.qvalue.size for q in tree)
+    return ideal / total, *files, relative_error(leaves, tree), seconds
 
 
 def gaussian_bound(error):
@@ -85,7 +81,7 @@ def draw(curves, file):
     styles = {
         "fixed, channel": ("#D55E00", "v", "fixed width,\na scale a channel", (4.08, 0.0155)),
         "fixed, group 64": ("#E69F00", "s", "fixed width,\na scale for 64 weights", (2.45, 0.13)),
-        "coded": ("#0072B2", "o", "entropy coded\n(rate_optimal)", (4.15, 0.0053)),
+        "coded": ("#0072B2", "o", "Huffman coded\n(rate_optimal)", (4.15, 0.0053)),
     }
     for name, (color, marker, label, place) in styles.items():
         bits, errors = np.asarray(curves[name]).T
@@ -104,7 +100,7 @@ def draw(curves, file):
         yscale="log",
         xlim=(1, 4.8),
         ylim=(0.0015, 0.3),
-        xlabel="bits a weight, scales included",
+        xlabel="bits a weight in the file, all included",
         ylabel="relative squared error of the weights",
         title="Down and to the left is better",
     )
@@ -124,32 +120,28 @@ def main():
     print(f"{len(leaves)} leaves, {sum(v.size for v in leaves) / 1e6:.1f} M weights")
     curves = {"fixed, channel": [], "fixed, group 64": [], "coded": []}
 
-    print(f"\n{'codes':<26} {'error':>8} {'ideal':>7} {'Huffman':>8} {'saved':>7} {'saved':>8}")
+    titles = "".join(f"{t:>9}" for t in ("ideal", "Huffman", "ans", "saved", "saved"))
+    print(f"\n{'codes':<26} {'error':>8}{titles}")
     for bits in WIDTHS:
         for name, group_size in (("fixed, channel", None), ("fixed, group 64", 64)):
             spent, error = fixed(leaves, bits, group_size)
             curves[name].append((spent, error))
             width = f"{bits} bits" if bits != "ternary" else bits
-            print(f"{name + ', ' + width:<26} {error:>8.5f} {spent:>7.3f}")
-            ideal, huffman, reached, _ = coded(leaves, error=error)
-            saved = [f"{100 * (1 - b / spent):>6.1f}%" for b in (ideal, huffman)]
-            line = f"{reached:>8.5f} {ideal:>7.3f} {huffman:>8.3f} {saved[0]} {saved[1]:>8}"
-            print(f"{'  coded, the same error':<26} {line}", flush=True)
+            print(f"{name + ', ' + width:<26} {error:>8.5f}{spent:>9.3f}")
+            *sizes, reached, _ = coded(leaves, error=error)
+            numbers = "".join(f"{size:>9.3f}" for size in sizes)
+            saved = "".join(f"{1 - size / spent:>9.1%}" for size in sizes[1:])
+            print(f"{'  coded, the same error':<26} {reached:>8.5f}{numbers}{saved}", flush=True)
 
-    print(
-        f"\n{'coded, step a channel':<26} {'error':>8} {'ideal':>7} {'Huffman':>8} {'seconds':>8}"
-    )
-    for rate in RATES:
-        ideal, huffman, error, seconds = coded(leaves, bits_per_weight=rate)
-        curves["coded"].append((ideal, error))
-        print(
-            f"{f'rate_optimal({rate})':<26} {error:>8.5f} {ideal:>7.3f} {huffman:>8.3f} "
-            f"{seconds:>8.2f}",
-            flush=True,
-        )
-    ideal, huffman, error, seconds = coded(leaves, axis=None, bits_per_weight=3.0)
-    name = "  (3.0), one step a leaf"
-    print(f"{name:<26} {error:>8.5f} {ideal:>7.3f} {huffman:>8.3f} {seconds:>8.2f}")
+    titles = "".join(f"{t:>9}" for t in ("ideal", "Huffman", "ans", "seconds"))
+    print(f"\n{'coded, step a channel':<26} {'error':>8}{titles}")
+    goals = [(f"rate_optimal({rate})", 0, rate) for rate in RATES]
+    for name, axis, rate in [*goals, ("  (3.0), one step a leaf", None, 3.0)]:
+        *sizes, error, seconds = coded(leaves, axis=axis, bits_per_weight=rate)
+        if axis == 0:
+            curves["coded"].append((sizes[1], error))
+        numbers = "".join(f"{size:>9.3f}" for size in sizes)
+        print(f"{name:<26} {error:>8.5f}{numbers}{seconds:>9.2f}", flush=True)
     if arguments.picture:
         draw(curves, arguments.picture)
 
