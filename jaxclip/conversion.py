@@ -30,6 +30,9 @@ from jaxclip.writing import write_tree
 
 __all__ = ["clip_checkpoint", "compress_checkpoint", "decompress_checkpoint"]
 
+_PART_BYTES = 2**24
+"""Bytes of a leaf that are compressed at a time where its rows have scales of their own."""
+
 
 def compress_checkpoint(
     src: str | os.PathLike,
@@ -108,10 +111,38 @@ def compress_checkpoint(
     def compress_leaf(name: str, leaf: Any, like: Any) -> Any:
         if not isinstance(like, QuantizedArray) or isinstance(leaf, QuantizedArray):
             return leaf
-        # The policy has chosen the width; one leaf has one path, its name.
-        return compress({name: leaf}, like.bits, rule=rule, policy=[("", like.bits)], **grid)[name]
+
+        def compress_part(part: Any) -> QuantizedArray:
+            # The policy has chosen the width; one leaf has one path, its name.
+            options: Any = {**grid, "rule": rule, "policy": [("", like.bits)]}
+            return compress({name: part}, like.bits, **options)[name]
+
+        has_own_scales = like.scale.shape[:1] == like.shape[:1]
+        if not has_own_scales or not getattr(rule, "is_blockwise", True):
+            return compress_part(leaf)
+        return _by_rows(leaf, like, compress_part)
 
     return _rewrite(src, dst, outline, compress_leaf, coding, overwrite, dry_run, progress)
+
+
+def _by_rows(
+    leaf: np.ndarray, like: QuantizedArray, compress_part: Callable[[Any], QuantizedArray]
+) -> QuantizedArray:
+    """Compresses some rows at a time, as no scale is shared between them: bounds the memory."""
+    num_rows = max(_PART_BYTES // max(leaf[:1].nbytes, 1), 1)
+    if len(leaf) <= num_rows or not all(
+        np.isfinite(leaf[i : i + num_rows]).all() for i in range(0, len(leaf), num_rows)
+    ):
+        return compress_part(leaf)  # which names the entry that is not finite
+    whole = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
+    for start in range(0, len(leaf), num_rows):
+        part = leaf[start : start + num_rows]
+        # All parts have one shape, so that one program serves them.
+        padding = [(0, num_rows - len(part))] + [(0, 0)] * (leaf.ndim - 1)
+        small = compress_part(np.pad(part, padding) if len(part) < num_rows else part)
+        for target, rows in zip(jax.tree.leaves(whole), jax.tree.leaves(small), strict=True):
+            target[start : start + len(part)] = np.asarray(rows)[: len(part)]
+    return whole
 
 
 def decompress_checkpoint(

@@ -21,7 +21,7 @@ has the numbers).
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,7 @@ def _entropy(counts: jax.Array, total: int) -> jax.Array:
 class _RateOptimal(ThresholdRule):
     goal: str = "bits_per_weight"
     target: Any = None
+    is_blockwise: ClassVar[bool] = False  # one table of codes for the whole array
 
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
         kept = tuple(1 if a in axes else n for a, n in enumerate(blocks.shape))

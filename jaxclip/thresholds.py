@@ -14,7 +14,7 @@ it bounds, so 0.1 never becomes bfloat16's 0.10009766.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -227,9 +227,12 @@ class ThresholdRule:
 
     Attributes:
       granularity: Which entries share a threshold.
+      is_blockwise: Whether each block's threshold follows from its entries alone, so that an
+        array may be measured in parts.
     """
 
     granularity: Granularity = dataclasses.field(default_factory=Granularity)
+    is_blockwise: ClassVar[bool] = True
 
     def __call__(self, array: ArrayLike) -> jax.Array:
         """Returns thresholds that broadcast against `array`, in float32."""

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 import jaxclip
-from jaxclip import checkpoints
+from jaxclip import checkpoints, conversion
 from jaxclip.checkpoints import (
     CheckpointError,
     clip_checkpoint,
@@ -65,6 +65,27 @@ def test_the_file_is_that_of_the_tree_in_memory(bits, options, coding, source, t
     assert report.total_bytes == target.stat().st_size
     assert report.total_bytes == jaxclip.size_report(in_memory, coding).total_bytes
     assert checkpoints.load(target)["position_ids"].dtype == np.int64
+
+
+@pytest.mark.parametrize("options", [{"group_size": 8}, {}, {"zero_point": True}])
+def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, monkeypatch):
+    compress_checkpoint(source, tmp_path / "whole.safetensors", 4, **options)
+    monkeypatch.setattr(conversion, "_PART_BYTES", 7 * 16 * 4)  # 40 rows of 16 in parts of 7
+    compress_checkpoint(source, target, 4, **options)
+    whole, parts = (checkpoints.load(p) for p in (tmp_path / "whole.safetensors", target))
+    for name, w in weights().items():
+        if name.endswith("weight"):
+            np.testing.assert_allclose(parts[name].scale, whole[name].scale, rtol=1e-6)
+            errors = [np.sum((jaxclip.dequantize(q) - w) ** 2) for q in (whole[name], parts[name])]
+            np.testing.assert_allclose(*np.asarray(errors, np.float64), rtol=1e-5)
+
+
+def test_a_rule_that_looks_at_the_whole_leaf_gets_it(source, target, monkeypatch):
+    rule = jaxclip.rate_optimal(3.0)
+    whole = jaxclip.compress(checkpoints.load(source), 8, rule=rule, axis=0)["embed.weight"]
+    monkeypatch.setattr(conversion, "_PART_BYTES", 7 * 16 * 4)
+    compress_checkpoint(source, target, 8, rule=rule)
+    np.testing.assert_array_equal(checkpoints.load(target)["embed.weight"].qvalue, whole.qvalue)
 
 
 def test_a_dry_run_knows_the_size_and_writes_nothing(source, target):
@@ -212,7 +233,7 @@ def test_memory_is_bounded_by_the_largest_leaf(tmp_path):
     script = textwrap.dedent(
         """
         import resource, sys, numpy as np, jaxclip
-        from jaxclip import checkpoints
+        from jaxclip import checkpoints, conversion
         folder, count = sys.argv[1], int(sys.argv[2])
         w = np.random.default_rng(0).standard_normal((1024, 2048)).astype(np.float32)
         checkpoints.save(folder + "/net.npz", {f"w{i}": w for i in range(count)}, overwrite=True)
