@@ -118,7 +118,8 @@ def compress_checkpoint(
             return compress({name: part}, like.bits, **options)[name]
 
         has_own_scales = like.scale.shape[:1] == like.shape[:1]
-        if not has_own_scales or not getattr(rule, "is_blockwise", True):
+        is_joint = not getattr(rule, "is_blockwise", True) or like.scale_dtype == "log8"
+        if not has_own_scales or is_joint:  # log8 has a unit for the whole array
             return compress_part(leaf)
         return _by_rows(leaf, like, compress_part)
 

@@ -80,11 +80,13 @@ def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, 
             np.testing.assert_allclose(*np.asarray(errors, np.float64), rtol=1e-5)
 
 
-def test_a_rule_that_looks_at_the_whole_leaf_gets_it(source, target, monkeypatch):
-    rule = jaxclip.rate_optimal(3.0)
-    whole = jaxclip.compress(checkpoints.load(source), 8, rule=rule, axis=0)["embed.weight"]
+@pytest.mark.parametrize(
+    "options", [{"rule": jaxclip.rate_optimal(3.0)}, {"scale_dtype": "log8", "group_size": 4}]
+)
+def test_what_looks_at_the_whole_leaf_gets_it(options, source, target, monkeypatch):
+    whole = jaxclip.compress(checkpoints.load(source), 8, axis=0, **options)["embed.weight"]
     monkeypatch.setattr(conversion, "_PART_BYTES", 7 * 16 * 4)
-    compress_checkpoint(source, target, 8, rule=rule)
+    compress_checkpoint(source, target, 8, **options)
     np.testing.assert_array_equal(checkpoints.load(target)["embed.weight"].qvalue, whole.qvalue)
 
 
