@@ -15,6 +15,7 @@ import random
 import re
 import struct
 import tracemalloc
+import zipfile
 import zlib
 from typing import Any
 
@@ -26,7 +27,7 @@ import recorded_trees
 import safetensors.numpy
 from made_up_files import damage_text, damage_value, header_of, nested
 
-from jaxclip import checkpoints, coding, headers, layout, sources
+from jaxclip import archives, checkpoints, coding, headers, layout, sources
 from jaxclip.checkpoints import CheckpointError
 from jaxclip.grids import Granularity
 from jaxclip.quantization import QuantizedArray
@@ -322,6 +323,56 @@ def test_indices_with_other_values_give_the_same_tensors_or_are_refused(tmp_path
             assert loaded.keys() == tensors.keys()
             assert all(np.array_equal(loaded[name], tensors[name]) for name in tensors)
     assert num_read > 100 * TIMES
+
+
+# --- NumPy's files ----------------------------------------------------------------------------
+
+
+def read_numpys(data: bytes, opener: Any, allocations: list[int]) -> bool:
+    """Whether a file of NumPy's is read; if not, it was refused."""
+    allocations.clear()
+    try:
+        members = opener(io.BytesIO(data), len(data))
+        for member in members.values() if isinstance(members, dict) else [members]:
+            array = member.read()
+            assert (array.shape, array.dtype) == (member.shape, member.dtype)
+    except ValueError:
+        members = None
+    assert max(allocations, default=0) <= GROWTH * len(data) + ALLOWANCE
+    return members is not None
+
+
+def test_numpys_arrays_with_other_headers_are_read_or_refused(allocations):
+    rng, num_read = random.Random(9), 0
+    text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }" + b" " * 9 + b"\n"
+    for _ in range(2000 * TIMES):
+        header, data = damage_text(text, rng)[:60_000], bytes(range(24))
+        magic = rng.choice([b"\x93NUMPY\x01\0"] * 9 + [b"\x93NUMPY\x03\0"])
+        content = magic + len(header).to_bytes(2, "little") + header + data
+        num_read += read_numpys(content, archives.open_npy, allocations)
+        if rng.random() < 0.2:
+            file = io.BytesIO()
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("w.npy", content)
+            num_read += read_numpys(file.getvalue(), archives.open_npz, allocations)
+    assert num_read > 50 * TIMES
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_archives_with_other_bytes_are_read_or_refused(is_packed, allocations, monkeypatch):
+    monkeypatch.setattr(archives, "_ALWAYS_ALLOWED_BYTES", ALLOWANCE)
+    rng, file = random.Random(10), io.BytesIO()
+    save = np.savez_compressed if is_packed else np.savez
+    save(file, w=np.arange(6.0), b=np.zeros((2, 0), np.int8))
+    num_read, data = 0, file.getvalue()
+    for _ in range(1000 * TIMES):
+        changed = bytearray(data)
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            place = rng.randrange(len(changed))
+            num_bytes = rng.choice([1, 1, 1, 4])
+            changed[place : place + num_bytes] = rng.randbytes(num_bytes + (rng.random() < 0.05))
+        num_read += read_numpys(bytes(changed), archives.open_npz, allocations)
+    assert num_read > 10 * TIMES
 
 
 # --- Memory -----------------------------------------------------------------------------------
