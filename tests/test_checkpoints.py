@@ -356,13 +356,15 @@ def saved(request, tmp_path_factory) -> tuple[pathlib.Path, bytes]:
 def test_every_flipped_bit_is_refused(saved):
     path, data = saved
     assert len(data) < 1500
-    for position in range(len(data)):
-        for bit in range(8):
-            damaged = bytearray(data)
-            damaged[position] ^= 1 << bit
-            path.write_bytes(damaged)
-            with pytest.raises(CheckpointError, match=r"net\.safetensors"):
-                checkpoints.load(path)
+    path.write_bytes(data)
+    with path.open("r+b", buffering=0) as file:  # in place, which is faster
+        for position, byte in enumerate(data):
+            for bit in range(8):
+                os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), position)
+                with pytest.raises(CheckpointError, match=r"net\.safetensors"):
+                    checkpoints.load(path)
+            os.pwrite(file.fileno(), bytes([byte]), position)
+    checkpoints.load(path)
 
 
 def test_every_truncation_and_every_addition_is_refused(saved):
