@@ -26,6 +26,10 @@ _CHUNK = 40 * 2**15
 """Codes worked on at a time: a multiple of every number of digits."""
 _SAMPLE = 2**17
 """Codes that are tried out."""
+_MAX_GROWTH = 64
+"""Codes that a byte may stand for: a bit for eight is Huffman's best, more would be a bomb."""
+_ALWAYS_ALLOWED = 2**26
+"""Codes that any data may stand for in asymmetric numeral systems, where constants are free."""
 _RAW_DEFLATE = -15
 """zlib's window bits for a stream with neither header nor checksum."""
 _HUFFMAN_PREFIX = "<bBxxxxxxQ"
@@ -54,7 +58,7 @@ def check_coding(coding: Any) -> None:
         _checks.import_extra("constriction", "coding")
 
 
-def encode_codes(codes: np.ndarray, coding: str) -> bytes:
+def encode_codes(codes: np.ndarray, coding: str) -> bytes | None:
     """Returns codes entropy coded; `docs/format.md` has the bytes.
 
     Args:
@@ -62,8 +66,9 @@ def encode_codes(codes: np.ndarray, coding: str) -> bytes:
       coding: "huffman" or "ans".
 
     Returns:
-      What `decode_codes` gives the codes back from. Equal codes give equal bytes, for
-      Huffman with one version of zlib.
+      What `decode_codes` gives the codes back from; None if it would refuse them as a bomb, as
+      more than 2**26 codes that are nearly all equal are for "ans". Equal codes give equal
+      bytes, for Huffman with one version of zlib.
 
     Example:
       >>> codes = np.random.default_rng(0).binomial(4, 0.5, 8000).astype(np.int8)  # 2.03 bits
@@ -171,6 +176,8 @@ def _huffman_decode(data: bytes, count: int) -> np.ndarray:
         raise ValueError("its coded data are damaged: their prefix is not valid.")
     plan = _Plan(k, lowest, num_beyond)
     num_bytes = -(-count // plan.k)
+    if num_bytes + plan.num_beyond > _MAX_GROWTH // 8 * len(data):
+        raise ValueError("its coded data are damaged: they are too short for their codes.")
     stream = _inflated(data[size:], num_bytes + plan.num_beyond)
     every_byte = np.arange(256)[:, None] // plan.powers.astype(np.int64) % plan.base
     every_byte = (every_byte + plan.lowest).astype(np.int8)
@@ -202,7 +209,7 @@ def _inflated(data: bytes, num_bytes: int) -> np.ndarray:
 # --- Asymmetric numeral systems -------------------------------------------------------------
 
 
-def _ans_encode(codes: np.ndarray) -> bytes:
+def _ans_encode(codes: np.ndarray) -> bytes | None:
     lowest, counts = _counts(codes)
     coder, model = _ans_coder(None), _ans_model(counts)
     # A stack: what goes in last comes out first.
@@ -211,7 +218,8 @@ def _ans_encode(codes: np.ndarray) -> bytes:
         coder.encode_reverse(levels, model)
     table = zlib.compress(counts.astype("<u8").tobytes(), 9, _RAW_DEFLATE)
     prefix = struct.pack(_ANS_PREFIX, lowest, counts.size, len(table))
-    return prefix + table + coder.get_compressed().astype("<u4").tobytes()
+    data = prefix + table + coder.get_compressed().astype("<u4").tobytes()
+    return None if _is_bomb(data, codes.size) else data
 
 
 def _ans_decode(data: bytes, count: int) -> np.ndarray:
@@ -225,6 +233,8 @@ def _ans_decode(data: bytes, count: int) -> np.ndarray:
     counts = _inflated(data[start:stop], 8 * num_levels).view("<u8").astype(np.uint64)
     if sum(counts.tolist()) != count:
         raise ValueError("its coded data are damaged: their counts do not add up.")
+    if _is_bomb(data, count):
+        raise ValueError(f"its {count:,} codes in {len(data):,} bytes are refused as a bomb.")
     try:
         coder = _ans_coder(np.frombuffer(data[stop:], "<u4").astype(np.uint32))
     except ValueError as error:
@@ -237,6 +247,10 @@ def _ans_decode(data: bytes, count: int) -> np.ndarray:
     if not coder.is_empty() or not np.array_equal(found, counts):
         raise ValueError("its coded data are damaged: they are not what was counted.")
     return codes
+
+
+def _is_bomb(data: bytes, count: int) -> bool:
+    return count > _ALWAYS_ALLOWED + _MAX_GROWTH * len(data)
 
 
 def _ans_coder(compressed: np.ndarray | None) -> Any:

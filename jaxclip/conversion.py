@@ -19,7 +19,7 @@ from jaxclip.coding import check_coding
 from jaxclip.compression import SizeReport, compress, decompress, report_plan
 from jaxclip.grids import Bits
 from jaxclip.headers import header_size
-from jaxclip.layout import plan_file
+from jaxclip.layout import leaf_name, plan_file
 from jaxclip.progress import byte_bar
 from jaxclip.quantization import QuantizedArray, dequantize
 from jaxclip.sources import open_source
@@ -266,8 +266,12 @@ def _rewrite(
         if dry_run and coding is None:
             return report_plan(plan, header_size(plan, None))
         advance = stack.enter_context(byte_bar(sum(source.num_bytes.values()), progress))
+        # The names of others are keys of a flat dict here, in which "/" is written otherwise.
+        is_flat = source.structure is None
+        names = {leaf_name((name,)) if is_flat else name: name for name in source.leaves}
 
-        def produce(name: str) -> Any:
+        def produce(name_in_plan: str) -> Any:
+            name = names[name_in_plan]
             leaf = source.read(name)
             advance(source.num_bytes[name])
             return rewrite_leaf(name, leaf, outlined[name])

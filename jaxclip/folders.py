@@ -89,8 +89,9 @@ def read_index(raw: bytes, folder: Path) -> tuple[dict[str, str], int | None]:
 
 
 def _is_bare_name(name: str) -> bool:
-    is_plain = name.isprintable() and not set(name) & set("/\\:") and len(name) <= 255
-    return is_plain and name.endswith(".safetensors") and not name.startswith(".")
+    if not name.isprintable() or set(name) & set("/\\:") or len(name.encode()) > 255:
+        return False
+    return name.endswith(".safetensors") and not name.startswith(".")
 
 
 def _check_inside(folder: Path, shard: str) -> None:

@@ -333,7 +333,8 @@ def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> np.ndarray | 
       coding: As in `coding.encode_codes`; None codes nothing.
 
     Returns:
-      Bytes; None if the tensor does not hold codes, or is not smaller when they are coded.
+      Bytes; None if the tensor does not hold codes, is not smaller when they are coded, or so
+      much smaller that no reader would believe it.
 
     Raises:
       ValueError: If a code is outside the grid.
@@ -348,8 +349,10 @@ def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> np.ndarray | 
         return None
     codes = np.asarray(leaf.qvalue).reshape(-1).astype(np.int8, copy=False)
     leaf.check_codes(codes, tensor.leaf)
-    coded = np.frombuffer(encode_codes(codes, coding), np.uint8)
-    return coded if coded.size < tensor.stop - tensor.start else None
+    coded = encode_codes(codes, coding)
+    if coded is None or len(coded) >= tensor.stop - tensor.start:
+        return None
+    return np.frombuffer(coded, np.uint8)
 
 
 # --- Reading --------------------------------------------------------------------------

@@ -106,6 +106,33 @@ def test_data_of_another_length_are_refused(kind):
             decode_codes(coded, kind, count)
 
 
+def test_no_data_are_codes_beyond_their_growth_and_the_writer_makes_none(monkeypatch):
+    codes = np.zeros(4000, np.int8)
+    data = encode_codes(codes, "ans")
+    monkeypatch.setattr(coding, "_ALWAYS_ALLOWED", 4000 - 64 * len(data))
+    assert encode_codes(codes, "ans") == data
+    monkeypatch.setattr(coding, "_ALWAYS_ALLOWED", 3999 - 64 * len(data))
+    assert encode_codes(codes, "ans") is None
+    with pytest.raises(ValueError, match=r"4,000 codes in \d+ bytes are refused as a bomb"):
+        decode_codes(data, "ans", 4000)
+
+
+def test_a_header_that_asks_for_a_terabyte_is_refused_for_ans():
+    table = zlib.compress(np.array([2**40], "<u8").tobytes(), 9, -15)
+    data = struct.pack("<bxHI", 0, 1, len(table)) + table
+    with pytest.raises(ValueError, match="refused as a bomb"):
+        decode_codes(data, "ans", 2**40)
+
+
+def test_matches_and_runs_which_the_writer_never_makes_do_not_grow_for_huffman():
+    size = 2**20
+    data = struct.pack("<bBxxxxxxQ", 0, 8, 0) + zlib.compress(bytes(size), 9, -15)
+    with pytest.raises(ValueError, match="too short for their codes"):
+        decode_codes(data, "huffman", 8 * size)
+    constant = np.zeros(8 * 10_000, np.int8)
+    assert (decode_codes(encode_codes(constant, "huffman"), "huffman", constant.size) == 0).all()
+
+
 def test_a_bomb_is_refused_before_it_grows():
     bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
     data = bomb.compress(bytes(2**26)) + bomb.flush()

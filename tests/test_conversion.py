@@ -122,6 +122,26 @@ def test_shards_become_one_file(tmp_path, target):
     assert sorted(checkpoints.load(target)) == sorted(tensors)
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_names_with_slashes_and_colons_are_compressed_and_come_back(suffix, tmp_path, target):
+    names = ["layer/kernel", "layer/kernel:0", "../x", "%2F"]
+    arrays = {name: drawn(8, 4, seed=seed) for seed, name in enumerate(names)}
+    if suffix == ".npz":
+        checkpoints.save(tmp_path / "net.npz", arrays)
+    else:
+        safetensors.numpy.save_file(arrays, tmp_path / "net.safetensors")
+    report = compress_checkpoint(tmp_path / f"net{suffix}", target, 4, policy=[("kernel$", 2)])
+    expected = jaxclip.compress(arrays, 4, axis=0, policy=[("kernel$", 2)])
+    loaded = checkpoints.load(target)
+    assert sorted(loaded) == sorted(names)
+    for name in names:
+        np.testing.assert_array_equal(loaded[name].qvalue, expected[name].qvalue)
+    assert report.total_bytes == target.stat().st_size
+    decompress_checkpoint(target, tmp_path / "plain.safetensors")
+    plain = checkpoints.load(tmp_path / "plain.safetensors")
+    assert all((plain[n] == jaxclip.dequantize(expected[n])).all() for n in names)
+
+
 def test_a_tree_of_ours_keeps_its_structure_and_its_low_bit_leaves(tmp_path, target):
     tree = {"a": [drawn(8, 4), jaxclip.quantize(drawn(8, 4), 2)], "b": (drawn(3),)}
     checkpoints.save(tmp_path / "tree.safetensors", tree)

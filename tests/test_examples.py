@@ -1,16 +1,27 @@
 """The examples run as a user runs them; each asserts its own claims."""
 
 import gzip
+import itertools
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import recorded_trees
+import safetensors
+
+from jaxclip import checkpoints, layout
+from jaxclip.compression import decompress
+from jaxclip.grids import Granularity, code_range
+from jaxclip.quantization import QuantizedArray
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
-EXAMPLES = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in ("digits", "fashion")]
+WITHOUT_CLAIMS = ("digits", "fashion", "read_low_bit_file")
+EXAMPLES = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in WITHOUT_CLAIMS]
 
 
 def run(example: pathlib.Path, *arguments: object, cwd: pathlib.Path, path: str = "") -> str:
@@ -148,3 +159,88 @@ def test_the_nnx_example_goes_on_from_its_checkpoint_on_digits(tmp_path):
     printed = run(example, "--steps", 40, *arguments, cwd=tmp_path, path=path)
     assert "goes on from a checkpoint, after 20 steps" in printed
     assert "stopped after step 40" in printed
+
+
+# --- A reader of the file format ------------------------------------------------------
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import read_low_bit_file
+
+    return read_low_bit_file
+
+
+def assert_read_alike(reader, path: pathlib.Path) -> None:
+    """The same arrays as ours; bfloat16 as float32 and float8 as bytes, as NumPy has neither."""
+    expected = layout.plan_file(decompress(checkpoints.load(path))).leaves
+    found = reader.read_file(path)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        array = np.asarray(array)
+        wanted = array.view(np.uint8) if "float8" in array.dtype.name else array
+        wanted = wanted.astype(np.float32) if wanted.dtype == jnp.bfloat16 else wanted
+        assert found[name].dtype == wanted.dtype, name
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_reader_reads_recorded_files(reader, version):
+    assert_read_alike(reader, recorded_trees.RECORDED / f"version_{version}.safetensors")
+
+
+def every_kind_of_leaf() -> dict:
+    """Sparse codes, so that coding makes them smaller, with every option of a low-bit array."""
+    rng, leaves = np.random.default_rng(0), {}
+    kinds = itertools.product(
+        (1, "ternary", 2, 4, 8),
+        ((None, None), (-1, None), (0, 7), (None, 50)),
+        (False, True),
+        ("float32", "float16", "bfloat16", "log8"),
+    )
+    for bits, (axis, group_size), has_zero, scale_dtype in kinds:
+        low, high = code_range(bits)
+        granularity, shape = Granularity(axis, group_size), (5, 60)
+        scale_shape = granularity.scale_shape(shape)
+        codes = rng.normal(0, 0.4, shape).round().clip(low, high)
+        scale = rng.choice([0.5, 0.25, 2.0], scale_shape)
+        scale.flat[0] = 2.0  # the unit of log8
+        has_zero &= bits != 1
+        zero = rng.integers(low, high + 1, scale_shape).astype(np.int8) if has_zero else None
+        leaves[f"{bits} {axis} {group_size} {has_zero} {scale_dtype}"] = QuantizedArray(
+            (np.where(codes < 0, -1, 1) if bits == 1 else codes).astype(np.int8),
+            scale.astype(jnp.dtype(scale_dtype.replace("log8", "float32"))),
+            bits, True, granularity, jnp.dtype(jnp.bfloat16 if bits == 4 else np.float32),
+            zero, scale_dtype,
+        )  # fmt: skip
+    return leaves
+
+
+@pytest.mark.parametrize("coding", [None, "huffman", "ans"])
+def test_the_reader_reads_every_kind_of_leaf(reader, coding, tmp_path):
+    bytes_of_float8 = np.arange(256, dtype=np.uint8)
+    plain = [bytes_of_float8.view(jnp.float8_e4m3fn), bytes_of_float8.view(jnp.float8_e5m2)]
+    tree = {"low": every_kind_of_leaf(), "plain": [*plain, np.array([True, False])]}
+    checkpoints.save(tmp_path / "net.safetensors", tree, coding=coding)
+    inner = safetensors.safe_open(tmp_path / "net.safetensors", "np").metadata()["jaxclip"]
+    codings = {info["coding"] for info in json.loads(inner)["leaves"].values()}
+    assert codings == ({None, coding} if coding else {None})
+    assert_read_alike(reader, tmp_path / "net.safetensors")
+
+
+def test_the_reader_says_what_ans_needs_and_sees_damage(reader, tmp_path, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    checkpoints.save(path, {"w": every_kind_of_leaf()["8 None None False float32"]}, coding="ans")
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ImportError, match="pip install constriction"):
+        reader.read_file(path)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="tensor 'w:codes' is damaged"):
+        reader.read_file(path)
+
+
+def test_the_reader_prints_names_shapes_and_means(tmp_path):
+    checkpoints.save(tmp_path / "net.safetensors", {"layer": {"bias": np.float32([1, 2, 6])}})
+    printed = run(FOLDER / "read_low_bit_file.py", "net.safetensors", cwd=tmp_path)
+    assert printed.split() == ["layer/bias", "(3,)", "float32", "mean", "3"]

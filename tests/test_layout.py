@@ -1,12 +1,9 @@
 """The layout of files: trees to tensors and headers, and back."""
 
 import collections
-import json
 import math
 import os
 import pathlib
-import struct
-import zlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_up_files import header_of
 
 from jaxclip import checkpoints, headers, layout
 from jaxclip.compression import compress, size_report
@@ -260,19 +258,6 @@ def test_reported_size_is_the_files_size_for_low_bit_trees(bits, tmp_path: pathl
 
 
 # --- Headers that lie -------------------------------------------------------------------------
-
-
-def header_of(outer: dict, inner: dict | None = None, text: str | None = None) -> bytes:
-    """A header with a right checksum, whatever it says."""
-    if inner is not None:
-        inner = {"header_crc": "00000000", **inner}
-        outer = {"__metadata__": {"jaxclip": json.dumps(inner, separators=(",", ":"))}, **outer}
-    text = json.dumps(outer, separators=(",", ":")) if text is None else text
-    raw = bytearray(struct.pack("<Q", len(text)) + text.encode())
-    place = raw.find(b"00000000", 8)
-    if inner is not None:
-        raw[place : place + 8] = f"{zlib.crc32(raw):08x}".encode()
-    return bytes(raw)
 
 
 def entry(dtype="U8", shape=(3,), offsets=(0, 3)) -> dict:

@@ -79,6 +79,7 @@ def test_a_folder_with_one_file_is_that_file(tmp_path):
         "a\nb.safetensors",
         "a\0.safetensors",
         "x" * 300 + ".safetensors",
+        "é" * 130 + ".safetensors",
         7,
         None,
         ["model.safetensors"],

@@ -1,0 +1,112 @@
+"""Reads jaxclip's `.safetensors` files with NumPy, zlib and json: docs/format.md as a program.
+
+    python examples/read_low_bit_file.py net.safetensors
+
+To be ported, not to be trusted: it believes what a file says, `jaxclip.checkpoints.load` does not.
+"""
+
+import json
+import math
+import pathlib
+import struct
+import sys
+import zlib
+
+import numpy as np
+
+DTYPES = {"BOOL": "?", **{f"{k}{8 * n}": f"<{k.lower()}{n}" for k in "UIF" for n in (1, 2, 4, 8)}}
+DTYPES |= {"BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}  # which NumPy has not
+
+
+def as_array(raw, dtype):
+    """Raw bytes as an array; bfloat16 as float32, float8 as the bytes it is."""
+    array = np.frombuffer(raw, DTYPES[dtype])
+    return (array.astype("<u4") << 16).view("<f4") if dtype == "BF16" else array
+
+
+def read_file(path):
+    """A dict from the name of each leaf to its array, of a low-bit leaf to its weights."""
+    data = pathlib.Path(path).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    ours = json.loads(header.pop("__metadata__")["jaxclip"])
+    if ours["version"] not in (1, 2):
+        raise ValueError(f"version {ours['version']} of the format is not known here")
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        raw = data[8 + length + start : 8 + length + stop]
+        if f"{zlib.crc32(raw):08x}" != ours["crc"][name]:
+            raise ValueError(f"tensor {name!r} is damaged")
+        tensors[name] = as_array(raw, entry["dtype"]).reshape(entry["shape"])
+    arrays = {name: tensor for name, tensor in tensors.items() if ":" not in name}
+    return arrays | {name: weights(name, i, tensors) for name, i in ours["leaves"].items()}
+
+
+def weights(name, info, tensors):
+    """What a low-bit leaf stands for: scale * (code - zero), in float32, in its dtype."""
+    shape, scale = info["shape"], tensors[f"{name}:scale"]
+    if info.get("scale_dtype") == "log8":
+        power = (2.0 ** -((scale & 127) / 8)).astype(np.float32) * tensors[f"{name}:unit"]
+        scale = np.where(scale > 127, -power, power)
+    codes = decode(tensors[f"{name}:codes"], info, math.prod(shape)).reshape(shape)
+    zero = spread(tensors[f"{name}:zero"], info) if info.get("zero_point") else 0
+    product = spread(scale.astype(np.float32), info) * (codes - zero).astype(np.float32)
+    if info["dtype"] == "BF16":  # to the nearest, ties to even
+        word = product.view(np.uint32)
+        return (word + 0x7FFF + (word >> 16 & 1) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return product.astype(DTYPES[info["dtype"]])
+
+
+def spread(scale, info):
+    """One value a block to one an entry, along the axis that is cut into groups."""
+    shape, channels = info["shape"], np.atleast_1d([] if info["axis"] is None else info["axis"])
+    free = [a for a in range(len(shape)) if a not in channels and a - len(shape) not in channels]
+    if info["group_size"] is None or not shape:
+        return scale
+    repeated = np.repeat(scale, min(info["group_size"], max(shape[free[-1]], 1)), free[-1])
+    return np.take(repeated, range(shape[free[-1]]), free[-1])
+
+
+def decode(stored, info, count):
+    """Codes, whether packed or entropy coded."""
+    bits = info["bits"]
+    if info.get("coding") is not None:
+        return {"huffman": huffman, "ans": ans}[info["coding"]](stored.tobytes(), count)
+    if bits == "ternary":  # five digits a byte
+        return (stored[:, None] // 3 ** np.arange(5) % 3).reshape(-1)[:count] - 1
+    stream = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(-1, bits)
+    unsigned = stream.astype(np.int64) @ (1 << np.arange(bits))
+    return 2 * unsigned - 1 if bits == 1 else unsigned - 2 ** (bits - 1) + (not info["full_signed"])
+
+
+def huffman(data, count):
+    """Bytes of k digits each, deflated; the last digit stands for a code that follows them."""
+    lowest, k, num_beyond = struct.unpack("<bBxxxxxxQ", data[:16])
+    base, num_bytes = {1: 256, 2: 16, 3: 6, 4: 4, 5: 3, 8: 2}[k], -(-count // k)
+    stream = np.frombuffer(zlib.decompress(data[16:], -15), np.uint8)
+    digits = stream[:num_bytes, None].astype(np.int64) // base ** np.arange(k) % base
+    codes = digits.reshape(-1)[:count] + lowest
+    if num_beyond:
+        codes[codes == lowest + base - 1] = stream[num_bytes:].view(np.int8)
+    return codes
+
+
+def ans(data, count):
+    """Asymmetric numeral systems, with a table of how often each code occurs."""
+    try:
+        import constriction
+    except ImportError as error:
+        raise ImportError("coding 'ans' needs a package: pip install constriction") from error
+    lowest, num_levels, size = struct.unpack("<bxHI", data[:8])
+    counts = np.frombuffer(zlib.decompress(data[8 : 8 + size], -15), "<u8")
+    shares = np.append(counts / max(count, 1), [0.0] * (num_levels == 1)) if count else [1.0, 0.0]
+    model = constriction.stream.model.Categorical(np.array(shares), perfect=False)
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(data[8 + size :], "<u4"))
+    return coder.decode(model, count) + lowest
+
+
+if __name__ == "__main__":
+    for name, array in sorted(read_file(sys.argv[1]).items()):
+        mean = array.astype(np.float64).mean() if array.size else float("nan")
+        print(f"{name:40} {array.shape!s:20} {array.dtype!s:8} mean {mean:.6g}")
