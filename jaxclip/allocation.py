@@ -8,7 +8,7 @@ as long as they fit.
 
 The steps up to the first that does not fit, with a fraction of that one, are the best even if
 options could be mixed. So the total is at most what that one step saves above the optimum, and
-is the optimum where it fits exactly (Everett, 1963; Shoham and Gersho, 1988).
+is the optimum where it fits exactly.
 """
 
 from collections.abc import Iterator
@@ -69,6 +69,10 @@ def allocate(sizes: Any, errors: Any, budget: int) -> list[int]:
     Example:
       >>> allocate([[1, 2, 4], [1, 2, 4]], [[9.0, 4.0, 1.0], [2.0, 1.0, 0.5]], 5)
       [2, 0]
+
+    References:
+      Shoham and Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988,
+      https://doi.org/10.1109/29.90373
     """
     sizes, errors = np.asarray(sizes), np.asarray(errors)
     num_leaves, num_options = sizes.shape

@@ -212,10 +212,7 @@ def _allocated_widths(
     quantized: Callable[[int, Bits], QuantizedArray],
 ) -> list[Bits]:
     """The widths of the free leaves; the others are in `small` as they will be stored."""
-    for i in free:
-        if not _checks.is_concrete(small[i]):
-            raise TypeError(f"{name} needs the weights' values: compress outside of jit.")
-    measured = [_measured(small[i], functools.partial(quantized, i)) for i in free]
+    measured = [_measured(name, small[i], functools.partial(quantized, i)) for i in free]
     sizes = np.asarray([[option.num_bytes for option in leaf] for leaf in measured], np.int64)
     errors = np.asarray([[option.error for option in leaf] for leaf in measured], np.float64)
     shape = (len(free), len(_WIDTHS))  # of no leaves too
@@ -246,10 +243,12 @@ class _Option(NamedTuple):
     error: float
 
 
-def _measured(leaf: Any, quantized: Callable[[Bits], QuantizedArray]) -> list[_Option]:
+def _measured(target: str, leaf: Any, quantized: Callable[[Bits], QuantizedArray]) -> list[_Option]:
     options = []
     for width in _WIDTHS:
         q = quantized(width)
+        if not _checks.is_concrete(q.qvalue):
+            raise TypeError(f"{target} needs the weights' values: compress outside of jit.")
         # Shapes are enough from here on; the codes of all widths would fill the memory.
         outline = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), q)
         options.append(_Option(outline, plan_file(q).data_bytes, squared_error(leaf, q)))

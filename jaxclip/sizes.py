@@ -194,7 +194,8 @@ def _largest_threshold(leaf: Any) -> float | None:
         return None
     if isinstance(scale, jax.Array) and not scale.is_fully_addressable:
         return None
-    return float(np.max(np.asarray(leaf.threshold), initial=0))
+    with jax.ensure_compile_time_eval():  # a concrete array inside somebody's jit
+        return float(np.max(np.asarray(leaf.threshold), initial=0))
 
 
 def _compared(report: SizeReport, plan: FilePlan, original: Any) -> SizeReport:

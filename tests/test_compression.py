@@ -277,6 +277,11 @@ def test_more_than_one_goal_is_refused(options):
         squeeze(uneven_params(), **options)
 
 
+def test_a_rule_of_one_width_is_refused_with_a_target():
+    with pytest.raises(ValueError, match="needs bits=8"):
+        compress(uneven_params(), target_bytes=9999, rule=jaxclip.rate_optimal(2.5))
+
+
 @pytest.mark.parametrize("value", [0, -1.0, np.nan, np.inf, True, "3"], ids=repr)
 def test_targets_that_are_no_sizes_are_refused_by_name(value):
     for name in ("target_bits_per_weight", "target_bytes"):
@@ -286,7 +291,9 @@ def test_targets_that_are_no_sizes_are_refused_by_name(value):
 
 def test_a_target_under_jit_is_refused():
     with pytest.raises(TypeError, match="target_bytes needs the weights' values"):
-        jax.eval_shape(lambda p: compress(p, target_bytes=9999), uneven_params())
+        jax.eval_shape(lambda p: squeeze(p, target_bytes=9999), uneven_params())
+    with pytest.raises(TypeError, match="target_bytes needs the weights' values"):
+        jax.eval_shape(lambda: squeeze(uneven_params(), target_bytes=9999))
 
 
 # --- Bad input -------------------------------------------------------------------------

@@ -125,6 +125,9 @@ def test_a_report_is_made_under_jit_without_thresholds():
 
     jax.jit(f)(make_params())
     assert sizes == [(size_report(make_small()).total_bytes, None)]
+    small = make_small()
+    jax.eval_shape(lambda: sizes.append(size_report(small)))  # concrete arrays keep theirs
+    assert sizes[1] == size_report(small)
 
 
 @pytest.mark.parametrize(
