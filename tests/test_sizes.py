@@ -20,7 +20,7 @@ def make_params():
             "bias": jnp.asarray(rng.normal(size=5).astype(np.float32)),
         },
         "half": jnp.asarray(rng.normal(size=(4, 5)), jnp.bfloat16),
-        "steps": jnp.arange(3),
+        "steps": np.arange(3, dtype=np.int32),
     }
 
 
