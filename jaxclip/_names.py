@@ -3,7 +3,7 @@
 from jaxclip import checkpoints, interop, plots
 from jaxclip.adaptive import adagc, autoclip, zclip
 from jaxclip.boxes import box, nonnegative
-from jaxclip.compression import compress, decompress, size_report
+from jaxclip.compression import compress, decompress
 from jaxclip.constraints import constrain, project_weights
 from jaxclip.feedback import error_feedback
 from jaxclip.fitting import FitResult, fit, log_to_jsonl
@@ -19,6 +19,7 @@ from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign
 from jaxclip.sign_optimizers import cautious, lion, sign_sgd, signum
+from jaxclip.sizes import size_report
 from jaxclip.smoothing import smooth_clip
 from jaxclip.spectra import clip_by_spectral_norm
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes

@@ -1,31 +1,38 @@
-"""Trees: which leaf is stored at how many bits, and what that costs in bytes."""
+"""Trees: which leaf is stored at how many bits."""
 
-import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxclip import _checks
-from jaxclip.coding import check_coding
+from jaxclip.allocation import allocate
+from jaxclip.fidelity import squared_error
 from jaxclip.grids import Bits, code_range
-from jaxclip.headers import header_size
-from jaxclip.layout import FilePlan, coded_tensor, plan_file
+from jaxclip.layout import plan_file
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
 from jaxclip.scale_formats import scale_format
+from jaxclip.sizes import size_report
 from jaxclip.threshold_rules import mse_optimal
 
-__all__ = ["LeafSize", "SizeReport", "compress", "decompress", "report_plan", "size_report"]
+__all__ = ["compress", "decompress"]
+
+# What a target chooses from. One bit is left out: without a code for 0 its error tells less
+# of what a network loses.
+_WIDTHS: tuple[Bits, ...] = ("ternary", 2, 3, 4, 5, 6, 8)
 
 
 def compress(
     params: Any,
-    bits: Bits = 4,
+    bits: Bits | None = None,
     *,
+    target_bits_per_weight: float | None = None,
+    target_bytes: int | None = None,
     rule: Any = mse_optimal,
     axis: int | tuple[int, ...] | None = -1,
     group_size: int | None = None,
@@ -36,10 +43,18 @@ def compress(
 ) -> Any:
     """Replaces leaves of two or more dimensions by low-bit arrays.
 
+    With a target, each leaf gets the width of "ternary", 2, 3, 4, 5, 6 or 8 bits that makes
+    the squared error `sum |W - Q|^2` over all leaves small: bytes go where they lower it most,
+    as `jaxclip.allocation` says. The error counts in the weights' own units, so that leaves of
+    large weights get more bits; `policy` fixes a leaf that must not follow.
+
     Args:
       params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
         stay as they are, and so do low-bit leaves.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None for 4, or for what a target chooses.
+      target_bits_per_weight: Most bits that an entry of a low-bit leaf takes on average, in
+        (0, inf): codes and scales, those of leaves whose width is fixed included. Not traced.
+      target_bytes: Most bytes of the file, `size_report(small).total_bytes`; at least 1.
       rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
         `max_abs`), bound here to the grid and granularity; or a number.
       axis: Channel axis with a scale for each index; by default the last, an output
@@ -49,66 +64,65 @@ def compress(
       zero_point: Whether grids may lie unevenly around 0, as in `quantize`; not for 1 bit.
       scale_dtype: Format of the scales: float32, float16, bfloat16 or "log8".
       policy: Pairs `(regex, bits)`; the first whose regex matches a leaf's path decides
-        its width, None to leave it as it is. Leaves that none matches follow `bits`.
+        its width, None to leave it as it is. Leaves that none matches follow `bits` or
+        the target.
 
     Returns:
       A tree of the same structure with `QuantizedArray` leaves, for `decompress`,
-      `size_report` and `checkpoints.save`.
+      `size_report` and `checkpoints.save`. A target is never exceeded, and the error within it
+      is no larger than that of any one width for all leaves that fits.
 
     Raises:
-      TypeError: If an argument is of a wrong type.
+      TypeError: If an argument is of a wrong type, more than one of `bits` and the targets
+        is given, or a target comes with traced weights.
       ValueError: If `bits` or `scale_dtype` is not allowed, `zero_point` comes with 1 bit, a
-        regex matches no leaf, or a weight is NaN or
-        infinite (the message names leaf and index).
+        regex matches no leaf, a weight is NaN or infinite (the message names leaf and
+        index), or a target is out of reach (the message has the least).
 
     Example:
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
       >>> small = compress(params, bits="ternary")
       >>> small["kernel"].bits, small["bias"].dtype
       ('ternary', dtype('float32'))
+      >>> params = {"a": jnp.ones((64, 64)), "b": jax.random.normal(jax.random.key(0), (64, 64))}
+      >>> small = compress(params, target_bits_per_weight=3.5)
+      >>> small["a"].bits, small["b"].bits
+      ('ternary', 4)
     """
+    target = _checked_target(bits, target_bits_per_weight, target_bytes)
+    bits = 4 if bits is None else bits
     code_range(bits)
     scale_dtype = scale_format(scale_dtype)
-    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in policy):
-        raise ValueError(f"policy must be pairs (regex, bits), got {policy!r}.")
-    rules = [(_compiled(pattern), width) for pattern, width in policy]
-    for _, width in rules:
-        if width is not None:
-            code_range(width)
-    matched: set[int] = set()
+    flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
+    names, leaves = [_checks.path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
+    fixed = _fixed_widths(names, policy)
 
-    def width_of(path: str, leaf: Any) -> Bits | None:
-        for i, (pattern, width) in enumerate(rules):
-            if pattern.search(path):
-                matched.add(i)
-                return width
-        return bits if np.ndim(leaf) >= 2 else None
-
-    def compress_leaf(path: tuple, leaf: Any) -> Any:
-        if _is_quantized(leaf):
-            return leaf
-        name = _checks.path_name(path)
-        width = width_of(name, leaf)
-        is_real = _checks.is_clippable(leaf) and not jnp.iscomplexobj(leaf)
-        if width is None or not is_real:
-            return leaf
+    def quantized(i: int, width: Bits) -> QuantizedArray:
         return quantize(
-            leaf,
+            leaves[i],
             width,
             threshold=rule,
-            axis=axis if np.ndim(leaf) >= 2 else None,
+            axis=axis if np.ndim(leaves[i]) >= 2 else None,
             group_size=group_size,
             full_signed=full_signed,
             zero_point=zero_point,
             scale_dtype=scale_dtype,
-            name=f"params at '{name}'",
+            name=f"params at '{names[i]}'",
         )
 
-    small = jax.tree_util.tree_map_with_path(compress_leaf, params, is_leaf=_is_quantized)
-    unmatched = [policy[i][0] for i in range(len(rules)) if i not in matched]
-    if unmatched:
-        raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
-    return small
+    can = [i for i, leaf in enumerate(leaves) if _can_be_low_bit(leaf)]
+    free = [i for i in can if i not in fixed and np.ndim(leaves[i]) >= 2]
+    small = list(leaves)
+    for i in can:
+        width = fixed.get(i)
+        if width is not None:
+            small[i] = quantized(i, width)
+    widths = [bits] * len(free)
+    if target is not None:
+        widths = _allocated_widths(*target, small, structure, free, quantized)
+    for i, width in zip(free, widths, strict=True):
+        small[i] = quantized(i, width)
+    return structure.unflatten(small)
 
 
 def decompress(small: Any, dtype: Any = None) -> Any:
@@ -133,110 +147,27 @@ def decompress(small: Any, dtype: Any = None) -> Any:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafSize:
-    """One leaf of a `SizeReport`.
-
-    Attributes:
-      path: Tree path, `layer/kernel`.
-      shape: Shape of the array.
-      bits: Width of its codes, or None if it is stored as it is.
-      raw_bytes: Bytes of the array in its own dtype.
-      stored_bytes: Bytes of codes and scales, or of the array as it is.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    bits: Bits | None
-    raw_bytes: int
-    stored_bytes: int
+def _fixed_widths(
+    names: list[str], policy: Sequence[tuple[str, Bits | None]]
+) -> dict[int, Bits | None]:
+    """What the policy says, by the leaf's place."""
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in policy):
+        raise ValueError(f"policy must be pairs (regex, bits), got {policy!r}.")
+    patterns = [_compiled(pattern) for pattern, _ in policy]
+    for _, width in policy:
+        if width is not None:
+            code_range(width)
+    firsts = [next((n for n, p in enumerate(patterns) if p.search(name)), None) for name in names]
+    unmatched = [policy[n][0] for n in range(len(policy)) if n not in firsts]
+    if unmatched:
+        raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
+    return {i: policy[n][1] for i, n in enumerate(firsts) if n is not None}
 
 
-@dataclasses.dataclass(frozen=True)
-class SizeReport:
-    """What a compressed tree takes on disk; `print` it for a table.
-
-    Attributes:
-      leaves: One `LeafSize` a leaf.
-      overhead_bytes: Bytes of the file's header: names, shapes, structure, checksums.
-      total_bytes: Size of the file that `checkpoints.save` writes.
-      raw_bytes: Bytes of all arrays in their own dtype.
-    """
-
-    leaves: tuple[LeafSize, ...]
-    overhead_bytes: int
-    total_bytes: int
-    raw_bytes: int
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller than the arrays in their own dtype."""
-        return self.raw_bytes / self.total_bytes
-
-    def __str__(self) -> str:
-        lines = [f"{'leaf':<28} {'shape':>14} {'bits':>8} {'raw':>10} {'stored':>10}"]
-        lines += [
-            f"{leaf.path:<28} {'x'.join(map(str, leaf.shape)) or 'scalar':>14} "
-            f"{leaf.bits or 'as is':>8} {leaf.raw_bytes:>10,} {leaf.stored_bytes:>10,}"
-            for leaf in self.leaves
-        ]
-        lines.append(f"{'file header':<62} {self.overhead_bytes:>10,}")
-        totals = f"{'total':<51} {self.raw_bytes:>10,} {self.total_bytes:>10,}"
-        return "\n".join([*lines, f"{totals}  ({self.ratio:.1f}x smaller)"])
-
-
-def size_report(small: Any, coding: str | None = None) -> SizeReport:
-    """Returns the bytes a compressed tree takes, leaf by leaf; the total is the file's size.
-
-    Args:
-      small: What `compress` returned; plain arrays are counted as they are.
-      coding: As in `checkpoints.save`; codes are then coded to measure them.
-
-    Returns:
-      A `SizeReport`, printable. `total_bytes` equals the size of the file that
-      `checkpoints.save(path, small, coding=coding)` writes, to the byte.
-
-    Raises:
-      TypeError: If the tree is of a kind that `checkpoints.save` refuses.
-
-    Example:
-      >>> report = size_report(compress({"kernel": jnp.ones((64, 64))}, bits="ternary"))
-      >>> report.leaves[0].raw_bytes, report.leaves[0].stored_bytes
-      (16384, 1076)
-    """
-    check_coding(coding)
-    plan = plan_file(small)
-    coded = {t.name: coded_tensor(t, plan.leaves[t.leaf], coding) for t in plan.tensors}
-    sizes = {name: data.size for name, data in coded.items() if data is not None}
-    return report_plan(plan.resized(sizes), header_size(plan, coding))
-
-
-def report_plan(plan: FilePlan, overhead_bytes: int) -> SizeReport:
-    """Returns the bytes that a planned file takes.
-
-    Args:
-      plan: With the sizes that coded tensors have.
-      overhead_bytes: Bytes kept for the header.
-
-    Example:
-      >>> report_plan(plan_file({"w": jnp.zeros(3)}), 200).total_bytes
-      212
-    """
-    stored: dict[str, int] = dict.fromkeys(plan.leaves, 0)
-    for tensor in plan.tensors:
-        stored[tensor.leaf] += tensor.stop - tensor.start
-    leaves = tuple(
-        LeafSize(
-            path=name,
-            shape=tuple(leaf.shape),
-            bits=leaf.bits if _is_quantized(leaf) else None,
-            raw_bytes=math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize,
-            stored_bytes=stored[name],
-        )
-        for name, leaf in plan.leaves.items()
-    )
-    raw_bytes = sum(leaf.raw_bytes for leaf in leaves)
-    return SizeReport(leaves, overhead_bytes, overhead_bytes + plan.data_bytes, raw_bytes)
+def _can_be_low_bit(leaf: Any) -> bool:
+    if _is_quantized(leaf) or not _checks.is_clippable(leaf):
+        return False
+    return not jnp.iscomplexobj(leaf)
 
 
 def _compiled(pattern: str) -> re.Pattern:
@@ -250,3 +181,124 @@ def _compiled(pattern: str) -> re.Pattern:
 
 def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedArray)
+
+
+# --- Targets --------------------------------------------------------------------------
+
+
+def _checked_target(bits: Any, bits_per_weight: Any, num_bytes: Any) -> tuple[str, Any] | None:
+    """The target's name and value, or None without one."""
+    targets = {"target_bits_per_weight": bits_per_weight, "target_bytes": num_bytes}
+    given = {n: v for n, v in {"bits": bits, **targets}.items() if v is not None}
+    if len(given) > 1:
+        raise TypeError(f"only one of bits and the targets may be given, got {given}.")
+    if bits_per_weight is not None:
+        if isinstance(bits_per_weight, jax.Array):
+            bits_per_weight = bits_per_weight.item()
+        _checks.check_positive("target_bits_per_weight", bits_per_weight)
+        return "target_bits_per_weight", float(bits_per_weight)
+    if num_bytes is not None:
+        _checks.check_count("target_bytes", num_bytes)
+        return "target_bytes", int(num_bytes)
+    return None
+
+
+def _allocated_widths(
+    name: str,
+    target: Any,
+    small: list[Any],
+    structure: Any,
+    free: list[int],
+    quantized: Callable[[int, Bits], QuantizedArray],
+) -> list[Bits]:
+    """The widths of the free leaves; the others are in `small` as they will be stored."""
+    measured = [_measured(name, small[i], functools.partial(quantized, i)) for i in free]
+    sizes = np.asarray([[option.num_bytes for option in leaf] for leaf in measured], np.int64)
+    errors = np.asarray([[option.error for option in leaf] for leaf in measured], np.float64)
+    shape = (len(free), len(_WIDTHS))  # of no leaves too
+    sizes, errors = sizes.reshape(shape), errors.reshape(shape)
+
+    def file_bytes(options: list[int]) -> int:
+        tree = list(small)
+        for i, leaf, option in zip(free, measured, options, strict=True):
+            tree[i] = leaf[option].outline
+        return size_report(structure.unflatten(tree)).total_bytes
+
+    if name == "target_bytes":
+        options = _within_file(target, sizes, errors, file_bytes)
+    else:
+        others = [leaf for leaf in small if _is_quantized(leaf)]
+        entries = sum(math.prod(leaf.shape) for leaf in others)
+        entries += sum(math.prod(small[i].shape) for i in free)
+        stored = sum(plan_file(leaf).data_bytes for leaf in others)
+        options = _within_average(target, sizes, errors, stored, entries)
+    return [_WIDTHS[option] for option in options]
+
+
+class _Option(NamedTuple):
+    """A leaf at one width: its shapes, what it takes in a file, its squared error."""
+
+    outline: QuantizedArray
+    num_bytes: int
+    error: float
+
+
+def _measured(target: str, leaf: Any, quantized: Callable[[Bits], QuantizedArray]) -> list[_Option]:
+    options = []
+    for width in _WIDTHS:
+        q = quantized(width)
+        if not _checks.is_concrete(q.qvalue):
+            raise TypeError(f"{target} needs the weights' values: compress outside of jit.")
+        # Shapes are enough from here on; the codes of all widths would fill the memory.
+        outline = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), q)
+        options.append(_Option(outline, plan_file(q).data_bytes, squared_error(leaf, q)))
+    return options
+
+
+def _within_average(
+    target: float, sizes: np.ndarray, errors: np.ndarray, others: int, entries: int
+) -> list[int]:
+    """Options of at most `target` bits an entry, with bytes that are spent already."""
+
+    def average(num_bytes: int) -> float:
+        return 8 * num_bytes / max(entries, 1)
+
+    least = int(sizes.min(axis=1).sum()) + others
+    if average(least) > target:
+        bits = math.ceil(1e4 * average(least)) / 1e4
+        raise ValueError(f"target_bits_per_weight={target} is out of reach: the least is {bits}.")
+    budget = int(target * entries / 8) + 1
+    while budget > least and average(budget) > target:  # as the report will round it
+        budget -= 1
+    return allocate(sizes, errors, max(budget, least) - others)
+
+
+def _within_file(
+    target: int, sizes: np.ndarray, errors: np.ndarray, file_bytes: Callable[[list[int]], int]
+) -> list[int]:
+    """Options whose file has at most `target` bytes.
+
+    The header's size depends on the options by some bytes, so that room for it is found by
+    trying: it only grows, and the loop ends.
+    """
+    rows = np.arange(len(sizes))
+
+    def beside(options: list[int]) -> int:
+        """Bytes of the header and of all other leaves."""
+        return file_bytes(options) - int(sizes[rows, np.asarray(options, int)].sum())
+
+    least_sum = int(sizes.min(axis=1).sum())
+    least = allocate(sizes, errors, least_sum)
+    candidates = [least] + [[j] * len(sizes) for j in range(len(_WIDTHS))]
+    room = beside(least)
+    while target - room >= least_sum:
+        candidates.append(allocate(sizes, errors, target - room))
+        needed = beside(candidates[-1])
+        if needed <= room:
+            break
+        room = needed
+    totals = [file_bytes(options) for options in candidates]
+    fitting = [c for c, total in zip(candidates, totals, strict=True) if total <= target]
+    if not fitting:
+        raise ValueError(f"target_bytes={target:,} is out of reach: the least is {min(totals):,}.")
+    return min(fitting, key=lambda options: float(errors[rows, np.asarray(options, int)].sum()))

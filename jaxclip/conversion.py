@@ -16,12 +16,13 @@ import numpy as np
 
 from jaxclip.atomic import replacing
 from jaxclip.coding import check_coding
-from jaxclip.compression import SizeReport, compress, decompress, report_plan
+from jaxclip.compression import compress, decompress
 from jaxclip.grids import Bits
 from jaxclip.headers import header_size
 from jaxclip.layout import leaf_name, plan_file
 from jaxclip.progress import byte_bar
 from jaxclip.quantization import QuantizedArray, dequantize
+from jaxclip.sizes import SizeReport, report_plan
 from jaxclip.sources import open_source
 from jaxclip.threshold_rules import mse_optimal
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold

@@ -1,5 +1,7 @@
 """Which leaves of a tree become low-bit, and what the errors name."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,16 +144,167 @@ def test_a_pattern_that_is_no_regular_expression_is_refused_by_name():
         compress(make_params(), 4, policy=["kernel"])
 
 
+# --- Targets ---------------------------------------------------------------------------
+
+WIDTHS = ["ternary", 2, 3, 4, 5, 6, 8]
+squeeze = functools.partial(compress, rule=jaxclip.max_abs)  # which compiles fast
+
+
+@functools.cache
+def uneven_params():
+    """Leaves that one width does not suit: small and large weights, easy and hard ones."""
+    rng = np.random.default_rng(1)
+    draw = lambda size: jnp.asarray((size * rng.normal(size=(24, 16))).astype(np.float32))  # noqa: E731
+    easy = jnp.asarray(rng.choice([-1.0, 0.0, 1.0], (24, 16)).astype(np.float32))
+    return {"large": draw(3.0), "small": draw(0.1), "easy": easy, "bias": jnp.ones(16)}
+
+
+def widths(small):
+    return {k: v.bits for k, v in small.items() if isinstance(v, QuantizedArray)}
+
+
+def error_of(small):
+    params = uneven_params()
+    return sum(
+        np.sum((np.asarray(params[k], np.float64) - np.asarray(v, np.float64)) ** 2)
+        for k, v in decompress(small).items()
+    )
+
+
+@functools.cache
+def at_every_width():
+    """(bits an entry, bytes of the file, error) of each width for all leaves."""
+    trees = [squeeze(uneven_params(), width) for width in WIDTHS]
+    reports = [jaxclip.size_report(small) for small in trees]
+    return [
+        (r.bits_per_weight, r.total_bytes, error_of(small))
+        for r, small in zip(reports, trees, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("target", [3.0, 4.5, 5.3333333, 7.0, 20.0])
+def test_a_target_of_bits_holds_and_beats_every_one_width_that_fits(target):
+    small = squeeze(uneven_params(), target_bits_per_weight=target)
+    low_bit = [v for v in small.values() if isinstance(v, QuantizedArray)]
+    assert len(low_bit) == 3
+    assert small["bias"] is uneven_params()["bias"]
+    packed = [jaxclip.pack_codes(np.asarray(q.qvalue), q.bits).size for q in low_bit]
+    spent = sum(packed) + sum(4 * q.scale.size for q in low_bit)
+    assert 8 * spent / sum(q.qvalue.size for q in low_bit) <= target
+    uniform = [error for bits, _, error in at_every_width() if bits <= target]
+    assert error_of(small) <= min(uniform) * (1 + 1e-9)
+
+
+def test_bits_go_to_large_weights_and_not_to_those_that_are_exact_already():
+    small = squeeze(uneven_params(), target_bits_per_weight=4.5)
+    assert widths(small)["large"] > 4
+    assert widths(small)["small"] == "ternary"
+    assert widths(small)["easy"] == "ternary"
+    assert error_of(small) < 0.5 * min(e for bits, _, e in at_every_width() if bits <= 4.5)
+
+
+def test_a_target_of_bytes_holds_for_the_file_and_beats_every_one_width_that_fits(tmp_path):
+    for _, target, error in at_every_width():
+        for slack in (0, 7, 100):
+            small = squeeze(uneven_params(), target_bytes=target + slack)
+            path = tmp_path / "small.safetensors"
+            jaxclip.checkpoints.save(path, small, overwrite=True)
+            assert path.stat().st_size <= target + slack
+            assert error_of(small) <= error * (1 + 1e-9)
+
+
+def test_leaves_of_a_target_equal_quantizing_them_at_the_chosen_width():
+    options = {"group_size": 8, "scale_dtype": "float16", "axis": 0}
+    small = squeeze(uneven_params(), target_bits_per_weight=6.0, **options)
+    for name, width in widths(small).items():
+        alone = jaxclip.quantize(uneven_params()[name], width, threshold=jaxclip.max_abs, **options)
+        assert np.array_equal(small[name].qvalue, alone.qvalue)
+        assert np.array_equal(small[name].scale, alone.scale)
+
+
+def test_a_policy_fixes_widths_and_their_bytes_count():
+    policy = [("large", 2), ("easy", None)]
+    small = squeeze(uneven_params(), target_bits_per_weight=5.5, policy=policy)
+    assert small["large"].bits == 2
+    assert small["easy"] is uneven_params()["easy"]
+    assert small["small"].bits in (6, 8)
+    assert jaxclip.size_report(small).bits_per_weight <= 5.5
+    again = squeeze({**small, "easy": uneven_params()["easy"]}, target_bits_per_weight=5.5)
+    assert again["large"] is small["large"]  # low-bit leaves stay, and count
+    assert again["easy"].bits in WIDTHS
+    assert jaxclip.size_report(again).bits_per_weight <= 5.5
+
+
+def test_without_bits_and_target_the_width_is_4():
+    assert set(widths(compress(uneven_params(), rule=jaxclip.max_abs)).values()) == {4}
+    assert set(widths(squeeze(uneven_params(), None)).values()) == {4}
+
+
+def test_trees_without_kernels_meet_a_target_of_bits_as_they_are():
+    params = {"bias": jnp.ones(3), "none": None}
+    assert compress(params, target_bits_per_weight=2.0)["bias"] is params["bias"]
+    total = jaxclip.size_report(params).total_bytes
+    assert compress(params, target_bytes=total)["bias"] is params["bias"]
+    with pytest.raises(ValueError, match=rf"the least is {total}"):
+        compress(params, target_bytes=total - 1)
+
+
+def test_a_target_out_of_reach_says_the_least_which_is_in_reach():
+    with pytest.raises(ValueError, match=r"target_bits_per_weight=1\.5.*the least is") as caught:
+        squeeze(uneven_params(), target_bits_per_weight=1.5)
+    least = float(str(caught.value).rstrip(".").rpartition(" ")[2])
+    small = squeeze(uneven_params(), target_bits_per_weight=least)
+    assert set(widths(small).values()) == {"ternary"}
+    with pytest.raises(ValueError, match=r"target_bytes=100 .*the least is") as caught:
+        squeeze(uneven_params(), target_bytes=100)
+    least = int(str(caught.value).rstrip(".").rpartition(" ")[2].replace(",", ""))
+    small = squeeze(uneven_params(), target_bytes=least)
+    assert jaxclip.size_report(small).total_bytes == least
+    with pytest.raises(ValueError, match=f"target_bytes={least - 1:,} "):
+        squeeze(uneven_params(), target_bytes=least - 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4, "target_bytes": 9999},
+        {"bits": "ternary", "target_bits_per_weight": 3.0},
+        {"target_bytes": 9999, "target_bits_per_weight": 3.0},
+    ],
+)
+def test_more_than_one_goal_is_refused(options):
+    with pytest.raises(TypeError, match="only one of bits and the targets"):
+        squeeze(uneven_params(), **options)
+
+
+def test_a_rule_of_one_width_is_refused_with_a_target():
+    with pytest.raises(ValueError, match="needs bits=8"):
+        compress(uneven_params(), target_bytes=9999, rule=jaxclip.rate_optimal(2.5))
+
+
+@pytest.mark.parametrize("value", [0, -1.0, np.nan, np.inf, True, "3"], ids=repr)
+def test_targets_that_are_no_sizes_are_refused_by_name(value):
+    for name in ("target_bits_per_weight", "target_bytes"):
+        with pytest.raises((TypeError, ValueError), match=name):
+            compress({}, **{name: value})
+
+
+def test_a_target_under_jit_is_refused():
+    with pytest.raises(TypeError, match="target_bytes needs the weights' values"):
+        jax.eval_shape(lambda p: squeeze(p, target_bytes=9999), uneven_params())
+    with pytest.raises(TypeError, match="target_bytes needs the weights' values"):
+        jax.eval_shape(lambda: squeeze(uneven_params(), target_bytes=9999))
+
+
 # --- Bad input -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [0, 9, 2.5, True, "2", None], ids=repr)
+@pytest.mark.parametrize("bits", [0, 9, 2.5, True, "2"], ids=repr)
 def test_unknown_bits_are_refused_even_if_no_leaf_would_use_them(bits):
     with pytest.raises(ValueError, match="bits must be one of"):
         compress({}, bits)
-    if bits is not None:
-        with pytest.raises(ValueError, match="bits must be one of"):
-            compress(make_params(), 4, policy=[("kernel", bits)])
+    with pytest.raises(ValueError, match="bits must be one of"):
+        compress(make_params(), 4, policy=[("kernel", bits)])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -1,0 +1,70 @@
+"""What low-bit arrays lose: against float64 NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxclip import dequantize, fidelity, max_abs, quantize
+
+DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
+
+
+def weights(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@DTYPES
+def test_squared_error_and_norm_are_those_of_float64(dtype):
+    w = jnp.asarray(weights(7, 12)).astype(dtype)
+    q = quantize(w, 3, threshold=max_abs, axis=0)
+    exact, rounded = (np.asarray(x).astype(np.float64) for x in (w, dequantize(q)))
+    assert fidelity.squared_error(w, q) == pytest.approx(np.sum((exact - rounded) ** 2), rel=1e-12)
+    assert fidelity.squared_norm(w) == pytest.approx(np.sum(exact**2), rel=1e-12)
+    assert fidelity.squared_norm(q) == pytest.approx(np.sum(rounded**2), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_squares_beyond_float32_neither_overflow_nor_vanish(size):
+    w = np.full(3, size, np.float32)
+    assert fidelity.squared_norm(w) == pytest.approx(3 * size**2, rel=1e-6)
+    assert fidelity.squared_error(w, 2 * w) == pytest.approx(3 * size**2, rel=1e-6)
+
+
+def test_pieces_add_up(monkeypatch):
+    w, v = weights(50), weights(2, 50)[1]
+    whole = fidelity.squared_error(w, v)
+    monkeypatch.setattr(fidelity, "_PIECE", 7)
+    assert fidelity.squared_error(w, v) == pytest.approx(whole, rel=1e-12)
+
+
+def test_arrays_without_entries_lose_nothing():
+    w = np.zeros((0, 3), np.float32)
+    assert (fidelity.squared_norm(w), fidelity.squared_error(w, w)) == (0.0, 0.0)
+    assert fidelity.clipped_share(w, quantize(w, 4, threshold=1.0)) == 0.0
+
+
+@pytest.mark.parametrize("bits", [1, "ternary", 2, 4])
+@pytest.mark.parametrize("options", [{}, {"axis": 1}, {"axis": 0, "group_size": 5}], ids=str)
+def test_clipped_entries_are_those_beyond_the_ends_of_their_blocks_levels(bits, options):
+    w = weights(6, 12)
+    q = quantize(w, bits, threshold=0.9, **options)
+    low, high = {1: (-1, 1), "ternary": (-1, 1), 2: (-2, 1), 4: (-8, 7)}[bits]
+    scale = np.asarray(q.scale)
+    if "group_size" in options:
+        scale = np.repeat(scale, 5, axis=1)[:, :12]
+    ends = np.sort(np.stack([scale * low, scale * high]), axis=0)
+    outside = (w < ends[0] * (1 + 1e-6)) | (w > ends[1] * (1 + 1e-6))
+    assert 0 < outside.mean() < 1
+    assert fidelity.clipped_share(w, q) == pytest.approx(outside.mean())
+
+
+def test_with_a_zero_point_the_ends_are_uneven():
+    w = np.linspace(-1, 3, 17, dtype=np.float32)
+    q = quantize(w, 4, threshold=2.0, zero_point=True)  # reaches from -1 to 2
+    assert fidelity.clipped_share(w, q) == pytest.approx(np.mean(w > 2.1), abs=1e-9)
+
+
+@pytest.mark.parametrize("bits", ["ternary", 3, 8])
+def test_max_abs_clips_nothing(bits):
+    w = weights(40, 9)
+    assert fidelity.clipped_share(w, quantize(w, bits, threshold=max_abs, axis=0)) == 0.0
