@@ -187,7 +187,8 @@ def _huffman_decode(data: bytes, count: int) -> np.ndarray:
         codes[start * plan.k :][: part.size * plan.k] = every_byte[part].reshape(-1)
     codes = codes[:count]
     if plan.num_beyond:
-        is_beyond = codes == np.int8(plan.lowest + plan.base - 1)
+        # Past 127 the last digit wraps to a code that no other digit stands for.
+        is_beyond = codes == np.array(plan.lowest + plan.base - 1).astype(np.int8)
         if np.count_nonzero(is_beyond) != plan.num_beyond:
             raise ValueError("its coded data are damaged: codes are missing.")
         codes[is_beyond] = stream[num_bytes:].view(np.int8)

@@ -43,6 +43,13 @@ def test_codes_come_back(kind, codes):
 
 
 @every_coding
+@pytest.mark.parametrize("codes", [[0, 127, 127], [-128, 0, 127], [-128, -128, 127, 0, 0]])
+def test_the_outermost_codes_come_back(kind, codes):
+    codes = np.array(codes * 50, np.int8)
+    np.testing.assert_array_equal(decode_codes(encode_codes(codes, kind), kind, codes.size), codes)
+
+
+@every_coding
 @pytest.mark.parametrize("count", [coding._CHUNK - 1, coding._CHUNK, coding._CHUNK + 41])
 @pytest.mark.parametrize("step", [0.2, 2.0])
 def test_chunks_join(kind, count, step):
