@@ -7,7 +7,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from jaxclip.grids import Granularity, code_range
 from jaxclip.quantization import QuantizedArray
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
-WITHOUT_CLAIMS = ("digits", "fashion", "read_low_bit_file")
+WITHOUT_CLAIMS = ("digits", "fashion", "minilm", "read_low_bit_file")
 EXAMPLES = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in WITHOUT_CLAIMS]
 
 
@@ -50,6 +52,87 @@ def test_an_example_runs_and_its_claims_hold(example: pathlib.Path, tmp_path: pa
 
 def test_the_quickstart_is_short():
     assert len((FOLDER / "quickstart.py").read_text().splitlines()) <= 150
+
+
+# --- A BERT encoder -------------------------------------------------------------------
+
+
+class WordsAsTokens:
+    """What `examples/minilm.py` uses of the package tokenizers: a token for each word."""
+
+    @staticmethod
+    def from_file(path: str) -> "WordsAsTokens":
+        assert pathlib.Path(path).name == "tokenizer.json"
+        return WordsAsTokens()
+
+    def enable_truncation(self, length: int) -> None:
+        self.length = length
+
+    def enable_padding(self, length: int) -> None:
+        assert length == self.length
+
+    def encode_batch(self, texts: list[str]) -> list[types.SimpleNamespace]:
+        rows = [[1, *(2 + len(word) for word in text.split())][: self.length] for text in texts]
+        return [
+            types.SimpleNamespace(
+                ids=row + [0] * (self.length - len(row)),
+                attention_mask=[1] * len(row) + [0] * (self.length - len(row)),
+            )
+            for row in rows
+        ]
+
+
+def bert_weights(hidden: int = 16) -> dict[str, np.ndarray]:
+    """A drawn encoder of one layer, by the names of the Hugging Face hub."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "embeddings.word_embeddings": (260, hidden),
+        "embeddings.position_embeddings": (64, hidden),
+        "embeddings.token_type_embeddings": (2, hidden),
+    }
+    block = "encoder.layer.0"
+    square = [f"{block}.attention.self.{part}" for part in ("query", "key", "value")]
+    shapes |= dict.fromkeys([*square, f"{block}.attention.output.dense"], (hidden, hidden))
+    shapes |= {f"{block}.intermediate.dense": (4 * hidden, hidden)}
+    shapes |= {f"{block}.output.dense": (hidden, 4 * hidden)}
+    tensors = {f"{name}.weight": rng.standard_normal(shape) for name, shape in shapes.items()}
+    tensors |= {f"{n}.bias": np.zeros(s[0]) for n, s in shapes.items() if block in n}
+    for name in ("embeddings", f"{block}.attention.output", f"{block}.output"):
+        tensors |= {f"{name}.LayerNorm.weight": np.ones(hidden)}
+        tensors |= {f"{name}.LayerNorm.bias": np.zeros(hidden)}
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+def test_embeddings_of_an_encoder_are_compared_with_those_of_its_low_bit_files(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "tokenizers", types.SimpleNamespace(Tokenizer=WordsAsTokens))
+    monkeypatch.syspath_prepend(FOLDER)
+    import minilm
+
+    checkpoints.save(tmp_path / "model.safetensors", bert_weights())
+    config = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "words.tsv").write_text("# words\nlove\tsex\t6.77\ntiger\tcat\t7.3\nX\ta\t1\n")
+    monkeypatch.setattr(minilm, "SETTINGS", {"8 bits": "--bits 8", "2 bits": "--bits 2"})
+    words = ["minilm.py", str(tmp_path), "--words", str(tmp_path / "words.tsv")]
+    monkeypatch.setattr(sys, "argv", words)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        minilm.main()
+    rows = {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["float32"][3] == "1.0000"
+    assert 0.999 < float(rows["8 bits"][3]) <= 1.0
+    assert float(rows["2 bits"][3]) < float(rows["8 bits"][3])
+    assert 0 < float(rows["8 bits"][2]) < 1e-3 < float(rows["2 bits"][2])
+
+
+def test_ranks_of_ties_are_shared(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import minilm
+
+    assert minilm.spearman([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]) == pytest.approx(1)
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4.
+    assert minilm.spearman([1, 5, 5, 9], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)
 
 
 # --- Fashion-MNIST --------------------------------------------------------------------
