@@ -132,13 +132,13 @@ def _by_rows(
 ) -> QuantizedArray:
     """Compresses some rows at a time, as no scale is shared between them: bounds the memory."""
     num_rows = max(_PART_BYTES // max(leaf[:1].nbytes, 1), 1)
-    if len(leaf) <= num_rows or not all(
-        np.isfinite(leaf[i : i + num_rows]).all() for i in range(0, len(leaf), num_rows)
-    ):
-        return compress_part(leaf)  # which names the entry that is not finite
+    if len(leaf) <= num_rows:
+        return compress_part(leaf)
     whole = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
     for start in range(0, len(leaf), num_rows):
         part = leaf[start : start + num_rows]
+        if not np.isfinite(part).all():
+            return compress_part(leaf)  # which names the entry by its place in the leaf
         # All parts have one shape, so that one program serves them.
         padding = [(0, num_rows - len(part))] + [(0, 0)] * (leaf.ndim - 1)
         small = compress_part(np.pad(part, padding) if len(part) < num_rows else part)

@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from jaxclip import _checks
 from jaxclip.affine_scales import best_scale_and_zero
 from jaxclip.grids import Bits, Granularity, code_range
+from jaxclip.rescaling import quotient
 from jaxclip.scale_formats import round_scale, scale_format
 from jaxclip.threshold_rules import mse_optimal
 from jaxclip.thresholds import ThresholdRule
@@ -405,17 +406,10 @@ def _range_scale(
     top = jnp.max(blocks, axis=axes, keepdims=True, initial=0)
     bottom = jnp.min(blocks, axis=axes, keepdims=True, initial=0)
     scale = jnp.maximum(top / (high - low) - bottom / (high - low), jnp.finfo(jnp.float32).tiny)
-    zero = jnp.clip(low - jnp.round(_quotient(bottom, scale, jnp.abs(scale) > 1)), low, high)
+    zero = jnp.clip(low - jnp.round(quotient(bottom, scale)), low, high)
     return scale, zero
 
 
 def _ratio(x: jax.Array, scale: jax.Array, granularity: Granularity) -> jax.Array:
     """`x` in units of the scale of its block."""
-    is_large = granularity.expand(jnp.abs(scale) > 1, x.shape)
-    return _quotient(x, granularity.expand(scale, x.shape), is_large)
-
-
-def _quotient(x: jax.Array, scale: jax.Array, is_large: jax.Array) -> jax.Array:
-    # Near the top of float32 the reciprocal that XLA may divide by would be subnormal.
-    smaller = jnp.where(is_large, jnp.float32(0.25), jnp.float32(1))
-    return (x * smaller) / (scale * smaller)
+    return quotient(x, granularity.expand(scale, x.shape))

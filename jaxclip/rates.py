@@ -15,8 +15,7 @@ in R.
 Where blocks have steps of their own, they share the table, and `step_b = c * sqrt(rms_b)` with
 one constant c for the array. One step for all blocks would be best if each had a table of its
 own, steps in proportion to the root mean square would make the shared table fit best; the
-geometric mean of the two costs the fewest bits at equal error on real weights (`docs/low_bits.md`
-has the numbers).
+geometric mean of the two is taken, a choice made on real weights.
 """
 
 import dataclasses

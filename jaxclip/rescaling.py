@@ -23,6 +23,7 @@ __all__ = [
     "not_folded",
     "over_devices",
     "power_of_two",
+    "quotient",
     "rescale_for",
     "rescaled_total",
     "unit_and_modulus",
@@ -229,3 +230,23 @@ def unit_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     length = jnp.sqrt(jnp.where(ordinary, real * real + imag * imag, jnp.ones_like(real)))
     unit = jnp.where(ordinary, lax.complex(real / length, imag / length), jnp.zeros_like(z))
     return unit, jnp.where(ordinary, length / rescale, largest)
+
+
+def quotient(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Returns `x / by` where XLA may multiply by a reciprocal instead.
+
+    Above 2**126 the reciprocal of a float32 is subnormal, and flushed to 0.
+
+    Args:
+      x: float32 array.
+      by: float32 array that broadcasts, not 0.
+
+    Returns:
+      A float32 array.
+
+    Example:
+      >>> print(quotient(jnp.array([3e38]), jnp.array([3e38])))
+      [1.]
+    """
+    room = jnp.where(jnp.abs(by) > 1, jnp.float32(0.25), jnp.float32(1))
+    return (x * room) / (by * room)

@@ -31,7 +31,7 @@ from jaxclip.history import (
     zero_per_leaf,
 )
 from jaxclip.norms import rescaled_global_norm
-from jaxclip.rescaling import unit_and_modulus
+from jaxclip.rescaling import quotient, unit_and_modulus
 from jaxclip.thresholds import round_toward_zero
 
 __all__ = [
@@ -163,9 +163,7 @@ def clip_leaf_spikes(
         moduli = [_modulus(g) for g in leaves]
         largest = _largest(moduli, axis_name)
         m = m + _average_weight(decay, state) * (largest - m)
-        # XLA may divide by a reciprocal, which above 2**126 would be subnormal, so 0.
-        room = jnp.where(largest > 1, 0.25, jnp.ones_like(largest))
-        coefs = (m * room) / (jnp.where(largest > 0, largest, 1) * room) * _MARGIN
+        coefs = quotient(m, jnp.where(largest > 0, largest, 1)) * _MARGIN
         clips = list(map(_scale_entries, leaves, moduli, m, coefs))
         top = jnp.max(m, initial=0)
         return _learning_step(updates, pre_norm, clips, top, m, axis_name)

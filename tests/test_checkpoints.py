@@ -26,8 +26,9 @@ import safetensors.numpy
 
 from jaxclip import archives, atomic, checkpoints
 from jaxclip.checkpoints import CheckpointError
-from jaxclip.compression import compress, decompress, size_report
+from jaxclip.compression import compress, decompress
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
+from jaxclip.sizes import size_report
 
 WIDTHS = [1, "ternary", 2, 3, 4, 5, 6, 8]
 REPOSITORY = pathlib.Path(__file__).parent.parent

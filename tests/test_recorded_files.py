@@ -9,8 +9,9 @@ import recorded_trees
 import safetensors.numpy
 
 from jaxclip import checkpoints
-from jaxclip.compression import decompress, size_report
+from jaxclip.compression import decompress
 from jaxclip.quantization import QuantizedArray
+from jaxclip.sizes import size_report
 
 TREES = {1: recorded_trees.version_1, 2: recorded_trees.version_2}
 every_version = pytest.mark.parametrize("version", TREES)
