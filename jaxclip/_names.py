@@ -25,6 +25,9 @@ from jaxclip.spectra import clip_by_spectral_norm
 from jaxclip.spikes import clip_leaf_spikes, clip_spikes
 from jaxclip.stopping import StopReason, max_seconds, max_steps, nonfinite, plateau, reached
 from jaxclip.straight_through import fake_quantize
+from jaxclip.sweep_results import SweepResult, pareto_front
+from jaxclip.sweep_tasks import random_batches
+from jaxclip.sweeps import sweep
 from jaxclip.telemetry import clip_stats, explain
 from jaxclip.threshold_rules import max_abs, mse_optimal, percentile_abs, std_multiple
 from jaxclip.thresholds import fan_in, resolve_threshold
@@ -43,6 +46,7 @@ __all__ = [
     "QuantizedArray",
     "StepInfo",
     "StopReason",
+    "SweepResult",
     "TrainState",
     "adagc",
     "adaptive_grad_clip",
@@ -88,11 +92,13 @@ __all__ = [
     "nonfinite",
     "nonnegative",
     "pack_codes",
+    "pareto_front",
     "percentile_abs",
     "plateau",
     "plots",
     "project_weights",
     "quantize",
+    "random_batches",
     "rate_optimal",
     "reached",
     "resolve_threshold",
@@ -110,6 +116,7 @@ __all__ = [
     "spectral_cap",
     "std_multiple",
     "stochastic_sign",
+    "sweep",
     "unit_norm",
     "unit_norms",
     "unpack_codes",

@@ -68,6 +68,13 @@ ROOMS = [
     "training",
     "stopping",
     "fitting",
+    "plots",
+    "sweep_tasks",
+    "sweep_programs",
+    "sweep_chunks",
+    "sweep_results",
+    "sweeps",
+    "studies",
     "links",
     "probes",
     "lost_steps",
@@ -77,7 +84,6 @@ ROOMS = [
     "gguf_blocks",
     "pack_quantized",
     "interop",
-    "plots",
     "cli",
 ]
 every_room = pytest.mark.parametrize("room", ROOMS)
