@@ -11,7 +11,15 @@ from jaxclip import _checks
 __all__ = ["front", "heat_maps", "tradeoff", "training_curves", "weight_histograms"]
 
 # Okabe and Ito's colours, told apart with any colour vision; markers for print in grey.
-_STYLES = (("#D55E00", "v"), ("#E69F00", "s"), ("#56B4E9", "D"), ("#0072B2", "o"), ("#009E73", "^"))
+_STYLES = (
+    ("#D55E00", "v"),
+    ("#E69F00", "s"),
+    ("#56B4E9", "D"),
+    ("#0072B2", "o"),
+    ("#009E73", "^"),
+    ("#CC79A7", "P"),
+    ("#999999", "X"),
+)
 _LINES = ("-", "--", "-.", ":")
 
 
@@ -131,6 +139,7 @@ def front(
         xytext=(12, -18),
         textcoords="offset points",
         fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
     )
     _by_size(axes)
     axes.set(ylabel=metric, title=title)

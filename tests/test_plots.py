@@ -1,7 +1,9 @@
 """Pictures: what they show, and what is said where matplotlib is missing."""
 
 import sys
+import types
 
+import numpy as np
 import pytest
 
 from jaxclip import plots
@@ -33,3 +35,87 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.ticker", None)
     with pytest.raises(ImportError, match=r"jaxclip\[examples\]"):
         plots.tradeoff(CURVES)
+
+
+ROWS = [
+    types.SimpleNamespace(
+        step_size=0.1 * (i + 1),
+        threshold=1.0,
+        bits=bits,
+        metric=0.9 + 0.01 * i,
+        standard_error=0.002,
+        file_bytes=1024.0 * size,
+    )
+    for bits, size in ((None, 32), (4, 4), ("ternary", 2), (1, 1))
+    for i in (0, 1)
+]
+
+
+def test_the_front_shows_every_row_under_its_width_and_the_recommended_one():
+    axes = plots.front(ROWS, ROWS[1::2][::-1], ROWS[5], metric="accuracy").axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert {"as trained", "4 bits", "ternary", "1 bit", "recommended"} <= set(lines)
+    x, y = lines["ternary"].get_data()
+    assert list(x) == [2.0, 2.0]
+    assert list(y) == [0.9, 0.91]
+    assert list(lines["recommended"].get_data()[0]) == [2.0]
+    assert [t.get_text() for t in axes.texts] == ["step size 0.2, threshold 1, ternary"]
+    colors = [lines[name].get_color() for name in ("as trained", "4 bits", "ternary", "1 bit")]
+    assert len(set(colors)) == 4
+
+
+def test_a_heat_map_has_each_number_in_its_cell_and_one_scale_for_all_widths():
+    values = np.arange(12.0).reshape(2, 3, 2) / 100
+    values[0, 0, 0] = np.nan
+    figure = plots.heat_maps(values, [0.1, 0.2], [1, 2, np.inf], [None, 1], metric="accuracy")
+    first, second = figure.axes
+    assert [t.get_text() for t in second.texts] == ["0.01", "0.03", "0.05", "0.07", "0.09", "0.11"]
+    assert second.texts[2].get_position() == (2, 0)
+    assert first.texts[0].get_text() == "nan"
+    assert [t.get_text() for t in first.get_xticklabels()] == ["1", "2", "inf"]
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (0.01, 0.11)
+
+
+def test_a_heat_map_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"values must be of shape \(1, 2, 1\), got \(2, 1, 1\)"):
+        plots.heat_maps(np.zeros((2, 1, 1)), [0.1], [1, 2], [None], metric="accuracy")
+
+
+def test_histograms_have_the_box_and_the_levels_where_there_are_any():
+    weights = {"boxed": np.linspace(-0.5, 0.5, 101), "free": np.linspace(-2, 2, 11)}
+    figure = plots.weight_histograms(
+        weights, thresholds={"boxed": 0.5}, levels={"boxed": [-0.5, 0.0, 0.5]}
+    )
+    boxed, free = figure.axes
+    at = sorted(float(line.get_xdata()[0]) for line in boxed.lines if len(line.get_xdata()))
+    assert at == [-0.5, -0.5, 0.0, 0.5, 0.5]
+    assert not free.lines
+    assert sum(patch.get_height() for patch in free.patches) == pytest.approx(1)
+
+
+def test_curves_are_means_over_seeds_within_a_band():
+    figure = plots.training_curves(
+        [1, 2], {"a": [[1.0, 0.5], [2.0, 1.5]], "b": [0.3, 0.2]}, clip_rates={"a": [0.0, 0.25]}
+    )
+    loss, rate = figure.axes
+    assert list(loss.lines[0].get_ydata()) == [1.5, 1.0]
+    assert list(rate.lines[0].get_ydata()) == [0.0, 25.0]
+    assert loss.get_yscale() == "log"
+    band = loss.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (0.5, 2.0)
+
+
+def test_curves_at_zero_or_below_are_not_on_a_logarithmic_scale():
+    assert plots.training_curves([1], {"a": [0.0]}).axes[0].get_yscale() == "linear"
+
+
+def test_new_pictures_are_saved(tmp_path):
+    figures = {
+        "front": lambda file: plots.front(ROWS, ROWS[:1], ROWS[0], file, metric="accuracy"),
+        "map": lambda file: plots.heat_maps(np.ones((1, 1, 1)), [1], [1], [4], file, metric="a"),
+        "weights": lambda file: plots.weight_histograms({"w": np.ones(3)}, file),
+        "curves": lambda file: plots.training_curves([1, 2], {"a": [2.0, 1.0]}, file),
+    }
+    for name, draw in figures.items():
+        draw(tmp_path / f"{name}.svg")
+        assert (tmp_path / f"{name}.svg").stat().st_size > 3_000
