@@ -1,0 +1,160 @@
+"""Trains one task by all methods, and writes a row for each method, rule and width.
+
+    python benchmarks/evidence/run.py digits
+    python benchmarks/evidence/run.py language --methods "AdamW" "Adam in a box"
+
+Rows are appended to results/TASK.jsonl as they are found; a method that is there is skipped, so
+an interrupted run goes on. The tables are made by report.py.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from methods import low_bit, make_methods, prune, through_grid
+from tasks import TASKS
+
+import jaxclip
+from jaxclip.sweep_chunks import Shipper
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+WIDTHS = (None, 4, 3, 2, "ternary", 1)
+TUNING_SEED = 1000  # not among those that are reported
+DENSITIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+
+
+def trained(task, method, step_sizes, seeds, **more):
+    loss_fn = task.loss_fn if method.width is None else through_grid(task.loss_fn, method.width)
+    return jaxclip.sweep(
+        loss_fn,
+        task.init_fn,
+        method.optimizer,
+        task.batches,
+        step_sizes=step_sizes,
+        thresholds=[np.inf if method.box is None else method.box],
+        weight_threshold=jaxclip.fan_in,
+        seeds=seeds,
+        stop=jaxclip.max_steps(task.num_steps),
+        evaluate=task.evaluate,
+        metric="valid",
+        mode=task.mode,
+        bits=(method.width,),
+        compress=low_bit,
+        progress=False,
+        **more,
+    )
+
+
+def as_sparse_file(params):
+    """What a sparse tree is on disk: a bit for each place, and the others in float16."""
+
+    def leaf(w):
+        if w.ndim < 2:
+            return w
+        flat = np.asarray(w).ravel()
+        return {"is_kept": np.packbits(flat != 0), "values": flat[flat != 0].astype(np.float16)}
+
+    return jax.tree.map(leaf, params)
+
+
+def sparse_bytes(params, num_seeds):
+    trees = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(num_seeds)]
+    return [jaxclip.size_report(as_sparse_file(tree)).total_bytes for tree in trees]
+
+
+def in_half(params):
+    return jax.tree.map(lambda w: w.astype(jnp.float16).astype(w.dtype), params)
+
+
+class Rounder:
+    """Rows (rule, bits, metrics, bytes) of parameters with an axis of seeds; compiled once."""
+
+    def __init__(self, task):
+        def compress_by(rule):
+            return lambda params, bits: jaxclip.compress(params, bits, rule=rule)
+
+        evaluate = task.evaluate
+        self._rules = {
+            "mse_optimal": (
+                WIDTHS,
+                Shipper(evaluate, compress_by(jaxclip.mse_optimal), None, WIDTHS),
+            ),
+            "max_abs": (
+                WIDTHS[1:],
+                Shipper(evaluate, compress_by(jaxclip.max_abs), None, WIDTHS[1:]),
+            ),
+        }
+        self._trained_at = {
+            width: Shipper(evaluate, low_bit, None, [width]) for width in (4, "ternary", 1)
+        }
+        self._in_half = jax.jit(jax.vmap(lambda params: evaluate(in_half(params))))
+        self._prune = jax.jit(jax.vmap(prune, (0, None)))
+
+    def rows(self, name, method, params):
+        num_seeds = len(jax.tree.leaves(params)[0])
+        if method.width is not None:
+            rule = "max_abs" if method.width == 4 else "absmean"
+            yield rule, method.width, *self._trained_at[method.width](params)
+        densities = [method.density] if method.density else DENSITIES if name == "AdamW" else []
+        for density in densities:
+            sparse = self._prune(params, density)
+            metrics = {k: np.asarray(x)[:, None] for k, x in self._in_half(sparse).items()}
+            sizes = np.asarray(sparse_bytes(in_half(sparse), num_seeds))[:, None]
+            yield f"pruned, density {density:g}", "float16", metrics, sizes
+        if method.width is None and method.density is None:
+            for rule, (widths, ship) in self._rules.items():
+                metrics, sizes = ship(params)
+                for i, width in enumerate(widths):
+                    chosen = {k: x[:, i : i + 1] for k, x in metrics.items()}
+                    name_of_rule = "-" if width is None else rule
+                    yield name_of_rule, width or "float32", chosen, sizes[:, i : i + 1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--methods", nargs="*", help="names; all by default")
+    parser.add_argument("--steps", type=int, help="steps, if not as many as the task says")
+    parser.add_argument("--seeds", type=int, help="seeds, if not as many as the task says")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    options = parser.parse_args()
+    task = TASKS[options.task](**({"num_steps": options.steps} if options.steps else {}))
+    seeds = options.seeds or task.seeds
+    file = options.results / f"{options.task}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rounder = Rounder(task)
+    methods = make_methods(task.num_steps, task.weight_decay)
+    for name in options.methods or methods:
+        if any(row["method"] == name for row in known):
+            continue
+        method, begun = methods[name], time.monotonic()
+        tuned = trained(task, method, method.step_sizes, [TUNING_SEED])
+        sound = [row for row in tuned.rows() if not row.num_diverged]
+        best = (max if task.mode == "max" else min)(sound, key=lambda row: row.metric)
+        final = trained(task, method, [best.step_size], seeds, keep_params=True)
+        params = final.params_of(final.rows()[0])
+        rows = []
+        for rule, bits, metrics, sizes in rounder.rows(name, method, params):
+            row = {"task": options.task, "method": name, "rule": rule, "bits": bits}
+            row |= {k: [round(float(x), 4) for x in v[:, 0]] for k, v in metrics.items()}
+            row |= {"bytes": float(np.mean(sizes)), "step_size": best.step_size}
+            row |= {"seconds": float(final.seconds_per_step[0, 0]) * task.num_steps}
+            row |= {"on_bound": float(final.weight_clip_rate.mean()), "steps": task.num_steps}
+            row |= {"is_edge": best.step_size in (method.step_sizes[0], method.step_sizes[-1])}
+            row |= {"jax": jax.__version__}
+            rows.append(row)
+        with file.open("a") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+        took = time.monotonic() - begun
+        print(f"{name}: step size {best.step_size:g}, {took:.0f} s", flush=True)
+        for row in rows:
+            print(f"  {row['rule']:<22} {row['bits']!s:<8} {np.mean(row['test']):8.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
