@@ -3,8 +3,9 @@
     pip install -e ".[examples]" && python examples/quickstart.py
 
 The same network is trained twice on scikit-learn's digits, five seeds at once: with AdamW,
-and by sign steps with every weight matrix kept in a box. Both are rounded to 8 ... 1 bits
-with no further training, saved to real files, loaded back, and tested.
+and by sign steps with every weight matrix kept in a box, whose size and step size a sweep
+recommends. Both are rounded to 8 ... 1 bits with no further training, saved to real files,
+loaded back, and tested.
 """
 
 import pathlib
@@ -72,13 +73,34 @@ def fit(optimizer, weight_threshold):
     return [jax.tree.map(lambda leaf, s=s: leaf[s], state.params) for s in range(NUM_SEEDS)], report
 
 
-step_size = optax.cosine_decay_schedule(2e-3, NUM_STEPS)
-sign_step = optax.chain(
-    jaxclip.clip_by_global_norm(1.0), jaxclip.lion(lambda step: 2 * step_size(step))
-)
-box = jaxclip.fan_in(1.0)  # half-width sqrt(2 / fan_in) for each matrix; biases are free
+def sign_step(step_size, num_steps=NUM_STEPS):
+    schedule = optax.cosine_decay_schedule(step_size, num_steps)
+    return optax.chain(jaxclip.clip_by_global_norm(1.0), jaxclip.lion(schedule))
+
+
+# --- Step size and box: a sweep of shorter runs, judged by 200 digits held out of training --
+held_out = train[0][-200:], train[1][-200:]
+choice = jaxclip.sweep(
+    loss_fn,
+    lambda key: model.init(key, images[:1]),
+    lambda step_size: sign_step(step_size, 500),
+    jaxclip.random_batches((train[0][:-200], train[1][:-200]), BATCH_SIZE),
+    step_sizes=[1e-3, 2e-3, 4e-3, 8e-3],
+    thresholds=[0.5, 1.0, 2.0],  # half-widths of the box over sqrt(2 / fan_in)
+    weight_threshold=jaxclip.fan_in,  # one for each matrix; biases are free
+    seeds=2,
+    stop=jaxclip.max_steps(500),
+    evaluate=lambda params: {"accuracy": accuracy(params, held_out)},
+    metric="accuracy",
+    bits=(None, "ternary", 1),
+).recommend(max_loss=0.01)  # the smallest file within a point of the best
+print(f"recommended: step size {choice.step_size:g}, box {choice.threshold:g} x sqrt(2 / fan_in)")
+
 plain, boxed = "AdamW, no box", "Lion in a box"
-trained = {plain: fit(optax.adamw(step_size), None), boxed: fit(sign_step, box)}
+trained = {
+    plain: fit(optax.adamw(optax.cosine_decay_schedule(2e-3, NUM_STEPS)), None),
+    boxed: fit(sign_step(choice.step_size), jaxclip.fan_in(choice.threshold)),
+}
 
 
 # --- Compress, save, load, test -------------------------------------------------------

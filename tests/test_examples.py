@@ -51,7 +51,7 @@ def test_an_example_runs_and_its_claims_hold(example: pathlib.Path, tmp_path: pa
 
 
 def test_the_quickstart_is_short():
-    assert len((FOLDER / "quickstart.py").read_text().splitlines()) <= 150
+    assert len((FOLDER / "quickstart.py").read_text().splitlines()) <= 170
 
 
 # --- A BERT encoder -------------------------------------------------------------------

@@ -103,6 +103,9 @@ def make_methods(num_steps, weight_decay):
     def adamw(a):
         return optax.adamw(falling(a), weight_decay=weight_decay)
 
+    def pruned_adamw(a):
+        return optax.chain(adamw(a), prune_gradually(1 / 16, num_steps))
+
     def adam(a):
         return optax.adam(falling(a))
 
@@ -126,7 +129,7 @@ def make_methods(num_steps, weight_decay):
         "AdamW, trained at 4 bits": Method(adamw, width=4),
         "AdamW, trained at ternary": Method(adamw, width="ternary"),
         "AdamW, trained at 1 bit": Method(adamw, width=1),
-        "AdamW, pruned to 1/16": Method(adamw, density=1 / 16),
+        "AdamW, pruned to 1/16": Method(pruned_adamw, density=1 / 16),
         "Adam in a box": Method(adam, box=1.0),
         "Lion": Method(lion_with_decay),
         "signSGD in a box": Method(sign_sgd, box=1.0),
