@@ -12,7 +12,6 @@ best of all.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -34,9 +33,7 @@ from jaxclip.block_sums import (
 __all__ = ["best_scale_and_zero"]
 
 _MOST_ZEROS = 16
-"""Zero points of the coarse search; in short blocks two of them share a pass."""
-_SHORT = 256
-"""Entries up to which a block is short: the zero point matters more than a fine scale."""
+"""Zero points of the coarse search, each with a pass of its own."""
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
@@ -65,8 +62,7 @@ def best_scale_and_zero(
       >>> float(scale[0, 0]), float(zero[0, 0])
       (1.5, 0.0)
     """
-    is_long = math.prod(blocks.shape[a] for a in axes) > _SHORT
-    search = functools.partial(_search, low, high, is_long)
+    search = functools.partial(_search, low, high)
     (scale, zero), factor = search_blocks(blocks, axes, counts, search)
     return scale / factor, zero
 
@@ -84,9 +80,7 @@ def _allowed_error(stats: BlockStats, scale: jax.Array) -> jax.Array:
     return jnp.minimum(rounding, 0.6 * stats.energy)
 
 
-def _coarse(
-    stats: BlockStats, low: int, high: int, num_scales: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _coarse(stats: BlockStats, low: int, high: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scales to begin with, their zero points, and the steps between scales.
 
     The last axis has the scales of one zero point, the one before it the zero points.
@@ -99,8 +93,9 @@ def _coarse(
     # A scale a quarter above that of the whole range costs more in rounding than that one does.
     widest = 1.25 * full[..., None]
     least_zero, most_zero = low + jnp.floor(below / widest), high - jnp.floor(above / widest)
-    num_zeros = min(high - low + 1 + (high - low + 1) % 2, _MOST_ZEROS)  # even, to be paired
-    zeros = jnp.round(least_zero + (most_zero - least_zero) * _last(full.ndim, num_zeros))
+    zeros = jnp.round(
+        least_zero + (most_zero - least_zero) * _last(full.ndim, min(high - low + 1, _MOST_ZEROS))
+    )
 
     up, down = high - zeros, zeros - low
 
@@ -116,8 +111,8 @@ def _coarse(
     least = jnp.maximum(scale_to_reach(above, below), by_rms)
     least = jnp.minimum(least, 0.8 * most)
     span = jnp.where(least > 0, jnp.log(jnp.where(least > 0, least, 1) / most), -1)[..., None]
-    scales = most[..., None] * jnp.exp(span * _last(full.ndim + 1, num_scales))
-    zeros, steps = jnp.broadcast_arrays(zeros[..., None], span / (num_scales - 1), scales)[:2]
+    scales = most[..., None] * jnp.exp(span * _last(full.ndim + 1, BATCH))
+    zeros, steps = jnp.broadcast_arrays(zeros[..., None], span / (BATCH - 1), scales)[:2]
     return scales, zeros, steps
 
 
@@ -127,7 +122,7 @@ def _last(ndim: int, count: int) -> np.ndarray:
 
 
 def _search(
-    low: int, high: int, is_long: bool, evaluate: Evaluate, stats: BlockStats
+    low: int, high: int, evaluate: Evaluate, stats: BlockStats
 ) -> tuple[jax.Array, jax.Array]:
     """The scale and zero point of least error, from the errors of candidates."""
 
@@ -155,8 +150,7 @@ def _search(
     full, zero = _whole_range(stats, low, high)
     inf = jnp.where(full > 0, jnp.inf, full)
     found = Found(inf, (full, zero, 0 * full, full), inf, (full, zero, 0 * full))
-    coarse = _coarse(stats, low, high, BATCH if is_long else BATCH // 2)
-    coarse = [jnp.moveaxis(v.reshape(*full.shape, -1, BATCH), -2, 0) for v in coarse]
+    coarse = [jnp.moveaxis(v, -2, 0) for v in _coarse(stats, low, high)]
     found, _ = lax.scan(lambda found, part: (consider(part, found), None), found, coarse)
 
     found = consider(together(around(found.best, 4, 1.0), around(found.second, 4, 1.0)), found)
