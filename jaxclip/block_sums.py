@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxclip import _checks
 
@@ -83,7 +84,11 @@ Search = Callable[[Evaluate, BlockStats], Any]
 
 
 def search_blocks(
-    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, search: Search
+    blocks: jax.Array,
+    axes: tuple[int, ...],
+    counts: jax.Array,
+    search: Search,
+    importance: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
     """Runs a search over all blocks, in bounded memory; sharded arrays stay where they are.
 
@@ -94,6 +99,8 @@ def search_blocks(
       search: From a function that gives each of some `Candidates` the error of its refined
         scale and that scale, and the blocks' `BlockStats`, to a tree of arrays with one value
         a block.
+      importance: Factors in [0, 1] of the squared errors, of the shape of `blocks`; None for
+        ones. Weights without importance count as 0.
 
     Returns:
       What `search` returned for all blocks, dims kept; scales in it are those of the weights
@@ -109,25 +116,35 @@ def search_blocks(
     x = blocks if blocks.dtype.itemsize < 4 else blocks.astype(jnp.float32)
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.float32), shape)
+    v = importance
+    if v is not None:
+        x, counts = jnp.where(v > 0, x, 0), jnp.sum(v, axis=axes, keepdims=True)
     if x.size == 0 or _checks.is_sharded(x):
-        stats = _stats_of(x, axes, counts)
-        return search(functools.partial(_evaluate_whole, x, axes, stats), stats), stats.factor
-    blocked = _in_three_axes(x, axes)
-    found = _search_in_chunks(blocked, counts.reshape(blocked.shape[0], -1), search)
+        stats = _stats_of(x, v, axes, counts)
+        return search(functools.partial(_evaluate_whole, x, v, axes, stats), stats), stats.factor
+    x, v = _in_three_axes(x, axes), None if v is None else _in_three_axes(v, axes)
+    found = _search_in_chunks(x, v, counts.reshape(x.shape[0], -1), search)
     return jax.tree.map(lambda v: v.reshape(shape), found)
 
 
-def _stats_of(x: jax.Array, axes: tuple[int, ...], counts: jax.Array) -> BlockStats:
+def _stats_of(
+    x: jax.Array, v: jax.Array | None, axes: tuple[int, ...], counts: jax.Array
+) -> BlockStats:
     largest, lowest, highest = (
         reduce(values, axis=axes, keepdims=True, initial=0).astype(jnp.float32)
         for reduce, values in ((jnp.max, jnp.abs(x)), (jnp.min, x), (jnp.max, x))
     )
     _, exponent = jnp.frexp(largest)
     factor = jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
-    energy = jnp.sum(jnp.square(x.astype(jnp.float32) * factor), axis=axes, keepdims=True)
+    squares = _times(jnp.square(x.astype(jnp.float32) * factor), v)
+    energy = jnp.sum(squares, axis=axes, keepdims=True)
     stats = BlockStats(factor, largest * factor, lowest * factor, highest * factor, energy, energy)
     stats = jax.tree.map(lambda s: s.reshape(counts.shape), stats)
     return stats._replace(num_entries=counts)
+
+
+def _times(x: jax.Array, v: jax.Array | None) -> jax.Array:
+    return x if v is None else x * v
 
 
 def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -152,7 +169,11 @@ def _codes(unit: jax.Array, candidates: Candidates) -> jax.Array:
 
 
 def _evaluate_whole(
-    x: jax.Array, axes: tuple[int, ...], stats: BlockStats, candidates: Candidates
+    x: jax.Array,
+    v: jax.Array | None,
+    axes: tuple[int, ...],
+    stats: BlockStats,
+    candidates: Candidates,
 ) -> tuple[jax.Array, jax.Array]:
     """Errors and refined scales by plain reductions, which run on sharded arrays."""
 
@@ -161,15 +182,16 @@ def _evaluate_whole(
         unit = x.astype(jnp.float32) * stats.factor / one.scale
         code = _codes(unit, one)
         residual = unit - code
-        squares = jnp.sum(residual * residual, axis=axes, keepdims=True)
-        return squares, jnp.sum(residual * code, axis=axes, keepdims=True)
+        counted = _times(residual, v)
+        squares = jnp.sum(counted * residual, axis=axes, keepdims=True)
+        return squares, jnp.sum(counted * code, axis=axes, keepdims=True)
 
     squares, products = lax.map(sums, jnp.arange(candidates.scale.shape[-1], dtype=jnp.int32))
     squares, products = (jnp.moveaxis(v, 0, -1) for v in (squares, products))
     return refined((squares, products), stats.energy, candidates.scale)
 
 
-def _sums_of_pieces(y: jax.Array, candidates: Candidates) -> jax.Array:
+def _sums_of_pieces(y: jax.Array, v: jax.Array | None, candidates: Candidates) -> jax.Array:
     """Sums r^2 and r l over axis 1 of (pieces, entries[, c]), for each of (pieces, c, candidates).
 
     Written out, with candidates last and both sums in one complex number, it compiles on CPU
@@ -177,24 +199,27 @@ def _sums_of_pieces(y: jax.Array, candidates: Candidates) -> jax.Array:
     nor would two sums share a loop. Additions in two chains need not wait for each other.
     """
     inverse, totals = 1 / candidates.scale, [jnp.zeros((), jnp.complex64)] * 2
+    lane = (*inverse.shape[:2], 1)
     for j in range(y.shape[1]):
-        unit = y[:, j].reshape(*inverse.shape[:2], 1) * inverse
+        unit = y[:, j].reshape(lane) * inverse
         code = _codes(unit, candidates)
         residual = unit - code
-        totals[j % 2] += lax.complex(residual * residual, residual * code)
+        counted = residual if v is None else residual * v[:, j].reshape(lane)
+        totals[j % 2] += lax.complex(counted * residual, counted * code)
     return totals[0] + totals[1]
 
 
-def _search_in_chunks(x: jax.Array, counts: jax.Array, search: Search) -> Any:
+def _search_in_chunks(x: jax.Array, v: jax.Array | None, counts: jax.Array, search: Search) -> Any:
     """The search over (blocks, entries, blocks), with bounded memory between the passes."""
     (rows, length), columns = x.shape[:2], counts.shape[1]
     chunk = min(rows, max(_SLAB // (length * columns), 1))
 
     def search_chunk(start: jax.Array) -> Any:
-        part = lax.dynamic_slice_in_dim(x, start, chunk)
-        stats = _stats_of(part, (1,), lax.dynamic_slice_in_dim(counts, start, chunk))
+        some = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk)
+        y, w = some(x), None if v is None else some(v)
+        stats = _stats_of(y, w, (1,), some(counts))
         evaluate = _evaluate_at_once if length * columns <= _SLAB else _evaluate_in_slabs
-        return search(functools.partial(evaluate, part, stats), stats), stats.factor
+        return search(functools.partial(evaluate, y, w, stats), stats), stats.factor
 
     if chunk == rows:
         return search_chunk(jnp.zeros((), jnp.int32))
@@ -218,18 +243,22 @@ def _piece(length: int) -> int:
 
 
 def _evaluate_at_once(
-    x: jax.Array, stats: BlockStats, candidates: Candidates
+    x: jax.Array, v: jax.Array | None, stats: BlockStats, candidates: Candidates
 ) -> tuple[jax.Array, jax.Array]:
     """Errors and refined scales for some blocks that are in cache together."""
     chunk, length = x.shape[:2]
     piece = _piece(length)
     pieces = -(-length // piece)
-    y = x.astype(jnp.float32) * stats.factor.reshape(chunk, 1, *x.shape[2:])
-    y = jnp.pad(y, [(0, 0), (0, pieces * piece - length), (0, 0)][: x.ndim])
-    y = y.reshape(chunk * pieces, piece, *x.shape[2:])
+
+    def in_pieces(a: jax.Array) -> jax.Array:
+        a = jnp.pad(a, [(0, 0), (0, pieces * piece - length), (0, 0)][: x.ndim])
+        return a.reshape(chunk * pieces, piece, *x.shape[2:])
+
+    y = in_pieces(x.astype(jnp.float32) * stats.factor.reshape(chunk, 1, *x.shape[2:]))
+    v = None if v is None else in_pieces(v)
 
     def in_lanes() -> jax.Array:
-        sums = _sums_of_pieces(y, candidates.map(lambda v: jnp.repeat(v, pieces, axis=0)))
+        sums = _sums_of_pieces(y, v, candidates.map(lambda c: jnp.repeat(c, pieces, axis=0)))
         if pieces > 1:
             return sums
         sums = jnp.real(sums), jnp.imag(sums)
@@ -249,7 +278,7 @@ def _evaluate_at_once(
 
 
 def _evaluate_in_slabs(
-    x: jax.Array, stats: BlockStats, candidates: Candidates
+    x: jax.Array, v: jax.Array | None, stats: BlockStats, candidates: Candidates
 ) -> tuple[jax.Array, jax.Array]:
     """Errors and refined scales for a row of long blocks, a slab of entries at a time."""
     length, columns = x.shape[1], stats.factor.shape[1]
@@ -257,15 +286,20 @@ def _evaluate_in_slabs(
     pieces = max(min(_SLAB // columns, length) // piece, 1)
     step = piece * pieces
     lanes = candidates.scale.shape[-1]
-    wide = candidates.map(lambda v: jnp.broadcast_to(v, (pieces, columns, lanes)))
+    wide = candidates.map(lambda c: jnp.broadcast_to(c, (pieces, columns, lanes)))
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         first = jnp.minimum(i * step, length - step)
-        y = lax.dynamic_slice_in_dim(x[0], first, step).reshape(step, columns)
-        y = y.astype(jnp.float32) * stats.factor
-        if length % step:  # the last slab begins in the one before
-            y = jnp.where((jnp.arange(step) + first >= i * step)[:, None], y, 0)
-        return total + _sums_of_pieces(y.reshape(pieces, piece, columns), wide)
+
+        def slab(a: jax.Array, factor: ArrayLike = 1.0) -> jax.Array:
+            part = lax.dynamic_slice_in_dim(a[0], first, step).reshape(step, columns)
+            part = part.astype(jnp.float32) * factor
+            if length % step:  # the last slab begins in the one before
+                part = jnp.where((jnp.arange(step) + first >= i * step)[:, None], part, 0)
+            return part.reshape(pieces, piece, columns)
+
+        y = slab(x, stats.factor)
+        return total + _sums_of_pieces(y, None if v is None else slab(v), wide)
 
     zero = 0 * stats.factor[0, 0]
     zeros = jnp.broadcast_to(lax.complex(zero, zero), (pieces, columns, lanes))

@@ -42,7 +42,12 @@ _SHORT = 256
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
 def best_scale(
-    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, low: int, high: int
+    blocks: jax.Array,
+    axes: tuple[int, ...],
+    counts: jax.Array,
+    low: int,
+    high: int,
+    importance: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the scale of least squared error for each block.
 
@@ -52,6 +57,8 @@ def best_scale(
       counts: Entries of each block without padding; broadcasts against the result.
       low: Lowest code, `-high` or `-high - 1`.
       high: Highest code.
+      importance: Factors in [0, 1] of the squared errors, of the shape of `blocks`; None for
+        ones.
 
     Returns:
       float32, dims kept. Negative where the level `low` helps on the positive side, which
@@ -62,12 +69,14 @@ def best_scale(
       Array([[0.5]], dtype=float32)
     """
     is_long = math.prod(blocks.shape[a] for a in axes) > _SHORT
-    search = functools.partial(_search, low, high, is_long)
-    scale, factor = search_blocks(blocks, axes, counts, search)
+    search = functools.partial(_search, low, high, is_long, importance is not None)
+    scale, factor = search_blocks(blocks, axes, counts, search, importance)
     return scale / factor
 
 
-def _bracket(stats: BlockStats, low: int, high: int) -> tuple[jax.Array, jax.Array]:
+def _bracket(
+    stats: BlockStats, low: int, high: int, is_weighted: bool
+) -> tuple[jax.Array, jax.Array]:
     """The least and the largest scale that a search looks at."""
     top = stats.largest / high
     # What rounding at the scale of max_abs costs if residuals are uniform, and a margin.
@@ -76,10 +85,14 @@ def _bracket(stats: BlockStats, low: int, high: int) -> tuple[jax.Array, jax.Arr
     by_rms = jnp.sqrt(stats.energy / stats.num_entries) / (high + 0.5)
     # Weights piled on a bound may sit on the level below the highest.
     most = top * (1 + min(high - 1, 6) / 36)
-    return jnp.minimum(jnp.maximum(by_largest, by_rms), 0.8 * most), most
+    # The largest weight may be one of little importance.
+    least = by_rms if is_weighted else jnp.maximum(by_largest, by_rms)
+    return jnp.minimum(least, 0.8 * most), most
 
 
-def _search(low: int, high: int, is_long: bool, evaluate: Evaluate, stats: BlockStats) -> jax.Array:
+def _search(
+    low: int, high: int, is_long: bool, is_weighted: bool, evaluate: Evaluate, stats: BlockStats
+) -> jax.Array:
     """The scale of least error, from those of candidates."""
 
     def consider(
@@ -103,7 +116,7 @@ def _search(low: int, high: int, is_long: bool, evaluate: Evaluate, stats: Block
     is_late = len(both_signs) == 2 and is_long and high > 3
     signs, lowest = ((1,), -high) if is_late else (both_signs, low)
     num_passes = _COARSE_PASSES[high] * (1 if is_late else len(signs) if high > 7 else 1)
-    coarse, width = _coarse(stats, low, high, num_passes * BATCH // len(signs))
+    coarse, width = _coarse(stats, low, high, is_weighted, num_passes * BATCH // len(signs))
     starts = jnp.concatenate([sign * coarse for sign in signs], axis=-1)
     passes = jnp.moveaxis(starts.reshape(*top.shape, num_passes, BATCH), -2, 0)
     if num_passes == 1:
@@ -131,9 +144,11 @@ def _search(low: int, high: int, is_long: bool, evaluate: Evaluate, stats: Block
     return jnp.where(stats.energy > 0, found.best[1], 0)
 
 
-def _coarse(stats: BlockStats, low: int, high: int, count: int) -> tuple[jax.Array, jax.Array]:
+def _coarse(
+    stats: BlockStats, low: int, high: int, is_weighted: bool, count: int
+) -> tuple[jax.Array, jax.Array]:
     """Scales over the whole bracket, along a last axis, and the logarithm of their ratio."""
-    least, most = _bracket(stats, low, high)
+    least, most = _bracket(stats, low, high, is_weighted)
     span = jnp.log(least / most)
     places = np.linspace(0, 1, count, dtype=np.float32).reshape((1,) * span.ndim + (-1,))
     coarse = most[..., None] * jnp.exp(span[..., None] * places)
