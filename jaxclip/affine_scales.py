@@ -23,11 +23,10 @@ from jaxclip.block_sums import (
     BATCH,
     BlockStats,
     Candidates,
+    Evaluate,
     Found,
-    Sums,
     better_of,
     between_neighbours,
-    refined,
     search_blocks,
 )
 
@@ -122,15 +121,16 @@ def _last(ndim: int, count: int) -> np.ndarray:
     return np.linspace(0, 1, count, dtype=np.float32).reshape((1,) * ndim + (-1,))
 
 
-def _search(low: int, high: int, sums: Sums, stats: BlockStats) -> tuple[jax.Array, jax.Array]:
-    """The scale and zero point of least error, from the sums for candidates."""
+def _search(
+    low: int, high: int, evaluate: Evaluate, stats: BlockStats
+) -> tuple[jax.Array, jax.Array]:
+    """The scale and zero point of least error, from the errors of candidates."""
 
     def consider(
         places: Sequence[jax.Array], found: Found, favour: jax.Array | float = 0.0
     ) -> Found:
         starts, zeros, steps = places
-        candidates = Candidates(1 / starts, low - zeros, high - zeros)
-        errors, scales = refined(sums(candidates), stats.energy, starts)
+        errors, scales = evaluate(Candidates(starts, low - zeros, high - zeros))
         return better_of(found, errors - favour, (starts, zeros, steps, scales))
 
     def around(

@@ -1,4 +1,4 @@
-"""One pass over blocks of weights for some candidate grids: the sums that a search needs.
+"""One pass over blocks of weights for some candidate grids: the errors that a search needs.
 
 For the codes l that a scale s gives, the best scale is `s + s * R / B` with the residuals
 r = w / s - l, R = sum r l and B = sum l^2, and its error is `s^2 (sum r^2 - R^2 / B)`. So a
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxclip import _checks
 
@@ -22,9 +23,9 @@ __all__ = [
     "BATCH",
     "BlockStats",
     "Candidates",
+    "Evaluate",
     "Found",
     "Search",
-    "Sums",
     "better_of",
     "between_neighbours",
     "refined",
@@ -63,27 +64,31 @@ class Candidates(NamedTuple):
     """Grids to try on each block, along the last axis.
 
     Attributes:
-      inverse: The inverse scales.
-      low: Lowest code, counted from the code of 0: a number, or an array as `inverse`.
+      scale: The scales.
+      low: Lowest code, counted from the code of 0: a number, or an array as `scale`.
       high: Highest code, likewise.
     """
 
-    inverse: jax.Array
+    scale: jax.Array
     low: int | jax.Array
     high: int | jax.Array
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> "Candidates":
         """These candidates with `function` applied to what is an array."""
         low, high = (v if isinstance(v, int) else function(v) for v in (self.low, self.high))
-        return Candidates(function(self.inverse), low, high)
+        return Candidates(function(self.scale), low, high)
 
 
-Sums = Callable[[Candidates], tuple[jax.Array, jax.Array]]
-Search = Callable[[Sums, BlockStats], Any]
+Evaluate = Callable[[Candidates], tuple[jax.Array, jax.Array]]
+Search = Callable[[Evaluate, BlockStats], Any]
 
 
 def search_blocks(
-    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, search: Search
+    blocks: jax.Array,
+    axes: tuple[int, ...],
+    counts: jax.Array,
+    search: Search,
+    importance: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
     """Runs a search over all blocks, in bounded memory; sharded arrays stay where they are.
 
@@ -91,8 +96,11 @@ def search_blocks(
       blocks: Real floating array, split as `Granularity.split` does.
       axes: Axes that a block spans.
       counts: Entries of each block without padding; broadcasts against the result.
-      search: From a function that sums r^2 and r l of each block for some `Candidates`, and
-        the blocks' `BlockStats`, to a tree of arrays with one value a block.
+      search: From a function that gives each of some `Candidates` the error of its refined
+        scale and that scale, and the blocks' `BlockStats`, to a tree of arrays with one value
+        a block.
+      importance: Factors in [0, 1] of the squared errors, of the shape of `blocks`; None for
+        ones. Weights without importance count as 0.
 
     Returns:
       What `search` returned for all blocks, dims kept; scales in it are those of the weights
@@ -100,32 +108,43 @@ def search_blocks(
 
     Example:
       >>> found, factor = search_blocks(
-      ...     jnp.array([[0.5, -4.0]]), (1,), 2, lambda sums, stats: stats.largest
+      ...     jnp.array([[0.5, -4.0]]), (1,), 2, lambda evaluate, stats: stats.largest
       ... )
       >>> found / factor
       Array([[4.]], dtype=float32)
     """
     x = blocks if blocks.dtype.itemsize < 4 else blocks.astype(jnp.float32)
-    stats = _stats_of(x, axes, counts)
+    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    counts = jnp.broadcast_to(jnp.asarray(counts, jnp.float32), shape)
+    v = importance
+    if v is not None:
+        x, counts = jnp.where(v > 0, x, 0), jnp.sum(v, axis=axes, keepdims=True)
     if x.size == 0 or _checks.is_sharded(x):
-        return search(functools.partial(_sums_of_whole, x, axes, stats.factor), stats), stats.factor
-    blocked = _in_three_axes(x, axes)
-    flat = BlockStats(*(s.reshape(blocked.shape[0], -1) for s in stats))
-    found = _search_in_chunks(blocked, flat, search)
-    shape = stats.factor.shape
-    return jax.tree.map(lambda v: v.reshape(shape), found), stats.factor
+        stats = _stats_of(x, v, axes, counts)
+        return search(functools.partial(_evaluate_whole, x, v, axes, stats), stats), stats.factor
+    x, v = _in_three_axes(x, axes), None if v is None else _in_three_axes(v, axes)
+    found = _search_in_chunks(x, v, counts.reshape(x.shape[0], -1), search)
+    return jax.tree.map(lambda v: v.reshape(shape), found)
 
 
-def _stats_of(x: jax.Array, axes: tuple[int, ...], counts: jax.Array) -> BlockStats:
+def _stats_of(
+    x: jax.Array, v: jax.Array | None, axes: tuple[int, ...], counts: jax.Array
+) -> BlockStats:
     largest, lowest, highest = (
         reduce(values, axis=axes, keepdims=True, initial=0).astype(jnp.float32)
         for reduce, values in ((jnp.max, jnp.abs(x)), (jnp.min, x), (jnp.max, x))
     )
     _, exponent = jnp.frexp(largest)
     factor = jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
-    energy = jnp.sum(jnp.square(x.astype(jnp.float32) * factor), axis=axes, keepdims=True)
-    count = jnp.broadcast_to(jnp.asarray(counts, jnp.float32), largest.shape)
-    return BlockStats(factor, largest * factor, lowest * factor, highest * factor, energy, count)
+    squares = _times(jnp.square(x.astype(jnp.float32) * factor), v)
+    energy = jnp.sum(squares, axis=axes, keepdims=True)
+    stats = BlockStats(factor, largest * factor, lowest * factor, highest * factor, energy, energy)
+    stats = jax.tree.map(lambda s: s.reshape(counts.shape), stats)
+    return stats._replace(num_entries=counts)
+
+
+def _times(x: jax.Array, v: jax.Array | None) -> jax.Array:
+    return x if v is None else x * v
 
 
 def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -142,56 +161,65 @@ def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return x.reshape((rows, length, columns) if columns > 1 else (rows, length))
 
 
-# --- Sums over a block ----------------------------------------------------------------
+# --- Errors of candidates -------------------------------------------------------------
 
 
 def _codes(unit: jax.Array, candidates: Candidates) -> jax.Array:
     return jnp.clip(jnp.round(unit), candidates.low, candidates.high)
 
 
-def _sums_of_whole(
-    x: jax.Array, axes: tuple[int, ...], factor: jax.Array, candidates: Candidates
+def _evaluate_whole(
+    x: jax.Array,
+    v: jax.Array | None,
+    axes: tuple[int, ...],
+    stats: BlockStats,
+    candidates: Candidates,
 ) -> tuple[jax.Array, jax.Array]:
-    """The two sums of each candidate by plain reductions, which run on sharded arrays."""
+    """Errors and refined scales by plain reductions, which run on sharded arrays."""
 
     def sums(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         one = candidates.map(lambda v: lax.dynamic_index_in_dim(v, i, -1, keepdims=False))
-        unit = x.astype(jnp.float32) * factor * one.inverse
+        unit = x.astype(jnp.float32) * stats.factor / one.scale
         code = _codes(unit, one)
         residual = unit - code
-        squares = jnp.sum(residual * residual, axis=axes, keepdims=True)
-        return squares, jnp.sum(residual * code, axis=axes, keepdims=True)
+        counted = _times(residual, v)
+        squares = jnp.sum(counted * residual, axis=axes, keepdims=True)
+        return squares, jnp.sum(counted * code, axis=axes, keepdims=True)
 
-    squares, products = lax.map(sums, jnp.arange(candidates.inverse.shape[-1], dtype=jnp.int32))
-    return jnp.moveaxis(squares, 0, -1), jnp.moveaxis(products, 0, -1)
+    squares, products = lax.map(sums, jnp.arange(candidates.scale.shape[-1], dtype=jnp.int32))
+    squares, products = (jnp.moveaxis(v, 0, -1) for v in (squares, products))
+    return refined((squares, products), stats.energy, candidates.scale)
 
 
-def _sums_of_piece(y: jax.Array, candidates: Candidates) -> jax.Array:
-    """Sums r^2 and r l over axis 2 of (b, r, piece, c), for each of (b, 1, c, candidates).
+def _sums_of_pieces(y: jax.Array, v: jax.Array | None, candidates: Candidates) -> jax.Array:
+    """Sums r^2 and r l over axis 1 of (pieces, entries[, c]), for each of (pieces, c, candidates).
 
     Written out, with candidates last and both sums in one complex number, it compiles on CPU
     to one vectorized loop that reads each weight once; a reduction would not be vectorized,
-    nor would two sums share a loop.
+    nor would two sums share a loop. Additions in two chains need not wait for each other.
     """
-    total = jnp.zeros((), jnp.complex64)
-    for j in range(y.shape[2]):
-        unit = y[:, :, j, :, None] * candidates.inverse
+    inverse, totals = 1 / candidates.scale, [jnp.zeros((), jnp.complex64)] * 2
+    lane = (*inverse.shape[:2], 1)
+    for j in range(y.shape[1]):
+        unit = y[:, j].reshape(lane) * inverse
         code = _codes(unit, candidates)
         residual = unit - code
-        total = total + lax.complex(residual * residual, residual * code)
-    return total
+        counted = residual if v is None else residual * v[:, j].reshape(lane)
+        totals[j % 2] += lax.complex(counted * residual, counted * code)
+    return totals[0] + totals[1]
 
 
-def _search_in_chunks(x: jax.Array, stats: BlockStats, search: Search) -> Any:
+def _search_in_chunks(x: jax.Array, v: jax.Array | None, counts: jax.Array, search: Search) -> Any:
     """The search over (blocks, entries, blocks), with bounded memory between the passes."""
-    (rows, length), columns = x.shape[:2], stats.factor.shape[1]
+    (rows, length), columns = x.shape[:2], counts.shape[1]
     chunk = min(rows, max(_SLAB // (length * columns), 1))
 
     def search_chunk(start: jax.Array) -> Any:
-        part = BlockStats(*(lax.dynamic_slice_in_dim(s, start, chunk) for s in stats))
-        is_short = length <= _PIECE and chunk > 1
-        sums = _sums_of_short if is_short else _sums_of_long
-        return search(functools.partial(sums, x, start, part.factor), part)
+        some = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk)
+        y, w = some(x), None if v is None else some(v)
+        stats = _stats_of(y, w, (1,), some(counts))
+        evaluate = _evaluate_at_once if length * columns <= _SLAB else _evaluate_in_slabs
+        return search(functools.partial(evaluate, y, w, stats), stats), stats.factor
 
     if chunk == rows:
         return search_chunk(jnp.zeros((), jnp.int32))
@@ -205,66 +233,78 @@ def _search_in_chunks(x: jax.Array, stats: BlockStats, search: Search) -> Any:
         )
 
     structure = jax.tree.structure(jax.eval_shape(search_chunk, jnp.zeros((), jnp.int32)))
-    empty = jax.tree.unflatten(structure, [0 * stats.factor] * structure.num_leaves)
+    empty = jax.tree.unflatten(structure, [0 * counts] * structure.num_leaves)
     return lax.fori_loop(0, -(-rows // chunk), body, empty)
 
 
-def _rows_of(x: jax.Array, start: Any, rows: int, first: Any, length: int) -> jax.Array:
-    """Some rows and entries as float32, with the axis of columns that `x` may lack."""
-    starts = tuple(jnp.asarray(i, jnp.int32) for i in (start, first, 0)[: x.ndim])
-    y = lax.dynamic_slice(x, starts, (rows, length, *x.shape[2:])).astype(jnp.float32)
-    return y if x.ndim == 3 else y[:, :, None]
+def _piece(length: int) -> int:
+    """Entries of a piece: the pieces of a block are of one length, to leave little padding."""
+    return -(-length // -(-length // _PIECE))
 
 
-# Both kinds of sums loop at least twice, if only over halves: a loop is what keeps the
-# compiler from computing the sums again for each of their readers. A loop's start is made
-# from data, since inside shard_map it must vary over the mesh as what is added does.
-
-
-def _sums_of_short(
-    x: jax.Array, start: jax.Array, factor: jax.Array, candidates: Candidates
+def _evaluate_at_once(
+    x: jax.Array, v: jax.Array | None, stats: BlockStats, candidates: Candidates
 ) -> tuple[jax.Array, jax.Array]:
-    """The two sums of each candidate, for some rows that are one piece long."""
-    length = x.shape[1]
-    chunk, columns, lanes = candidates.inverse.shape
-    half = -(-chunk // 2)
+    """Errors and refined scales for some blocks that are in cache together."""
+    chunk, length = x.shape[:2]
+    piece = _piece(length)
+    pieces = -(-length // piece)
 
-    def body(i: jax.Array, total: jax.Array) -> jax.Array:
-        first = jnp.minimum(i * half, chunk - half)
-        y = _rows_of(x, start + first, half, 0, length)
-        y = y * lax.dynamic_slice_in_dim(factor, first, half)[:, None]
-        part = candidates.map(lambda v: lax.dynamic_slice_in_dim(v, first, half)[:, None])
-        sums = _sums_of_piece(y[:, None], part)
-        return lax.dynamic_update_slice_in_dim(total, sums[:, 0], first, 0)
+    def in_pieces(a: jax.Array) -> jax.Array:
+        a = jnp.pad(a, [(0, 0), (0, pieces * piece - length), (0, 0)][: x.ndim])
+        return a.reshape(chunk * pieces, piece, *x.shape[2:])
 
-    zero = 0 * factor[0, 0]
-    zeros = jnp.broadcast_to(lax.complex(zero, zero), (chunk, columns, lanes))
-    total = lax.fori_loop(0, 2, body, zeros)
-    return jnp.real(total), jnp.imag(total)
+    y = in_pieces(x.astype(jnp.float32) * stats.factor.reshape(chunk, 1, *x.shape[2:]))
+    v = None if v is None else in_pieces(v)
+
+    def in_lanes() -> jax.Array:
+        sums = _sums_of_pieces(y, v, candidates.map(lambda c: jnp.repeat(c, pieces, axis=0)))
+        if pieces > 1:
+            return sums
+        sums = jnp.real(sums), jnp.imag(sums)
+        return lax.complex(*refined(sums, stats.energy, candidates.scale))
+
+    # A conditional, since XLA would put the loop into what follows, where it is not vectorized.
+    zero = 0 * stats.factor[0, 0]
+    nothing = jnp.broadcast_to(
+        lax.complex(zero, zero), (chunk * pieces, *candidates.scale.shape[1:])
+    )
+    both = lax.cond(jnp.any(stats.energy > 0), in_lanes, lambda: nothing)
+    if pieces > 1:
+        both = both.reshape(chunk, pieces, *both.shape[1:])
+        sums = jnp.sum(jnp.real(both), axis=1), jnp.sum(jnp.imag(both), axis=1)
+        return refined(sums, stats.energy, candidates.scale)
+    return jnp.real(both), jnp.imag(both)
 
 
-def _sums_of_long(
-    x: jax.Array, start: jax.Array, factor: jax.Array, candidates: Candidates
+def _evaluate_in_slabs(
+    x: jax.Array, v: jax.Array | None, stats: BlockStats, candidates: Candidates
 ) -> tuple[jax.Array, jax.Array]:
-    """The two sums of each candidate, for some rows of any length, a slab at a time."""
-    length = x.shape[1]
-    chunk, columns, lanes = candidates.inverse.shape
-    piece = max(min(-(-length // 2), _PIECE), 1)
-    pieces = max(min(_SLAB // (chunk * piece * columns), length // piece // 2), 1)
+    """Errors and refined scales for a row of long blocks, a slab of entries at a time."""
+    length, columns = x.shape[1], stats.factor.shape[1]
+    piece = min(length, _PIECE)
+    pieces = max(min(_SLAB // columns, length) // piece, 1)
     step = piece * pieces
+    lanes = candidates.scale.shape[-1]
+    wide = candidates.map(lambda c: jnp.broadcast_to(c, (pieces, columns, lanes)))
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         first = jnp.minimum(i * step, length - step)
-        y = _rows_of(x, start, chunk, first, step) * factor[:, None]
-        if length % step:  # the last slab begins in the one before
-            y = jnp.where((jnp.arange(step) + first >= i * step)[None, :, None], y, 0)
-        y = y.reshape(chunk, pieces, piece, columns)
-        return total + _sums_of_piece(y, candidates.map(lambda v: v[:, None]))
 
-    zero = 0 * factor[0, 0]
-    zeros = jnp.broadcast_to(lax.complex(zero, zero), (chunk, pieces, columns, lanes))
-    total = lax.fori_loop(0, -(-length // step), body, zeros)
-    return jnp.sum(jnp.real(total), axis=1), jnp.sum(jnp.imag(total), axis=1)
+        def slab(a: jax.Array, factor: ArrayLike = 1.0) -> jax.Array:
+            part = lax.dynamic_slice_in_dim(a[0], first, step).reshape(step, columns)
+            part = part.astype(jnp.float32) * factor
+            if length % step:  # the last slab begins in the one before
+                part = jnp.where((jnp.arange(step) + first >= i * step)[:, None], part, 0)
+            return part.reshape(pieces, piece, columns)
+
+        y = slab(x, stats.factor)
+        return total + _sums_of_pieces(y, None if v is None else slab(v), wide)
+
+    zero = 0 * stats.factor[0, 0]
+    zeros = jnp.broadcast_to(lax.complex(zero, zero), (pieces, columns, lanes))
+    total = jnp.sum(lax.fori_loop(0, -(-length // step), body, zeros), axis=0, keepdims=True)
+    return refined((jnp.real(total), jnp.imag(total)), stats.energy, candidates.scale)
 
 
 # --- Choosing between candidates ------------------------------------------------------
@@ -349,15 +389,32 @@ def better_of(found: Found, errors: jax.Array, candidates: tuple[jax.Array, ...]
       >>> float(found.best[0]), float(found.second[0])
       (2.0, 0.5)
     """
-    error, best, second_error, second = found
-    for k in range(errors.shape[-1]):
-        e, values = errors[..., k], [c[..., k] for c in candidates]
-        is_first, is_second = e < error, e < second_error
-        second_error = jnp.where(is_first, error, jnp.where(is_second, e, second_error))
-        second = tuple(
-            jnp.where(is_first, old_best, jnp.where(is_second, new, old))
-            for old, old_best, new in zip(second, best, values, strict=False)
-        )
-        error = jnp.where(is_first, e, error)
-        best = tuple(jnp.where(is_first, new, old) for old, new in zip(best, values, strict=True))
-    return Found(error, best, second_error, second)
+    least = jnp.min(errors, axis=-1)
+    is_least = errors == least[..., None]
+    values = tuple(_value_where(is_least, c) for c in candidates)
+    others = jnp.where(is_least, jnp.inf, errors)
+    next_least = jnp.min(others, axis=-1)
+    is_next = others == next_least[..., None]
+    next_values = [_value_where(is_next, c) for c in candidates[: len(found.second)]]
+
+    def choose(is_new: jax.Array, new: Any, old: Any) -> Any:
+        return jax.tree.map(functools.partial(jnp.where, is_new), tuple(new), tuple(old))
+
+    is_better = least < found.error
+    num_second = len(found.second)
+    # The second best is either what was best or the better of the two seconds.
+    loser = jnp.where(is_better, found.error, least)
+    loser_values = choose(is_better, found.best[:num_second], values[:num_second])
+    rival = jnp.where(is_better, next_least, found.second_error)
+    rival_values = choose(is_better, next_values, found.second)
+    return Found(
+        jnp.where(is_better, least, found.error),
+        choose(is_better, values, found.best),
+        jnp.minimum(loser, rival),
+        choose(loser <= rival, loser_values, rival_values),
+    )
+
+
+def _value_where(is_chosen: jax.Array, values: jax.Array) -> jax.Array:
+    """The value at the chosen place of the last axis, the largest if several are chosen."""
+    return jnp.max(values, axis=-1, where=is_chosen, initial=-jnp.inf)

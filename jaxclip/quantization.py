@@ -31,7 +31,7 @@ from jaxclip.affine_scales import best_scale_and_zero
 from jaxclip.grids import Bits, Granularity, code_range
 from jaxclip.rescaling import quotient
 from jaxclip.scale_formats import round_scale, scale_format
-from jaxclip.threshold_rules import mse_optimal
+from jaxclip.threshold_rules import importance_for, mse_optimal
 from jaxclip.thresholds import ThresholdRule
 
 __all__ = ["QuantizedArray", "dequantize", "quantize"]
@@ -233,7 +233,8 @@ def quantize(
     Raises:
       TypeError: If `array` is not real floating, or `threshold` is no threshold.
       ValueError: If `bits` or `scale_dtype` is not allowed, `zero_point` comes with 1 bit, or
-        a concrete entry is NaN or infinite.
+        a concrete entry is NaN or infinite; if `mse_optimal` is `exact` or has an
+        `importance` and `zero_point` is set.
 
     Example:
       >>> q = quantize(jnp.array([0.9, -1.1, 1.0, 0.05]), "ternary")
@@ -253,9 +254,13 @@ def quantize(
     grid = (bits, full_signed, granularity, scale_dtype)
     measured = (array, bits, full_signed, granularity, threshold)
     zero = None
+    importance = getattr(threshold, "importance", None)
+    if zero_point and (importance is not None or getattr(threshold, "exact", False)):
+        raise ValueError("exact and importance are for grids without a zero point.")
     if not zero_point:
         t = _block_thresholds(*measured)
-        qvalue, scale = _encode(array, t, *grid)
+        v = None if importance is None else importance_for(importance, array.shape)
+        qvalue, scale = _encode(array, t, *grid, v)
     else:
         is_searched = isinstance(threshold, type(mse_optimal()))
         t = None if is_searched else _block_thresholds(*measured)
@@ -347,6 +352,7 @@ def _encode(
     full_signed: bool,
     granularity: Granularity,
     scale_dtype: str,
+    importance: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of a grid around 0."""
     low, high = code_range(bits, full_signed)
@@ -362,7 +368,9 @@ def _encode(
     def block_error(scale: jax.Array) -> jax.Array:
         """Squared error of each block in units of the scale, so that it cannot overflow."""
         r = ratio(scale)
-        blocks, axes = granularity.split(jnp.square(r - jnp.clip(jnp.round(r), low, high)))
+        squares = jnp.square(r - jnp.clip(jnp.round(r), low, high))
+        squares = squares if importance is None else squares * importance
+        blocks, axes = granularity.split(squares)
         return granularity.compact(jnp.sum(blocks, axis=axes, keepdims=True), x.ndim)
 
     if low < -high:

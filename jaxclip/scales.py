@@ -5,13 +5,16 @@ scale; the least of these over all scales is the optimum.
 
 The error has many dips. A pass over a geometric bracket finds the neighbourhoods of the best
 two candidates, a second looks into both, a third around the best of all; a finer grid has
-narrower dips and takes more candidates. The bracket's ends hold for every distribution: a
+narrower dips and takes more candidates. Where the grid has a level more on one side, both
+signs of the scale are tried: at once in short blocks, in long ones after the first pass, which
+goes without that level. The bracket's ends hold for every distribution: a
 threshold above the largest weight only wastes levels, one below the root mean square costs
 about as much as the weights are worth, and the largest weight alone must not cost more than
 all that rounding inside the threshold does.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,23 +25,29 @@ from jaxclip.block_sums import (
     BATCH,
     BlockStats,
     Candidates,
+    Evaluate,
     Found,
-    Sums,
     better_of,
     between_neighbours,
-    refined,
     search_blocks,
 )
 
 __all__ = ["best_scale"]
 
-_COARSE_PASSES = {1: 1, 3: 1, 7: 1, 15: 2, 31: 4, 127: 8}
-"""Passes over the whole bracket, by highest code."""
+_COARSE_PASSES = {1: 1, 3: 1, 7: 1, 15: 1, 31: 2, 127: 6}
+"""Passes over the whole bracket, for one sign of the scale, by highest code."""
+_SHORT = 256
+"""Entries up to which a block is short: its level `low` may move the optimum far."""
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
 def best_scale(
-    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, low: int, high: int
+    blocks: jax.Array,
+    axes: tuple[int, ...],
+    counts: jax.Array,
+    low: int,
+    high: int,
+    importance: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the scale of least squared error for each block.
 
@@ -48,6 +57,8 @@ def best_scale(
       counts: Entries of each block without padding; broadcasts against the result.
       low: Lowest code, `-high` or `-high - 1`.
       high: Highest code.
+      importance: Factors in [0, 1] of the squared errors, of the shape of `blocks`; None for
+        ones.
 
     Returns:
       float32, dims kept. Negative where the level `low` helps on the positive side, which
@@ -57,12 +68,15 @@ def best_scale(
       >>> best_scale(jnp.array([[0.5, -2.0, 1.0]]), (1,), 3, -4, 3)
       Array([[0.5]], dtype=float32)
     """
-    search = functools.partial(_search, low, high)
-    scale, factor = search_blocks(blocks, axes, counts, search)
+    is_long = math.prod(blocks.shape[a] for a in axes) > _SHORT
+    search = functools.partial(_search, low, high, is_long, importance is not None)
+    scale, factor = search_blocks(blocks, axes, counts, search, importance)
     return scale / factor
 
 
-def _bracket(stats: BlockStats, low: int, high: int) -> tuple[jax.Array, jax.Array]:
+def _bracket(
+    stats: BlockStats, low: int, high: int, is_weighted: bool
+) -> tuple[jax.Array, jax.Array]:
     """The least and the largest scale that a search looks at."""
     top = stats.largest / high
     # What rounding at the scale of max_abs costs if residuals are uniform, and a margin.
@@ -71,14 +85,20 @@ def _bracket(stats: BlockStats, low: int, high: int) -> tuple[jax.Array, jax.Arr
     by_rms = jnp.sqrt(stats.energy / stats.num_entries) / (high + 0.5)
     # Weights piled on a bound may sit on the level below the highest.
     most = top * (1 + min(high - 1, 6) / 36)
-    return jnp.minimum(jnp.maximum(by_largest, by_rms), 0.8 * most), most
+    # The largest weight may be one of little importance.
+    least = by_rms if is_weighted else jnp.maximum(by_largest, by_rms)
+    return jnp.minimum(least, 0.8 * most), most
 
 
-def _search(low: int, high: int, sums: Sums, stats: BlockStats) -> jax.Array:
-    """The scale of least error, from the sums of r^2 and r l for candidates."""
+def _search(
+    low: int, high: int, is_long: bool, is_weighted: bool, evaluate: Evaluate, stats: BlockStats
+) -> jax.Array:
+    """The scale of least error, from those of candidates."""
 
-    def consider(starts: jax.Array, found: Found, favour: jax.Array | float = 0.0) -> Found:
-        errors, scales = refined(sums(Candidates(1 / starts, low, high)), stats.energy, starts)
+    def consider(
+        starts: jax.Array, found: Found, lowest: int = low, favour: jax.Array | float = 0.0
+    ) -> Found:
+        errors, scales = evaluate(Candidates(starts, lowest, high))
         return better_of(found, errors - favour, (starts, scales))
 
     def around(start: jax.Array, width: jax.Array, places: np.ndarray) -> jax.Array:
@@ -87,34 +107,32 @@ def _search(low: int, high: int, sums: Sums, stats: BlockStats) -> jax.Array:
 
     nonzero = jnp.where(stats.largest > 0, stats.largest, 1)
     stats = stats._replace(largest=nonzero)
-    least, most = _bracket(stats, low, high)
     top = nonzero / high
     inf = jnp.where(top > 0, jnp.inf, top)
     found = Found(inf, (top, top), inf, (top,))
 
-    signs = (1, -1) if low < -high else (1,)
-    num_coarse = BATCH * _COARSE_PASSES[high] // len(signs)
-    places = np.linspace(0, 1, num_coarse)
-    span = jnp.log(least / most)
-    coarse = around(most, span, places)
-    if high > 7:
-        # Weights piled on a bound make a dip where the bound is on a level or half way, so
-        # that it is looked for there, as near as the spacing of the candidates allows.
-        levels = nonzero[..., None] / coarse
-        spacing = (levels[..., -1:] - levels[..., :1]) / (num_coarse - 1)
-        unit = jnp.exp2(jnp.clip(jnp.floor(jnp.log2(1.5 * spacing)), -4, 0))
-        coarse = nonzero[..., None] / (unit * jnp.round(levels / unit))
-    coarse = jnp.concatenate([sign * coarse for sign in signs], axis=-1)
-    passes = jnp.moveaxis(coarse.reshape(*top.shape, _COARSE_PASSES[high], BATCH), -2, 0)
-    if len(passes) == 1:
-        found = consider(passes[0], found)
+    # One level more changes little in a long block with many levels: it waits for the second pass.
+    both_signs = (1, -1) if low < -high else (1,)
+    is_late = len(both_signs) == 2 and is_long and high > 3
+    signs, lowest = ((1,), -high) if is_late else (both_signs, low)
+    num_passes = _COARSE_PASSES[high] * (1 if is_late else len(signs) if high > 7 else 1)
+    coarse, width = _coarse(stats, low, high, is_weighted, num_passes * BATCH // len(signs))
+    starts = jnp.concatenate([sign * coarse for sign in signs], axis=-1)
+    passes = jnp.moveaxis(starts.reshape(*top.shape, num_passes, BATCH), -2, 0)
+    if num_passes == 1:
+        found = consider(passes[0], found, lowest)
     else:
-        found, _ = lax.scan(lambda found, starts: (consider(starts, found), None), found, passes)
+        found, _ = lax.scan(lambda found, s: (consider(s, found, lowest), None), found, passes)
 
-    width = span / (num_coarse - 1)
     four = between_neighbours(4)
-    both = [around(start, width, four) for start in (found.best[0], found.second[0])]
-    found = consider(jnp.concatenate(both, axis=-1), found)
+    if is_late:
+        # With that level the best scale is a little less.
+        centres = found.best[:1] + (found.second[:1] if high > 7 else ())
+        less = np.sqrt(high / (high + 1), dtype=np.float32)
+        starts = [sign * around(less * c, width, four) for c in centres for sign in both_signs]
+    else:
+        starts = [around(start, width, four) for start in (found.best[0], found.second[0])]
+    found = consider(jnp.concatenate(starts, axis=-1), found)
     for _ in range(1 if high <= 31 else 2):
         width = width * 2 / 5
         # The scale of max_abs is among them, so that the result is never worse. A tie is its,
@@ -122,5 +140,23 @@ def _search(low: int, high: int, sums: Sums, stats: BlockStats) -> jax.Array:
         last = [around(found.best[0], width, between_neighbours(7)), top[..., None]]
         is_top = np.reshape(np.arange(BATCH) == BATCH - 1, (1,) * top.ndim + (-1,))
         favour = 1e-12 * stats.energy[..., None] * is_top.astype(np.float32)
-        found = consider(jnp.concatenate(last, axis=-1), found, favour)
+        found = consider(jnp.concatenate(last, axis=-1), found, low, favour)
     return jnp.where(stats.energy > 0, found.best[1], 0)
+
+
+def _coarse(
+    stats: BlockStats, low: int, high: int, is_weighted: bool, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Scales over the whole bracket, along a last axis, and the logarithm of their ratio."""
+    least, most = _bracket(stats, low, high, is_weighted)
+    span = jnp.log(least / most)
+    places = np.linspace(0, 1, count, dtype=np.float32).reshape((1,) * span.ndim + (-1,))
+    coarse = most[..., None] * jnp.exp(span[..., None] * places)
+    if high > 7:
+        # Weights piled on a bound make a dip where the bound is on a level or half way, so
+        # that it is looked for there, as near as the spacing of the candidates allows.
+        levels = stats.largest[..., None] / coarse
+        spacing = (levels[..., -1:] - levels[..., :1]) / (count - 1)
+        unit = jnp.exp2(jnp.clip(jnp.floor(jnp.log2(1.5 * spacing)), -4, 0))
+        coarse = stats.largest[..., None] / (unit * jnp.round(levels / unit))
+    return coarse, span / (count - 1)

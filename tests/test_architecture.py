@@ -21,6 +21,7 @@ ROOMS = [
     "block_sums",
     "scales",
     "affine_scales",
+    "optimal_scales",
     "thresholds",
     "threshold_rules",
     "landing",

@@ -1,0 +1,116 @@
+"""`mse_optimal(importance=...)` beside a brute-force optimum of the weighted error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxclip
+from jaxclip import block_sums
+from jaxclip.grids import code_range
+from jaxclip.optimal_scales import optimal_scale
+from jaxclip.scales import best_scale
+
+
+def errors_of(x, scale, low: int, high: int, importance) -> np.ndarray:
+    """Weighted squared error of each row, in float64."""
+    x, scale = np.asarray(x, np.float64), np.asarray(scale, np.float64)
+    safe = np.where(scale == 0, 1, scale)
+    codes = np.clip(np.round(x / safe), low, high)
+    return np.sum(np.asarray(importance, np.float64) * (x - scale * codes) ** 2, axis=-1)
+
+
+def brute_force(x: np.ndarray, v: np.ndarray, low: int, high: int) -> float:
+    """Least weighted error of a row: the codes between every two breakpoints, each refitted."""
+    levels = np.arange(1, max(high, -low) + 1)
+    ends = np.sort(np.ravel(np.abs(x)[:, None] / (levels - 0.5)))
+    ends = np.append(ends[ends > 0], 2 * ends[-1])
+    middles = (ends[1:] + ends[:-1]) / 2
+    best = np.sum(v * x * x)
+    for scale in np.concatenate([middles, -middles]) if low < -high else middles:
+        codes = np.clip(np.round(x / scale), low, high)
+        norm = np.sum(v * codes * codes)
+        if norm > 0:
+            best = min(best, np.sum(v * (x - codes * np.sum(v * x * codes) / norm) ** 2))
+    return best
+
+
+def draw(num_rows: int, row: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Heavy-tailed rows and importances of many sizes, some 0."""
+    rng = np.random.default_rng(seed)
+    v = rng.exponential(size=(num_rows, row)) ** 2 * (rng.random((num_rows, row)) < 0.9)
+    return rng.standard_t(4, (num_rows, row)).astype(np.float32), v.astype(np.float32)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("bits", "full_signed"), [("ternary", True), (3, True), (4, False)])
+def test_the_weighted_error_is_that_of_a_brute_force_search(bits, full_signed, exact):
+    x, v = draw(8, 32)
+    low, high = code_range(bits, full_signed)
+    rule = jaxclip.mse_optimal(exact=exact, importance=v)
+    q = jaxclip.quantize(x, bits, threshold=rule, axis=0, full_signed=full_signed)
+    got = errors_of(x, q.scale, low, high, v)
+    best = np.asarray(
+        [brute_force(*map(np.float64, row), low, high) for row in zip(x, v, strict=True)]
+    )
+    assert np.all(got >= best * (1 - 1e-5))
+    assert np.sum(got) <= np.sum(best) * (1 + 1e-5 if exact else 1.01)
+
+
+# One piece, several pieces, and slabs.
+@pytest.mark.parametrize("shape", [(16, 48), (6, 700), (1, block_sums._SLAB + 101)])
+def test_the_search_is_near_the_optimum_in_every_layout(shape):
+    x, v = draw(*shape)
+    got = best_scale(jnp.asarray(x), (1,), shape[1], -8, 7, jnp.asarray(v / v.max()))
+    best = optimal_scale(x, (1,), -8, 7, v)
+    got, best = (np.sum(errors_of(x, s, -8, 7, v)) for s in (got, best))
+    assert best * (1 - 1e-5) <= got <= 1.01 * best
+
+
+def test_importance_of_each_input_broadcasts_and_follows_the_groups():
+    x, _ = draw(3, 20)
+    v = np.random.default_rng(1).uniform(0.1, 9, 20)
+    rule = jaxclip.mse_optimal(4, axis=0, group_size=8, importance=v)
+    grouped = rule.compact(jnp.asarray(x))
+    for i, part in enumerate((slice(0, 8), slice(8, 16), slice(16, 20))):
+        alone = jaxclip.mse_optimal(4, axis=0, importance=v[part])(jnp.asarray(x[:, part]))
+        np.testing.assert_allclose(grouped[:, i : i + 1], alone, rtol=1e-5)
+    traced = jax.jit(lambda x, v: jaxclip.mse_optimal(4, axis=0, importance=v)(x))(x, v)
+    eager = jaxclip.mse_optimal(4, axis=0, importance=v)(x)
+    np.testing.assert_allclose(traced, eager, rtol=1e-5)
+
+
+def test_a_constant_importance_of_any_size_and_zeros_alone_change_nothing():
+    x, _ = draw(4, 64)
+    plain = jaxclip.mse_optimal(3, axis=0, exact=True)(x)
+    for v in (3e-30, 5e30, 0.0):
+        weighted = jaxclip.mse_optimal(3, axis=0, exact=True, importance=v)(x)
+        np.testing.assert_allclose(weighted, plain, rtol=1e-6)
+        searched = jaxclip.mse_optimal(3, axis=0, importance=v)(x)
+        assert np.all(np.isfinite(searched))
+        assert np.all(np.asarray(searched) > 0)
+
+
+def test_one_bit_has_the_weighted_mean():
+    t = jaxclip.mse_optimal(1, importance=[1.0, 3.0])(jnp.array([2.0, -4.0]))
+    np.testing.assert_allclose(t, [3.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("importance", "error", "message"),
+    [
+        ([1.0, -1.0], ValueError, r"importance must be in \[0, inf\), got -1.0 at \(1,\)"),
+        ([np.nan, 1.0], ValueError, r"importance must be in \[0, inf\), got nan at \(0,\)"),
+        ([np.inf], ValueError, r"importance must be in \[0, inf\), got inf at \(0,\)"),
+        ("large", TypeError, "importance must be an array of numbers, got 'large'"),
+    ],
+)
+def test_nonsense_is_refused_when_the_rule_is_made(importance, error, message):
+    with pytest.raises(error, match=message):
+        jaxclip.mse_optimal(4, importance=importance)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2, 2)])
+def test_importance_of_a_wrong_shape_is_refused_with_both_shapes(shape):
+    with pytest.raises(ValueError, match=r"importance must broadcast to the array, \(2, 2\), got"):
+        jaxclip.mse_optimal(4, importance=np.ones(shape))(jnp.ones((2, 2)))
