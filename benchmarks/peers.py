@@ -70,8 +70,8 @@ def llm_compressor(rows, bits, has_zero):
     return found["scale"].numpy(), zero
 
 
-QWIX_RANGES = {2: "rms,1.5", 3: "rms,2.1", 4: "rms,2.7"}
-"""Its calibration: near the best ranges of Gaussian weights, and the largest weight from 5 bits."""
+QWIX_RANGES = {2: "rms,1.5", 3: "rms,2.1", 4: "absmax"}
+"""Its calibration: near the best ranges of Gaussian weights, where they are better than max |w|."""
 
 
 def qwix(rows, bits, has_zero):
@@ -83,6 +83,16 @@ def qwix(rows, bits, has_zero):
     method = QWIX_RANGES.get(bits, "absmax")
     q = qwix.quantize(rows, name, channelwise_axes=(0,), calibration_method=method)
     return np.asarray(q.scale, np.float32), None
+
+
+RULES = {
+    "torchao": (torchao, (False, True)),
+    "auto-round": (auto_round, (False,)),
+    "llmcompressor": (llm_compressor, (False, True)),
+    "qwix": (qwix, (False,)),
+    "hqq": (hqq, (True,)),
+}
+"""The rule of each package, and whether it makes grids without and with a zero point."""
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -107,7 +117,7 @@ class Affine:
     @property
     def name(self):
         where = f"group {self.group_size}" if self.group_size else "channel"
-        zero = ", zero point" if self.has_zero else ""
+        zero = ", zero" if self.has_zero else ""
         return f"{self.package}, {self.bits} bits, {where}{zero}"
 
     def fits(self, leaf):
@@ -181,9 +191,20 @@ def ggml_library():
 # --- The list ---------------------------------------------------------------------------------
 
 PACKAGES = ("torchao", "hqq", "auto-round", "llmcompressor", "qwix", "gguf")
-KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ2_0")
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """What the package gguf quantizes by itself."""
-GGML_KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
+GGML_KINDS = (
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_NL",
+    "IQ4_XS",
+)
 
 
 def versions():
@@ -198,21 +219,21 @@ def versions():
 
 
 def is_installed(package):
+    """Whether a package can be imported."""
     return importlib.util.find_spec(package.replace("-", "_")) is not None
 
 
 def peers(widths=(2, 3, 4, 5, 6, 8)):
-    """Settings of the packages that are installed: each with the kind of grid that serves it best."""
+    """Settings of the packages that are installed, each with the grid that serves it best."""
     settings = []
     for bits in widths:
-        for group_size in (64, 128) if bits < 5 else (64,):
-            at = {"bits": bits, "group_size": group_size}
-            settings += [
-                Affine("torchao", torchao, **at),
-                Affine("auto-round", auto_round, **at),
-                Affine("llmcompressor", llm_compressor, **at, has_zero=True),
-                Affine("hqq", hqq, **at, has_zero=True, zero_is_float=True),
-                Affine("qwix", qwix, **at),
-            ]
+        at = {"bits": bits, "group_size": 64}
+        settings += [
+            Affine("auto-round", auto_round, **at),
+            Affine("llmcompressor", llm_compressor, **at, has_zero=True),
+            Affine("hqq", hqq, **at, has_zero=True, zero_is_float=True),
+        ]
+        if bits < 5:
+            settings += [Affine("torchao", torchao, **at), Affine("qwix", qwix, **at)]
     settings += [Blocks(kind) for kind in KINDS + (GGML_KINDS if ggml_library() else ())]
     return [s for s in settings if is_installed(s.package)]
