@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sizes_picture
+from peers import PACKAGES as THEIRS
 from peers import peers, versions
 from rates import file_bits, relative_error
 from safetensors.numpy import load_file, save_file
@@ -44,9 +45,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 PRICE = 0.12
 """Squared steps that a bit is worth: 2 ln 2 / 12 where steps are small."""
 FIXED = [(bits, group_size) for bits in ("ternary", 2, 3, 4) for group_size in (None, 64)]
-ERRORS = np.geomspace(0.25, 1e-4, 12)
-JUDGED_BELOW = 4.7
-"""Bits a weight above which all networks are as good as the original."""
+ERRORS = np.geomspace(0.2, 0.003, 7)
 
 
 # --- Ours -------------------------------------------------------------------------------------
@@ -78,12 +77,11 @@ def cheaper_codes(leaf, codes, scale):
     return jax.lax.fori_loop(0, 3, again, nearest).astype(jnp.int8)
 
 
-def chosen_leaf(leaf, error):
-    """The smaller of a step a channel and a step a matrix, of the error given."""
+def chosen_leaf(leaf, error, goal):
+    """The smaller of a step a channel and a step a matrix, and the goal that gave the error."""
     best = None
     for axis in (0, None):
-        goal = error
-        for _ in range(4):
+        for _ in range(4):  # fewer bits, more error: the goal is moved until the error is met
             grid = {"threshold": jaxclip.rate_optimal(error=goal), "axis": axis}
             q = jaxclip.quantize(leaf, 8, **grid, scale_dtype="log8")
             codes = cheaper_codes(leaf, q.qvalue, jnp.asarray(q.scale, jnp.float32))
@@ -93,14 +91,17 @@ def chosen_leaf(leaf, error):
                 break
             goal = min(goal * error / reached, 0.99)
         bits = float(code_entropy(q.qvalue)) * leaf.size + 8 * q.scale.size
-        found = (reached > 1.01 * error, bits, axis is None)
+        found = (max(reached / error, 1.01), bits, axis is None)
         if best is None or found < best[0]:
             best = found, q
-    return best[1]
+    return best[1], goal
 
 
 def chosen(leaves, error):
-    tree = [chosen_leaf(x, error) for x in leaves]
+    tree, goal = [], error
+    for x in leaves:
+        q, goal = chosen_leaf(x, error, goal)
+        tree.append(q)
     return tree, relative_error(leaves, tree)
 
 
@@ -174,60 +175,55 @@ def judge(folder, words, names):
     return judged
 
 
-def plain_and_chosen(row):
-    return min(row["ours"][:2]), row["ours"][2]
+def savings(row):
+    """Shares of the bytes that ours save, plain and chosen; None where the error is not reached."""
+    sizes = min(row["ours"][:2]), row["ours"][2]
+    is_reached = [e < 1.01 * row["error"] for e in row["reached"]]
+    pairs = zip(sizes, is_reached, strict=True)
+    return [1 - size / row["bits"] if is_met else None for size, is_met in pairs]
 
 
 def measure(name, leaves, judged):
+    """A row for each setting: its file, and ours of the same error."""
     arrays = [jnp.asarray(x) for x in leaves]
-    print(f"\n{name}: {len(leaves)} matrices, {sum(x.size for x in leaves) / 1e6:.1f} M weights")
-    titles = "".join(f"{t:>8}" for t in ("Huffman", "ans", "chosen", "saved", "saved"))
-    print(f"{'':<34} {'error':>9}{'bits':>8}{titles}{'  cosine  words' if judged else ''}")
-    rows = []
     for setting, package, fits, make in all_settings():
         if not all(map(fits, leaves)):
-            print(f"{setting:<34} does not fit the shapes")
+            print(f"{setting} does not fit the shapes")
             continue
         bits, decoded = make(leaves)
         row = {"weights": name, "setting": setting, "package": package, "bits": bits}
         row["error"] = error_of(leaves, decoded)
-        if row["error"] > 0.4:
-            print(f"{setting:<34} {row['error']:>9.5f}{bits:>8.3f}  too little is left")
-            continue
-        row["ours"], row["reached"], _ = our_files(arrays, row["error"])
-        saved = "".join(f"{1 - size / bits:>8.1%}" for size in plain_and_chosen(row))
-        numbers = "".join(f"{ours:>8.3f}" for ours in row["ours"])
-        line = f"{setting:<34} {row['error']:>9.5f}{bits:>8.3f}{numbers}{saved}"
-        if judged and bits < JUDGED_BELOW:
-            row["cosine"], row["words"] = judged(decoded)
-            line += f"{row['cosine']:>8.4f}{row['words']:>7.3f}"
-        if max(row["reached"]) > 1.01 * row["error"]:
-            line += "  error not reached: " + ", ".join(f"{e:.5f}" for e in row["reached"])
-        print(line, flush=True)
-        rows.append(row)
-    return rows
+        if row["error"] < 0.4:  # else too little is left
+            row["ours"], row["reached"], _ = our_files(arrays, row["error"])
+            if judged and bits < 4.7 and row["error"] < 0.15:
+                row["cosine"], row["words"] = judged(decoded)
+            yield row
 
 
 def measure_ours(name, leaves, judged):
-    """Ours over the whole range, for the picture and the cosine at the bits of others."""
+    """Two rows for each of some errors: plain and chosen."""
     arrays = [jnp.asarray(x) for x in leaves]
-    print(f"\n{name}, ours")
-    print(f"{'error':>9}" + "".join(f"{kind:>8}  cosine  words" for kind in ("plain", "chosen")))
-    rows = []
     for error in ERRORS:
         bits, reached, trees = our_files(arrays, float(error))
-        line = f"{error:>9.5f}"
         sizes = min(bits[:2]), bits[2]
         for kind, size, e, tree in zip(("plain", "chosen"), sizes, reached, trees, strict=True):
             row = {"weights": name, "setting": kind, "package": "jaxclip coded"}
             row |= {"bits": size, "error": e}
-            line += f"{size:>8.3f}"
-            if judged and size < JUDGED_BELOW:
+            if judged:
                 row["cosine"], row["words"] = judged([jaxclip.dequantize(q) for q in tree])
-                line += f"{row['cosine']:>8.4f}{row['words']:>7.3f}"
-            rows.append(row)
-        print(line, flush=True)
-    return rows
+            yield row
+
+
+TITLES = "".join(f"{t:>8}" for t in ("bits", "Huffman", "ans", "chosen", "saved", "saved"))
+
+
+def line(row):
+    judged = f"{row['cosine']:>8.4f}{row['words']:>7.3f}" if "cosine" in row else ""
+    start = f"{row['setting']:<40}{row['error']:>9.6f}{row['bits']:>8.3f}"
+    if "ours" not in row:
+        return f"{start}{'':>40}{judged}"
+    saved = "".join(f"{s:>8.1%}" if s else f"{'-':>8}" for s in savings(row))
+    return start + "".join(f"{bits:>8.3f}" for bits in row["ours"]) + saved + judged
 
 
 WIDTHS = ((1.5, 2.3), (2.3, 3), (3, 3.6), (4, 4.6), (5, 5.6), (6, 6.6), (8, 8.6))
@@ -236,28 +232,19 @@ WIDTHS = ((1.5, 2.3), (2.3, 3), (3, 3.6), (4, 4.6), (5, 5.6), (6, 6.6), (8, 8.6)
 
 def print_best(rows):
     """The setting that comes nearest to ours, for each range of widths."""
-    titles = f"{'':<14}{'plain':>7} {'chosen':>7}"
-    print(f"\n{'':<18} {'llama.cpp':<12}{titles}   {'all others':<36}{'plain':>7} {'chosen':>7}")
+    titles = f"{'plain':>7} {'chosen':>7}"
+    print(f"\n{'':<17}{'llama.cpp':<12}{titles}   {'all others':<40}{titles}")
     for name in dict.fromkeys(r["weights"] for r in rows):
+        met = [r for r in rows if r["weights"] == name and "ours" in r and savings(r)[0]]
         for low, high in WIDTHS:
-            line = f"{name:<7} {low:>3} to {high:>3}"
-            for is_gguf in (True, False):
-                near = [
-                    r
-                    for r in rows
-                    if r["weights"] == name
-                    and "ours" in r
-                    and low <= r["bits"] < high
-                    and r["package"] != "jaxclip"
-                    and (r["package"] == "gguf") == is_gguf
-                ]
-                best = min(near, key=lambda r: r["bits"] / r["ours"][2], default=None)
-                shown = best["setting"] if best else "-"
-                saved = ("", "")
-                if best:
-                    saved = [f"{1 - size / best['bits']:.1%}" for size in plain_and_chosen(best)]
-                line += f"   {shown:<{24 if is_gguf else 36}}{saved[0]:>7} {saved[1]:>7}"
-            print(line)
+            text = f"{name:<7}{low:>3} to {high:>3}"
+            for packages, width in (({"gguf"}, 12), (set(THEIRS) - {"gguf"}, 40)):
+                near = [r for r in met if low <= r["bits"] < high and r["package"] in packages]
+                best = min(near, key=lambda r: savings(r)[0], default=None)
+                shown = best["setting"].removeprefix("ggml, ") if best else "-"
+                saved = [f"{s:.1%}" if s else "-" for s in savings(best)] if best else ("", "")
+                text += f"   {shown:<{width}}{saved[0]:>7} {saved[1]:>7}"
+            print(text)
 
 
 def main():
@@ -276,15 +263,25 @@ def main():
             print(f"not installed, hence without rows: {', '.join(missing)}")
     results = arguments.results
     rows = json.loads(results.read_text()) if results.exists() else []
+    names = [path.stem for path in arguments.files]
+    for name in dict.fromkeys(r["weights"] for r in rows if r["weights"] not in names):
+        print(f"\n{name}, measured before\n{'':<40}{'error':>9}{TITLES}  cosine  words")
+        print("\n".join(line(r) for r in rows if r["weights"] == name))
     for path in arguments.files:
         name, leaves = path.stem, load_file(path)
         judged = None
         if arguments.model and name == "minilm":
             judged = judge(arguments.model, arguments.words, list(leaves))
         leaves = [np.ascontiguousarray(x[:: arguments.every]) for x in leaves.values()]
+        size = sum(x.size for x in leaves) / 1e6
+        print(f"\n{name}: {len(leaves)} matrices, {size:.1f} M weights")
+        print(f"{'':<40}{'error':>9}{TITLES}  cosine  words")
         rows = [r for r in rows if r["weights"] != name]
-        rows += measure(name, leaves, judged) + measure_ours(name, leaves, judged)
-        results.write_text(json.dumps(rows, indent=1))
+        for measured in (measure, measure_ours):
+            for row in measured(name, leaves, judged):
+                print(line(row), flush=True)
+                rows.append(row)
+                results.write_text(json.dumps(rows, indent=1))
     print_best(rows)
     if arguments.picture:
         sizes_picture.draw(rows, arguments.picture)

@@ -23,12 +23,13 @@ def draw_panel(axes, rows, key):
     shown = [r for r in rows if 1.3 < r["bits"] < 4.8 and key(r) is not None]
     for kind, line in (("plain", ":"), ("chosen", "-")):
         curve = sorted((r["bits"], key(r)) for r in shown if r["setting"] == kind)
-        axes.plot(*zip(*curve, strict=True), color="#0072B2", linestyle=line, linewidth=2)
+        axes.plot([x for x, _ in curve], [y for _, y in curve], "#0072B2", ls=line, lw=2)
     for package, (color, marker, _) in STYLES.items():
         points = [(r["bits"], key(r)) for r in shown if r["package"] == package]
         if points:
             axes.scatter(*zip(*points, strict=True), color=color, marker=marker, s=34, zorder=3)
     axes.set(yscale="log", xlim=(1.3, 4.8))
+    axes.margins(y=0.15)
     axes.grid(alpha=0.3, which="major")
     axes.spines[["top", "right"]].set_visible(False)
 
