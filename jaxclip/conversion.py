@@ -32,7 +32,7 @@ from jaxclip.targets import ALL_WIDTHS, Option, Target, check_target, choose_wid
 from jaxclip.threshold_rules import mse_optimal
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold
 from jaxclip.weights import clip_weights
-from jaxclip.writing import write_tree
+from jaxclip.writing import write_plain, write_tree
 
 __all__ = ["clip_checkpoint", "compress_checkpoint", "decompress_checkpoint"]
 
@@ -169,7 +169,9 @@ def decompress_checkpoint(
 ) -> SizeReport:
     """Writes the arrays that a low-bit file stands for to a plain `.safetensors` file.
 
-    Any library that reads safetensors loads it, by the names that `inspect` shows.
+    Any library that reads safetensors loads it, by the names that `inspect` shows; the keys of
+    one dict of arrays, such as the tensors of a file of another library, keep their names as they
+    are, and with "/", "%" or ":" in one of them the file has no checksums.
 
     Args:
       src: As in `load`.
@@ -199,7 +201,9 @@ def decompress_checkpoint(
         del name
         return dequantize(leaf, dtype) if isinstance(leaf, QuantizedArray) else leaf, None
 
-    return _rewrite(src, dst, outline, decompress_leaf, None, overwrite, False, progress)
+    return _rewrite(
+        src, dst, outline, decompress_leaf, None, overwrite, False, progress, is_plain=True
+    )
 
 
 def clip_checkpoint(
@@ -212,6 +216,8 @@ def clip_checkpoint(
     progress: bool = True,
 ) -> SizeReport:
     """Writes the weights of a file or folder, clipped to `[-threshold, threshold]`.
+
+    Names stay as `decompress_checkpoint` says.
 
     Args:
       src: As in `load`; low-bit leaves are copied.
@@ -251,7 +257,7 @@ def clip_checkpoint(
             return np.clip(leaf, -t, t), None
         return clip_weights(leaf, threshold), None
 
-    return _rewrite(src, dst, outline, clip_leaf, None, overwrite, False, progress)
+    return _rewrite(src, dst, outline, clip_leaf, None, overwrite, False, progress, is_plain=True)
 
 
 def _rewrite(
@@ -264,8 +270,13 @@ def _rewrite(
     dry_run: bool,
     progress: bool,
     num_passes: int = 1,
+    is_plain: bool = False,
 ) -> SizeReport:
-    """Writes what `rewrite_leaf` makes of each leaf; `outline` tells its shapes before."""
+    """Writes what `rewrite_leaf` makes of each leaf; `outline` tells its shapes before.
+
+    With `is_plain` tensors have the names that they have in the source. A file of ours writes
+    some characters otherwise: where there are any, the file is one of no origin.
+    """
     src, dst = Path(src), Path(dst)
     check_coding(coding)
     if dst.suffix != ".safetensors":
@@ -286,19 +297,37 @@ def _rewrite(
             advance(source.num_bytes[name])
             return leaf
 
-        plan = plan_file(source.restore(outline(dataclasses.replace(source, read=read)).get))
+        outlined = outline(dataclasses.replace(source, read=read))
+        plan = plan_file(source.restore(outlined.__getitem__))
         if needs_no_weights:
             return report_plan(plan, header_size(plan, None))
-        # The names of others are keys of a flat dict here, in which "/" is written otherwise.
-        is_flat = source.structure is None
-        names = {leaf_name((name,)) if is_flat else name: name for name in source.leaves}
+        flat = _flat_names(source)
+        names = {leaf_name((key,)): name for key, name in flat.items()} if flat else {}
         losses: dict[str, Loss | None] = {}
 
         def produce(name: str) -> Any:
-            leaf, losses[name] = rewrite_leaf(names[name], read(names[name]))
+            leaf, losses[name] = rewrite_leaf(names.get(name, name), read(names.get(name, name)))
             return leaf
 
+        if is_plain and any(leaf_name((key,)) != key for key in flat):
+            specs = {key: outlined[name] for key, name in flat.items()}
+            if not any(isinstance(spec, QuantizedArray) for spec in specs.values()):
+                file = stack.enter_context(replacing(dst, overwrite))
+                size = write_plain(file, specs, lambda key: produce(leaf_name((key,))))
+                return _renamed(report_plan(plan, size), {leaf_name((key,)): key for key in flat})
         nowhere = Path(os.devnull)
         target = nowhere.open("wb") if dry_run else replacing(dst, overwrite)
         final = write_tree(stack.enter_context(target), plan, produce, coding)
     return with_losses(report_plan(final, header_size(plan, coding)), losses)
+
+
+def _flat_names(source: Source) -> dict[str, str]:
+    """The source's names by key if it holds one dict of leaves, as others' files do; else {}."""
+    tree = source.restore(lambda name: name)
+    is_flat = type(tree) is dict and all(type(x) is str for pair in tree.items() for x in pair)
+    return tree if is_flat and "__metadata__" not in tree else {}
+
+
+def _renamed(report: SizeReport, names: dict[str, str]) -> SizeReport:
+    leaves = (dataclasses.replace(leaf, path=names[leaf.path]) for leaf in report.leaves)
+    return dataclasses.replace(report, leaves=tuple(leaves))

@@ -315,6 +315,56 @@ def test_a_wrong_clip_is_refused_before_the_work(source, target):
     assert not target.exists()
 
 
+ODD_NAMES = ["layer/kernel:0", "100%", "a%2Fb", "x:codes", "../up", "dense.weight"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "folder"])
+def test_names_of_others_stay_as_they_are_for_others(kind, tmp_path, target):
+    arrays = {name: drawn(6, 4, seed=seed) for seed, name in enumerate(ODD_NAMES)}
+    path = tmp_path / f"net.{kind}"
+    if kind == "npz":
+        checkpoints.save(path, arrays)
+    elif kind == "safetensors":
+        safetensors.numpy.save_file(arrays, path)
+    else:
+        path.mkdir()
+        shard = "model-00001-of-00001.safetensors"
+        safetensors.numpy.save_file(arrays, path / shard)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(arrays, shard)}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    clipped, plain = tmp_path / "clipped.safetensors", tmp_path / "plain.safetensors"
+    report = clip_checkpoint(path, clipped, 0.05)
+    assert sorted(leaf.path for leaf in report.leaves) == sorted(ODD_NAMES)
+    assert report.total_bytes == clipped.stat().st_size
+    compress_checkpoint(path, target, 8, rule=jaxclip.max_abs)
+    report = decompress_checkpoint(target, plain)
+    assert report.total_bytes == plain.stat().st_size
+    small = checkpoints.load(target)
+    for file, wanted in (
+        (
+            clipped,
+            {name: np.clip(w, -np.float32(0.05), np.float32(0.05)) for name, w in arrays.items()},
+        ),
+        (plain, {name: jaxclip.dequantize(small[name]) for name in ODD_NAMES}),
+    ):
+        found = safetensors.numpy.load_file(file)
+        assert sorted(found) == sorted(ODD_NAMES) == sorted(checkpoints.load(file))
+        for name in ODD_NAMES:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-8)
+
+
+def test_names_without_such_characters_keep_their_checksums_and_trees_their_structure(
+    source, target, tmp_path
+):
+    clip_checkpoint(source, target, 0.1)
+    assert b"header_crc" in target.read_bytes()[:200]
+    tree = {"a/b": {"w": drawn(4, 4)}, "c": drawn(3)}
+    checkpoints.save(tmp_path / "tree.safetensors", tree)
+    clip_checkpoint(tmp_path / "tree.safetensors", target, 1.0, overwrite=True)
+    assert sorted(safetensors.numpy.load_file(target)) == ["a%2Fb/w", "c"]
+    np.testing.assert_array_equal(checkpoints.load(target)["a/b"]["w"], tree["a/b"]["w"])
+
+
 # --- Memory -----------------------------------------------------------------------------------
 
 
