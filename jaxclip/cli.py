@@ -72,7 +72,8 @@ examples:
     "decompress": """\
 Write plain floating weights, which any safetensors reader loads.
 
-The names are those that `jaxclip inspect` shows.
+The names are those that `jaxclip inspect` shows; those of a file of another library are as they
+were before it was compressed.
 
 examples:
   jaxclip decompress small.safetensors plain.safetensors --dtype bfloat16
@@ -82,7 +83,8 @@ Write low-bit weights for other programs.
 
 compressed-tensors: codes and scales as vLLM and transformers read them; what is printed belongs
 into the model's config.json as quantization_config. Q4_0, Q4_1, Q8_0: GGUF, which needs the
-extra gguf and names that its reader knows. The file is read as a whole.
+extra gguf and names that its reader knows. safetensors: plain weights. Keys of nested trees are
+joined by dots; the names of other libraries stay as they are.
 
 examples:
   jaxclip export small.safetensors model.safetensors --to compressed-tensors
@@ -220,13 +222,12 @@ def _decompress(args: argparse.Namespace) -> Any:
 
 
 def _export(args: argparse.Namespace) -> Any:
-    from jaxclip import checkpoints, interop
+    from jaxclip import interop
 
-    tree = checkpoints.load(args.src)
-    if args.to == "compressed-tensors":
-        return interop.to_compressed_tensors(args.dst, tree, overwrite=args.force)
-    interop.to_gguf(args.dst, tree, args.architecture, kind=args.to, overwrite=args.force)
-    return {"path": args.dst, "num_bytes": os.path.getsize(args.dst)}
+    config = interop.export_checkpoint(
+        args.src, args.dst, args.to, architecture=args.architecture, overwrite=args.force
+    )
+    return config or {"path": args.dst, "num_bytes": os.path.getsize(args.dst)}
 
 
 def _verify(args: argparse.Namespace) -> Any:
@@ -288,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export)
     _add_files(export)
     export.add_argument(
-        "--to", choices=["compressed-tensors", "Q4_0", "Q4_1", "Q8_0"], required=True
+        "--to", choices=["safetensors", "compressed-tensors", "Q4_0", "Q4_1", "Q8_0"], required=True
     )
     export.add_argument("--architecture", default="llama", help="what GGUF says it is (llama)")
     return parser

@@ -78,6 +78,7 @@ ROOMS = [
     "inspection",
     "exports",
     "gguf_blocks",
+    "gguf_files",
     "pack_quantized",
     "interop",
     "plots",
