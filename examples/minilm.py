@@ -34,10 +34,10 @@ SETTINGS = {
     "3 bits, groups of 64": "--bits 3 --group-size 64 --scale-dtype float16",
     "2 bits, groups of 32": "--bits 2 --group-size 32 --scale-dtype log8",
     "ternary, groups of 64": "--bits ternary --group-size 64 --scale-dtype float16",
-    "coded, 4 bits": "--target-bpw 4 --scale-dtype float16",
-    "coded, 3 bits": "--target-bpw 3 --scale-dtype float16",
-    "coded, 2.5 bits": "--target-bpw 2.5 --scale-dtype float16",
-    "coded, 2 bits": "--target-bpw 2 --scale-dtype float16",
+    "coded, 4 bits": "--rate 4 --scale-dtype float16",
+    "coded, 3 bits": "--rate 3 --scale-dtype float16",
+    "coded, 2.5 bits": "--rate 2.5 --scale-dtype float16",
+    "coded, 2 bits": "--rate 2 --scale-dtype float16",
 }
 LENGTH, BATCH = 64, 64
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replacing"]
+__all__ = ["check_destination", "replacing"]
 
 # A temporary file that nobody has written to for this long belongs to nobody.
 _STALE_SECONDS = 24 * 3600
@@ -52,7 +52,7 @@ def replacing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bina
       >>> folder.cleanup()
     """
     path = Path(path)
-    mode = _check_target(path, overwrite)
+    mode = check_destination(path, overwrite)
     _remove_stale(path)
     temporary = path.with_name(
         f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.jaxclip-tmp"
@@ -73,8 +73,22 @@ def replacing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bina
     _sync_directory(path.parent)
 
 
-def _check_target(path: Path, overwrite: bool) -> int | None:
-    """Raises unless `path` may be written; the permissions of the file that is replaced."""
+def check_destination(path: Path, overwrite: bool) -> int | None:
+    """Raises unless `path` may be written, as `replacing` does: before work that is long.
+
+    Args:
+      path: Where to.
+      overwrite: Whether an existing file may be replaced.
+
+    Returns:
+      The permissions of the file that would be replaced; None if there is none.
+
+    Example:
+      >>> check_destination(Path("/no/such/folder/net.safetensors"), False)
+      Traceback (most recent call last):
+      FileNotFoundError: there is no directory '/no/such/folder' to save
+      '/no/such/folder/net.safetensors' in.
+    """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory '{path.parent}' to save '{path}' in.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -93,16 +107,16 @@ def _check_target(path: Path, overwrite: bool) -> int | None:
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
     """Gives the finished file its name; without `overwrite` only if nobody has it yet."""
     if overwrite:
-        _check_target(path, overwrite)
+        check_destination(path, overwrite)
         os.replace(temporary, path)
         return
     try:
         os.link(temporary, path)
     except FileExistsError:
-        _check_target(path, overwrite)
+        check_destination(path, overwrite)
         raise
     except OSError:  # a file system without hard links: a check and a rename must do
-        _check_target(path, overwrite)
+        check_destination(path, overwrite)
         os.replace(temporary, path)
     else:
         with contextlib.suppress(OSError):  # published already; the next save tidies up

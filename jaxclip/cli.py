@@ -7,8 +7,9 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 __all__ = ["main"]
@@ -46,18 +47,33 @@ examples:
 Round weights to a few bits, all in one file.
 
 Tensors of two or more dimensions are rounded to a grid with one scale for each index along the
-axis, or for each group of entries; the others stay as they are. With --target-bpw the codes are
-entropy coded, and the step of each tensor is chosen so that they take that many bits.
+axis, or for each group of entries; the others stay as they are.
+
+With --target-bpw or --target-bytes each tensor gets the width that makes the error of all small:
+the file is read twice. With --rate the codes are entropy coded, and the step of each tensor is
+chosen so that they take that many bits.
+
+--policy REGEX=SPEC is for tensors whose name REGEX matches somewhere; the first that matches
+counts. SPEC is none, to leave them as they are, or words with commas between them: the bits B
+first, or not at all, and any of
+
+  group=N  rule=NAME  axis=A  scale=FORMAT  zero=yes|no    as --group-size, --rule, --axis ...
+
+SPEC begins after the first = that leaves only such words behind it; in REGEX, = can be written
+\\x3d.
 
 examples:
   jaxclip compress net.safetensors small.safetensors --bits 4 --group-size 64 --dry-run
-  jaxclip compress net.safetensors small.safetensors --bits ternary --policy embed=8
-  jaxclip compress net.safetensors small.safetensors --target-bpw 2.5 --force
+  jaxclip compress net.safetensors small.safetensors --bits ternary --policy embed=8 --force
+  jaxclip compress net.safetensors small.safetensors --force --policy "embed=8,rule=max_abs"
+  jaxclip compress net.safetensors small.safetensors --target-bpw 3.5 --rule max_abs --force
+  jaxclip compress net.safetensors small.safetensors --rate 2.5 --force
 """,
     "decompress": """\
 Write plain floating weights, which any safetensors reader loads.
 
-The names are those that `jaxclip inspect` shows.
+The names are those that `jaxclip inspect` shows; those of a file of another library are as they
+were before it was compressed.
 
 examples:
   jaxclip decompress small.safetensors plain.safetensors --dtype bfloat16
@@ -67,7 +83,8 @@ Write low-bit weights for other programs.
 
 compressed-tensors: codes and scales as vLLM and transformers read them; what is printed belongs
 into the model's config.json as quantization_config. Q4_0, Q4_1, Q8_0: GGUF, which needs the
-extra gguf and names that its reader knows. The file is read as a whole.
+extra gguf and names that its reader knows. safetensors: plain weights. Keys of nested trees are
+joined by dots; the names of other libraries stay as they are.
 
 examples:
   jaxclip export small.safetensors model.safetensors --to compressed-tensors
@@ -173,13 +190,18 @@ def _compress(args: argparse.Namespace) -> Any:
     from jaxclip import checkpoints, rates, threshold_rules
 
     bits, coding, rule = args.bits, args.coding, getattr(threshold_rules, args.rule)
-    if args.target_bpw is not None:
-        bits, rule = 8, rates.rate_optimal(args.target_bpw)
+    if args.rate is not None:
+        bits, rule = 8, rates.rate_optimal(args.rate)
         coding = coding or "huffman"
+    for _, spec in args.policy:
+        if isinstance(spec, dict) and "rule" in spec:
+            spec["rule"] = getattr(threshold_rules, spec["rule"])
     return checkpoints.compress_checkpoint(
         args.src,
         args.dst,
         bits,
+        target_bits_per_weight=args.target_bpw,
+        target_bytes=args.target_bytes,
         rule=rule,
         axis=args.axis,
         group_size=args.group_size,
@@ -200,13 +222,12 @@ def _decompress(args: argparse.Namespace) -> Any:
 
 
 def _export(args: argparse.Namespace) -> Any:
-    from jaxclip import checkpoints, interop
+    from jaxclip import interop
 
-    tree = checkpoints.load(args.src)
-    if args.to == "compressed-tensors":
-        return interop.to_compressed_tensors(args.dst, tree, overwrite=args.force)
-    interop.to_gguf(args.dst, tree, args.architecture, kind=args.to, overwrite=args.force)
-    return {"path": args.dst, "num_bytes": os.path.getsize(args.dst)}
+    config = interop.export_checkpoint(
+        args.src, args.dst, args.to, architecture=args.architecture, overwrite=args.force
+    )
+    return config or {"path": args.dst, "num_bytes": os.path.getsize(args.dst)}
 
 
 def _verify(args: argparse.Namespace) -> Any:
@@ -268,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export)
     _add_files(export)
     export.add_argument(
-        "--to", choices=["compressed-tensors", "Q4_0", "Q4_1", "Q8_0"], required=True
+        "--to", choices=["safetensors", "compressed-tensors", "Q4_0", "Q4_1", "Q8_0"], required=True
     )
     export.add_argument("--architecture", default="llama", help="what GGUF says it is (llama)")
     return parser
@@ -292,18 +313,24 @@ def _add_reader_options(parser: argparse.ArgumentParser, has_statistics: bool) -
 def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_files(parser)
-    add("--bits", type=_bits, default=4, metavar="B", help="1, ternary, 2, 3, 4, 5, 6 or 8 (4)")
-    add("--target-bpw", type=float, metavar="B", help="entropy coded bits a weight, instead")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--bits", type=_bits, metavar="B", help="1, ternary, 2, 3, 4, 5, 6 or 8 (4)")
+    goal.add_argument("--target-bpw", type=float, metavar="B", help="most bits a weight, scales "
+        "included: widths are chosen")  # fmt: skip
+    goal.add_argument("--target-bytes", type=int, metavar="N", help="most bytes of the file: "
+        "widths are chosen")  # fmt: skip
+    goal.add_argument("--rate", type=float, metavar="B", help="entropy coded bits a weight: steps "
+        "are chosen")  # fmt: skip
     add("--axis", type=_axis, default=0, metavar="A", help="axis of output channels: 0, as PyTorch "
         "has it (default); -1, as flax; none, for one scale a tensor")  # fmt: skip
     add("--group-size", type=int, metavar="N", help="entries that share a scale (a whole channel)")
-    add("--rule", choices=["mse_optimal", "max_abs"], default="mse_optimal",
+    add("--rule", choices=_RULES, default="mse_optimal",
         help="how the grid's range is chosen (mse_optimal)")  # fmt: skip
     add("--zero-point", action="store_true", help="a grid need not be around 0")
-    add("--scale-dtype", choices=["float32", "float16", "bfloat16", "log8"], default="float32",
+    add("--scale-dtype", choices=_SCALES, default="float32",
         help="what scales are stored as (float32)")  # fmt: skip
-    add("--policy", type=_policy, action="append", default=[], metavar="REGEX=B",
-        help="bits of tensors whose name it matches, or none; the first match counts")  # fmt: skip
+    add("--policy", type=_policy, action="append", default=[], metavar="REGEX=SPEC",
+        help="for tensors whose name it matches: bits, none, or more, as above")  # fmt: skip
     add("--coding", choices=["huffman", "ans"], help="entropy code what gets smaller by it")
     add("--dry-run", action="store_true", help="write nothing, print the sizes")
 
@@ -316,8 +343,38 @@ def _axis(text: str) -> int | None:
     return None if text == "none" else int(text)
 
 
-def _policy(text: str) -> tuple[str, int | str | None]:
-    pattern, equals, width = text.rpartition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=BITS")
-    return pattern, None if width == "none" else _bits(width)
+def _policy(text: str) -> tuple[str, Any]:
+    """A regex and what follows the first "=" with nothing but words of a spec behind it."""
+    word = r"[\w.+-]+"
+    match = re.fullmatch(rf"(.*?)=({word}(?:={word})?(?:,{word}={word})*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=SPEC")
+    pattern, words = match[1], match[2].split(",")
+    if words == ["none"]:
+        return pattern, None
+    fields: dict[str, Any] = {}
+    if "=" not in words[0]:
+        fields["bits"] = _bits(words.pop(0))
+    for key, value in (each.split("=") for each in words):
+        if key not in _SPEC_FIELDS or _SPEC_FIELDS[key][0] in fields:
+            known = ", ".join(_SPEC_FIELDS)
+            raise argparse.ArgumentTypeError(f"{text!r} has {key}=, not one of {known}, or twice")
+        name, parse = _SPEC_FIELDS[key]
+        try:
+            fields[name] = parse(value)
+        except (ValueError, KeyError):
+            message = f"{text!r} has {key}={value}, which is not allowed"
+            raise argparse.ArgumentTypeError(message) from None
+    return pattern, fields
+
+
+_RULES = ["mse_optimal", "max_abs"]
+_SCALES = ["float32", "float16", "bfloat16", "log8"]
+# The words of a policy's SPEC: the field of `compress` each stands for, and how it is read.
+_SPEC_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "group": ("group_size", int),
+    "rule": ("rule", {name: name for name in _RULES}.__getitem__),
+    "axis": ("axis", _axis),
+    "scale": ("scale_dtype", {name: name for name in _SCALES}.__getitem__),
+    "zero": ("zero_point", {"yes": True, "no": False}.__getitem__),
+}

@@ -5,48 +5,52 @@ is never written to.
 """
 
 import contextlib
+import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxclip.atomic import replacing
+from jaxclip.atomic import check_destination, replacing
 from jaxclip.coding import check_coding
-from jaxclip.compression import compress, decompress
+from jaxclip.compression import decompress
+from jaxclip.fidelity import Loss, loss_of
 from jaxclip.grids import Bits
 from jaxclip.headers import header_size
 from jaxclip.layout import leaf_name, plan_file
+from jaxclip.leaf_parts import compress_leaf, outline_leaf
+from jaxclip.policies import LeafSpec, Policy, leaf_specs
 from jaxclip.progress import byte_bar
 from jaxclip.quantization import QuantizedArray, dequantize
-from jaxclip.sizes import SizeReport, report_plan
-from jaxclip.sources import open_source
+from jaxclip.sizes import SizeReport, report_plan, with_losses
+from jaxclip.sources import Source, open_source
+from jaxclip.targets import ALL_WIDTHS, Option, Target, check_target, choose_widths, outline_of
 from jaxclip.threshold_rules import mse_optimal
 from jaxclip.thresholds import check_threshold_tree, resolve_threshold
 from jaxclip.weights import clip_weights
-from jaxclip.writing import write_tree
+from jaxclip.writing import write_plain, write_tree
 
 __all__ = ["clip_checkpoint", "compress_checkpoint", "decompress_checkpoint"]
-
-_PART_BYTES = 2**24
-"""Bytes of a leaf that are compressed at a time where its rows have scales of their own."""
 
 
 def compress_checkpoint(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    bits: Bits = 4,
+    bits: Bits | None = None,
     *,
+    target_bits_per_weight: float | None = None,
+    target_bytes: int | None = None,
     rule: Any = mse_optimal,
     axis: int | tuple[int, ...] | None = 0,
     group_size: int | None = None,
     full_signed: bool = True,
     zero_point: bool = False,
     scale_dtype: Any = "float32",
-    policy: Sequence[tuple[str, Bits | None]] = (),
+    policy: Policy = (),
     coding: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -62,6 +66,9 @@ def compress_checkpoint(
       src: As in `load`. Leaves that are low-bit already are copied.
       dst: The `.safetensors` file to write.
       bits: As in `compress`.
+      target_bits_per_weight: As in `compress`. With a target the weights are read twice: first
+        to measure their errors at every width.
+      target_bytes: As in `compress`. With a `coding` the file is at most as large as this.
       rule: As in `compress`; a rule that looks at more than one leaf is not possible here.
       axis: As in `compress`, but 0 by default: PyTorch's layouts have the output channel
         first, where flax's have it last.
@@ -73,14 +80,16 @@ def compress_checkpoint(
       coding: As in `save`.
       overwrite: Whether an existing file may be replaced.
       dry_run: Whether to write nothing and only return the sizes. Without `coding` they
-        follow from shapes, and no weight is read.
+        follow from shapes, and no weight is read unless a target needs it.
       progress: Whether to show a bar where there is a terminal or a notebook, and rich.
 
     Returns:
-      A `SizeReport`; `total_bytes` is the size of the file.
+      A `SizeReport` with what each leaf lost, as `size_report(original=)` has it, unless no
+      weight was read or written; `total_bytes` is the size of the file.
 
     Raises:
       CheckpointError: As in `load`.
+      TypeError: As in `compress`.
       FileExistsError: As in `save`; also if `dst` is one of the files that are read, under
         any name.
       ValueError: As in `compress`.
@@ -96,55 +105,58 @@ def compress_checkpoint(
       (16384, 1076)
       >>> folder.cleanup()
     """
-    grid: dict[str, Any] = {
-        "axis": axis,
-        "group_size": group_size,
-        "full_signed": full_signed,
-        "zero_point": zero_point,
-        "scale_dtype": scale_dtype,
+    target = check_target(bits, target_bits_per_weight, target_bytes)
+    if target is None:
+        bits = 4 if bits is None else bits
+    default = LeafSpec(bits, rule, axis, group_size, full_signed, zero_point, scale_dtype)
+    specs: dict[str, LeafSpec] = {}
+
+    def outline(source: Source) -> dict[str, Any]:
+        names, leaves = list(source.leaves), list(source.leaves.values())
+        found = leaf_specs(names, leaves, policy, default)
+        specs.update({name: spec for name, spec in zip(names, found, strict=True) if spec})
+        if target is not None:
+            specs.update(_allocated(target, source, specs, coding))
+        return source.leaves | {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items()}
+
+    def rewrite_leaf(name: str, leaf: Any) -> tuple[Any, Loss | None]:
+        if name in specs:
+            return compress_leaf(leaf, specs[name], name)
+        return leaf, loss_of(leaf, leaf)
+
+    num_passes = 1 if target is None else 2
+    return _rewrite(
+        src, dst, outline, rewrite_leaf, coding, overwrite, dry_run, progress, num_passes
+    )
+
+
+def _allocated(
+    target: Target, source: Source, specs: dict[str, LeafSpec], coding: str | None
+) -> dict[str, LeafSpec]:
+    """The specs that had no width, with the one that the target gives: a pass over the leaves."""
+    free = [name for name, spec in specs.items() if spec.bits is None]
+    small = {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items() if n not in free}
+    small = source.leaves | small
+    measured = []
+    for name in free:
+        leaf, options = source.read(name), []
+        for width in ALL_WIDTHS:
+            q, loss = compress_leaf(leaf, specs[name], name, width)
+            assert loss is not None
+            options.append(Option(outline_of(q), plan_file(q).data_bytes, loss.squared_error))
+        measured.append(options)
+
+    def file_bytes(outlines: list[QuantizedArray]) -> int:
+        tree = small | dict(zip(free, outlines, strict=True))
+        plan = plan_file(source.restore(tree.__getitem__))
+        return header_size(plan, coding) + plan.data_bytes
+
+    others = [leaf for leaf in small.values() if isinstance(leaf, QuantizedArray)]
+    options = choose_widths(target, measured, others, file_bytes)
+    return {
+        name: dataclasses.replace(specs[name], bits=ALL_WIDTHS[option])
+        for name, option in zip(free, options, strict=True)
     }
-
-    def outline(tree: Any) -> Any:
-        small = jax.eval_shape(lambda t: compress(t, bits, rule=rule, policy=policy, **grid), tree)
-        # Others stay as they are: tracing would give int64 another dtype.
-        return {n: x if isinstance(x, QuantizedArray) else tree[n] for n, x in small.items()}
-
-    def compress_leaf(name: str, leaf: Any, like: Any) -> Any:
-        if not isinstance(like, QuantizedArray) or isinstance(leaf, QuantizedArray):
-            return leaf
-
-        def compress_part(part: Any) -> QuantizedArray:
-            # The policy has chosen the width; one leaf has one path, its name.
-            options: Any = {**grid, "rule": rule, "policy": [("", like.bits)]}
-            return compress({name: part}, like.bits, **options)[name]
-
-        has_own_scales = like.scale.shape[:1] == like.shape[:1]
-        is_joint = not getattr(rule, "is_blockwise", True) or like.scale_dtype == "log8"
-        if not has_own_scales or is_joint:  # log8 has a unit for the whole array
-            return compress_part(leaf)
-        return _by_rows(leaf, like, compress_part)
-
-    return _rewrite(src, dst, outline, compress_leaf, coding, overwrite, dry_run, progress)
-
-
-def _by_rows(
-    leaf: np.ndarray, like: QuantizedArray, compress_part: Callable[[Any], QuantizedArray]
-) -> QuantizedArray:
-    """Compresses some rows at a time, as no scale is shared between them: bounds the memory."""
-    num_rows = max(_PART_BYTES // max(leaf[:1].nbytes, 1), 1)
-    if len(leaf) <= num_rows:
-        return compress_part(leaf)
-    whole = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
-    for start in range(0, len(leaf), num_rows):
-        part = leaf[start : start + num_rows]
-        if not np.isfinite(part).all():
-            return compress_part(leaf)  # which names the entry by its place in the leaf
-        # All parts have one shape, so that one program serves them.
-        padding = [(0, num_rows - len(part))] + [(0, 0)] * (leaf.ndim - 1)
-        small = compress_part(np.pad(part, padding) if len(part) < num_rows else part)
-        for target, rows in zip(jax.tree.leaves(whole), jax.tree.leaves(small), strict=True):
-            target[start : start + len(part)] = np.asarray(rows)[: len(part)]
-    return whole
 
 
 def decompress_checkpoint(
@@ -157,7 +169,9 @@ def decompress_checkpoint(
 ) -> SizeReport:
     """Writes the arrays that a low-bit file stands for to a plain `.safetensors` file.
 
-    Any library that reads safetensors loads it, by the names that `inspect` shows.
+    Any library that reads safetensors loads it, by the names that `inspect` shows; the keys of
+    one dict of arrays, such as the tensors of a file of another library, keep their names as they
+    are, and with "/", "%" or ":" in one of them the file has no checksums.
 
     Args:
       src: As in `load`.
@@ -179,15 +193,17 @@ def decompress_checkpoint(
       FileNotFoundError: there is no file 'small.safetensors'.
     """
 
-    def outline(tree: Any) -> Any:
-        arrays = {n: x for n, x in tree.items() if isinstance(x, QuantizedArray)}
-        return tree | jax.eval_shape(lambda t: decompress(t, dtype), arrays)
+    def outline(source: Source) -> dict[str, Any]:
+        arrays = {n: x for n, x in source.leaves.items() if isinstance(x, QuantizedArray)}
+        return source.leaves | jax.eval_shape(lambda t: decompress(t, dtype), arrays)
 
-    def decompress_leaf(name: str, leaf: Any, like: Any) -> Any:
-        del name, like
-        return dequantize(leaf, dtype) if isinstance(leaf, QuantizedArray) else leaf
+    def decompress_leaf(name: str, leaf: Any) -> tuple[Any, None]:
+        del name
+        return dequantize(leaf, dtype) if isinstance(leaf, QuantizedArray) else leaf, None
 
-    return _rewrite(src, dst, outline, decompress_leaf, None, overwrite, False, progress)
+    return _rewrite(
+        src, dst, outline, decompress_leaf, None, overwrite, False, progress, is_plain=True
+    )
 
 
 def clip_checkpoint(
@@ -200,6 +216,8 @@ def clip_checkpoint(
     progress: bool = True,
 ) -> SizeReport:
     """Writes the weights of a file or folder, clipped to `[-threshold, threshold]`.
+
+    Names stay as `decompress_checkpoint` says.
 
     Args:
       src: As in `load`; low-bit leaves are copied.
@@ -226,34 +244,39 @@ def clip_checkpoint(
     check_threshold_tree("threshold", threshold)
     pattern = re.compile(include)
 
-    def outline(tree: Any) -> Any:
-        if not any(pattern.search(name) for name in tree):
+    def outline(source: Source) -> dict[str, Any]:
+        if not any(pattern.search(name) for name in source.leaves):
             raise ValueError(f"include={include!r} matches no leaf.")
-        return tree
+        return source.leaves
 
-    def clip_leaf(name: str, leaf: Any, like: Any) -> Any:
-        del like
+    def clip_leaf(name: str, leaf: Any) -> tuple[Any, None]:
         if isinstance(leaf, QuantizedArray) or not pattern.search(name):
-            return leaf
+            return leaf, None
         if leaf.dtype == np.float64:  # which jax may not have
             t = np.asarray(resolve_threshold(threshold, leaf), np.float64)
-            return np.clip(leaf, -t, t)
-        return clip_weights(leaf, threshold)
+            return np.clip(leaf, -t, t), None
+        return clip_weights(leaf, threshold), None
 
-    return _rewrite(src, dst, outline, clip_leaf, None, overwrite, False, progress)
+    return _rewrite(src, dst, outline, clip_leaf, None, overwrite, False, progress, is_plain=True)
 
 
 def _rewrite(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    outline: Callable[[dict[str, Any]], dict[str, Any]],
-    rewrite_leaf: Callable[[str, Any, Any], Any],
+    outline: Callable[[Source], dict[str, Any]],
+    rewrite_leaf: Callable[[str, Any], tuple[Any, Loss | None]],
     coding: str | None,
     overwrite: bool,
     dry_run: bool,
     progress: bool,
+    num_passes: int = 1,
+    is_plain: bool = False,
 ) -> SizeReport:
-    """Writes what `rewrite_leaf` makes of each leaf; `outline` tells its shapes before."""
+    """Writes what `rewrite_leaf` makes of each leaf; `outline` tells its shapes before.
+
+    With `is_plain` tensors have the names that they have in the source. A file of ours writes
+    some characters otherwise: where there are any, the file is one of no origin.
+    """
     src, dst = Path(src), Path(dst)
     check_coding(coding)
     if dst.suffix != ".safetensors":
@@ -262,22 +285,49 @@ def _rewrite(
         source = stack.enter_context(open_source(src))
         if any(dst.exists() and dst.samefile(file) for file in source.files):
             raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
-        outlined = outline(source.leaves)
-        plan = plan_file(source.restore(outlined.__getitem__))
-        if dry_run and coding is None:
-            return report_plan(plan, header_size(plan, None))
-        advance = stack.enter_context(byte_bar(sum(source.num_bytes.values()), progress))
-        # The names of others are keys of a flat dict here, in which "/" is written otherwise.
-        is_flat = source.structure is None
-        names = {leaf_name((name,)) if is_flat else name: name for name in source.leaves}
+        if not dry_run:
+            check_destination(dst, overwrite)
+        needs_no_weights = dry_run and coding is None
+        num_passes -= needs_no_weights
+        num_bytes = num_passes * sum(source.num_bytes.values())
+        advance = stack.enter_context(byte_bar(num_bytes, progress and num_passes > 0))
 
-        def produce(name_in_plan: str) -> Any:
-            name = names[name_in_plan]
+        def read(name: str) -> Any:
             leaf = source.read(name)
             advance(source.num_bytes[name])
-            return rewrite_leaf(name, leaf, outlined[name])
+            return leaf
 
+        outlined = outline(dataclasses.replace(source, read=read))
+        plan = plan_file(source.restore(outlined.__getitem__))
+        if needs_no_weights:
+            return report_plan(plan, header_size(plan, None))
+        flat = _flat_names(source)
+        names = {leaf_name((key,)): name for key, name in flat.items()} if flat else {}
+        losses: dict[str, Loss | None] = {}
+
+        def produce(name: str) -> Any:
+            leaf, losses[name] = rewrite_leaf(names.get(name, name), read(names.get(name, name)))
+            return leaf
+
+        if is_plain and any(leaf_name((key,)) != key for key in flat):
+            specs = {key: outlined[name] for key, name in flat.items()}
+            if not any(isinstance(spec, QuantizedArray) for spec in specs.values()):
+                file = stack.enter_context(replacing(dst, overwrite))
+                size = write_plain(file, specs, lambda key: produce(leaf_name((key,))))
+                return _renamed(report_plan(plan, size), {leaf_name((key,)): key for key in flat})
         nowhere = Path(os.devnull)
         target = nowhere.open("wb") if dry_run else replacing(dst, overwrite)
         final = write_tree(stack.enter_context(target), plan, produce, coding)
-    return report_plan(final, header_size(plan, coding))
+    return with_losses(report_plan(final, header_size(plan, coding)), losses)
+
+
+def _flat_names(source: Source) -> dict[str, str]:
+    """The source's names by key if it holds one dict of leaves, as others' files do; else {}."""
+    tree = source.restore(lambda name: name)
+    is_flat = type(tree) is dict and all(type(x) is str for pair in tree.items() for x in pair)
+    return tree if is_flat and "__metadata__" not in tree else {}
+
+
+def _renamed(report: SizeReport, names: dict[str, str]) -> SizeReport:
+    leaves = (dataclasses.replace(leaf, path=names[leaf.path]) for leaf in report.leaves)
+    return dataclasses.replace(report, leaves=tuple(leaves))

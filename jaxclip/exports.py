@@ -1,5 +1,9 @@
-"""A tree as named tensors for a file of another library, each made when its turn comes."""
+"""Leaves as named tensors for a file of another library, each made when its turn comes.
 
+A leaf is in memory, or on disk and read when it is needed; its shapes are known before.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +14,37 @@ import numpy as np
 from jaxclip import layout
 from jaxclip.grids import code_range
 from jaxclip.quantization import QuantizedArray, dequantize
+from jaxclip.sources import Source
 
-__all__ = ["ExportTensor", "cast", "codes_of", "has_grid_within", "named_leaves", "plain_tensor"]
+__all__ = [
+    "ExportTensor",
+    "NamedLeaf",
+    "cast",
+    "codes_of",
+    "has_grid_within",
+    "named_leaves",
+    "plain_tensor",
+    "stored_leaves",
+]
+
+
+class NamedLeaf(NamedTuple):
+    """A leaf under the name that it will have.
+
+    Attributes:
+      name: The name.
+      outline: The leaf, or the same with shapes for arrays.
+      read: Returns the leaf with its values.
+    """
+
+    name: str
+    outline: Any
+    read: Callable[[], Any]
+
+    @property
+    def is_low_bit(self) -> bool:
+        """Whether it has codes."""
+        return _is_quantized(self.outline)
 
 
 class ExportTensor(NamedTuple):
@@ -28,8 +61,8 @@ class ExportTensor(NamedTuple):
     make: Callable[[], np.ndarray]
 
 
-def named_leaves(tree: Any, separator: str) -> dict[str, Any]:
-    """Returns the leaves of a tree by name.
+def named_leaves(tree: Any, separator: str) -> dict[str, NamedLeaf]:
+    """Returns the leaves of a tree by name, after a look at their values.
 
     Args:
       tree: Pytree of arrays and `QuantizedArray`.
@@ -47,6 +80,49 @@ def named_leaves(tree: Any, separator: str) -> dict[str, Any]:
       >>> list(named_leaves({"layers": [{"weight": np.zeros(2)}]}, "."))
       ['layers.0.weight']
     """
+    leaves = _by_name(tree, separator)
+    for name, leaf in leaves.items():
+        for part in jax.tree.leaves(leaf):  # codes, scales and zeros of a low-bit leaf
+            layout.check_leaf(name, part)
+            layout.check_has_values(name, part)
+        if _is_quantized(leaf):
+            leaf.check_parts(name)
+            leaf.check_values(name)
+    return {name: NamedLeaf(name, leaf, lambda x=leaf: x) for name, leaf in leaves.items()}
+
+
+def stored_leaves(source: Source, separator: str) -> dict[str, NamedLeaf]:
+    """Returns the leaves of a file by name, each read when it is asked for.
+
+    Args:
+      source: An open source; reading checks values. The leaf that was read last is kept.
+      separator: As in `named_leaves`; names in files of other libraries stay as they are.
+
+    Raises:
+      ValueError: If two leaves have the same name.
+
+    Example:
+      >>> leaves = {"w": jax.ShapeDtypeStruct((2,), np.int8)}
+      >>> source = Source(leaves, lambda name: np.zeros(2, np.int8), {"w": 2})
+      >>> stored_leaves(source, ".")["w"].read()
+      array([0, 0], dtype=int8)
+    """
+    last: list[tuple[str, Any]] = []
+
+    def read(stored: str) -> Any:
+        if not last or last[0][0] != stored:
+            last.clear()  # before the next is read: one leaf bounds the memory
+            last.append((stored, source.read(stored)))
+        return last[0][1]
+
+    names = _by_name(source.restore(lambda name: name), separator)
+    return {
+        name: NamedLeaf(name, source.leaves[stored], functools.partial(read, stored))
+        for name, stored in names.items()
+    }
+
+
+def _by_name(tree: Any, separator: str) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_quantized):
         name = jax.tree_util.keystr(path, simple=True, separator=separator) or "array"
@@ -54,12 +130,6 @@ def named_leaves(tree: Any, separator: str) -> dict[str, Any]:
             raise ValueError(
                 f"two leaves have the name '{name}' when keys are joined by {separator!r}."
             )
-        for part in jax.tree.leaves(leaf):  # codes, scales and zeros of a low-bit leaf
-            layout.check_leaf(name, part)
-            layout.check_has_values(name, part)
-        if _is_quantized(leaf):
-            leaf.check_parts(name)
-            leaf.check_values(name)
         leaves[name] = leaf
     return leaves
 
@@ -68,11 +138,10 @@ def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedArray)
 
 
-def plain_tensor(name: str, leaf: Any, dtype: np.dtype | None = None) -> ExportTensor:
+def plain_tensor(leaf: NamedLeaf, dtype: np.dtype | None = None) -> ExportTensor:
     """Returns the tensor of a leaf's values, dequantized if it is low-bit.
 
     Args:
-      name: The leaf's name, for messages.
       leaf: An array or `QuantizedArray`.
       dtype: Floating dtype of the values if they are floating; None for the leaf's own.
 
@@ -81,24 +150,25 @@ def plain_tensor(name: str, leaf: Any, dtype: np.dtype | None = None) -> ExportT
       `dtype`.
 
     Example:
-      >>> tensor = plain_tensor("w", np.array([1, 2]), np.dtype(np.float16))
+      >>> leaf = named_leaves({"w": np.array([1, 2])}, ".")["w"]
+      >>> tensor = plain_tensor(leaf, np.dtype(np.float16))
       >>> tensor.dtype, tensor.make()
       (dtype('int64'), array([1, 2]))
     """
-    is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    own = jnp.dtype(leaf.dtype) if is_floating else leaf.dtype
+    is_floating = jnp.issubdtype(leaf.outline.dtype, jnp.floating)
+    own = jnp.dtype(leaf.outline.dtype) if is_floating else leaf.outline.dtype
     target = dtype if dtype is not None and is_floating else own
     if isinstance(target, np.dtype) and not target.isnative:
         target = target.newbyteorder("=")
 
     def make() -> np.ndarray:
-        if _is_quantized(leaf):
+        if leaf.is_low_bit:
             # jax has float64 only where that is switched on; the product is float32 anyway.
-            values = dequantize(leaf, target if target.itemsize <= 4 else jnp.float32)
-            return np.asarray(values).astype(target)
-        return cast(name, np.asarray(leaf), target)
+            values = dequantize(leaf.read(), target if target.itemsize <= 4 else jnp.float32)
+            return np.asarray(values).astype(target, copy=False)
+        return cast(leaf.name, np.asarray(leaf.read()), target)
 
-    return ExportTensor(tuple(leaf.shape), target, make)
+    return ExportTensor(tuple(leaf.outline.shape), target, make)
 
 
 def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -157,7 +227,7 @@ def has_grid_within(leaf: QuantizedArray, lowest: int, highest: int) -> bool:
     """Whether all codes that the grid of a low-bit leaf has lie in a range.
 
     Args:
-      leaf: A low-bit array.
+      leaf: A low-bit array; shapes suffice.
       lowest: The least code of the range.
       highest: The greatest.
 

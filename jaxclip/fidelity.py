@@ -1,5 +1,7 @@
 """What arrays lose when they become low-bit: squared error and clipped entries, in float64."""
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,12 +11,60 @@ import numpy as np
 from jaxclip.grids import code_range
 from jaxclip.quantization import QuantizedArray, dequantize
 
-__all__ = ["clipped_share", "squared_error", "squared_norm"]
+__all__ = ["Loss", "clipped_share", "loss_of", "squared_error", "squared_norm"]
 
 # Entries that are taken to float64 at once: bounds memory.
 _PIECE = 2**20
 # Scales are rounded to float32 or less; what the rounding cuts off is not called clipped.
 _ROUNDING = np.float32(2**-20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What an array, or a part of one, lost; losses of parts add up.
+
+    Attributes:
+      squared_error: `sum (w - q)**2`.
+      squared_norm: `sum w**2`.
+      num_clipped: Clipped entries; None if what is stored is not low-bit.
+    """
+
+    squared_error: float
+    squared_norm: float
+    num_clipped: int | None
+
+    def __add__(self, other: "Loss") -> "Loss":
+        clipped = None
+        if self.num_clipped is not None and other.num_clipped is not None:
+            clipped = self.num_clipped + other.num_clipped
+        return Loss(
+            self.squared_error + other.squared_error,
+            self.squared_norm + other.squared_norm,
+            clipped,
+        )
+
+
+def loss_of(array: Any, stored: Any) -> Loss | None:
+    """Returns what an array lost.
+
+    Args:
+      array: Array of any shape and dtype, or a `QuantizedArray`; not traced.
+      stored: What became of it, of the same shape; or the same object.
+
+    Returns:
+      A `Loss`; None unless both are real floating.
+
+    Example:
+      >>> w = np.array([3.0, 4.0], np.float32)
+      >>> loss_of(w, np.array([3.0, 3.0], np.float32))
+      Loss(squared_error=1.0, squared_norm=25.0, num_clipped=None)
+    """
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (array, stored)):
+        return None
+    # An untouched leaf lost nothing, even one that is not finite.
+    error = 0.0 if stored is array else squared_error(array, stored)
+    clipped = _num_clipped(array, stored) if isinstance(stored, QuantizedArray) else None
+    return Loss(error, squared_norm(array), clipped)
 
 
 def squared_norm(array: Any) -> float:
@@ -73,6 +123,10 @@ def clipped_share(array: Any, low_bit: QuantizedArray) -> float:
       >>> clipped_share(w, quantize(w, "ternary", threshold=1.0))
       0.25
     """
+    return _num_clipped(array, low_bit) / max(math.prod(low_bit.shape), 1)
+
+
+def _num_clipped(array: Any, low_bit: QuantizedArray) -> int:
     zero = 0 if low_bit.zero is None else np.asarray(low_bit.zero).astype(np.float32)
     scale = np.asarray(low_bit.scale).astype(np.float32)
     with np.errstate(over="ignore"):  # a level beyond float32 clips nothing
@@ -86,8 +140,7 @@ def clipped_share(array: Any, low_bit: QuantizedArray) -> float:
     )
     array = dequantize(array) if isinstance(array, QuantizedArray) else jnp.asarray(array)
     w = array.astype(jnp.float32)
-    outside = np.asarray((w < bottom) | (w > top))
-    return int(np.count_nonzero(outside)) / max(outside.size, 1)
+    return int(np.count_nonzero(np.asarray((w < bottom) | (w > top))))
 
 
 def _pieces(array: Any) -> Iterator[np.ndarray]:

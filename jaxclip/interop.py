@@ -3,29 +3,31 @@
     to_safetensors          plain weights: every reader of safetensors
     to_compressed_tensors   4- and 8-bit codes: compressed-tensors, so transformers and vLLM
     to_gguf                 blocks of 32 at 4 and 8 bits: llama.cpp and the gguf package
+    export_checkpoint       any of them from a file, which need not fit into memory
 
 Names are the keys of the tree joined by a separator. Files appear whole or not at all, and
 are written tensor by tensor. `docs/interop.md` says what was verified, and by what.
 """
 
-import json
 import os
-import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclip import _checks, layout
+from jaxclip import _checks
 from jaxclip.atomic import replacing
-from jaxclip.exports import ExportTensor, codes_of, has_grid_within, named_leaves, plain_tensor
-from jaxclip.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_of_codes, encode_blocks
+from jaxclip.exports import ExportTensor, NamedLeaf, named_leaves, plain_tensor, stored_leaves
+from jaxclip.gguf_blocks import BYTES_PER_BLOCK
+from jaxclip.gguf_files import check_gguf, write_gguf
 from jaxclip.pack_quantized import Scheme, pack_leaf, quantization_config
-from jaxclip.quantization import QuantizedArray
+from jaxclip.sources import open_source
+from jaxclip.writing import write_plain
 
-__all__ = ["to_compressed_tensors", "to_gguf", "to_safetensors"]
+__all__ = ["export_checkpoint", "to_compressed_tensors", "to_gguf", "to_safetensors"]
 
 
 def to_safetensors(
@@ -62,9 +64,7 @@ def to_safetensors(
       dtype('float16')
       >>> folder.cleanup()
     """
-    dtype = _floating_dtype(dtype)
-    leaves = named_leaves(tree, separator)
-    _write_safetensors(path, {n: plain_tensor(n, v, dtype) for n, v in leaves.items()}, overwrite)
+    _write_values(path, named_leaves(tree, separator), _floating_dtype(dtype), overwrite)
 
 
 def to_compressed_tensors(
@@ -115,23 +115,8 @@ def to_compressed_tensors(
     References:
       The compressed-tensors package, https://github.com/vllm-project/compressed-tensors
     """
-    dtype = _floating_dtype(dtype)
-    tensors: dict[str, ExportTensor] = {}
-    schemes: dict[Scheme, list[str]] = {}
-    ignored = []
-    for name, leaf in named_leaves(tree, separator).items():
-        module = name.removesuffix("weight").removesuffix(separator)
-        if isinstance(leaf, QuantizedArray):
-            parts, scheme = pack_leaf(name, leaf, dtype)
-            schemes.setdefault(scheme, []).append(module)
-        else:
-            parts = {name: plain_tensor(name, leaf, dtype)}
-            ignored += [module] if name.endswith("weight") and leaf.ndim == 2 else []
-        _add(tensors, parts)
-    if not schemes:
-        raise ValueError("tree has no QuantizedArray leaf: compress it first.")
-    _write_safetensors(path, tensors, overwrite)
-    return quantization_config(schemes, ignored)
+    leaves = named_leaves(tree, separator)
+    return _write_packed(path, leaves, _floating_dtype(dtype), separator, overwrite)
 
 
 def to_gguf(
@@ -184,27 +169,67 @@ def to_gguf(
     References:
       The GGUF format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
-    gguf = _checks.import_extra("gguf", "gguf")
-    _checks.check_choice("kind", kind, (*BYTES_PER_BLOCK, None))
-    tensors = {n: _gguf_tensor(n, v, kind) for n, v in named_leaves(tree, separator).items()}
-    with replacing(path, overwrite) as file:
-        # The package writes to the temporary file by its name.
-        writer = gguf.GGUFWriter(file.name, architecture)
-        try:
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            for key, value in (metadata or {}).items():
-                _add_metadata(writer, key, value)
-            for name, (type_name, tensor) in tensors.items():
-                num_bytes = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
-                raw_type = gguf.GGMLQuantizationType[type_name]
-                writer.add_tensor_info(name, tensor.shape, tensor.dtype, num_bytes, raw_type)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for _, tensor in tensors.values():
-                writer.write_tensor_data(np.ascontiguousarray(tensor.make()))
-        finally:
-            writer.close()
+    check_gguf(kind)
+    leaves = named_leaves(tree, separator)
+    write_gguf(path, leaves, architecture, kind, metadata or {}, overwrite)
+
+
+def export_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    to: str,
+    *,
+    dtype: Any = None,
+    architecture: str = "llama",
+    metadata: Mapping[str, Any] | None = None,
+    separator: str = ".",
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Writes a file or folder of weights in the format of another library, leaf by leaf.
+
+    Memory is bounded by a few times the largest leaf. What is written equals what the functions
+    above write for the tree that `checkpoints.load` reads.
+
+    Args:
+      src: As in `checkpoints.load`.
+      dst: The file to write.
+      to: "safetensors" for plain weights, "compressed-tensors", or "Q4_0", "Q4_1" or "Q8_0" for
+        GGUF.
+      dtype: As in `to_safetensors` and `to_compressed_tensors`.
+      architecture: As in `to_gguf`, as `metadata`.
+      metadata: Further keys of GGUF.
+      separator: What joins the keys of nested trees; names in files of other libraries stay as
+        they are.
+      overwrite: Whether an existing file may be replaced.
+
+    Returns:
+      For compressed-tensors the value of `quantization_config`; else None.
+
+    Raises:
+      CheckpointError: As `checkpoints.load`.
+      FileExistsError: As `checkpoints.save`; also if `dst` is one of the files that are read.
+      TypeError: As the function for the format.
+      ValueError: As the function for the format, or if `to` is none of these.
+      ImportError: As `to_gguf`.
+
+    Example:
+      >>> export_checkpoint("small.safetensors", "net.gguf", "Q4_0")
+      Traceback (most recent call last):
+      FileNotFoundError: there is no file 'small.safetensors'.
+    """
+    _checks.check_choice("to", to, ("safetensors", "compressed-tensors", *BYTES_PER_BLOCK))
+    dtype = _floating_dtype(dtype)
+    if to in BYTES_PER_BLOCK:
+        check_gguf(to)
+    with open_source(Path(src)) as source:
+        if any(os.path.exists(dst) and os.path.samefile(dst, file) for file in source.files):
+            raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
+        leaves = stored_leaves(source, separator)
+        if to == "safetensors":
+            return _write_values(dst, leaves, dtype, overwrite)
+        if to == "compressed-tensors":
+            return _write_packed(dst, leaves, dtype, separator, overwrite)
+        return write_gguf(dst, leaves, architecture, to, metadata or {}, overwrite)
 
 
 def _floating_dtype(dtype: Any) -> np.dtype | None:
@@ -213,30 +238,47 @@ def _floating_dtype(dtype: Any) -> np.dtype | None:
     return None if dtype is None else jnp.dtype(dtype)
 
 
-# --- safetensors ------------------------------------------------------------------------
+def _write_values(
+    path: str | os.PathLike,
+    leaves: dict[str, NamedLeaf],
+    dtype: np.dtype | None,
+    overwrite: bool,
+) -> None:
+    _write_tensors(path, {n: plain_tensor(v, dtype) for n, v in leaves.items()}, overwrite)
 
 
-def _write_safetensors(
+def _write_packed(
+    path: str | os.PathLike,
+    leaves: dict[str, NamedLeaf],
+    dtype: np.dtype | None,
+    separator: str,
+    overwrite: bool,
+) -> dict[str, Any]:
+    tensors: dict[str, ExportTensor] = {}
+    schemes: dict[Scheme, list[str]] = {}
+    ignored = []
+    for name, leaf in leaves.items():
+        module = name.removesuffix("weight").removesuffix(separator)
+        if leaf.is_low_bit:
+            parts, scheme = pack_leaf(leaf, dtype)
+            schemes.setdefault(scheme, []).append(module)
+        else:
+            parts = {name: plain_tensor(leaf, dtype)}
+            is_matrix = name.endswith("weight") and len(leaf.outline.shape) == 2
+            ignored += [module] if is_matrix else []
+        _add(tensors, parts)
+    if not schemes:
+        raise ValueError("tree has no QuantizedArray leaf: compress it first.")
+    _write_tensors(path, tensors, overwrite)
+    return quantization_config(schemes, ignored)
+
+
+def _write_tensors(
     path: str | os.PathLike, tensors: dict[str, ExportTensor], overwrite: bool
 ) -> None:
+    specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
     with replacing(path, overwrite) as file:
-        if "__metadata__" in tensors:
-            raise ValueError("a leaf has the name '__metadata__', which safetensors keeps.")
-        specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
-        plan = layout.plan_file(specs)
-        # A plan escapes names, here they are written as they are; both are sorted.
-        names = dict(zip(plan.leaves, sorted(tensors), strict=True))
-        # transformers wants to be told for which framework weights were saved.
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for t in plan.tensors:
-            offsets = [t.start, t.stop]
-            header[names[t.name]] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(struct.pack("<Q", len(text)) + text)
-        for t in plan.tensors:
-            array = np.ascontiguousarray(tensors[names[t.name]].make())
-            file.write(array.reshape(-1).view(np.uint8).data)
+        write_plain(file, specs, lambda name: tensors[name].make())
 
 
 def _add(tensors: dict[str, ExportTensor], parts: dict[str, ExportTensor]) -> None:
@@ -244,85 +286,3 @@ def _add(tensors: dict[str, ExportTensor], parts: dict[str, ExportTensor]) -> No
         if name in tensors:
             raise ValueError(f"two tensors would have the name '{name}'.")
         tensors[name] = tensor
-
-
-# --- GGUF -------------------------------------------------------------------------------
-
-_GGUF_DTYPES = {"float16": "F16", "float64": "F64"}
-_GGUF_DTYPES |= {f"int{n}": f"I{n}" for n in (8, 16, 32, 64)}
-
-
-def _gguf_tensor(name: str, leaf: Any, kind: str | None) -> tuple[str, ExportTensor]:
-    """GGUF's type of a leaf and its tensor, blocks counted in bytes."""
-    shape: tuple[int, ...] = tuple(leaf.shape) or (1,)
-    length = shape[-1]
-    if len(shape) > 4 or len(name.encode()) > 63:
-        raise ValueError(
-            f"leaf '{name}' must have at most 4 dimensions, got {len(shape)}, and a name of at "
-            f"most 63 bytes, got {len(name.encode())}."
-        )
-    is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    if isinstance(leaf, QuantizedArray):
-        kind = "Q8_0"
-        if has_grid_within(leaf, -8, 7):
-            kind = "Q4_0" if leaf.zero is None else "Q4_1"
-        elif leaf.zero is not None:
-            raise ValueError(f"leaf '{name}' has zero points, which GGUF has up to 4 bits only.")
-    elif not is_floating or len(shape) < 2 or length % BLOCK_SIZE:
-        kind = None
-    if kind is None:
-        fallback = "F32" if is_floating else None
-        type_name = _GGUF_DTYPES.get(str(leaf.dtype), fallback)
-        if type_name is None:
-            raise TypeError(f"leaf '{name}' has dtype {leaf.dtype}, which GGUF has not.")
-        tensor = plain_tensor(name, leaf, np.dtype(np.float32) if type_name == "F32" else None)
-        return type_name, tensor._replace(shape=shape)
-    if length % BLOCK_SIZE:
-        raise ValueError(f"leaf '{name}' must have rows of a multiple of 32, got {length}.")
-    num_bytes = length // BLOCK_SIZE * BYTES_PER_BLOCK[kind]
-
-    def make() -> np.ndarray:
-        try:
-            if isinstance(leaf, QuantizedArray):
-                codes = codes_of(name, leaf).reshape(-1, BLOCK_SIZE)
-                zeros = None if leaf.zero is None else _of_blocks(leaf, leaf.zero)
-                blocks = blocks_of_codes(codes, _of_blocks(leaf, leaf.scale), kind, zeros)
-            else:
-                array = np.asarray(leaf)
-                if not np.all(np.isfinite(array)):
-                    raise ValueError("a weight is NaN or infinite.")
-                blocks = encode_blocks(array, kind)
-        except ValueError as error:
-            raise ValueError(f"leaf '{name}': {error}") from error
-        return blocks.reshape(*shape[:-1], num_bytes)
-
-    return kind, ExportTensor((*shape[:-1], num_bytes), np.dtype(np.uint8), make)
-
-
-def _of_blocks(leaf: QuantizedArray, values: Any) -> np.ndarray:
-    """The scale or zero point of each 32 entries, float32 of shape (blocks, 1)."""
-    expanded = leaf.granularity.expand(jnp.asarray(values), leaf.shape)
-    rows = np.broadcast_to(np.asarray(expanded), leaf.shape).reshape(-1, BLOCK_SIZE)
-    if not np.all(rows == rows[:, :1]):
-        raise ValueError(
-            "its scale must be the same for each 32 entries along the last axis, such as with "
-            f"axis=0 or group_size=32; got axis={leaf.granularity.axis}, "
-            f"group_size={leaf.granularity.group_size}."
-        )
-    return rows[:, :1].astype(np.float32)
-
-
-def _add_metadata(writer: Any, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        add = writer.add_uint32 if 0 <= value < 2**32 else writer.add_int64
-        add(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, (list, tuple)):
-        writer.add_array(key, value)
-    else:
-        raise TypeError(f"metadata has {value!r} under {key!r}, which GGUF cannot hold.")

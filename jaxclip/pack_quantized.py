@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxclip.exports import ExportTensor, cast, codes_of, has_grid_within
+from jaxclip.exports import ExportTensor, NamedLeaf, cast, codes_of, has_grid_within
 from jaxclip.packing import pack_codes
-from jaxclip.quantization import QuantizedArray
 
 __all__ = ["Scheme", "pack_leaf", "quantization_config"]
 
@@ -40,14 +39,13 @@ class Scheme(NamedTuple):
 
 
 def pack_leaf(
-    name: str, leaf: QuantizedArray, dtype: np.dtype | None = None
+    stored: NamedLeaf, dtype: np.dtype | None = None
 ) -> tuple[dict[str, ExportTensor], Scheme]:
     """Returns the tensors of a low-bit leaf, and its scheme.
 
     Args:
-      name: The leaf's name, which must end in "weight".
-      leaf: A matrix (outputs, inputs) with a scale for it, for each output, or for each group
-        of inputs.
+      stored: Its name, which must end in "weight", and a matrix (outputs, inputs) with a scale for
+        it, for each output, or for each group of inputs.
       dtype: Floating dtype of the scales; None for float32.
 
     Returns:
@@ -58,14 +56,17 @@ def pack_leaf(
       ValueError: If the name, shape or granularity is one that the layout has not.
 
     Example:
+      >>> from jaxclip.exports import named_leaves
       >>> from jaxclip.quantization import quantize
       >>> q = quantize(np.ones((4, 64), np.float32), 4, axis=0, group_size=32)
-      >>> tensors, scheme = pack_leaf("proj.weight", q)
+      >>> leaves = named_leaves({"proj.weight": q}, ".")
+      >>> tensors, scheme = pack_leaf(leaves["proj.weight"])
       >>> [(name, t.shape) for name, t in tensors.items()]
       [('proj.weight_packed', (4, 8)), ('proj.weight_scale', (4, 2)), ('proj.weight_shape', (2,))]
       >>> scheme
       Scheme(num_bits=4, group_size=32, has_zero_point=False)
     """
+    name, leaf = stored.name, stored.outline
     if not name.endswith("weight") or len(leaf.shape) != 2:
         raise ValueError(
             f"leaf '{name}' has codes, so it must be a matrix whose name ends in 'weight', got "
@@ -91,7 +92,8 @@ def pack_leaf(
     scale_dtype = dtype or np.dtype(np.float32)
 
     def make_scale() -> np.ndarray:
-        scale = cast(f"{name}_scale", np.asarray(leaf.scale).astype(np.float32), scale_dtype)
+        scale = np.asarray(stored.read().scale).astype(np.float32)
+        scale = cast(f"{name}_scale", scale, scale_dtype)
         if not np.all(scale):
             raise ValueError(f"leaf '{name}' has a scale that is 0 in {scale_dtype}.")
         return np.broadcast_to(scale, scale_shape)
@@ -99,17 +101,23 @@ def pack_leaf(
     packed_shape = (rows, -(-columns * num_bits // 32))
     parts = {
         f"{name}_packed": ExportTensor(
-            packed_shape, np.dtype(np.int32), lambda: _packed_rows(codes_of(name, leaf), num_bits)
+            packed_shape,
+            np.dtype(np.int32),
+            lambda: _packed_rows(codes_of(name, stored.read()), num_bits),
         ),
         f"{name}_scale": ExportTensor(scale_shape, scale_dtype, make_scale),
         f"{name}_shape": ExportTensor((2,), np.dtype(np.int64), lambda: np.array([rows, columns])),
     }
+
+    def make_zero() -> np.ndarray:
+        zero = np.broadcast_to(np.asarray(stored.read().zero), scale_shape)
+        return _packed_rows(zero.T, num_bits).T
+
     if leaf.zero is not None:
-        zero = np.broadcast_to(np.asarray(leaf.zero), scale_shape)
         parts[f"{name}_zero_point"] = ExportTensor(
             (-(-rows * num_bits // 32), scale_shape[1]),
             np.dtype(np.int32),
-            lambda: _packed_rows(zero.T, num_bits).T,
+            make_zero,
         )
     return parts, Scheme(num_bits, group_size, leaf.zero is not None)
 

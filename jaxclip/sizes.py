@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,13 +11,13 @@ import numpy as np
 
 from jaxclip import _checks
 from jaxclip.coding import check_coding
-from jaxclip.fidelity import clipped_share, squared_error, squared_norm
+from jaxclip.fidelity import Loss, loss_of
 from jaxclip.grids import Bits
 from jaxclip.headers import header_size
 from jaxclip.layout import FilePlan, check_has_values, coded_tensor, plan_file
 from jaxclip.quantization import QuantizedArray
 
-__all__ = ["LeafSize", "SizeReport", "report_plan", "size_report"]
+__all__ = ["LeafSize", "SizeReport", "report_plan", "size_report", "with_losses"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,31 +205,53 @@ def _compared(report: SizeReport, plan: FilePlan, original: Any) -> SizeReport:
     if originals.keys() != plan.leaves.keys():
         odd = sorted(originals.keys() ^ plan.leaves.keys())
         raise ValueError(f"original must have the same leaves; only one tree has {odd[:5]}.")
-    leaves, lost, energy, clipped, entries = [], [], [], 0.0, 0
+    losses = {}
     for leaf in report.leaves:
         now, before = plan.leaves[leaf.path], originals[leaf.path]
         if tuple(before.shape) != leaf.shape:
             raise ValueError(
                 f"original at '{leaf.path}' must have shape {leaf.shape}, got {before.shape}."
             )
-        if jnp.issubdtype(now.dtype, jnp.floating) and jnp.issubdtype(before.dtype, jnp.floating):
+        if jnp.issubdtype(now.dtype, jnp.floating):
             for array in (now, before):
                 is_low_bit = isinstance(array, QuantizedArray)
                 check_has_values(leaf.path, array.qvalue if is_low_bit else array)
-            before_norm = squared_norm(before)
-            # An untouched leaf lost nothing, even one that is not finite.
-            error = 0.0 if now is before else squared_error(before, now)
-            lost, energy = [*lost, error], [*energy, before_norm]
-            leaf = dataclasses.replace(leaf, relative_error=_ratio(error, before_norm))
-            if isinstance(now, QuantizedArray):
-                share, size = clipped_share(before, now), math.prod(leaf.shape)
-                clipped, entries = clipped + share * size, entries + size
-                leaf = dataclasses.replace(leaf, clipped_share=share)
+        losses[leaf.path] = loss_of(before, now)
+    return with_losses(report, losses)
+
+
+def with_losses(report: SizeReport, losses: Mapping[str, Loss | None]) -> SizeReport:
+    """Returns a report with what its leaves lost.
+
+    Args:
+      report: A report without.
+      losses: The loss of each leaf, by path; None of those that are not real floating.
+
+    Returns:
+      A `SizeReport`.
+
+    Example:
+      >>> report = report_plan(plan_file({"w": jnp.zeros(3)}), 200)
+      >>> with_losses(report, {"w": Loss(1.0, 4.0, None)}).relative_error
+      0.25
+    """
+    leaves, known, clipped, entries = [], [], 0, 0
+    for leaf in report.leaves:
+        loss = losses[leaf.path]
+        if loss is not None:
+            known.append(loss)
+            error, share = _ratio(loss.squared_error, loss.squared_norm), None
+            if loss.num_clipped is not None:
+                size = math.prod(leaf.shape)
+                clipped, entries = clipped + loss.num_clipped, entries + size
+                share = loss.num_clipped / max(size, 1)
+            leaf = dataclasses.replace(leaf, relative_error=error, clipped_share=share)
         leaves.append(leaf)
+    lost, energy = sum(k.squared_error for k in known), sum(k.squared_norm for k in known)
     return dataclasses.replace(
         report,
         leaves=tuple(leaves),
-        relative_error=_ratio(sum(lost), sum(energy)) if lost else None,
+        relative_error=_ratio(lost, energy) if known else None,
         clipped_share=clipped / entries if entries else None,
     )
 

@@ -1,17 +1,23 @@
-"""Writing a tree to a safetensors file, leaf by leaf.
+"""Writing safetensors files leaf by leaf: a tree of ours, or plain tensors for other readers.
 
-A header comes before the data it describes, so a place is kept for it. It is as large as the
-header can get: how small coded tensors turn out is known only when they are written.
+In a file of ours the header comes before the data it describes, so a place is kept for it. It is
+as large as the header can get: how small coded tensors turn out is known only when they are
+written.
 """
 
+import json
+import struct
 import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from jaxclip.headers import header_size, make_header
-from jaxclip.layout import DTYPES, FilePlan, Tensor, coded_tensor
+import jax
+import numpy as np
 
-__all__ = ["write_tree"]
+from jaxclip.headers import header_size, make_header
+from jaxclip.layout import DTYPES, FilePlan, Tensor, coded_tensor, plan_file
+
+__all__ = ["write_plain", "write_tree"]
 
 
 def write_tree(
@@ -34,8 +40,6 @@ def write_tree(
 
     Example:
       >>> import io
-      >>> import numpy as np
-      >>> from jaxclip.layout import plan_file
       >>> tree = {"w": np.zeros(3, np.int8)}
       >>> file = io.BytesIO()
       >>> _ = write_tree(file, plan_file(tree), tree.get, None)
@@ -82,3 +86,52 @@ def _by_leaf(plan: FilePlan) -> dict[str, list[Tensor]]:
     for tensor in reversed(plan.tensors):
         tensors.setdefault(tensor.leaf, []).insert(0, tensor)
     return dict(reversed(tensors.items()))
+
+
+def write_plain(
+    file: BinaryIO, specs: dict[str, jax.ShapeDtypeStruct], produce: Callable[[str], np.ndarray]
+) -> int:
+    """Writes tensors under their names as they are, without anything of ours.
+
+    Args:
+      file: Binary file, to be written.
+      specs: Shape and dtype of each tensor, by name.
+      produce: Gives a tensor by name; called once each.
+
+    Returns:
+      The bytes of the header.
+
+    Raises:
+      TypeError: If safetensors has not the dtype of a tensor.
+      ValueError: If a name is "__metadata__", or a tensor is not of its shape and dtype.
+
+    Example:
+      >>> import io
+      >>> file = io.BytesIO()
+      >>> specs = {"a/b": jax.ShapeDtypeStruct((2,), np.int8)}
+      >>> _ = write_plain(file, specs, lambda name: np.array([1, 2], np.int8))
+      >>> b'"a/b"' in file.getvalue(), file.getvalue()[-2:]
+      (True, b'\\x01\\x02')
+    """
+    if "__metadata__" in specs:
+        raise ValueError("a leaf has the name '__metadata__', which safetensors keeps.")
+    plan = plan_file(specs)
+    # A plan escapes names, here they are written as they are; both are sorted.
+    names = dict(zip(plan.leaves, sorted(specs), strict=True))
+    # transformers wants to be told for which framework weights were saved.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for t in plan.tensors:
+        offsets = [t.start, t.stop]
+        header[names[t.name]] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for t in plan.tensors:
+        array = np.asarray(produce(names[t.name]))
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        if (array.shape, array.dtype) != (t.shape, t.numpy_dtype):
+            raise ValueError(f"tensor '{names[t.name]}' is not of its shape and dtype.")
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        del array
+    return 8 + len(text)

@@ -1,11 +1,20 @@
 """Files under their name whole or not at all; `test_checkpoints.py` has what may go wrong."""
 
+import itertools
 import os
 import pathlib
+import re
+import shutil
+import stat
+import subprocess
+import sys
 
 import pytest
 
 from jaxclip.atomic import replacing
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+each_way = pytest.mark.parametrize("overwrite", [True, False])
 
 
 def test_the_name_appears_when_the_block_ends(tmp_path: pathlib.Path):
@@ -52,3 +61,168 @@ def test_the_block_is_not_entered_when_the_name_is_taken(tmp_path: pathlib.Path)
     with pytest.raises(FileExistsError, match="overwrite=True"), replacing(path):
         pytest.fail("entered")
     assert os.listdir(tmp_path) == ["file"]
+
+
+# --- Killed writers and lost power ------------------------------------------------------------
+
+SAVES = """
+import sys
+from jaxclip.atomic import replacing
+
+with replacing(sys.argv[1], overwrite=sys.argv[2] == "True") as file:
+    file.write(b"new" * 10_000)
+"""
+
+
+@each_way
+def test_the_system_calls_of_a_save_are_in_order(tmp_path: pathlib.Path, overwrite: bool):
+    path, log = tmp_path / "folder" / "file", tmp_path / "log"
+    path.parent.mkdir()
+    if overwrite:
+        path.write_bytes(b"old")
+    calls = "openat,write,fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
+    strace = ["strace", "-f", "-y", "-e", f"trace={calls}", "-o", str(log)]
+    if (
+        not shutil.which("strace")
+        or subprocess.run([*strace, "true"], capture_output=True).returncode
+    ):
+        pytest.skip("needs strace and the right to trace")
+    command = [*strace, sys.executable, "-c", SAVES, str(path), str(overwrite)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = []
+    for line in log.read_text().splitlines():
+        call = re.match(r"\d+ +(\w+)\(", line)
+        if call is None or str(path.parent) not in line:
+            continue
+        target = "temporary" if "jaxclip-tmp" in line else "folder"
+        if call[1] == "openat" and target == "folder":
+            continue  # looked at
+        kind = re.sub("^(rename|link|unlink|open)at2?$", r"\1", call[1])
+        found.append((kind, target))
+    found = [event for event, _ in itertools.groupby(found)]
+    publish = (
+        [("rename", "temporary")] if overwrite else [("link", "temporary"), ("unlink", "temporary")]
+    )
+    assert found == [
+        ("open", "temporary"),
+        ("write", "temporary"),
+        ("fsync", "temporary"),
+        *publish,
+        ("fsync", "folder"),
+    ]
+
+
+KILLED = """
+import os, pathlib, sys
+from jaxclip.atomic import replacing
+
+folder, overwrite = pathlib.Path(sys.argv[1]), sys.argv[2] == "True"
+path, old, new = folder / "file", b"old", b"new" * 10_000
+
+def save(last):
+    count = 0
+
+    def step():
+        nonlocal count
+        if count == last:
+            os._exit(9)
+        count += 1
+
+    def dying(call):
+        def called(*args, **kwargs):
+            result = call(*args, **kwargs)
+            step()
+            return result
+        return called
+
+    for name in ("chmod", "fsync", "replace", "link", "unlink", "open", "close"):
+        setattr(os, name, dying(getattr(os, name)))
+    with replacing(path, overwrite) as file:
+        step()
+        file.write(new[:15_000])
+        file.flush()
+        step()
+        file.write(new[15_000:])
+        file.flush()
+        step()
+    os._exit(0)
+
+states = []
+while not states or states[-1][0] != 0:
+    path.write_bytes(old) if overwrite else path.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        save(len(states))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    states.append((status, path.read_bytes() if path.exists() else None))
+before = old if overwrite else None
+assert {content for _, content in states} == {before, new}, states
+assert states[0][1] == before and states[-1] == (0, new)
+assert [x for x in os.listdir(folder) if x != "file"] == []  # the last save tidied up
+print(len(states))
+"""
+
+
+@each_way
+def test_a_writer_that_dies_after_any_call_leaves_the_old_or_the_new_file(tmp_path, overwrite):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(overwrite)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(result.stdout) >= 8
+
+
+@each_way
+def test_power_lost_after_any_call_leaves_the_old_or_the_new_file(tmp_path, monkeypatch, overwrite):
+    """What a disk may hold: data are sure once synced, names once their folder is."""
+    path, old, new = tmp_path / "file", b"old", b"new" * 10_000
+    if overwrite:
+        path.write_bytes(old)
+    events: list[tuple] = []
+
+    def record(name, real):
+        def called(*args, **kwargs):
+            result = real(*args, **kwargs)
+            if name != "fsync":
+                events.append((name, *(pathlib.Path(arg).name for arg in args)))
+            elif stat.S_ISDIR(os.fstat(args[0]).st_mode):
+                events.append(("sync names",))
+            else:
+                file = next(
+                    p for p in tmp_path.iterdir() if p.stat().st_ino == os.fstat(args[0]).st_ino
+                )
+                events.append(("sync data", file.name, file.read_bytes()))
+            return result
+
+        return called
+
+    for name in ("fsync", "replace", "link", "unlink"):
+        monkeypatch.setattr(os, name, record(name, getattr(os, name)))
+    with replacing(path, overwrite) as file:
+        events.append(("create", pathlib.Path(file.name).name))
+        file.write(new)
+    monkeypatch.undo()
+
+    before = old if overwrite else None
+    for num_done in range(len(events) + 1):
+        assert states_after(events[:num_done], before) <= {before, new}, events[:num_done]
+    assert states_after(events, before) == {new}
+
+
+def states_after(events: list[tuple], before: bytes | None) -> set[bytes | None]:
+    """What may be under the name after a loss of power, by any choice of names not yet synced."""
+    data = {name: content for kind, name, content in (e for e in events if e[0] == "sync data")}
+    names = [e for e in events if e[0] in ("create", "replace", "link", "unlink")]
+    synced = [i for i, e in enumerate(events) if e[0] == "sync names"]
+    num_sure = len([e for e in events[: synced[-1]] if e in names]) if synced else 0
+    states = set()
+    for kept in itertools.product([True, False], repeat=len(names) - num_sure):
+        content = before
+        choice = [True] * num_sure + list(kept)
+        for (kind, *args), is_kept in zip(names, choice, strict=True):
+            if is_kept and kind in ("replace", "link") and args[1] == "file":
+                content = data.get(args[0], b"whatever was on the disk")
+            elif is_kept and kind == "unlink" and args[0] == "file":
+                content = None
+        states.add(content)
+    return states

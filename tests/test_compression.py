@@ -144,6 +144,59 @@ def test_a_pattern_that_is_no_regular_expression_is_refused_by_name():
         compress(make_params(), 4, policy=["kernel"])
 
 
+def test_a_spec_replaces_the_arguments_that_it_names():
+    spec = {
+        "bits": 2,
+        "rule": jaxclip.max_abs,
+        "axis": 0,
+        "group_size": 3,
+        "scale_dtype": "float16",
+    }
+    policy = [("embed", spec), ("half", {"full_signed": False, "zero_point": True}), ("bias", {})]
+    params = make_params()
+    small = compress(params, 5, rule=0.5, policy=policy)
+    grid = {k: v for k, v in spec.items() if k not in ("bits", "rule")}
+    alone = jaxclip.quantize(params["embed"]["embedding"], 2, threshold=jaxclip.max_abs, **grid)
+    assert jax.tree.structure(small["embed"]["embedding"]) == jax.tree.structure(alone)
+    assert np.array_equal(small["embed"]["embedding"].qvalue, alone.qvalue)
+    assert np.array_equal(small["embed"]["embedding"].scale, alone.scale)
+    half = small["half"]["kernel"]
+    assert (half.bits, half.full_signed, half.zero is not None) == (5, False, True)
+    assert small["dense"]["kernel"].threshold.max() == 0.5
+    assert small["dense"]["bias"] is params["dense"]["bias"]  # no width is given
+
+
+def test_a_spec_without_a_width_leaves_it_to_the_target():
+    policy = [("large", {"scale_dtype": "float16"}), ("easy", {"bits": 3})]
+    small = squeeze(uneven_params(), target_bits_per_weight=5.5, policy=policy)
+    assert small["large"].scale_dtype == "float16"
+    assert small["large"].bits in WIDTHS
+    assert small["easy"].bits == 3
+    assert jaxclip.size_report(small).bits_per_weight <= 5.5
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"width": 4}, "'width', which is none of"),
+        ({"bits": 7}, "bits must be one of"),
+        ({"bits": None}, "bits=None"),
+        ({"group_size": 0}, "group_size must be"),
+        ({"axis": "last"}, "axis must be an integer"),
+        ({"axis": 5}, r"kernel.*axis must be in \[-2, 2\)"),
+        ({"scale_dtype": "int8"}, "scale_dtype must be one of"),
+        ({"rule": "mse"}, "rule must be"),
+        ({"zero_point": 1}, "zero_point must be True or False"),
+        ({"bits": 1, "zero_point": True}, "zero_point needs a grid"),
+        ({"bits": 4, "rule": jaxclip.rate_optimal(2.0)}, "rate_optimal needs bits=8"),
+    ],
+    ids=str,
+)
+def test_a_wrong_spec_is_refused_by_its_rule_and_field(spec, message):
+    with pytest.raises((TypeError, ValueError), match=rf"policy 'dense/k'.*{message}"):
+        compress(make_params(), 4, rule=jaxclip.max_abs, policy=[("dense/k", spec)])
+
+
 # --- Targets ---------------------------------------------------------------------------
 
 WIDTHS = ["ternary", 2, 3, 4, 5, 6, 8]

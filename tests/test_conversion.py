@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 import jaxclip
-from jaxclip import checkpoints, conversion
+from jaxclip import checkpoints, leaf_parts
 from jaxclip.checkpoints import (
     CheckpointError,
     clip_checkpoint,
@@ -70,7 +70,7 @@ def test_the_file_is_that_of_the_tree_in_memory(bits, options, coding, source, t
 @pytest.mark.parametrize("options", [{"group_size": 8}, {}, {"zero_point": True}])
 def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, monkeypatch):
     compress_checkpoint(source, tmp_path / "whole.safetensors", 4, **options)
-    monkeypatch.setattr(conversion, "_PART_BYTES", 7 * 16 * 4)  # 40 rows of 16 in parts of 7
+    monkeypatch.setattr(leaf_parts, "_PART_BYTES", 7 * 16 * 4)  # 40 rows of 16 in parts of 7
     compress_checkpoint(source, target, 4, **options)
     whole, parts = (checkpoints.load(p) for p in (tmp_path / "whole.safetensors", target))
     for name, w in weights().items():
@@ -85,7 +85,7 @@ def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, 
 )
 def test_what_looks_at_the_whole_leaf_gets_it(options, source, target, monkeypatch):
     whole = jaxclip.compress(checkpoints.load(source), 8, axis=0, **options)["embed.weight"]
-    monkeypatch.setattr(conversion, "_PART_BYTES", 7 * 16 * 4)
+    monkeypatch.setattr(leaf_parts, "_PART_BYTES", 7 * 16 * 4)
     compress_checkpoint(source, target, 8, **options)
     np.testing.assert_array_equal(checkpoints.load(target)["embed.weight"].qvalue, whole.qvalue)
 
@@ -94,8 +94,76 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(source, target):
     for coding in (None, "huffman"):
         planned = compress_checkpoint(source, target, 3, coding=coding, dry_run=True)
         assert os.listdir(target.parent) == []
-        assert planned == compress_checkpoint(source, target, 3, coding=coding)
+        written = compress_checkpoint(source, target, 3, coding=coding)
+        assert planned.total_bytes == written.total_bytes
+        assert [leaf.stored_bytes for leaf in planned.leaves] == [
+            leaf.stored_bytes for leaf in written.leaves
+        ]
+        assert (planned == written) == (coding is not None)  # which reads the weights
         target.unlink()
+
+
+@pytest.mark.parametrize("part_bytes", [2**24, 7 * 16 * 4])
+def test_the_report_has_what_each_leaf_lost(part_bytes, source, target, monkeypatch):
+    monkeypatch.setattr(leaf_parts, "_PART_BYTES", part_bytes)
+    policy = [("embed", {"bits": 2, "group_size": 8, "rule": 0.15}), ("layer.weight", 3)]
+    report = compress_checkpoint(source, target, 2, rule=jaxclip.max_abs, policy=policy)
+    original, small = checkpoints.load(source), checkpoints.load(target)
+    wanted = jaxclip.size_report(small, original=original)
+    assert report.relative_error == pytest.approx(wanted.relative_error, rel=1e-12)
+    assert report.clipped_share == wanted.clipped_share > 0
+    for found, leaf in zip(report.leaves, wanted.leaves, strict=True):
+        assert (found.path, found.clipped_share) == (leaf.path, leaf.clipped_share)
+        assert (found.relative_error is None) == (leaf.relative_error is None)
+        assert found.relative_error is None or found.relative_error == pytest.approx(
+            leaf.relative_error, rel=1e-12
+        )
+
+
+def test_specs_of_a_policy_hold_in_the_file_as_in_memory(source, target, tmp_path):
+    spec = {"bits": 3, "group_size": 4, "rule": jaxclip.max_abs, "scale_dtype": "log8"}
+    policy = [("embed", spec), ("layer.weight", {"axis": None}), ("bias", {"bits": 8})]
+    compress_checkpoint(source, target, 5, policy=policy)
+    in_memory = jaxclip.compress(checkpoints.load(source), 5, axis=0, policy=policy)
+    checkpoints.save(tmp_path / "memory.safetensors", in_memory)
+    assert target.read_bytes() == (tmp_path / "memory.safetensors").read_bytes()
+    small = checkpoints.load(target)
+    assert (small["embed.weight"].scale_dtype, small["embed.weight"].scale.shape) == (
+        "log8",
+        (40, 4),
+    )
+    assert small["layer.weight"].scale.shape == (1, 1)
+    assert small["layer.bias"].bits == 8
+
+
+@pytest.mark.parametrize(
+    "goal", [{"target_bits_per_weight": 4.0}, {"target_bytes": 2100}], ids=lambda goal: min(goal)
+)
+def test_a_target_chooses_as_it_does_in_memory(goal, source, target):
+    options: dict = {**goal, "rule": jaxclip.max_abs, "scale_dtype": "float16"}
+    policy = [("position", None), ("layer.bias", 8)]
+    planned = compress_checkpoint(source, target, policy=policy, dry_run=True, **options)
+    assert not target.exists()
+    report = compress_checkpoint(source, target, policy=policy, **options)
+    assert [leaf.bits for leaf in planned.leaves] == [leaf.bits for leaf in report.leaves]
+    in_memory = jaxclip.compress(checkpoints.load(source), axis=0, policy=policy, **options)
+    small = checkpoints.load(target)
+    for name in ("embed.weight", "layer.weight", "layer.bias"):
+        assert small[name].bits == in_memory[name].bits
+        np.testing.assert_array_equal(small[name].qvalue, in_memory[name].qvalue)
+    assert report.total_bytes == target.stat().st_size <= goal.get("target_bytes", 10**9)
+    assert report.bits_per_weight <= goal.get("target_bits_per_weight", 8)
+
+
+def test_a_target_out_of_reach_or_beside_bits_is_refused_before_the_writing(source, target):
+    with pytest.raises(ValueError, match="target_bytes=200 is out of reach"):
+        compress_checkpoint(source, target, target_bytes=200, rule=jaxclip.max_abs)
+    with pytest.raises(TypeError, match="only one of bits and the targets"):
+        compress_checkpoint(source, target, 4, target_bytes=2000)
+    assert os.listdir(target.parent) == []
+    target.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        compress_checkpoint(source, target, target_bytes=10**6)
 
 
 def test_the_policy_names_leaves_of_the_file(source, target):
@@ -247,6 +315,56 @@ def test_a_wrong_clip_is_refused_before_the_work(source, target):
     assert not target.exists()
 
 
+ODD_NAMES = ["layer/kernel:0", "100%", "a%2Fb", "x:codes", "../up", "dense.weight"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "folder"])
+def test_names_of_others_stay_as_they_are_for_others(kind, tmp_path, target):
+    arrays = {name: drawn(6, 4, seed=seed) for seed, name in enumerate(ODD_NAMES)}
+    path = tmp_path / f"net.{kind}"
+    if kind == "npz":
+        checkpoints.save(path, arrays)
+    elif kind == "safetensors":
+        safetensors.numpy.save_file(arrays, path)
+    else:
+        path.mkdir()
+        shard = "model-00001-of-00001.safetensors"
+        safetensors.numpy.save_file(arrays, path / shard)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(arrays, shard)}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    clipped, plain = tmp_path / "clipped.safetensors", tmp_path / "plain.safetensors"
+    report = clip_checkpoint(path, clipped, 0.05)
+    assert sorted(leaf.path for leaf in report.leaves) == sorted(ODD_NAMES)
+    assert report.total_bytes == clipped.stat().st_size
+    compress_checkpoint(path, target, 8, rule=jaxclip.max_abs)
+    report = decompress_checkpoint(target, plain)
+    assert report.total_bytes == plain.stat().st_size
+    small = checkpoints.load(target)
+    for file, wanted in (
+        (
+            clipped,
+            {name: np.clip(w, -np.float32(0.05), np.float32(0.05)) for name, w in arrays.items()},
+        ),
+        (plain, {name: jaxclip.dequantize(small[name]) for name in ODD_NAMES}),
+    ):
+        found = safetensors.numpy.load_file(file)
+        assert sorted(found) == sorted(ODD_NAMES) == sorted(checkpoints.load(file))
+        for name in ODD_NAMES:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-8)
+
+
+def test_names_without_such_characters_keep_their_checksums_and_trees_their_structure(
+    source, target, tmp_path
+):
+    clip_checkpoint(source, target, 0.1)
+    assert b"header_crc" in target.read_bytes()[:200]
+    tree = {"a/b": {"w": drawn(4, 4)}, "c": drawn(3)}
+    checkpoints.save(tmp_path / "tree.safetensors", tree)
+    clip_checkpoint(tmp_path / "tree.safetensors", target, 1.0, overwrite=True)
+    assert sorted(safetensors.numpy.load_file(target)) == ["a%2Fb/w", "c"]
+    np.testing.assert_array_equal(checkpoints.load(target)["a/b"]["w"], tree["a/b"]["w"])
+
+
 # --- Memory -----------------------------------------------------------------------------------
 
 
@@ -255,7 +373,7 @@ def test_memory_is_bounded_by_the_largest_leaf(tmp_path):
     script = textwrap.dedent(
         """
         import resource, sys, numpy as np, jaxclip
-        from jaxclip import checkpoints, conversion
+        from jaxclip import checkpoints
         folder, count = sys.argv[1], int(sys.argv[2])
         w = np.random.default_rng(0).standard_normal((1024, 2048)).astype(np.float32)
         checkpoints.save(folder + "/net.npz", {f"w{i}": w for i in range(count)}, overwrite=True)
