@@ -348,8 +348,8 @@ def refined(
     squares, products = sums
     energy = energy[..., None] / jnp.square(starts)
     code_energy = energy - 2 * products - squares
-    # Below that the difference is rounding; such a candidate clips nearly everything.
-    is_known = code_energy > 1e-3 * energy
+    # Below that the difference loses digits; such a candidate clips nearly everything.
+    is_known = code_energy > 0.1 * energy
     change = jnp.where(is_known, products / jnp.where(is_known, code_energy, 1), 0)
     errors = jnp.maximum(squares - change * products, 0) * jnp.square(starts)
     return errors, starts * (1 + change)
@@ -390,11 +390,11 @@ def better_of(found: Found, errors: jax.Array, candidates: tuple[jax.Array, ...]
       (2.0, 0.5)
     """
     least = jnp.min(errors, axis=-1)
-    is_least = errors == least[..., None]
+    is_least = _is_first(errors == least[..., None])
     values = tuple(_value_where(is_least, c) for c in candidates)
     others = jnp.where(is_least, jnp.inf, errors)
     next_least = jnp.min(others, axis=-1)
-    is_next = others == next_least[..., None]
+    is_next = _is_first(others == next_least[..., None])
     next_values = [_value_where(is_next, c) for c in candidates[: len(found.second)]]
 
     def choose(is_new: jax.Array, new: Any, old: Any) -> Any:
@@ -415,6 +415,14 @@ def better_of(found: Found, errors: jax.Array, candidates: tuple[jax.Array, ...]
     )
 
 
+def _is_first(is_chosen: jax.Array) -> jax.Array:
+    """Keeps the first of the chosen places of the last axis: a scale and its mirror may tie."""
+    count = is_chosen.shape[-1]
+    places = np.arange(count, dtype=np.int32).reshape((1,) * (is_chosen.ndim - 1) + (-1,))
+    places = jnp.where(is_chosen, places, count)
+    return places == jnp.minimum(jnp.min(places, axis=-1, keepdims=True), count - 1)
+
+
 def _value_where(is_chosen: jax.Array, values: jax.Array) -> jax.Array:
-    """The value at the chosen place of the last axis, the largest if several are chosen."""
+    """The value at the chosen place of the last axis."""
     return jnp.max(values, axis=-1, where=is_chosen, initial=-jnp.inf)

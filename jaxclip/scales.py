@@ -139,7 +139,8 @@ def _search(
         # since it is exact for weights on the grid.
         last = [around(found.best[0], width, between_neighbours(7)), top[..., None]]
         is_top = np.reshape(np.arange(BATCH) == BATCH - 1, (1,) * top.ndim + (-1,))
-        favour = 1e-12 * stats.energy[..., None] * is_top.astype(np.float32)
+        tie = 1e-12 * stats.energy + 4e-6 * jnp.where(found.error < jnp.inf, found.error, 0)
+        favour = tie[..., None] * is_top.astype(np.float32)
         found = consider(jnp.concatenate(last, axis=-1), found, low, favour)
     return jnp.where(stats.energy > 0, found.best[1], 0)
 
