@@ -223,7 +223,7 @@ def is_installed(package):
     return importlib.util.find_spec(package.replace("-", "_")) is not None
 
 
-def peers(widths=(2, 3, 4, 5, 8)):
+def peers(widths=(2, 3, 4, 5, 6, 8)):
     """Settings of the packages that are installed, each with the grid that serves it best."""
     settings = []
     for bits in widths:

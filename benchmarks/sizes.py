@@ -223,7 +223,8 @@ TITLES = "".join(f"{t:>8}" for t in ("bits", "Huffman", "ans", "chosen", "saved"
 
 def line(row):
     judged = f"{row['cosine']:>8.4f}{row['words']:>7.3f}" if "cosine" in row else ""
-    start = f"{row['setting']:<40}{row['error']:>9.6f}{row['bits']:>8.3f}"
+    setting = f"ours, {row['setting']}" if "ours" not in row else row["setting"]
+    start = f"{setting:<40}{row['error']:>9.6f}{row['bits']:>8.3f}"
     if "ours" not in row:
         return f"{start}{'':>40}{judged}"
     saved = "".join(f"{s:>8.1%}" if s else f"{'-':>8}" for s in savings(row))

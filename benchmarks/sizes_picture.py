@@ -50,16 +50,12 @@ def name_kinds(axes, rows, key):
     for r in rows:
         if r["package"] == "gguf" and r["bits"] < 4.8 and key(r) is not None:
             name = r["setting"].split(", ")[1]
-            is_left = name in (
-                "IQ4_XS",
-                "IQ3_XXS",
-                "IQ3_S",
-                "Q2_K",
-            )  # others are at the right
+            is_left = name in ("IQ3_XXS", "Q2_K")  # others are at the right
+            above = {"Q4_0": 4, "IQ3_S": 4, "IQ4_XS": -13}.get(name, -3)
             axes.annotate(
                 name,
                 (r["bits"], key(r)),
-                xytext=(-5, -9) if is_left else (5, 4 if name == "Q4_0" else -3),
+                xytext=(-5, -9) if is_left else (-10 if name == "IQ4_XS" else 5, above),
                 textcoords="offset points",
                 ha="right" if is_left else "left",
                 fontsize=7,
