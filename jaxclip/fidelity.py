@@ -2,19 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxclip.grids import code_range
-from jaxclip.quantization import QuantizedArray, dequantize
+from jaxclip.quantization import QuantizedArray
 
 __all__ = ["Loss", "clipped_share", "loss_of", "squared_error", "squared_norm"]
 
 # Entries that are taken to float64 at once: bounds memory.
-_PIECE = 2**20
+_PIECE = 2**17
 # Scales are rounded to float32 or less; what the rounding cuts off is not called clipped.
 _ROUNDING = np.float32(2**-20)
 
@@ -80,7 +80,7 @@ def squared_norm(array: Any) -> float:
       >>> squared_norm(np.array([3.0, 4.0], np.float32))
       25.0
     """
-    return float(sum(np.dot(piece, piece) for piece in _pieces(array)))
+    return float(sum(np.sum(np.square(piece)) for piece in _pieces(array)))
 
 
 def squared_error(array: Any, other: Any) -> float:
@@ -100,7 +100,7 @@ def squared_error(array: Any, other: Any) -> float:
       0.0625
     """
     differences = (a - b for a, b in zip(_pieces(array), _pieces(other), strict=True))
-    return float(sum(np.dot(d, d) for d in differences))
+    return float(sum(np.sum(np.square(d)) for d in differences))
 
 
 def clipped_share(array: Any, low_bit: QuantizedArray) -> float:
@@ -134,19 +134,66 @@ def _num_clipped(array: Any, low_bit: QuantizedArray) -> int:
             scale * (np.float32(code) - zero) * (1 + _ROUNDING)
             for code in code_range(low_bit.bits, low_bit.full_signed)
         ]
-    bottom, top = (
-        low_bit.granularity.expand(jnp.asarray(end), low_bit.shape)
-        for end in (np.minimum(*ends), np.maximum(*ends))
-    )
-    array = dequantize(array) if isinstance(array, QuantizedArray) else jnp.asarray(array)
-    w = array.astype(jnp.float32)
-    return int(np.count_nonzero(np.asarray((w < bottom) | (w > top))))
+    bottom, top = (_expanded(low_bit, end(*ends)) for end in (np.minimum, np.maximum))
+    values, count = _values(array), 0
+    for rows in _row_slices(low_bit.shape):
+        w = values(rows).astype(np.float32, copy=False)
+        outside = (w < _rows_of(bottom, rows)) | (w > _rows_of(top, rows))
+        count += int(np.count_nonzero(outside))
+    return count
+
+
+# --- Values, some rows at a time ------------------------------------------------------
+#
+# NumPy throughout: what is measured is there already, and nothing is compiled for it.
 
 
 def _pieces(array: Any) -> Iterator[np.ndarray]:
     """The entries in float64, some at a time."""
-    if isinstance(array, QuantizedArray):
-        array = dequantize(array)
-    flat = np.asarray(array).reshape(-1)
-    for start in range(0, flat.size, _PIECE):
-        yield flat[start : start + _PIECE].astype(np.float64)
+    values = _values(array)
+    for rows in _row_slices(array.shape):
+        yield values(rows).astype(np.float64).reshape(-1)
+
+
+def _row_slices(shape: tuple[int, ...]) -> Iterator[Any]:
+    """What cuts an array into pieces along its first axis."""
+    if not shape:
+        yield ...
+        return
+    step = max(_PIECE // max(math.prod(shape[1:]), 1), 1)
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)
+
+
+def _rows_of(part: np.ndarray, rows: Any) -> np.ndarray:
+    """The rows of what broadcasts against the array."""
+    return part if part.ndim == 0 or part.shape[0] == 1 else part[rows]
+
+
+def _values(array: Any) -> Callable[[Any], np.ndarray]:
+    """Gives the values of some rows, of a low-bit array what `dequantize` returns."""
+    if not isinstance(array, QuantizedArray):
+        return np.asarray(array).__getitem__
+    codes, scale = np.asarray(array.qvalue), _expanded(array, np.asarray(array.scale))
+    zero = None if array.zero is None else _expanded(array, np.asarray(array.zero))
+    largest = min(float(jnp.finfo(array.dtype).max), float(np.finfo(np.float32).max))
+
+    def decoded(rows: Any) -> np.ndarray:
+        levels = codes[rows].astype(np.float32)
+        if zero is not None:
+            levels = levels - _rows_of(zero, rows).astype(np.float32)
+        with np.errstate(over="ignore"):
+            values = _rows_of(scale, rows).astype(np.float32) * levels
+        return np.clip(values, -largest, largest).astype(array.dtype)
+
+    return decoded
+
+
+def _expanded(low_bit: QuantizedArray, compact: np.ndarray) -> np.ndarray:
+    """One value a block repeated along the group axis, to broadcast against the array."""
+    axis = low_bit.granularity.group_axis(low_bit.ndim)
+    if axis is None:
+        return compact
+    size = max(min(low_bit.granularity.group_size or 1, low_bit.shape[axis]), 1)
+    repeated = np.repeat(compact, size, axis=axis)
+    return repeated[(slice(None),) * axis + (slice(low_bit.shape[axis]),)]

@@ -214,21 +214,31 @@ def _in_shard(shard: str) -> Iterator[None]:
 
 
 # --- NumPy's ----------------------------------------------------------------------------
+#
+# Files of either byte order are read; in memory it is the machine's, the only one jax takes.
 
 
 def _open_npz(file: BinaryIO, file_size: int) -> Source:
     members = archives.open_npz(file, file_size)
-    leaves = {name: jax.ShapeDtypeStruct(m.shape, m.dtype) for name, m in members.items()}
+    leaves = {n: jax.ShapeDtypeStruct(m.shape, _native(m.dtype)) for n, m in members.items()}
     sizes = {name: m.num_bytes for name, m in members.items()}
-    return Source(leaves, lambda name: members[name].read(), sizes)
+    return Source(leaves, lambda name: _in_native_order(members[name].read()), sizes)
 
 
 def _open_npy(file: BinaryIO, file_size: int) -> Source:
     member = archives.open_npy(file, file_size)
-    leaves = {"array": jax.ShapeDtypeStruct(member.shape, member.dtype)}
+    leaves = {"array": jax.ShapeDtypeStruct(member.shape, _native(member.dtype))}
     structure = jax.tree.structure(0)
     sizes = {"array": member.num_bytes}
-    return Source(leaves, lambda _: member.read(), sizes, structure=structure)
+    return Source(leaves, lambda _: _in_native_order(member.read()), sizes, structure=structure)
+
+
+def _native(dtype: np.dtype) -> np.dtype:
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
+
+
+def _in_native_order(array: np.ndarray) -> np.ndarray:
+    return array.astype(_native(array.dtype), copy=False)
 
 
 _OPENERS: dict[str, Callable[[BinaryIO, int], Source]] = {

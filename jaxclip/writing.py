@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from jaxclip.headers import header_size, make_header
+from jaxclip.headers import header_length, header_size, make_header
 from jaxclip.layout import DTYPES, FilePlan, Tensor, coded_tensor, plan_file
 
 __all__ = ["write_plain", "write_tree"]
@@ -103,7 +103,8 @@ def write_plain(
 
     Raises:
       TypeError: If safetensors has not the dtype of a tensor.
-      ValueError: If a name is "__metadata__", or a tensor is not of its shape and dtype.
+      ValueError: If a name is "__metadata__", there are too many of them for a header, or a
+        tensor is not of its shape and dtype.
 
     Example:
       >>> import io
@@ -125,7 +126,9 @@ def write_plain(
         header[names[t.name]] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    prefix = struct.pack("<Q", len(text))
+    header_length(prefix, 8 + len(text))  # no reader takes a longer one
+    file.write(prefix + text)
     for t in plan.tensors:
         array = np.asarray(produce(names[t.name]))
         if not array.dtype.isnative:

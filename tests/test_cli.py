@@ -224,6 +224,18 @@ def test_a_wrong_command_line_ends_with_2(words):
     assert "usage: jaxclip" in err
 
 
+def test_an_interrupt_ends_with_130_and_leaves_nothing(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxclip.conversion.write_tree", interrupted)
+    before = sorted(os.listdir())
+    status, out, err = run("clip", "net.safetensors", "x.safetensors", "--threshold", "1")
+    assert (status, out) == (130, "")
+    assert err == "jaxclip: interrupted; nothing was left half-written\n"
+    assert sorted(os.listdir()) == before
+
+
 def test_the_module_is_the_command():
     command = [sys.executable, "-m", "jaxclip", "inspect", "low.safetensors", "--headers-only"]
     result = subprocess.run(command, capture_output=True, text=True)

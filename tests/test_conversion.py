@@ -1,5 +1,6 @@
 """Checkpoints rewritten leaf by leaf: the same bytes as from memory, and nothing lost."""
 
+import functools
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from jaxclip.checkpoints import (
     compress_checkpoint,
     decompress_checkpoint,
 )
+from jaxclip.headers import header_length
 
 
 def drawn(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
@@ -363,6 +365,50 @@ def test_names_without_such_characters_keep_their_checksums_and_trees_their_stru
     clip_checkpoint(tmp_path / "tree.safetensors", target, 1.0, overwrite=True)
     assert sorted(safetensors.numpy.load_file(target)) == ["a%2Fb/w", "c"]
     np.testing.assert_array_equal(checkpoints.load(target)["a/b"]["w"], tree["a/b"]["w"])
+
+
+def test_a_directory_that_cannot_be_written_to_is_named_before_the_work(
+    source, target, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for write in (
+        lambda: compress_checkpoint(source, target, target_bytes=10**6),
+        lambda: clip_checkpoint(source, target, 1.0),
+        lambda: checkpoints.save(target, {}),
+    ):
+        with pytest.raises(PermissionError, match=f"'{target.parent}' cannot be written to"):
+            write()
+    assert os.listdir(target.parent) == []
+
+
+def test_big_endian_arrays_become_little_endian(tmp_path, target):
+    arrays = {"a/b": drawn(4, 3).astype(">f4"), "n": np.arange(3, dtype=">i2")}
+    np.savez(tmp_path / "net.npz", **arrays)
+    clip_checkpoint(tmp_path / "net.npz", target, 10.0)
+    found = safetensors.numpy.load_file(target)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert checkpoints.load(tmp_path / "net.npz")[name].dtype == array.dtype.newbyteorder("=")
+    np.save(tmp_path / "net.npy", arrays["a/b"])
+    compress_checkpoint(tmp_path / "net.npy", target, 8, rule=jaxclip.max_abs, overwrite=True)
+    values = jaxclip.dequantize(checkpoints.load(target))
+    np.testing.assert_allclose(values, arrays["a/b"], atol=2e-3)
+
+
+def test_too_many_tensors_for_a_header_are_refused_when_saving(tmp_path, target, monkeypatch):
+    safetensors.numpy.save_file(
+        {f"a/{i}": drawn(1) for i in range(9)}, tmp_path / "net.safetensors"
+    )
+    monkeypatch.setattr("jaxclip.writing.header_length", functools.partial(limited, 500))
+    with pytest.raises(ValueError, match="header is larger"):
+        clip_checkpoint(tmp_path / "net.safetensors", target, 1.0)
+    assert os.listdir(target.parent) == []
+
+
+def limited(limit: int, prefix: bytes, file_size: int) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxclip.headers._MAX_HEADER_BYTES", limit)
+        return header_length(prefix, file_size)
 
 
 # --- Memory -----------------------------------------------------------------------------------

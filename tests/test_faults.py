@@ -123,9 +123,9 @@ def test_of_two_writers_the_last_or_the_first_wins(overwrite, path):
 # --- Full disks -------------------------------------------------------------------------------
 
 FULL_DISK = """
-import os, sys
+import contextlib, io, os, sys
 import numpy as np
-from jaxclip import checkpoints
+from jaxclip import checkpoints, cli
 
 folder, source = sys.argv[1:]
 path = folder + "/net.safetensors"
@@ -145,6 +145,10 @@ for write in (
         raise SystemExit("the disk is not full")
     assert (checkpoints.load(path)["w"] == old["w"]).all()
     assert os.listdir(folder) == ["net.safetensors"]
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    assert cli.main(["clip", source, path, "--threshold", "1", "--force"]) == 1
+assert "No space left" in said.getvalue(), said.getvalue()
+assert (checkpoints.load(path)["w"] == old["w"]).all()
 """
 
 

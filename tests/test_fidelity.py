@@ -1,5 +1,6 @@
 """What low-bit arrays lose: against float64 NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,3 +69,43 @@ def test_with_a_zero_point_the_ends_are_uneven():
 def test_max_abs_clips_nothing(bits):
     w = weights(40, 9)
     assert fidelity.clipped_share(w, quantize(w, bits, threshold=max_abs, axis=0)) == 0.0
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"axis": 0},
+        {"axis": -1, "group_size": 2},
+        {"axis": 0, "group_size": 5, "zero_point": True},
+        {"axis": (0, 1), "scale_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_rows_decode_to_the_bits_of_dequantize_in_pieces_too(dtype, options, monkeypatch):
+    w = jnp.asarray(weights(5, 12)).astype(dtype)
+    q = quantize(w, 3, threshold=0.9, **options)
+    wanted = np.asarray(dequantize(q))
+    for piece in (2**17, 20, 1):
+        monkeypatch.setattr(fidelity, "_PIECE", piece)
+        assert fidelity.squared_error(q, wanted) == 0.0
+        np.testing.assert_array_equal(
+            np.concatenate(list(fidelity._pieces(q))), wanted.astype(np.float64).reshape(-1)
+        )
+
+
+def test_levels_beyond_the_dtype_decode_to_its_largest_number():
+    q = quantize(jnp.array([65504.0, -3.0], jnp.float16), 2, threshold=65504.0)
+    assert fidelity.squared_error(q, dequantize(q)) == 0.0
+
+
+def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
+    w = weights(6, 8)
+    q = quantize(w, 2, threshold=0.8, axis=0)
+    rows = [slice(0, 2), slice(2, 6)]
+    parts = [fidelity.loss_of(w[r], jax.tree.map(lambda x, r=r: x[r], q)) for r in rows]
+    whole, added = fidelity.loss_of(w, q), parts[0] + parts[1]
+    assert added.num_clipped == whole.num_clipped > 0
+    assert added.squared_error == pytest.approx(whole.squared_error, rel=1e-12)
+    assert fidelity.loss_of(np.arange(3), np.arange(3)) is None
+    assert fidelity.loss_of(w, w) == fidelity.Loss(0.0, fidelity.squared_norm(w), None)

@@ -574,6 +574,21 @@ def test_names_of_files_of_others_stay_as_they_are(tmp_path):
     assert all(np.array_equal(found[name], array) for name, array in arrays.items())
 
 
+def test_a_folder_of_shards_is_exported_as_one_file(tmp_path):
+    arrays = {f"layer.{i}.weight": random_weights(2, 32) for i in range(3)}
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {key: names[i % 2] for i, key in enumerate(arrays)}
+    for name in names:
+        part = {key: arrays[key] for key, shard in weight_map.items() if shard == name}
+        safetensors.numpy.save_file(part, tmp_path / name)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    interop.export_checkpoint(tmp_path, tmp_path / "out", "safetensors", dtype=jnp.float16)
+    found = safetensors.numpy.load((tmp_path / "out").read_bytes())
+    assert sorted(found) == sorted(arrays)
+    assert all(np.array_equal(found[n], w.astype(np.float16)) for n, w in arrays.items())
+
+
 def test_each_leaf_is_read_once_and_one_at_a_time(tmp_path, monkeypatch):
     tree = {f"w{i}.weight": drawn(4, (4, 64)) for i in range(4)}
     checkpoints.save(tmp_path / "tree.safetensors", tree)
