@@ -120,6 +120,7 @@ def main():
     parser.add_argument("--methods", nargs="*", help="names; all by default")
     parser.add_argument("--steps", type=int, help="steps, if not as many as the task says")
     parser.add_argument("--seeds", type=int, help="seeds, if not as many as the task says")
+    parser.add_argument("--grid", type=int, nargs=2, default=(0, 7), help="part of the step sizes")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     task = TASKS[options.task](**({"num_steps": options.steps} if options.steps else {}))
@@ -133,7 +134,8 @@ def main():
         if any(row["method"] == name for row in known):
             continue
         method, begun = methods[name], time.monotonic()
-        tuned = trained(task, method, method.step_sizes, [TUNING_SEED])
+        step_sizes = method.step_sizes[slice(*options.grid)]
+        tuned = trained(task, method, step_sizes, [TUNING_SEED])
         sound = [row for row in tuned.rows() if not row.num_diverged]
         best = (max if task.mode == "max" else min)(sound, key=lambda row: row.metric)
         final = trained(task, method, [best.step_size], seeds, keep_params=True)
@@ -145,7 +147,7 @@ def main():
             row |= {"bytes": float(np.mean(sizes)), "step_size": best.step_size}
             row |= {"seconds": float(final.seconds_per_step[0, 0]) * task.num_steps}
             row |= {"on_bound": float(final.weight_clip_rate.mean()), "steps": task.num_steps}
-            row |= {"is_edge": best.step_size in (method.step_sizes[0], method.step_sizes[-1])}
+            row |= {"is_edge": best.step_size in (step_sizes[0], step_sizes[-1])}
             row |= {"jax": jax.__version__}
             rows.append(row)
         with file.open("a") as out:

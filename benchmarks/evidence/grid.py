@@ -1,0 +1,67 @@
+"""Step size against box, at every width: the map behind docs/choosing.md.
+
+    python benchmarks/evidence/grid.py [--task digits] [--picture docs/choosing.png]
+
+Lion, 5 step sizes x 4 boxes x 5 seeds, in one sweep. Printed are the recommendation, the front,
+and for each width a table of the mean test accuracy.
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+from methods import make_methods
+from tasks import TASKS
+
+import jaxclip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, default="digits")
+    parser.add_argument("--picture", type=pathlib.Path, help="where to draw the maps")
+    options = parser.parse_args()
+    task = TASKS[options.task]()
+    result = jaxclip.sweep(
+        task.loss_fn,
+        task.init_fn,
+        make_methods(task.num_steps, 0.0)["Lion in a box"].optimizer,
+        task.batches,
+        step_sizes=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+        thresholds=[0.5, 1.0, 2.0, np.inf],
+        weight_threshold=jaxclip.fan_in,
+        seeds=task.seeds,
+        stop=jaxclip.max_steps(task.num_steps),
+        evaluate=task.evaluate,
+        metric="test",
+        train_metric="train",
+        mode=task.mode,
+        progress=False,
+    )
+    print(f"{task.title}, {task.num_steps} steps, {task.seeds} seeds: {task.metric}")
+    print("recommended within half a point:", result.recommend(max_loss=0.5))
+    for row in result.pareto():
+        print("on the front:", row)
+    for b, bits in enumerate(result.bits):
+        print(f"\n{'as trained' if bits is None else bits}: step size down, box across")
+        print("         " + "".join(f"{t:>9g}" for t in result.thresholds))
+        for i, a in enumerate(result.step_sizes):
+            print(f"{a:<9g}" + "".join(f"{x:9.2f}" for x in result.means()[i, :, b]))
+    print("\nshare of the boxed weights on the bound")
+    for i, a in enumerate(result.step_sizes):
+        shares = result.weight_clip_rate[i].mean(axis=-1)
+        print(f"{a:<9g}" + "".join(f"{x:9.0%}" for x in shares))
+    if options.picture:
+        jaxclip.plots.heat_maps(
+            result.means(),
+            result.step_sizes,
+            result.thresholds,
+            result.bits,
+            options.picture,
+            metric=task.metric,
+            title=f"{task.title}, Lion: {task.metric}",
+        )
+
+
+if __name__ == "__main__":
+    main()
