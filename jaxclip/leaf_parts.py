@@ -60,14 +60,19 @@ def compress_leaf(
     def compress_part(part: Any) -> QuantizedArray:
         return spec.quantize(part, f"params at '{name}'", bits)
 
-    like = outline_leaf(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec, name, bits)
+    def compress_whole() -> tuple[QuantizedArray, Loss | None]:
+        small = compress_part(leaf)
+        return small, loss_of(leaf, small)
+
     num_rows = max(_PART_BYTES // max(leaf[:1].nbytes, 1), 1) if leaf.ndim else 1
+    if leaf.ndim == 0 or len(leaf) <= num_rows:
+        return compress_whole()
+    like = outline_leaf(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec, name, bits)
     has_own_scales = like.scale.shape[:1] == like.shape[:1]
     # log8 has a unit for the whole array.
     is_joint = not getattr(spec.rule, "is_blockwise", True) or like.scale_dtype == "log8"
-    if is_joint or not has_own_scales or leaf.ndim == 0 or len(leaf) <= num_rows:
-        small = compress_part(leaf)
-        return small, loss_of(leaf, small)
+    if is_joint or not has_own_scales:
+        return compress_whole()
     return _by_rows(leaf, like, compress_part, num_rows)
 
 
