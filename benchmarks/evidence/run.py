@@ -27,7 +27,9 @@ TUNING_SEED = 1000  # not among those that are reported
 DENSITIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 
 
-def trained(task, method, step_sizes, seeds, **more):
+def trained(task, method, step_sizes, seeds, *, judged_at=None, **more):
+    """A sweep over step sizes; of quantization-aware training, at its own width."""
+    is_aware = method.width is not None
     loss_fn = task.loss_fn if method.width is None else through_grid(task.loss_fn, method.width)
     return jaxclip.sweep(
         loss_fn,
@@ -42,8 +44,8 @@ def trained(task, method, step_sizes, seeds, **more):
         evaluate=task.evaluate,
         metric="valid",
         mode=task.mode,
-        bits=(method.width,),
-        compress=low_bit,
+        bits=(method.width if is_aware else judged_at,),
+        compress=low_bit if is_aware else jaxclip.compress,
         progress=False,
         **more,
     )
@@ -121,6 +123,9 @@ def main():
     parser.add_argument("--steps", type=int, help="steps, if not as many as the task says")
     parser.add_argument("--seeds", type=int, help="seeds, if not as many as the task says")
     parser.add_argument("--grid", type=int, nargs=2, default=(0, 7), help="part of the step sizes")
+    parser.add_argument(
+        "--judged-at", help='width at which step sizes are chosen, "ternary" or none'
+    )
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     task = TASKS[options.task](**({"num_steps": options.steps} if options.steps else {}))
@@ -131,18 +136,19 @@ def main():
     rounder = Rounder(task)
     methods = make_methods(task.num_steps, task.weight_decay)
     for name in options.methods or methods:
-        if any(row["method"] == name for row in known):
-            continue
         method, begun = methods[name], time.monotonic()
+        shown = f"{name}, chosen at {options.judged_at}" if options.judged_at else name
+        if any(row["method"] == shown for row in known):
+            continue
         step_sizes = method.step_sizes[slice(*options.grid)]
-        tuned = trained(task, method, step_sizes, [TUNING_SEED])
+        tuned = trained(task, method, step_sizes, [TUNING_SEED], judged_at=options.judged_at)
         sound = [row for row in tuned.rows() if not row.num_diverged]
         best = (max if task.mode == "max" else min)(sound, key=lambda row: row.metric)
         final = trained(task, method, [best.step_size], seeds, keep_params=True)
         params = final.params_of(final.rows()[0])
         rows = []
         for rule, bits, metrics, sizes in rounder.rows(name, method, params):
-            row = {"task": options.task, "method": name, "rule": rule, "bits": bits}
+            row = {"task": options.task, "method": shown, "rule": rule, "bits": bits}
             row |= {k: [round(float(x), 4) for x in v[:, 0]] for k, v in metrics.items()}
             row |= {"bytes": float(np.mean(sizes)), "step_size": best.step_size}
             row |= {"seconds": float(final.seconds_per_step[0, 0]) * task.num_steps}
@@ -153,7 +159,7 @@ def main():
         with file.open("a") as out:
             out.writelines(json.dumps(row) + "\n" for row in rows)
         took = time.monotonic() - begun
-        print(f"{name}: step size {best.step_size:g}, {took:.0f} s", flush=True)
+        print(f"{shown}: step size {best.step_size:g}, {took:.0f} s", flush=True)
         for row in rows:
             print(f"  {row['rule']:<22} {row['bits']!s:<8} {np.mean(row['test']):8.3f}", flush=True)
 
