@@ -35,8 +35,8 @@ def optimal_scale(
         for ones. May not be traced.
 
     Returns:
-      float64, dims kept, computed on the host with about 60 bytes for each entry of a block
-      and each level. Negative where the level `low` helps on the positive side; 0 for blocks
+      float64, dims kept, computed on the host, a million breakpoints at a time or all of a
+      block. Negative where the level `low` helps on the positive side; 0 for blocks
       without a weight that counts.
 
     Raises:
