@@ -3,6 +3,7 @@
 from jaxclip import checkpoints, interop, plots
 from jaxclip.adaptive import adagc, autoclip, zclip
 from jaxclip.boxes import box, nonnegative
+from jaxclip.cheaper_codes import cheaper_codes
 from jaxclip.compression import compress, decompress
 from jaxclip.constraints import constrain, project_weights
 from jaxclip.feedback import error_feedback
@@ -54,6 +55,7 @@ __all__ = [
     "autoclip",
     "box",
     "cautious",
+    "cheaper_codes",
     "checkpoints",
     "clip_by_block_rms",
     "clip_by_global_norm",

@@ -32,7 +32,7 @@ from jaxclip import _checks
 from jaxclip.grids import Bits, Granularity, code_range
 from jaxclip.thresholds import ThresholdRule
 
-__all__ = ["code_entropy", "rate_optimal"]
+__all__ = ["code_counts", "code_entropy", "rate_optimal"]
 
 _BITS = 8
 """Width of the codes before they are coded."""
@@ -69,12 +69,24 @@ def code_entropy(codes: ArrayLike) -> jax.Array:
     codes = jnp.asarray(codes)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
         raise TypeError(f"codes must be integers, got {codes.dtype}.")
-    return _entropy(_counts(codes), max(codes.size, 1))
+    return _entropy(code_counts(codes), max(codes.size, 1))
 
 
 @jax.jit
-def _counts(codes: jax.Array) -> jax.Array:
-    """How often each value occurs, modulo 256."""
+def code_counts(codes: jax.Array) -> jax.Array:
+    """Returns how often each value occurs, modulo 256.
+
+    Args:
+      codes: Integer array of any shape. May be traced, and sharded.
+
+    Returns:
+      int32 of shape (256,); negative values count from the end.
+
+    Example:
+      >>> counts = code_counts(jnp.array([0, 1, -1, 1]))
+      >>> counts[0].item(), counts[1].item(), counts[-1].item()
+      (1, 2, 1)
+    """
     unsigned = codes.astype(jnp.uint8)
     if not _checks.is_sharded(codes):
         return jnp.zeros(256, jnp.int32).at[unsigned].add(1)
@@ -221,7 +233,7 @@ def _best_step(
     def rate_and_error(log2_c: jax.Array) -> tuple[jax.Array, jax.Array]:
         code, errors = codes_and_errors(steps_of(log2_c))
         error = jnp.sum(errors) / jnp.where(energy > 0, energy, 1)
-        counts = _counts(code.astype(jnp.int8)).at[0].add(num_weights - blocks.size)
+        counts = code_counts(code.astype(jnp.int8)).at[0].add(num_weights - blocks.size)
         return _entropy(counts, max(num_weights, 1)), error
 
     if goal == "lagrangian":

@@ -48,6 +48,7 @@ ROOMS = [
     "packing",
     "scale_formats",
     "quantization",
+    "cheaper_codes",
     "fidelity",
     "straight_through",
     "coding",
