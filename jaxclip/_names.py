@@ -3,7 +3,6 @@
 from jaxclip import checkpoints, interop, plots
 from jaxclip.adaptive import adagc, autoclip, zclip
 from jaxclip.boxes import box, nonnegative
-from jaxclip.cheaper_codes import cheaper_codes
 from jaxclip.compression import compress, decompress
 from jaxclip.constraints import constrain, project_weights
 from jaxclip.feedback import error_feedback
@@ -15,6 +14,7 @@ from jaxclip.norms import global_norm, leaf_norms, unit_norms
 from jaxclip.packing import pack_codes, unpack_codes
 from jaxclip.projections import max_norm, spectral_cap, unit_norm
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
+from jaxclip.rate_rounding import cheaper_codes
 from jaxclip.rates import rate_optimal
 from jaxclip.rounding import apply_updates_stochastically
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum

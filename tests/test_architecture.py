@@ -48,7 +48,7 @@ ROOMS = [
     "packing",
     "scale_formats",
     "quantization",
-    "cheaper_codes",
+    "rate_rounding",
     "fidelity",
     "straight_through",
     "coding",

@@ -87,7 +87,7 @@ def test_a_method_trains_and_is_rounded_as_it_was_trained(parts):
     np.testing.assert_allclose(result.metrics["test"][0, 0, 0, 0], expected["test"], atol=0.3)
 
 
-@pytest.mark.parametrize("task", ["digits", "fashion", "language"])
+@pytest.mark.parametrize("task", ["digits", "fashion", "fashion_long", "language"])
 def test_the_tables_have_every_method_of_the_results(parts, task):
     rows = parts["report"].read(task)
     for row in rows:

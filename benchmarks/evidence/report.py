@@ -14,7 +14,7 @@ import jaxclip
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 WIDTHS = ["float32", 4, 3, 2, "ternary", 1]
-UNITS = {"digits": ("test accuracy, %", 1), "fashion": ("test accuracy, %", 1)}
+UNITS = dict.fromkeys(("digits", "fashion", "fashion_long"), ("test accuracy, %", 1))
 UNITS["language"] = ("bits per byte", -1)
 SHOWN = {
     "AdamW": ("AdamW, rounded", "mse_optimal"),

@@ -1,5 +1,6 @@
 """What is learned: data, network, loss and metrics of each task."""
 
+import functools
 import itertools
 import pathlib
 import subprocess
@@ -196,4 +197,9 @@ def language(num_steps=600):
     )
 
 
-TASKS = {"digits": digits, "fashion": fashion_mnist, "language": language}
+TASKS = {
+    "digits": digits,
+    "fashion": fashion_mnist,
+    "fashion_long": functools.partial(fashion_mnist, 6000),
+    "language": language,
+}

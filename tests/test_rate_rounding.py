@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxclip
-from jaxclip.cheaper_codes import cheaper_codes
+from jaxclip.rate_rounding import cheaper_codes
 from jaxclip.rates import code_entropy
 
 RNG = np.random.default_rng(0)
