@@ -70,7 +70,7 @@ def tradeoff(
         axes.annotate(name, (size / 1024, high), rotation=45, fontsize=9)
     _by_size(axes)
     axes.set(ylabel=metric, title=title)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     return _saved(figure, file)
 
 
@@ -143,7 +143,7 @@ def front(
     )
     _by_size(axes)
     axes.set(ylabel=metric, title=title)
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc="best", fontsize=9)
     return _saved(figure, file)
 
 

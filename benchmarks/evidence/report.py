@@ -21,6 +21,7 @@ SHOWN = {
     "Lion": ("Lion without a box, rounded", "mse_optimal"),
     "Adam in a box": ("Adam in a box, rounded", "mse_optimal"),
     "Lion in a box": ("Lion in a box, rounded", "mse_optimal"),
+    "Lion in a box, chosen at ternary": ("Lion in a box, step for ternary", "max_abs"),
 }
 
 
