@@ -15,7 +15,7 @@ from jaxclip.coding import check_coding
 from jaxclip.compression import decompress
 from jaxclip.grids import Bits, code_range
 from jaxclip.sizes import size_report
-from jaxclip.sweep_programs import Program
+from jaxclip.sweep_programs import Program, fingerprint
 from jaxclip.sweep_tasks import Task
 
 __all__ = ["ChunkStore", "Shipper", "Trainer"]
@@ -138,7 +138,15 @@ class Shipper:
 
             return jax.jit(jax.vmap(shipped))
 
-        self._at_widths = [at_width(width) for width in bits]
+        self._at_widths: list[Any] = [at_width(width) for width in bits]
+
+    def fingerprint(self, params: Any) -> str:
+        """Returns what is the same for the same compression and evaluation.
+
+        Args:
+          params: As in a call, or their shapes.
+        """
+        return fingerprint(*(shipped.trace(params).jaxpr for shipped in self._at_widths))
 
     def __call__(self, params: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns metrics by name, and bytes: float64 of axes (seed, bits).
@@ -191,12 +199,12 @@ class ChunkStore:
         return self._folder / f"settings-{start:06}.safetensors"
 
     def load(self, start: int) -> dict[str, np.ndarray] | None:
-        file = self._file(start)
         """Returns the chunk that begins with a setting, or None if it is not there.
 
         Raises:
           CheckpointError: If its file is damaged.
         """
+        file = self._file(start)
         return dict(checkpoints.load(file)) if file.exists() else None
 
     def save(self, start: int, chunk: dict[str, np.ndarray]) -> None:

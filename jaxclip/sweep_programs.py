@@ -23,7 +23,7 @@ from jaxclip.stopping import Seen
 from jaxclip.sweep_tasks import Task
 from jaxclip.training import StepInfo, TrainState, make_train_step
 
-__all__ = ["Program", "Trained"]
+__all__ = ["Program", "Trained", "fingerprint"]
 
 _NUMBERS = ("loss", "weight_clip_rate", "weight_outside_rate", "num_skipped")
 
@@ -104,7 +104,8 @@ class Program:
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._everywhere)
         shapes = (rows, numbers, numbers, self._seed_keys, count, count)
         traced = jax.jit(self._advance, out_shardings=self._by_setting).trace(*shapes)
-        self.fingerprint = _fingerprint(traced.jaxpr)
+        begin = self._start.trace(numbers, self._seed_keys)
+        self.fingerprint = fingerprint(begin.jaxpr, traced.jaxpr)
         if loop is None:
             is_slow = "conv_general_dilated" in str(traced.jaxpr)
             loop = "host" if is_slow and devices[0].platform == "cpu" else "compiled"
@@ -258,12 +259,22 @@ def _over_rows(function: Callable[..., Any], by_setting: tuple, by_seed: tuple) 
     return jax.vmap(jax.vmap(function, by_seed), by_setting)
 
 
-def _fingerprint(jaxpr: Any) -> str:
-    """The same for the same program on the same data, in another process too."""
-    text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
-    digest = hashlib.sha256(text.encode())
-    for constant in jaxpr.consts:
-        if jnp.issubdtype(getattr(constant, "dtype", np.float32), jax.dtypes.prng_key):
-            constant = jax.random.key_data(constant)
-        digest.update(np.asarray(constant).tobytes())
+def fingerprint(*jaxprs: Any) -> str:
+    """Returns what is the same for the same programs on the same data, in another process too.
+
+    Args:
+      jaxprs: Closed jaxprs, such as `jax.jit(function).trace(...).jaxpr`.
+
+    Example:
+      >>> double, triple = (jax.make_jaxpr(lambda x, n=n: n * x)(1.0) for n in (2, 3))
+      >>> fingerprint(double) == fingerprint(triple)
+      False
+    """
+    digest = hashlib.sha256()
+    for jaxpr in jaxprs:
+        digest.update(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())  # places in memory
+        for constant in jaxpr.consts:
+            if jnp.issubdtype(getattr(constant, "dtype", np.float32), jax.dtypes.prng_key):
+                constant = jax.random.key_data(constant)
+            digest.update(np.asarray(constant).tobytes())
     return digest.hexdigest()

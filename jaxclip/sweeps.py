@@ -175,6 +175,8 @@ def sweep(
         identity |= {"seeds": seed_list, "bits": list(bits), "coding": coding}
         identity |= {"keep_params": keep_params, "recorded_at": trainer.program.recorded_at}
         identity |= {"chunk_size": chunk_size, "program": trainer.program.fingerprint}
+        shapes = jax.eval_shape(jax.vmap(init_fn), jax.random.split(jax.random.key(0), 2))
+        identity["evaluation"] = shipper.fingerprint(shapes)
         store = ChunkStore(directory, identity)
 
     chunks = []

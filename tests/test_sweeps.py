@@ -322,8 +322,13 @@ def test_chunks_of_another_sweep_are_refused(tmp_path):
                 **(small | change | {"chunk_size": change.get("chunk_size", 1)}),
                 directory=tmp_path,
             )
-    with pytest.raises(ValueError, match="another sweep: program"):
-        run(**small, loss=lambda p, b: 2 * loss_fn(p, b), directory=tmp_path)
+    for what, change in {
+        "program": {"loss": lambda p, b: 2 * loss_fn(p, b)},
+        "program differ": {"init": lambda key: jax.tree.map(lambda x: 2 * x, init_fn(key))},
+        "evaluation": {"evaluate": lambda p: {k: 2 * x for k, x in evaluate(p).items()}},
+    }.items():
+        with pytest.raises(ValueError, match=f"another sweep: {what}"):
+            run(**(small | change), directory=tmp_path)
 
 
 def test_a_damaged_chunk_is_an_error(tmp_path):
