@@ -22,7 +22,6 @@ What --results holds already is not measured again.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import pathlib
@@ -44,8 +43,6 @@ from jaxclip.rates import code_entropy
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
-PRICE = 0.12
-"""Squared steps that a bit is worth: 2 ln 2 / 12 where steps are small."""
 FIXED = [(bits, group_size) for bits in ("ternary", 2, 3, 4) for group_size in (None, 64)]
 ERRORS = np.geomspace(0.2, 0.003, 7)
 
@@ -62,23 +59,6 @@ def of_error(leaves, error):
 
 
 @jax.jit
-def cheaper_codes(leaf, codes, scale):
-    """Codes one nearer to 0 where the bits that it saves are worth the error."""
-    nearest = codes.astype(jnp.int32)
-    smaller = nearest - jnp.sign(nearest)
-    size = jnp.broadcast_to(scale, leaf.shape)
-    lost = jnp.square(leaf - size * smaller) - jnp.square(leaf - size * nearest)
-    price = PRICE * jnp.mean(jnp.square(size))
-
-    def again(_, chosen):
-        counts = jnp.zeros(256).at[chosen + 128].add(1)
-        bits = jnp.log2(chosen.size / jnp.maximum(counts, 0.5))
-        saved = bits[nearest + 128] - bits[smaller + 128]
-        return jnp.where(lost < price * saved, smaller, nearest)
-
-    return jax.lax.fori_loop(0, 3, again, nearest).astype(jnp.int8)
-
-
 def chosen_leaf(leaf, error, goal):
     """The smaller of a step a channel and a step a matrix, and the goal that gave the error."""
     best = None
@@ -86,8 +66,7 @@ def chosen_leaf(leaf, error, goal):
         for _ in range(4):  # fewer bits, more error: the goal is moved until the error is met
             grid = {"threshold": jaxclip.rate_optimal(error=goal), "axis": axis}
             q = jaxclip.quantize(leaf, 8, **grid, scale_dtype="log8")
-            codes = cheaper_codes(leaf, q.qvalue, jnp.asarray(q.scale, jnp.float32))
-            q = dataclasses.replace(q, qvalue=codes)
+            q = jaxclip.cheaper_codes(q, leaf)
             reached = relative_error([leaf], [q])
             if abs(reached / error - 1) < 1e-3:
                 break

@@ -122,14 +122,7 @@ def search_with_optuna(
     _checks.check_count("num_trials", num_trials)
     _checks.check_count("trials_at_once", trials_at_once)
     task = Task(
-        loss_fn=loss_fn,
-        init_fn=init_fn,
-        optimizer=optimizer,
-        batches=batches,
-        weight_threshold=weight_threshold or (lambda number: number),
-        evaluate=evaluate,
-        stop=stop,
-        evaluate_every=evaluate_every,
+        loss_fn, init_fn, optimizer, batches, weight_threshold, evaluate, stop, evaluate_every
     )
     trainer = Trainer(
         checked_task(task, [metric]),

@@ -47,7 +47,6 @@ class Trained(NamedTuple):
       params: The parameters.
       code: The stop rule's code, int32.
       steps: Steps taken, int32.
-      num_skipped: Steps skipped because something was not finite, int32.
       first_loss: The loss before the first step, float32.
       history: For "loss", the mean since the record before, and "weight_clip_rate", what was
         recorded: float32 of shape (settings, seeds, records). A row that has stopped repeats
@@ -58,7 +57,6 @@ class Trained(NamedTuple):
     params: Any
     code: np.ndarray
     steps: np.ndarray
-    num_skipped: np.ndarray
     first_loss: np.ndarray
     history: dict[str, np.ndarray]
     seconds: float
@@ -103,18 +101,21 @@ class Program:
         )
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._everywhere)
         shapes = (rows, numbers, numbers, self._seed_keys, count, count)
-        traced = jax.jit(self._advance, out_shardings=self._by_setting).trace(*shapes)
-        begin = self._start.trace(numbers, self._seed_keys)
-        self.fingerprint = fingerprint(begin.jaxpr, traced.jaxpr)
+        traced = jax.jit(self._advance_many, out_shardings=self._by_setting).trace(*shapes)
         if loop is None:
             is_slow = "conv_general_dilated" in str(traced.jaxpr)
             loop = "host" if is_slow and devices[0].platform == "cpu" else "compiled"
         self.loop = loop
-        begun = time.monotonic()
-        if loop == "compiled":
-            traced = jax.jit(self._advance_many, out_shardings=self._by_setting).trace(*shapes)
-        self._compiled = traced.lower().compile()
-        self.compile_seconds = time.monotonic() - begun
+        if loop == "host":
+            traced = jax.jit(self._advance, out_shardings=self._by_setting).trace(*shapes)
+        self._traced, self._compiled = traced, traced.lower().compile()
+        self._numbers = numbers
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What is the same for the same training on the same data."""
+        begin = self._start.trace(self._numbers, self._seed_keys)
+        return fingerprint(begin.jaxpr, self._traced.jaxpr)
 
     def bytes_needed(self) -> int | None:
         """Bytes that each device holds while the program runs; None where XLA does not say."""
@@ -147,7 +148,6 @@ class Program:
             params=rows.state.params,
             code=np.asarray(rows.code),
             steps=np.asarray(rows.state.step),
-            num_skipped=np.asarray(rows.state.num_skipped),
             first_loss=np.asarray(rows.first_loss),
             history={k: np.stack([r[k] for r in records], axis=-1) for k in records[0]},
             seconds=time.monotonic() - begun,
@@ -195,10 +195,11 @@ class Program:
     def _step(
         self, step_size: jax.Array, threshold: jax.Array, state: TrainState, batch: Any
     ) -> tuple[TrainState, StepInfo]:
+        box = self._task.weight_threshold
         step = make_train_step(
             self._task.loss_fn,
             self._task.optimizer(step_size),
-            weight_threshold=self._task.weight_threshold(threshold),
+            weight_threshold=threshold if box is None else box(threshold),
         )
         return step(state, batch)
 

@@ -75,8 +75,8 @@ class SweepRow(NamedTuple):
       seconds_per_step: Time of a training step of one seed, all rows of the program sharing
         the machine.
       weight_clip_rate: Share of the boxed weights on the bound at the end, mean over the seeds.
-      num_diverged: Seeds whose loss at the end was not finite or above that at the start, or
-        whose last step was skipped.
+      num_diverged: Seeds whose loss over the last record was not finite, or above that at the
+        start.
     """
 
     step_size: float

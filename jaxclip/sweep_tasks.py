@@ -24,7 +24,7 @@ class Task(NamedTuple):
       optimizer: `optimizer(step_size)` gives an optax transformation; the step size is traced.
       batches: `batches(key)` gives the batch of one step; pure, with a fresh key each step.
       weight_threshold: `weight_threshold(number)` gives a threshold of `make_train_step`; the
-        number is traced.
+        number is traced. None for the number itself.
       evaluate: `evaluate(params)` gives scalars by name; pure.
       stop: A rule with a `max_steps` in it, and no `max_seconds`.
       evaluate_every: After how many steps the stop rule gets what `evaluate` gives; None if
@@ -35,7 +35,7 @@ class Task(NamedTuple):
     init_fn: Callable[[jax.Array], optax.Params]
     optimizer: Callable[[jax.Array], optax.GradientTransformation]
     batches: Callable[[jax.Array], Any]
-    weight_threshold: Callable[[jax.Array], Any]
+    weight_threshold: Callable[[jax.Array], Any] | None
     evaluate: Callable[[optax.Params], dict[str, jax.Array]]
     stop: StopRule
     evaluate_every: int | None = None

@@ -145,14 +145,7 @@ def sweep(
     _checks.check_choice("mode", mode, ("max", "min"))
     _checks.check_choice("loop", loop, (None, "compiled", "host"))
     task = Task(
-        loss_fn=loss_fn,
-        init_fn=init_fn,
-        optimizer=optimizer,
-        batches=batches,
-        weight_threshold=weight_threshold or (lambda number: number),
-        evaluate=evaluate,
-        stop=stop,
-        evaluate_every=evaluate_every,
+        loss_fn, init_fn, optimizer, batches, weight_threshold, evaluate, stop, evaluate_every
     )
     task = checked_task(task, [metric] if train_metric is None else [metric, train_metric])
     shipper = Shipper(evaluate, compress, coding, bits)

@@ -279,9 +279,7 @@ def mse_optimal(
       group_size: Entries that share a threshold along the last non-channel axis.
       full_signed: As in `code_range`.
       exact: Whether to take the true optimum, by enumeration in float64 on the host: for
-        concrete arrays only, and slower by 20 to 300 times at 2 to 4 bits and over 1,000 at 8.
-        Memory is that of a block's breakpoints, about 60 bytes for each entry and level, or
-        some 100 MB where blocks are small.
+        concrete arrays only, far slower, and with all breakpoints of a block in memory.
       importance: Factors in [0, inf) of the squared errors, broadcastable to the array: the
         mean square of each input makes the error that of the layer's outputs for inputs
         without correlation. A block with zeros alone has the scale it has without. May be
