@@ -1,5 +1,6 @@
 """Every test runs with strict promotion, no implicit rank promotion, and warnings as errors."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,6 +27,17 @@ hypothesis.settings.load_profile("jaxclip")
 
 # Scripts that import torch, which the tests do without; collecting doctests imports all.
 collect_ignore = ["recorded/record_torch.py", "recorded/record_compressed_tensors.py"]
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Drops the compiled programs of a file behind its last test.
+
+    Each takes several memory maps, of which Linux allows a process 65,530; thousands of
+    programs later the next one would crash the worker.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
