@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ideas import AbsMean, make_ideas
 from optax import contrib
 
 import jaxclip
-from jaxclip.thresholds import ThresholdRule
 
 # One grid for all, a factor of 2 apart; the best is chosen on held-out data, by one seed.
 STEP_SIZES = [2.5e-4 * 2**k for k in range(7)]
@@ -27,15 +27,9 @@ class Method(NamedTuple):
     width: Any = None  # of quantization-aware training
     density: float | None = None  # of pruning while training
     step_sizes: list[float] = STEP_SIZES
-
-
-class AbsMean(ThresholdRule):
-    """The scale of BitNet: t = mean |w|, rounded to {-t, 0, t} or {-t, t}."""
-
-    def measure(self, blocks, axes, counts):
-        return jnp.sum(jnp.abs(blocks), axis=axes, keepdims=True) / jnp.asarray(
-            counts, blocks.dtype
-        )
+    threshold: Callable[[Any], Any] = jaxclip.fan_in  # what the box is a multiple of
+    ends_at: Any = None  # the width of the grid on which training ends
+    learns_scales: bool = False  # after training
 
 
 def low_bit(params, width):
@@ -143,4 +137,4 @@ def make_methods(num_steps, weight_decay):
             box=1.0,
             step_sizes=[16 * a for a in STEP_SIZES],
         )
-    return methods
+    return methods | make_ideas(num_steps, weight_decay, Method, STEP_SIZES)

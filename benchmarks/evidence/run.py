@@ -8,6 +8,7 @@ an interrupted run goes on. The tables are made by report.py.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import time
@@ -15,6 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from methods import low_bit, make_methods, prune, through_grid
 from tasks import TASKS
 
@@ -38,7 +40,7 @@ def trained(task, method, step_sizes, seeds, *, judged_at=None, **more):
         task.batches,
         step_sizes=step_sizes,
         thresholds=[np.inf if method.box is None else method.box],
-        weight_threshold=jaxclip.fan_in,
+        weight_threshold=method.threshold,
         seeds=seeds,
         stop=jaxclip.max_steps(task.num_steps),
         evaluate=task.evaluate,
@@ -72,6 +74,40 @@ def in_half(params):
     return jax.tree.map(lambda w: w.astype(jnp.float16).astype(w.dtype), params)
 
 
+def learn_scales(task, params, bits, rule):
+    """The weights of a low-bit file whose codes stay while scales, biases and norms are trained.
+
+    Scales by factors; Adam from .01 down to 0, in a tenth of the steps of the training.
+    """
+    num_steps = task.num_steps // 10
+    leaves, treedef = jax.tree.flatten(
+        jaxclip.compress(params, bits, rule=rule),
+        is_leaf=lambda x: isinstance(x, jaxclip.QuantizedArray),
+    )
+    where = [isinstance(x, jaxclip.QuantizedArray) for x in leaves]
+
+    def whole(free):
+        small = [
+            dataclasses.replace(x, scale=x.scale * f) if is_small else f
+            for x, f, is_small in zip(leaves, free, where, strict=True)
+        ]
+        return jaxclip.decompress(jax.tree.unflatten(treedef, small))
+
+    free = [
+        jnp.ones_like(x.scale) if is_small else x for x, is_small in zip(leaves, where, strict=True)
+    ]
+    tx = optax.adam(optax.cosine_decay_schedule(0.01, num_steps))
+
+    def step(i, carry):
+        free, state = carry
+        batch = task.batches(jax.random.fold_in(jax.random.key(0), i))
+        grads = jax.grad(lambda free: task.loss_fn(whole(free), batch))(free)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(free, updates), state
+
+    return whole(jax.lax.fori_loop(0, num_steps, step, (free, tx.init(free)))[0])
+
+
 class Rounder:
     """Rows (rule, bits, metrics, bytes) of parameters with an axis of seeds; compiled once."""
 
@@ -93,6 +129,12 @@ class Rounder:
         self._trained_at = {
             width: Shipper(evaluate, low_bit, None, [width]) for width in (4, "ternary", 1)
         }
+        self._learned = jax.jit(
+            lambda params, bits, rule: jax.vmap(
+                lambda p: evaluate(learn_scales(task, p, bits, rule))
+            )(params),
+            static_argnums=(1, 2),
+        )
         self._in_half = jax.jit(jax.vmap(lambda params: evaluate(in_half(params))))
         self._prune = jax.jit(jax.vmap(prune, (0, None)))
 
@@ -101,16 +143,24 @@ class Rounder:
         if method.width is not None:
             rule = "max_abs" if method.width == 4 else "absmean"
             yield rule, method.width, *self._trained_at[method.width](params)
+            return
         densities = [method.density] if method.density else DENSITIES if name == "AdamW" else []
         for density in densities:
             sparse = self._prune(params, density)
             metrics = {k: np.asarray(x)[:, None] for k, x in self._in_half(sparse).items()}
             sizes = np.asarray(sparse_bytes(in_half(sparse), num_seeds))[:, None]
             yield f"pruned, density {density:g}", "float16", metrics, sizes
-        if method.width is None and method.density is None:
+        if method.density is None:
             for rule, (widths, ship) in self._rules.items():
                 metrics, sizes = ship(params)
                 for i, width in enumerate(widths):
+                    if method.ends_at and (rule, width) != ("max_abs", method.ends_at):
+                        continue  # the weights are on that grid
+                    is_best = rule == ("max_abs" if method.ends_at else "mse_optimal")
+                    if method.learns_scales and is_best and width in (2, "ternary", 1):
+                        learned = self._learned(params, width, getattr(jaxclip, rule))
+                        learned = {k: np.asarray(x)[:, None] for k, x in learned.items()}
+                        yield f"{rule}, learned", width, learned, sizes[:, i : i + 1]
                     chosen = {k: x[:, i : i + 1] for k, x in metrics.items()}
                     name_of_rule = "-" if width is None else rule
                     yield name_of_rule, width or "float32", chosen, sizes[:, i : i + 1]

