@@ -16,11 +16,11 @@ from jax import lax
 
 from jaxclip import _checks
 from jaxclip._checks import increment, is_clippable, keep_weak_type
-from jaxclip.compression import compress, decompress
+from jaxclip.compression import compress
 from jaxclip.grids import Bits
 from jaxclip.landing import rounded_sum, update_between
 from jaxclip.policies import Policy
-from jaxclip.quantization import QuantizedArray
+from jaxclip.quantization import QuantizedArray, dequantize
 from jaxclip.scale_formats import round_scale
 from jaxclip.threshold_rules import least_squares
 
@@ -105,8 +105,8 @@ def keep_on_grid(
     ):
         raise ValueError(f"start_step must be an integer of at least 0, got {start_step!r}.")
 
-    def rounded(params):
-        small = compress(
+    def low_bit(params):
+        return compress(
             params,
             bits,
             rule=rule,
@@ -115,35 +115,39 @@ def keep_on_grid(
             full_signed=full_signed,
             policy=policy,
         )
-        return decompress(small)
 
     def init_fn(params):
-        jax.eval_shape(rounded, params)  # says now what is wrong with the arguments
-        residual = optax.tree.zeros_like(params)
+        jax.eval_shape(low_bit, params)  # says now what is wrong with the arguments
+        residual = jax.tree.map(
+            lambda w: jnp.zeros_like(w) if is_clippable(w) else jnp.zeros(()), params
+        )
         return KeepOnGridState(jnp.zeros((), jnp.int32), residual, inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         _checks.check_params_given("keep_on_grid", params)
         _checks.check_same_structure("updates", updates, "params", params)
-        before = _moved(params, state.residual)
+        before = _moved(params, state.residual)  # a sum that is exact before `start_step`
         updates, inner_state = inner.update(updates, state.inner_state, before, **extra_args)
         after, is_on = _moved(before, updates), state.step >= start_step
 
-        def move(u: Any, w: Any, v: Any, target: Any) -> Any:
-            if not is_clippable(u):
+        small = low_bit(after)
+
+        # Leaves that stay as they are move as `inner` says, and have no residual.
+        def move(u: Any, w: Any, v: Any, q: Any) -> Any:
+            if not _is_low_bit(q):
                 return u
             u, w = jnp.asarray(u), jnp.asarray(w)
-            target = jnp.where(is_on, target, v)
+            target = jnp.where(is_on, dequantize(q), v)
             return keep_weak_type(update_between(u, w, target, target, target), u)
 
-        def remain(u: Any, w: Any, v: Any, r: Any) -> Any:
-            if not is_clippable(u):
+        def remain(u: Any, w: Any, v: Any, q: Any, r: Any) -> Any:
+            if not _is_low_bit(q):
                 return r
             rest = jnp.where(is_on, v - rounded_sum(jnp.asarray(w), u), jnp.zeros_like(v))
             return keep_weak_type(rest, r)
 
-        updates = jax.tree.map(move, updates, params, after, rounded(after))
-        residual = jax.tree.map(remain, updates, params, after, state.residual)
+        updates = jax.tree.map(move, updates, params, after, small)
+        residual = jax.tree.map(remain, updates, params, after, small, state.residual)
         return updates, KeepOnGridState(increment(state.step), residual, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -175,6 +179,7 @@ def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
       ValueError: If no leaf is low-bit; by `rebuild`, if the parts are of other paths or shapes.
 
     Example:
+      >>> from jaxclip import decompress
       >>> small = compress({"kernel": jnp.array([[1.0], [-2.0]])}, 1)
       >>> parts, rebuild = trainable_parts(small)
       >>> loss_fn = lambda parts: jnp.sum(decompress(rebuild(parts))["kernel"] ** 2)

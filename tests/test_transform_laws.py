@@ -67,7 +67,7 @@ def constrain(threshold):
 
 
 def keep_on_grid():
-    return jaxclip.keep_on_grid(jaxclip.lion(0.1), "ternary")
+    return jaxclip.keep_on_grid(jaxclip.lion(0.1), 1)
 
 
 def majority_vote():
