@@ -86,8 +86,12 @@ into the model's config.json as quantization_config. Q4_0, Q4_1, Q8_0: GGUF, whi
 extra gguf and names that its reader knows. safetensors: plain weights. Keys of nested trees are
 joined by dots; the names of other libraries stay as they are.
 
+With --max-shard-bytes DST is a new folder: shards of that size and their index. A folder of shards
+becomes one of shards of 5 GB, unless DST ends in .safetensors.
+
 examples:
   jaxclip export small.safetensors model.safetensors --to compressed-tensors
+  jaxclip export small.safetensors folder --to compressed-tensors --max-shard-bytes 2000000000
   jaxclip export net.safetensors net.gguf --to Q4_0 --architecture llama
 """,
     "verify": """\
@@ -225,9 +229,17 @@ def _export(args: argparse.Namespace) -> Any:
     from jaxclip import interop
 
     config = interop.export_checkpoint(
-        args.src, args.dst, args.to, architecture=args.architecture, overwrite=args.force
+        args.src,
+        args.dst,
+        args.to,
+        architecture=args.architecture,
+        max_shard_bytes=args.max_shard_bytes,
+        overwrite=args.force,
     )
-    return config or {"path": args.dst, "num_bytes": os.path.getsize(args.dst)}
+    files = [args.dst]
+    if os.path.isdir(args.dst):
+        files = [os.path.join(args.dst, name) for name in os.listdir(args.dst)]
+    return config or {"path": args.dst, "num_bytes": sum(map(os.path.getsize, files))}
 
 
 def _verify(args: argparse.Namespace) -> Any:
@@ -290,6 +302,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_files(export)
     export.add_argument(
         "--to", choices=["safetensors", "compressed-tensors", "Q4_0", "Q4_1", "Q8_0"], required=True
+    )
+    export.add_argument(
+        "--max-shard-bytes", type=int, metavar="N", help="most bytes of tensors of a shard"
     )
     export.add_argument("--architecture", default="llama", help="what GGUF says it is (llama)")
     return parser

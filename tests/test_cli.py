@@ -151,6 +151,19 @@ def test_a_policy_of_the_command_line_does_what_python_does():
     )
 
 
+def test_shards_are_written_by_their_size():
+    words = ["export", "low.safetensors", "shards", "--to", "compressed-tensors"]
+    config = run_json(*words, "--max-shard-bytes", "1")
+    assert config["quant_method"] == "compressed-tensors"
+    assert os.path.exists("shards/model.safetensors.index.json")
+    run_json("export", "low.safetensors", "one.safetensors", "--to", "compressed-tensors")
+    shards, one = checkpoints.load("shards"), checkpoints.load("one.safetensors")
+    assert shards.keys() == one.keys()
+    assert all(np.array_equal(shards[name], one[name]) for name in one)
+    words = ["export", "shards", "again", "--to", "safetensors"]
+    assert run_json(*words)["num_bytes"] == os.path.getsize("again/model.safetensors")
+
+
 def test_targets_choose_widths_and_the_table_shows_what_was_lost():
     words = ["compress", "net.safetensors", "out.safetensors", "--rule", "max_abs", "--force"]
     report = run_json(*words, "--target-bytes", "4000")
