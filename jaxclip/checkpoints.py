@@ -49,8 +49,9 @@ def save(
         (nested) dicts of arrays, `.npy` for one array. NumPy's formats have no bfloat16.
       tree: Nested dicts, lists, tuples and None with arrays and `QuantizedArray` leaves.
       coding: How the codes of low-bit leaves are stored where that is smaller: "huffman",
-        which every Python reads, or "ans", of the size of their entropy (needs the extra
-        `coding`). None packs them at their width. For `.safetensors`.
+        which every Python reads, "ans", of the size of their entropy (readers need the extra
+        `coding`, too), or "smallest", for each leaf the smaller of both; of Huffman alone where
+        the extra is not installed. None packs them at their width. For `.safetensors`.
       overwrite: Whether an existing file may be replaced; its permissions are kept.
 
     Raises:
