@@ -42,7 +42,8 @@ def save(
     The file is written under a temporary name in the same directory, tensor by tensor,
     synced to disk and renamed. After a crash at any moment the name holds the old file or
     the new one; a leftover temporary file is removed by the next save to the same path.
-    Equal trees give equal bytes (coded by Huffman: with one version of zlib).
+    Equal trees give equal bytes (coded by Huffman: with one version of zlib; by the smallest
+    coding: also with the extra `coding` in both places, or in neither).
 
     Args:
       path: Where to; the suffix decides the format: `.safetensors` for any tree, `.npz` for
