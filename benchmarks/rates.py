@@ -6,6 +6,9 @@ The weights are the two-dimensional float leaves of a safetensors file whose nam
 it. Error is |W - Q|^2 / |W|^2 over all of them. "ideal" is the order-0 entropy of each leaf's codes
 and its float16 scales; the others are the bytes of files that `checkpoints.save` writes, headers
 included, per weight. "saved" is against the fixed-width file of the row above, at equal error.
+
+In the last table codes are chosen at a price of a bit (`cheaper_codes`); "saved" is against the
+file of nearest codes whose steps make the error the same, to a thousandth.
 """
 
 import argparse
@@ -22,6 +25,8 @@ from jaxclip.rates import code_entropy
 
 WIDTHS = ("ternary", 2, 3, 4)
 RATES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
+PRICED_RATES = (1.6, 2.1, 3.05, 4.05)
+PRICE = 0.12
 
 
 def load_weights(path, match):
@@ -66,6 +71,25 @@ def coded(leaves, axis=0, **goal):
     files = [file_bits(tree, coding) for coding in ("huffman", "ans")]
     total = sum(q.qvalue.size for q in tree)
     return ideal / total, *files, relative_error(leaves, tree), seconds
+
+
+def of_rate(leaves, rate):
+    """Low-bit arrays by `rate_optimal`."""
+    grid = {"threshold": jaxclip.rate_optimal(rate), "axis": 0, "scale_dtype": "float16"}
+    return [jaxclip.quantize(leaf, 8, **grid) for leaf in leaves]
+
+
+def priced(leaves, rate):
+    """Error, and bits a weight of files of cheaper and of nearest codes with this error."""
+    tree = jaxclip.cheaper_codes(of_rate(leaves, rate), leaves, price=PRICE)
+    error = found = relative_error(leaves, tree)
+    nearest = None
+    while nearest is None or abs(found / error - 1) > 1e-3:
+        if nearest is not None:
+            rate += 0.5 * np.log2(found / error)  # what half a bit does at high rates
+        nearest = of_rate(leaves, rate)
+        found = relative_error(leaves, nearest)
+    return error, *(file_bits(t, c) for t in (tree, nearest) for c in ("huffman", "ans"))
 
 
 def gaussian_bound(error):
@@ -142,6 +166,17 @@ def main():
             curves["coded"].append((sizes[1], error))
         numbers = "".join(f"{size:>9.3f}" for size in sizes)
         print(f"{name:<26} {error:>8.5f}{numbers}{seconds:>9.2f}", flush=True)
+
+    titles = "".join(f"{t:>9}" for t in ("Huffman", "ans", "nearest", "nearest", "saved", "saved"))
+    print(f"\n{f'coded, price {PRICE}':<26} {'error':>8}{titles}")
+    for rate in PRICED_RATES:
+        error, *sizes = priced(leaves, rate)
+        saved = [
+            1 - cheaper / nearest for cheaper, nearest in zip(sizes[:2], sizes[2:], strict=True)
+        ]
+        numbers = "".join(f"{size:>9.3f}" for size in sizes)
+        numbers += "".join(f"{share:>9.1%}" for share in saved)
+        print(f"{f'rate_optimal({rate})':<26} {error:>8.5f}{numbers}", flush=True)
     if arguments.picture:
         draw(curves, arguments.picture)
 

@@ -10,6 +10,7 @@ from jaxclip.fitting import FitResult, fit, log_to_jsonl
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.guards import skip_nonfinite, skip_or_clip
 from jaxclip.lint import lint_chain
+from jaxclip.low_bit_training import keep_on_grid, trainable_parts
 from jaxclip.norms import global_norm, leaf_norms, unit_norms
 from jaxclip.packing import pack_codes, unpack_codes
 from jaxclip.projections import max_norm, spectral_cap, unit_norm
@@ -30,7 +31,13 @@ from jaxclip.sweep_results import SweepResult, pareto_front
 from jaxclip.sweep_tasks import random_batches
 from jaxclip.sweeps import sweep
 from jaxclip.telemetry import clip_stats, explain
-from jaxclip.threshold_rules import max_abs, mse_optimal, percentile_abs, std_multiple
+from jaxclip.threshold_rules import (
+    least_squares,
+    max_abs,
+    mse_optimal,
+    percentile_abs,
+    std_multiple,
+)
 from jaxclip.thresholds import fan_in, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
 from jaxclip.units import (
@@ -78,9 +85,11 @@ __all__ = [
     "fit",
     "global_norm",
     "interop",
+    "keep_on_grid",
     "keep_weights_within",
     "kernels_only",
     "leaf_norms",
+    "least_squares",
     "lint_chain",
     "lion",
     "log_to_jsonl",
@@ -119,6 +128,7 @@ __all__ = [
     "std_multiple",
     "stochastic_sign",
     "sweep",
+    "trainable_parts",
     "unit_norm",
     "unit_norms",
     "unpack_codes",

@@ -1,7 +1,7 @@
-"""Files that appear under their name whole or not at all.
+"""Files and folders that appear under their name whole or not at all.
 
-A file is written beside its place under a temporary name, synced and renamed. After a crash
-at any moment the name holds the old file or the new one.
+They are written beside their place under a temporary name, synced and renamed. After a crash
+at any moment the name holds what it held before, or what is new.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import stat
 import time
 import zlib
@@ -16,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["check_destination", "replacing"]
+__all__ = ["check_destination", "new_folder", "replacing"]
 
-# A temporary file that nobody has written to for this long belongs to nobody.
+# What is temporary and nobody has written to for this long belongs to nobody.
 _STALE_SECONDS = 24 * 3600
 
 
@@ -54,9 +55,7 @@ def replacing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bina
     path = Path(path)
     mode = check_destination(path, overwrite)
     _remove_stale(path)
-    temporary = path.with_name(
-        f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.jaxclip-tmp"
-    )
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
             if mode is not None:
@@ -71,6 +70,61 @@ def replacing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bina
         error.add_note(f"jaxclip: while saving {path}; a file that was there is unchanged.")
         raise
     _sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Makes a folder that gets its name when the block ends without an error.
+
+    What a killed writer of the same path left is removed first.
+
+    Args:
+      path: Where to; nothing may be there.
+
+    Returns:
+      A context that gives the folder under a temporary name, for files to be written into:
+      they must be closed, and synced, when the block ends.
+
+    Raises:
+      FileExistsError: If there is something at `path`: folders are never replaced.
+      FileNotFoundError: If the directory does not exist.
+      OSError: If the disk is full or refuses. Then there is no folder.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as parent:
+      ...     with new_folder(parent + "/net") as folder:
+      ...         _ = (folder / "notes.txt").write_bytes(b"whole")
+      ...     os.listdir(parent), os.listdir(parent + "/net")
+      (['net'], ['notes.txt'])
+    """
+    path = Path(os.path.abspath(path))  # "net/" and "." have a name now
+    _check_new(path)
+    _remove_stale(path)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_directory(temporary)
+        _check_new(path)  # renaming would replace an empty folder
+        os.rename(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        error.add_note(f"jaxclip: while writing the folder {path}, which was not made.")
+        raise
+    _sync_directory(path.parent)
+
+
+def _check_new(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(f"'{path}' exists, and folders are not replaced: name a new one.")
+    check_destination(path, False)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(
+        f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.jaxclip-tmp"
+    )
 
 
 def check_destination(path: Path, overwrite: bool) -> int | None:
@@ -139,7 +193,7 @@ def _host() -> str:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes temporary files that writers of the same path left when they were killed."""
+    """Removes what writers of the same path left when they were killed."""
     ours = re.compile(
         rf"\.{re.escape(path.name)}\.([0-9a-f]{{8}})-([0-9]{{1,10}})-[0-9a-f]{{8}}\.jaxclip-tmp"
     )
@@ -147,12 +201,16 @@ def _remove_stale(path: Path) -> None:
         matches = [(entry, ours.fullmatch(entry.name)) for entry in entries]
     for entry, match in matches:
         with contextlib.suppress(OSError):
-            if match is None or not entry.is_file(follow_symlinks=False):
+            if match is None or entry.is_symlink():
                 continue
             age = time.time() - entry.stat(follow_symlinks=False).st_mtime
             died_here = match[1] == _host() and not _is_alive(int(match[2]))
-            if died_here or age > _STALE_SECONDS:
+            if not died_here and age <= _STALE_SECONDS:
+                continue
+            if entry.is_file(follow_symlinks=False):
                 os.unlink(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
 
 
 def _is_alive(pid: int) -> bool:

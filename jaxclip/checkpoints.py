@@ -42,15 +42,17 @@ def save(
     The file is written under a temporary name in the same directory, tensor by tensor,
     synced to disk and renamed. After a crash at any moment the name holds the old file or
     the new one; a leftover temporary file is removed by the next save to the same path.
-    Equal trees give equal bytes (coded by Huffman: with one version of zlib).
+    Equal trees give equal bytes (coded by Huffman: with one version of zlib; by the smallest
+    coding: also with the extra `coding` in both places, or in neither).
 
     Args:
       path: Where to; the suffix decides the format: `.safetensors` for any tree, `.npz` for
         (nested) dicts of arrays, `.npy` for one array. NumPy's formats have no bfloat16.
       tree: Nested dicts, lists, tuples and None with arrays and `QuantizedArray` leaves.
       coding: How the codes of low-bit leaves are stored where that is smaller: "huffman",
-        which every Python reads, or "ans", of the size of their entropy (needs the extra
-        `coding`). None packs them at their width. For `.safetensors`.
+        which every Python reads, "ans", of the size of their entropy (readers need the extra
+        `coding`, too), or "smallest", for each leaf the smaller of both; of Huffman alone where
+        the extra is not installed. None packs them at their width. For `.safetensors`.
       overwrite: Whether an existing file may be replaced; its permissions are kept.
 
     Raises:

@@ -51,13 +51,13 @@ axis, or for each group of entries; the others stay as they are.
 
 With --target-bpw or --target-bytes each tensor gets the width that makes the error of all small:
 the file is read twice. With --rate the codes are entropy coded, and the step of each tensor is
-chosen so that they take that many bits.
+chosen so that they take that many bits; fewer with --bit-price, at a larger error.
 
 --policy REGEX=SPEC is for tensors whose name REGEX matches somewhere; the first that matches
 counts. SPEC is none, to leave them as they are, or words with commas between them: the bits B
 first, or not at all, and any of
 
-  group=N  rule=NAME  axis=A  scale=FORMAT  zero=yes|no    as --group-size, --rule, --axis ...
+  group=N  rule=NAME  axis=A  scale=FORMAT  zero=yes|no  price=P    as --group-size, --rule ...
 
 SPEC begins after the first = that leaves only such words behind it; in REGEX, = can be written
 \\x3d.
@@ -68,6 +68,7 @@ examples:
   jaxclip compress net.safetensors small.safetensors --force --policy "embed=8,rule=max_abs"
   jaxclip compress net.safetensors small.safetensors --target-bpw 3.5 --rule max_abs --force
   jaxclip compress net.safetensors small.safetensors --rate 2.5 --force
+  jaxclip compress net.safetensors small.safetensors --rate 2.6 --bit-price .12 --force
 """,
     "decompress": """\
 Write plain floating weights, which any safetensors reader loads.
@@ -86,8 +87,12 @@ into the model's config.json as quantization_config. Q4_0, Q4_1, Q8_0: GGUF, whi
 extra gguf and names that its reader knows. safetensors: plain weights. Keys of nested trees are
 joined by dots; the names of other libraries stay as they are.
 
+With --max-shard-bytes DST is a new folder: shards of that size and their index. A folder of shards
+becomes one of shards of 5 GB, unless DST ends in .safetensors.
+
 examples:
   jaxclip export small.safetensors model.safetensors --to compressed-tensors
+  jaxclip export small.safetensors folder --to compressed-tensors --max-shard-bytes 2000000000
   jaxclip export net.safetensors net.gguf --to Q4_0 --architecture llama
 """,
     "verify": """\
@@ -207,6 +212,7 @@ def _compress(args: argparse.Namespace) -> Any:
         group_size=args.group_size,
         zero_point=args.zero_point,
         scale_dtype=args.scale_dtype,
+        bit_price=args.bit_price,
         policy=args.policy,
         coding=coding,
         overwrite=args.force,
@@ -225,9 +231,17 @@ def _export(args: argparse.Namespace) -> Any:
     from jaxclip import interop
 
     config = interop.export_checkpoint(
-        args.src, args.dst, args.to, architecture=args.architecture, overwrite=args.force
+        args.src,
+        args.dst,
+        args.to,
+        architecture=args.architecture,
+        max_shard_bytes=args.max_shard_bytes,
+        overwrite=args.force,
     )
-    return config or {"path": args.dst, "num_bytes": os.path.getsize(args.dst)}
+    files = (
+        [entry.path for entry in os.scandir(args.dst)] if os.path.isdir(args.dst) else [args.dst]
+    )
+    return config or {"path": args.dst, "num_bytes": sum(map(os.path.getsize, files))}
 
 
 def _verify(args: argparse.Namespace) -> Any:
@@ -291,6 +305,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--to", choices=["safetensors", "compressed-tensors", "Q4_0", "Q4_1", "Q8_0"], required=True
     )
+    export.add_argument(
+        "--max-shard-bytes", type=int, metavar="N", help="most bytes of tensors of a shard"
+    )
     export.add_argument("--architecture", default="llama", help="what GGUF says it is (llama)")
     return parser
 
@@ -329,9 +346,12 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     add("--zero-point", action="store_true", help="a grid need not be around 0")
     add("--scale-dtype", choices=_SCALES, default="float32",
         help="what scales are stored as (float32)")  # fmt: skip
+    add("--bit-price", type=float, default=0.0, metavar="P",
+        help="error that a coded bit is worth, in squared steps, such as .12 (0)")  # fmt: skip
     add("--policy", type=_policy, action="append", default=[], metavar="REGEX=SPEC",
         help="for tensors whose name it matches: bits, none, or more, as above")  # fmt: skip
-    add("--coding", choices=["huffman", "ans"], help="entropy code what gets smaller by it")
+    add("--coding", choices=["huffman", "ans", "smallest"],
+        help="entropy code what gets smaller by it; what ans needs, readers need")  # fmt: skip
     add("--dry-run", action="store_true", help="write nothing, print the sizes")
 
 
@@ -377,4 +397,5 @@ _SPEC_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "axis": ("axis", _axis),
     "scale": ("scale_dtype", {name: name for name in _SCALES}.__getitem__),
     "zero": ("zero_point", {"yes": True, "no": False}.__getitem__),
+    "price": ("bit_price", float),
 }

@@ -2,6 +2,11 @@
 
     huffman   zlib's Huffman coder over bytes of whole codes, in every Python
     ans       asymmetric numeral systems by the package constriction, at the entropy
+    smallest  for each array the smaller of the two
+
+The entropy is that of one table for all codes. Huffman has a new table for every stretch of the
+data, so that it is the smaller one where the codes' spread differs from place to place, and "ans"
+where it does not.
 
 Huffman spends a whole number of bits on a byte, so several codes share one: with `base` levels
 `k` codes are the digits of a byte, `base**k <= 256`. Codes are mostly near 0; those beyond the
@@ -18,7 +23,7 @@ import numpy as np
 
 from jaxclip import _checks
 
-__all__ = ["check_coding", "decode_codes", "encode_codes"]
+__all__ = ["check_coding", "codings_tried", "decode_codes", "encode_codes"]
 
 _BASES = {1: 256, 2: 16, 3: 6, 4: 4, 5: 3, 8: 2}
 """Levels of a digit, by digits that share a byte."""
@@ -39,7 +44,7 @@ _ANS_PREFIX = "<bxHI"
 
 
 def check_coding(coding: Any) -> None:
-    """Raises unless `coding` is None, "huffman", or "ans" with its package installed.
+    """Raises unless `coding` is None, "huffman", "smallest", or "ans" with its package installed.
 
     Args:
       coding: What was given.
@@ -51,11 +56,33 @@ def check_coding(coding: Any) -> None:
     Example:
       >>> check_coding("zip")
       Traceback (most recent call last):
-      ValueError: coding must be one of [None, 'huffman', 'ans'], got 'zip' of type str.
+      ValueError: coding must be one of [None, 'huffman', 'ans', 'smallest'], got 'zip' of type str.
     """
-    _checks.check_choice("coding", coding, (None, "huffman", "ans"))
+    _checks.check_choice("coding", coding, (None, "huffman", "ans", "smallest"))
     if coding == "ans":
         _checks.import_extra("constriction", "coding")
+
+
+def codings_tried(coding: str | None) -> tuple[str, ...]:
+    """Returns the codings of which an array gets the smallest, if that is smaller than packed.
+
+    Args:
+      coding: What was asked for, as `check_coding` takes it.
+
+    Returns:
+      What `encode_codes` takes. "ans" is among those of "smallest" if its package is installed.
+
+    Example:
+      >>> codings_tried("huffman"), codings_tried(None)
+      (('huffman',), ())
+    """
+    if coding != "smallest":
+        return () if coding is None else (coding,)
+    try:
+        check_coding("ans")
+    except ImportError:
+        return ("huffman",)
+    return ("huffman", "ans")
 
 
 def encode_codes(codes: np.ndarray, coding: str) -> bytes | None:

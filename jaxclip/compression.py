@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from jaxclip import _checks
 from jaxclip.fidelity import squared_error
@@ -31,6 +32,7 @@ def compress(
     full_signed: bool = True,
     zero_point: bool = False,
     scale_dtype: Any = "float32",
+    bit_price: ArrayLike = 0.0,
     policy: Policy = (),
 ) -> Any:
     """Replaces leaves of two or more dimensions by low-bit arrays.
@@ -55,12 +57,16 @@ def compress(
       full_signed: Whether grids of two bits or more use the level -2**(bits-1).
       zero_point: Whether grids may lie unevenly around 0, as in `quantize`; not for 1 bit.
       scale_dtype: Format of the scales: float32, float16, bfloat16 or "log8".
+      bit_price: For files that are entropy coded: error that a bit is worth, in squared steps, as
+        `price` of `cheaper_codes`, such as 0.12; at 0 every code is the nearest. Files get
+        smaller and the error larger, more so with coarse steps. At least 0; not for 1 bit or
+        with zero points.
       policy: Pairs `(regex, spec)`; the first whose regex matches a leaf's path decides. A spec
         is a width, None to leave a leaf as it is, or a dict of any of `bits`, `rule`, `axis`,
-        `group_size`, `full_signed`, `zero_point` and `scale_dtype`, for those leaves instead
-        of the arguments; `axis` counts for leaves of two or more dimensions. Leaves that none
-        matches, and of a dict without `bits`, follow `bits` or the target. Leaves of fewer
-        than two dimensions become low-bit only by a spec with a width.
+        `group_size`, `full_signed`, `zero_point`, `scale_dtype` and `bit_price`, for those
+        leaves instead of the arguments; `axis` counts for leaves of two or more dimensions.
+        Leaves that none matches, and of a dict without `bits`, follow `bits` or the target.
+        Leaves of fewer than two dimensions become low-bit only by a spec with a width.
 
     Returns:
       A tree of the same structure with `QuantizedArray` leaves, for `decompress`,
@@ -70,10 +76,11 @@ def compress(
     Raises:
       TypeError: If an argument is of a wrong type, more than one of `bits` and the targets
         is given, or a target comes with traced weights.
-      ValueError: If `bits` or `scale_dtype` is not allowed, `zero_point` comes with 1 bit, a
-        regex matches no leaf, a spec has an unknown field or a value that is not allowed (the
-        message names regex and field), a weight is NaN or infinite (the message names leaf
-        and index), or a target is out of reach (the message has the least).
+      ValueError: If `bits` or `scale_dtype` is not allowed, `zero_point` comes with 1 bit,
+        `bit_price` is negative or comes with one of these, a regex matches no leaf, a spec has
+        an unknown field or a value that is not allowed (the message names regex and field), a
+        weight is NaN or infinite (the message names leaf and index), or a target is out of
+        reach (the message has the least).
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,7 +100,9 @@ def compress(
     target = check_target(bits, target_bits_per_weight, target_bytes)
     if target is None:
         bits = 4 if bits is None else bits
-    default = LeafSpec(bits, rule, axis, group_size, full_signed, zero_point, scale_dtype)
+    default = LeafSpec(
+        bits, rule, axis, group_size, full_signed, zero_point, scale_dtype, bit_price
+    )
     flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
     names, leaves = [_checks.path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
     specs = leaf_specs(names, leaves, policy, default)

@@ -50,6 +50,7 @@ def compress_checkpoint(
     full_signed: bool = True,
     zero_point: bool = False,
     scale_dtype: Any = "float32",
+    bit_price: float = 0.0,
     policy: Policy = (),
     coding: str | None = None,
     overwrite: bool = False,
@@ -76,6 +77,7 @@ def compress_checkpoint(
       full_signed: As in `compress`.
       zero_point: As in `compress`.
       scale_dtype: As in `compress`.
+      bit_price: As in `compress`; leaves are then compressed whole.
       policy: As in `compress`, on the names in the source.
       coding: As in `save`.
       overwrite: Whether an existing file may be replaced.
@@ -108,7 +110,9 @@ def compress_checkpoint(
     target = check_target(bits, target_bits_per_weight, target_bytes)
     if target is None:
         bits = 4 if bits is None else bits
-    default = LeafSpec(bits, rule, axis, group_size, full_signed, zero_point, scale_dtype)
+    default = LeafSpec(
+        bits, rule, axis, group_size, full_signed, zero_point, scale_dtype, bit_price
+    )
     specs: dict[str, LeafSpec] = {}
 
     def outline(source: Source) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A leaf is in memory, or on disk and read when it is needed; its shapes are known
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,6 +60,11 @@ class ExportTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of its values."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def named_leaves(tree: Any, separator: str) -> dict[str, NamedLeaf]:

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: the index of a folder, read with suspicion.
+"""Sharded checkpoints: the index of a folder, read with suspicion, and that of a new one.
 
 A folder holds `model.safetensors.index.json`, whose `weight_map` names the shard of every
 tensor. A name there is data from elsewhere: only bare file names are followed, and only
@@ -7,14 +7,24 @@ inside the folder.
 What is wrong with an index raises ValueError; `checkpoints` adds the folder's name.
 """
 
+import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxclip.headers import strict_json
 
-__all__ = ["INDEX_NAME", "check_total_size", "find_shards", "read_index"]
+__all__ = [
+    "INDEX_NAME",
+    "check_total_size",
+    "find_shards",
+    "make_index",
+    "read_index",
+    "shard_names",
+    "split_shards",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 100_000_000
@@ -137,3 +147,71 @@ def check_total_size(total: int | None, found: int) -> None:
         raise ValueError(
             f"{INDEX_NAME} says {total:,} bytes of tensors, the shards hold {found:,}."
         )
+
+
+# --- New folders ------------------------------------------------------------------------
+
+
+def split_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Returns which parts go into which shard: in their order, each as full as it gets.
+
+    Args:
+      sizes: Bytes of each part, by name.
+      max_bytes: Most bytes of a shard; a part that is larger has one to itself.
+
+    Returns:
+      The names in each shard, at least one shard.
+
+    Example:
+      >>> split_shards({"a": 3, "b": 2, "c": 9, "d": 1}, 5)
+      [['a', 'b'], ['c'], ['d']]
+    """
+    shards: list[list[str]] = [[]]
+    room = max_bytes
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """Returns the names of the files of a folder; a single one has its own.
+
+    Args:
+      count: How many there are, at most 99,999.
+
+    Raises:
+      ValueError: If there are more.
+
+    Example:
+      >>> shard_names(2)
+      ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
+    if count > 99_999:
+        raise ValueError(f"a folder holds at most 99,999 shards, these would be {count:,}.")
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def make_index(names: Mapping[str, Sequence[str]], total_size: int) -> bytes:
+    """Returns the index of a folder.
+
+    Args:
+      names: The tensors in each shard, by its file name.
+      total_size: Bytes of all tensors.
+
+    Returns:
+      JSON: equal arguments give equal bytes.
+
+    Example:
+      >>> index = make_index({"model-00001-of-00001.safetensors": ["w"]}, 4)
+      >>> json.loads(index)["weight_map"]
+      {'w': 'model-00001-of-00001.safetensors'}
+    """
+    weight_map = {name: shard for shard, inside in names.items() for name in inside}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    return json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxclip.coding import codings_tried
 from jaxclip.grids import Granularity, code_range
 from jaxclip.layout import (
     DEPTH_LIMIT,
@@ -119,7 +120,8 @@ def header_size(plan: FilePlan, coding: str | None) -> int:
       128
     """
     quantized = (n for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray))
-    return len(make_header(plan, codings=dict.fromkeys(quantized, coding)))
+    longest = max(codings_tried(coding), key=len, default=None)
+    return len(make_header(plan, codings=dict.fromkeys(quantized, longest)))
 
 
 def _to_json(value: Any) -> str:

@@ -5,21 +5,22 @@
     to_gguf                 blocks of 32 at 4 and 8 bits: llama.cpp and the gguf package
     export_checkpoint       any of them from a file, which need not fit into memory
 
-Names are the keys of the tree joined by a separator. Files appear whole or not at all, and
-are written tensor by tensor. `docs/interop.md` says what was verified, and by what.
+Names are the keys of the tree joined by a separator. Files and folders of shards appear whole or
+not at all, and are written tensor by tensor. `docs/interop.md` says what was verified, and by what.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclip import _checks
-from jaxclip.atomic import replacing
+from jaxclip import _checks, folders
+from jaxclip.atomic import new_folder, replacing
 from jaxclip.exports import ExportTensor, NamedLeaf, named_leaves, plain_tensor, stored_leaves
 from jaxclip.gguf_blocks import BYTES_PER_BLOCK
 from jaxclip.gguf_files import check_gguf, write_gguf
@@ -29,6 +30,9 @@ from jaxclip.writing import write_plain
 
 __all__ = ["export_checkpoint", "to_compressed_tensors", "to_gguf", "to_safetensors"]
 
+_SHARD_BYTES = 5 * 10**9
+"""Of a shard where none is asked for."""
+
 
 def to_safetensors(
     path: str | os.PathLike,
@@ -36,6 +40,7 @@ def to_safetensors(
     *,
     dtype: Any = None,
     separator: str = ".",
+    max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a tree as plain weights, low-bit leaves dequantized, for any safetensors reader.
@@ -45,12 +50,16 @@ def to_safetensors(
       tree: Pytree of arrays and `QuantizedArray`.
       dtype: Floating dtype of all floating tensors; None for each leaf's own.
       separator: What joins the keys of nested trees to a name.
-      overwrite: Whether an existing file may be replaced.
+      max_shard_bytes: None for one file. Else `path` is a new folder of shards with an index, or of
+        one `model.safetensors` if that holds all; a shard has at most so many bytes of tensors,
+        but for a leaf that is larger by itself. The tensors of a leaf stay together.
+      overwrite: Whether an existing file may be replaced; a folder is not.
 
     Raises:
       TypeError: If `dtype` is not floating, or a leaf is no array of a dtype that
         safetensors has.
-      ValueError: If two leaves get the same name, or a finite entry is infinite in `dtype`.
+      ValueError: If two leaves get the same name, a finite entry is infinite in `dtype`, or
+        `max_shard_bytes` is no integer of at least 1.
       OSError: As `checkpoints.save`.
 
     Example:
@@ -64,7 +73,8 @@ def to_safetensors(
       dtype('float16')
       >>> folder.cleanup()
     """
-    _write_values(path, named_leaves(tree, separator), _floating_dtype(dtype), overwrite)
+    place = _Place(path, max_shard_bytes, overwrite)
+    _write_values(place, named_leaves(tree, separator), _floating_dtype(dtype))
 
 
 def to_compressed_tensors(
@@ -73,6 +83,7 @@ def to_compressed_tensors(
     *,
     dtype: Any = None,
     separator: str = ".",
+    max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes low-bit weights in the pack-quantized layout, and returns its configuration.
@@ -90,7 +101,8 @@ def to_compressed_tensors(
       dtype: Floating dtype of scales and of the other floating leaves; None for their own.
         A reader that computes in half precision rounds float32 scales.
       separator: What joins the keys of nested trees to a name.
-      overwrite: Whether an existing file may be replaced.
+      max_shard_bytes: As in `to_safetensors`.
+      overwrite: Whether an existing file may be replaced; a folder is not.
 
     Returns:
       The value of `quantization_config` for the model's `config.json`. Matrices without
@@ -115,8 +127,8 @@ def to_compressed_tensors(
     References:
       The compressed-tensors package, https://github.com/vllm-project/compressed-tensors
     """
-    leaves = named_leaves(tree, separator)
-    return _write_packed(path, leaves, _floating_dtype(dtype), separator, overwrite)
+    place = _Place(path, max_shard_bytes, overwrite)
+    return _write_packed(place, named_leaves(tree, separator), _floating_dtype(dtype), separator)
 
 
 def to_gguf(
@@ -183,6 +195,7 @@ def export_checkpoint(
     architecture: str = "llama",
     metadata: Mapping[str, Any] | None = None,
     separator: str = ".",
+    max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Writes a file or folder of weights in the format of another library, leaf by leaf.
@@ -192,7 +205,8 @@ def export_checkpoint(
 
     Args:
       src: As in `checkpoints.load`.
-      dst: The file to write.
+      dst: The file to write, or the new folder: with `max_shard_bytes`, and of 5 GB a shard also
+        where a folder of shards becomes safetensors and `dst` does not end in .safetensors.
       to: "safetensors" for plain weights, "compressed-tensors", or "Q4_0", "Q4_1" or "Q8_0" for
         GGUF.
       dtype: As in `to_safetensors` and `to_compressed_tensors`.
@@ -200,7 +214,8 @@ def export_checkpoint(
       metadata: Further keys of GGUF.
       separator: What joins the keys of nested trees; names in files of other libraries stay as
         they are.
-      overwrite: Whether an existing file may be replaced.
+      max_shard_bytes: As in `to_safetensors`; not for GGUF.
+      overwrite: Whether an existing file may be replaced; a folder is not.
 
     Returns:
       For compressed-tensors the value of `quantization_config`; else None.
@@ -209,7 +224,8 @@ def export_checkpoint(
       CheckpointError: As `checkpoints.load`.
       FileExistsError: As `checkpoints.save`; also if `dst` is one of the files that are read.
       TypeError: As the function for the format.
-      ValueError: As the function for the format, or if `to` is none of these.
+      ValueError: As the function for the format, or if `to` is none of these, or GGUF should
+        have shards.
       ImportError: As `to_gguf`.
 
     Example:
@@ -221,15 +237,20 @@ def export_checkpoint(
     dtype = _floating_dtype(dtype)
     if to in BYTES_PER_BLOCK:
         check_gguf(to)
+        if max_shard_bytes is not None:
+            raise ValueError(f"max_shard_bytes is for safetensors, {to} is one file.")
     with open_source(Path(src)) as source:
         if any(os.path.exists(dst) and os.path.samefile(dst, file) for file in source.files):
             raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
         leaves = stored_leaves(source, separator)
+        if to in BYTES_PER_BLOCK:
+            return write_gguf(dst, leaves, architecture, to, metadata or {}, overwrite)
+        if len(source.files) > 1 and Path(dst).suffix != ".safetensors":
+            max_shard_bytes = max_shard_bytes or _SHARD_BYTES
+        place = _Place(dst, max_shard_bytes, overwrite)
         if to == "safetensors":
-            return _write_values(dst, leaves, dtype, overwrite)
-        if to == "compressed-tensors":
-            return _write_packed(dst, leaves, dtype, separator, overwrite)
-        return write_gguf(dst, leaves, architecture, to, metadata or {}, overwrite)
+            return _write_values(place, leaves, dtype)
+        return _write_packed(place, leaves, dtype, separator)
 
 
 def _floating_dtype(dtype: Any) -> np.dtype | None:
@@ -238,51 +259,68 @@ def _floating_dtype(dtype: Any) -> np.dtype | None:
     return None if dtype is None else jnp.dtype(dtype)
 
 
-def _write_values(
-    path: str | os.PathLike,
-    leaves: dict[str, NamedLeaf],
-    dtype: np.dtype | None,
-    overwrite: bool,
-) -> None:
-    _write_tensors(path, {n: plain_tensor(v, dtype) for n, v in leaves.items()}, overwrite)
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where tensors go: a file, or a new folder of shards if these have a size."""
+
+    path: str | os.PathLike
+    max_shard_bytes: int | None
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        if self.max_shard_bytes is not None:
+            _checks.check_count("max_shard_bytes", self.max_shard_bytes)
+
+    def write(self, leaves: dict[str, dict[str, ExportTensor]]) -> None:
+        """Writes the tensors of each leaf."""
+        tensors: dict[str, ExportTensor] = {}
+        for parts in leaves.values():
+            for name, tensor in parts.items():
+                if name in tensors:
+                    raise ValueError(f"two tensors would have the name '{name}'.")
+                tensors[name] = tensor
+        if self.max_shard_bytes is None:
+            with replacing(self.path, self.overwrite) as file:
+                _write_tensors(file, tensors)
+            return
+        sizes = {n: sum(t.num_bytes for t in parts.values()) for n, parts in leaves.items()}
+        shards = folders.split_shards(sizes, self.max_shard_bytes)
+        files = folders.shard_names(len(shards))
+        inside = {f: [t for n in s for t in leaves[n]] for f, s in zip(files, shards, strict=True)}
+        with new_folder(self.path) as folder:
+            for file_name, names in inside.items():
+                with replacing(folder / file_name) as file:
+                    _write_tensors(file, {name: tensors[name] for name in names})
+            if len(inside) > 1:
+                with replacing(folder / folders.INDEX_NAME) as file:
+                    file.write(folders.make_index(inside, sum(sizes.values())))
+
+
+def _write_tensors(file: BinaryIO, tensors: dict[str, ExportTensor]) -> None:
+    specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
+    write_plain(file, specs, lambda name: tensors[name].make())
+
+
+def _write_values(place: _Place, leaves: dict[str, NamedLeaf], dtype: np.dtype | None) -> None:
+    place.write({n: {n: plain_tensor(leaf, dtype)} for n, leaf in leaves.items()})
 
 
 def _write_packed(
-    path: str | os.PathLike,
-    leaves: dict[str, NamedLeaf],
-    dtype: np.dtype | None,
-    separator: str,
-    overwrite: bool,
+    place: _Place, leaves: dict[str, NamedLeaf], dtype: np.dtype | None, separator: str
 ) -> dict[str, Any]:
-    tensors: dict[str, ExportTensor] = {}
+    tensors: dict[str, dict[str, ExportTensor]] = {}
     schemes: dict[Scheme, list[str]] = {}
     ignored = []
     for name, leaf in leaves.items():
         module = name.removesuffix("weight").removesuffix(separator)
         if leaf.is_low_bit:
-            parts, scheme = pack_leaf(leaf, dtype)
+            tensors[name], scheme = pack_leaf(leaf, dtype)
             schemes.setdefault(scheme, []).append(module)
         else:
-            parts = {name: plain_tensor(leaf, dtype)}
+            tensors[name] = {name: plain_tensor(leaf, dtype)}
             is_matrix = name.endswith("weight") and len(leaf.outline.shape) == 2
             ignored += [module] if is_matrix else []
-        _add(tensors, parts)
     if not schemes:
         raise ValueError("tree has no QuantizedArray leaf: compress it first.")
-    _write_tensors(path, tensors, overwrite)
+    place.write(tensors)
     return quantization_config(schemes, ignored)
-
-
-def _write_tensors(
-    path: str | os.PathLike, tensors: dict[str, ExportTensor], overwrite: bool
-) -> None:
-    specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
-    with replacing(path, overwrite) as file:
-        write_plain(file, specs, lambda name: tensors[name].make())
-
-
-def _add(tensors: dict[str, ExportTensor], parts: dict[str, ExportTensor]) -> None:
-    for name, tensor in parts.items():
-        if name in tensors:
-            raise ValueError(f"two tensors would have the name '{name}'.")
-        tensors[name] = tensor

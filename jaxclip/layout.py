@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip import _checks
-from jaxclip.coding import decode_codes, encode_codes
+from jaxclip.coding import codings_tried, decode_codes, encode_codes
 from jaxclip.packing import num_packed_bytes, pack_codes, unpack_codes
 from jaxclip.quantization import QuantizedArray
 from jaxclip.scale_formats import decode_log8, encode_log8
@@ -324,17 +324,18 @@ def _log8_parts(name: str, scale: np.ndarray) -> dict[str, np.ndarray]:
     return {":scale": codes, ":unit": unit}
 
 
-def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> np.ndarray | None:
+def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> tuple[str, np.ndarray] | None:
     """Returns the codes of a low-bit array entropy coded, if that is smaller than packed.
 
     Args:
       tensor: A tensor of the plan.
       leaf: The leaf that it belongs to.
-      coding: As in `coding.encode_codes`; None codes nothing.
+      coding: As in `checkpoints.save`; None codes nothing.
 
     Returns:
-      Bytes; None if the tensor does not hold codes, is not smaller when they are coded, or so
-      much smaller that no reader would believe it.
+      The coding that gives the fewest bytes of those tried, and these. None if the tensor does
+      not hold codes, is not smaller when they are coded, or so much smaller that no reader would
+      believe it.
 
     Raises:
       ValueError: If a code is outside the grid.
@@ -342,17 +343,20 @@ def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> np.ndarray | 
     Example:
       >>> from jaxclip.quantization import quantize
       >>> plan = plan_file({"w": quantize(jnp.zeros(10_000))})
-      >>> coded_tensor(plan.tensors[1], plan.leaves["w"], "huffman").size < 200
-      True
+      >>> coding, data = coded_tensor(plan.tensors[1], plan.leaves["w"], "huffman")
+      >>> coding, data.size < 200
+      ('huffman', True)
     """
     if coding is None or tensor.name != f"{tensor.leaf}:codes":
         return None
     codes = np.asarray(leaf.qvalue).reshape(-1).astype(np.int8, copy=False)
     leaf.check_codes(codes, tensor.leaf)
-    coded = encode_codes(codes, coding)
-    if coded is None or len(coded) >= tensor.stop - tensor.start:
-        return None
-    return np.frombuffer(coded, np.uint8)
+    least, smallest = tensor.stop - tensor.start, None
+    for tried in codings_tried(coding):
+        coded = encode_codes(codes, tried)
+        if coded is not None and len(coded) < least:
+            least, smallest = len(coded), (tried, np.frombuffer(coded, np.uint8))
+    return smallest
 
 
 # --- Reading --------------------------------------------------------------------------

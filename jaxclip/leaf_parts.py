@@ -39,8 +39,8 @@ def compress_leaf(
 ) -> tuple[QuantizedArray, Loss | None]:
     """Returns a leaf as low-bit, and what it lost.
 
-    Rows are compressed some at a time where no scale is shared between them and the rule looks
-    at no more than a block.
+    Rows are compressed some at a time where no scale is shared between them, the rule looks at no
+    more than a block, and bits have no price.
 
     Args:
       leaf: NumPy array, real floating.
@@ -69,8 +69,9 @@ def compress_leaf(
         return compress_whole()
     like = outline_leaf(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec, name, bits)
     has_own_scales = like.scale.shape[:1] == like.shape[:1]
-    # log8 has a unit for the whole array.
+    # log8 has a unit for the whole array, prices count all codes.
     is_joint = not getattr(spec.rule, "is_blockwise", True) or like.scale_dtype == "log8"
+    is_joint |= spec.has_price
     if is_joint or not has_own_scales:
         return compress_whole()
     return _by_rows(leaf, like, compress_part, num_rows)

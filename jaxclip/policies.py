@@ -11,6 +11,7 @@ import numpy as np
 from jaxclip import _checks
 from jaxclip.grids import Bits, Granularity, code_range
 from jaxclip.quantization import QuantizedArray, quantize
+from jaxclip.rate_rounding import cheaper_codes
 from jaxclip.scale_formats import scale_format
 from jaxclip.thresholds import ThresholdRule
 
@@ -32,6 +33,7 @@ class LeafSpec:
       full_signed: Whether the level -2**(bits-1) is used.
       zero_point: Whether the grid may lie unevenly around 0.
       scale_dtype: Format of the scales.
+      bit_price: What a bit is worth, as in `cheaper_codes`; at 0 every code is the nearest.
       origin: The rule of a policy that it comes from, for messages.
     """
 
@@ -42,6 +44,7 @@ class LeafSpec:
     full_signed: bool
     zero_point: bool
     scale_dtype: Any
+    bit_price: Any = 0.0
     origin: str = ""
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class LeafSpec:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         granularity = Granularity(self.axis, self.group_size)
         scale_format(self.scale_dtype)
+        _checks.check_nonnegative("bit_price", self.bit_price)
         if not callable(self.rule):
             _checks.check_threshold_array("rule", self.rule)
         if self.bits is None:
@@ -65,8 +69,16 @@ class LeafSpec:
         code_range(self.bits)
         if self.bits == 1 and self.zero_point:
             raise ValueError("zero_point needs a grid with a code for 0, which bits=1 has not.")
+        if self.has_price and (self.bits == 1 or self.zero_point):
+            what = "bits=1" if self.bits == 1 else "zero_point"
+            raise ValueError(f"bit_price needs a code that stands for 0, which {what} has not.")
         if isinstance(self.rule, ThresholdRule):
             self.rule.bind(self.bits, self.full_signed, granularity)
+
+    @property
+    def has_price(self) -> bool:
+        """Whether codes may be others than the nearest."""
+        return not _checks.is_concrete(self.bit_price) or bool(self.bit_price > 0)
 
     def quantize(self, leaf: Any, name: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns a leaf as low-bit.
@@ -88,7 +100,7 @@ class LeafSpec:
         except ValueError as error:
             where = f"{self.origin}, {name}" if self.origin else name
             raise ValueError(f"{where}: {error}") from error
-        return quantize(
+        small = quantize(
             leaf,
             self.bits if bits is None else bits,  # pyright: ignore[reportArgumentType]
             threshold=self.rule,
@@ -99,6 +111,7 @@ class LeafSpec:
             scale_dtype=self.scale_dtype,
             name=name,
         )
+        return cheaper_codes(small, leaf, price=self.bit_price) if self.has_price else small
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(LeafSpec) if field.name != "origin")

@@ -152,7 +152,7 @@ def size_report(small: Any, coding: str | None = None, *, original: Any = None) 
     check_coding(coding)
     plan = plan_file(small)
     coded = {t.name: coded_tensor(t, plan.leaves[t.leaf], coding) for t in plan.tensors}
-    sizes = {name: data.size for name, data in coded.items() if data is not None}
+    sizes = {name: found[1].size for name, found in coded.items() if found is not None}
     report = report_plan(plan.resized(sizes), header_size(plan, coding))
     return report if original is None else _compared(report, plan, original)
 

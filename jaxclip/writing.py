@@ -50,16 +50,18 @@ def write_tree(
     file.write(bytes(reserved))
     checksums: dict[str, int] = {}
     coded_sizes: dict[str, int] = {}
+    codings: dict[str, str | None] = {}
     byte_position = min((t.start for t in plan.tensors if _is_bytes(t)), default=0)
     for name, tensors in _by_leaf(plan).items():
         leaf = produce(name)
         for tensor in tensors:
             coded = coded_tensor(tensor, leaf, coding)
             if coded is not None:
-                coded_sizes[tensor.name] = coded.size
+                codings[name], data = coded
+                coded_sizes[tensor.name] = data.size
             checksum = size = 0
             file.seek(reserved + (byte_position if _is_bytes(tensor) else tensor.start))
-            for chunk in [coded] if coded is not None else plan.chunks(tensor, leaf):
+            for chunk in [coded[1]] if coded is not None else plan.chunks(tensor, leaf):
                 checksum = zlib.crc32(chunk.data, checksum)
                 file.write(chunk.data)
                 size += chunk.size
@@ -69,7 +71,6 @@ def write_tree(
             checksums[tensor.name] = checksum
         del leaf
     final = plan.resized(coded_sizes)
-    codings = {name.partition(":")[0]: coding for name in coded_sizes}
     file.seek(0)
     file.write(make_header(final, checksums, codings, reserved))
     return final

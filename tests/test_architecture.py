@@ -59,6 +59,7 @@ ROOMS = [
     "policies",
     "targets",
     "compression",
+    "low_bit_training",
     "archives",
     "folders",
     "sources",

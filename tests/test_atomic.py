@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from jaxclip.atomic import replacing
+from jaxclip.atomic import new_folder, replacing
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
 each_way = pytest.mark.parametrize("overwrite", [True, False])
@@ -61,6 +61,62 @@ def test_the_block_is_not_entered_when_the_name_is_taken(tmp_path: pathlib.Path)
     with pytest.raises(FileExistsError, match="overwrite=True"), replacing(path):
         pytest.fail("entered")
     assert os.listdir(tmp_path) == ["file"]
+
+
+# --- Folders ----------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path: pathlib.Path):
+    with new_folder(tmp_path / "net") as folder:
+        (folder / "a").write_bytes(b"1")
+        assert not (tmp_path / "net").exists()
+    assert os.listdir(tmp_path) == ["net"]
+    assert (tmp_path / "net" / "a").read_bytes() == b"1"
+    assert stat.S_IMODE((tmp_path / "net").stat().st_mode) == 0o777 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link to nothing"])
+def test_what_has_the_name_of_a_new_folder_stays(tmp_path: pathlib.Path, kind: str):
+    path = tmp_path / "net"
+    made = {
+        "folder": path.mkdir,
+        "file": path.touch,
+        "link to nothing": lambda: path.symlink_to("no"),
+    }
+    made[kind]()
+    inode = path.lstat().st_ino
+    with pytest.raises(FileExistsError, match="name a new one"), new_folder(path):
+        pytest.fail("entered")
+    path.rename(tmp_path / "other")
+    # It comes back before the block ends.
+    with pytest.raises(FileExistsError, match="name a new one"), new_folder(path):
+        (tmp_path / "other").rename(path)
+    assert path.lstat().st_ino == inode
+    assert os.listdir(tmp_path) == ["net"]
+
+
+def test_a_folder_that_a_killed_writer_left_is_removed_by_the_next(tmp_path: pathlib.Path):
+    script = """
+import os, sys
+from jaxclip.atomic import new_folder
+with new_folder(sys.argv[1]) as folder:
+    (folder / "half").touch()
+    os._exit(9)
+"""
+    path = tmp_path / "net"
+    command = [sys.executable, "-c", script, str(path)]
+    assert subprocess.run(command, env=ENVIRONMENT, check=False).returncode == 9
+    assert len(os.listdir(tmp_path)) == 1
+    assert not path.exists()
+    with new_folder(path):
+        pass
+    assert os.listdir(tmp_path) == ["net"]
 
 
 # --- Killed writers and lost power ------------------------------------------------------------

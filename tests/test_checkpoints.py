@@ -27,6 +27,7 @@ import safetensors.numpy
 from jaxclip import archives, atomic, checkpoints
 from jaxclip.checkpoints import CheckpointError
 from jaxclip.compression import compress, decompress
+from jaxclip.grids import Granularity
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
 from jaxclip.sizes import size_report
 
@@ -330,6 +331,62 @@ def test_every_flipped_bit_of_a_coded_file_is_refused(path):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"net\.safetensors"):
             checkpoints.load(path)
+
+
+def codes_that_favour_each_coding() -> dict[str, QuantizedArray]:
+    rng = np.random.default_rng(0)
+    count = 60_000
+    spread = np.where(np.arange(count) < count // 2, 0.3, 8.0)  # which differs from place to place
+    codes = {
+        "even": rng.standard_normal(count) * 3,
+        "uneven": rng.standard_normal(count) * spread,
+        "uniform": rng.integers(-128, 128, count),
+    }
+    return {
+        name: QuantizedArray(
+            np.clip(np.round(values), -128, 127).astype(np.int8),
+            np.ones(1, np.float32),
+            8,
+            True,
+            Granularity(None),
+            np.dtype(np.float32),
+        )
+        for name, values in codes.items()
+    }
+
+
+def codings_in(path: pathlib.Path) -> dict[str, str | None]:
+    inner = json.loads(safetensors.safe_open(path, "np").metadata()["jaxclip"])
+    return {name: info["coding"] for name, info in inner["leaves"].items()}
+
+
+def sizes_of_codes(path: pathlib.Path) -> dict[str, int]:
+    with safetensors.safe_open(path, "np") as file:
+        return {n: file.get_tensor(n).size for n in file.keys() if n.endswith(":codes")}  # noqa: SIM118
+
+
+def test_smallest_takes_the_smaller_of_both_codings_and_packed_for_each_leaf(tmp_path):
+    tree, paths = codes_that_favour_each_coding(), {}
+    for coding in (None, "huffman", "ans", "smallest"):
+        paths[coding] = tmp_path / f"{coding}.safetensors"
+        checkpoints.save(paths[coding], tree, coding=coding)
+        loaded = checkpoints.load(paths[coding])
+        assert jax.tree.all(jax.tree.map(np.array_equal, loaded, tree))
+    smallest = paths.pop("smallest")
+    assert codings_in(smallest) == {"even": "ans", "uneven": "huffman", "uniform": None}
+    sizes = [sizes_of_codes(path) for path in paths.values()]
+    assert sizes_of_codes(smallest) == {n: min(each[n] for each in sizes) for n in sizes[0]}
+    assert size_report(tree, "smallest").total_bytes == smallest.stat().st_size
+
+
+def test_smallest_is_huffman_or_packed_where_the_package_of_ans_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    tree = codes_that_favour_each_coding()
+    for coding in ("huffman", "smallest"):
+        checkpoints.save(tmp_path / f"{coding}.safetensors", tree, coding=coding)
+    huffman, smallest = ((tmp_path / f"{n}.safetensors") for n in ("huffman", "smallest"))
+    assert smallest.read_bytes() == huffman.read_bytes()
+    assert codings_in(smallest) == {"even": "huffman", "uneven": "huffman", "uniform": None}
 
 
 def test_an_unknown_coding_is_refused_before_the_work(path):

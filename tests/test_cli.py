@@ -124,6 +124,7 @@ def test_compress_and_decompress_do_what_python_does():
             "(?=a),b",
             {"bits": 2, "axis": None, "scale_dtype": "log8"},
         ),
+        ("w=8,price=.12", "w", {"bits": 8, "bit_price": 0.12}),
         (r"a\x3db=4", r"a\x3db", {"bits": 4}),
         (r"a.b=c\.d=4", r"a.b=c\.d", {"bits": 4}),
     ],
@@ -151,6 +152,19 @@ def test_a_policy_of_the_command_line_does_what_python_does():
     )
 
 
+def test_shards_are_written_by_their_size():
+    words = ["export", "low.safetensors", "shards", "--to", "compressed-tensors"]
+    config = run_json(*words, "--max-shard-bytes", "1")
+    assert config["quant_method"] == "compressed-tensors"
+    assert os.path.exists("shards/model.safetensors.index.json")
+    run_json("export", "low.safetensors", "one.safetensors", "--to", "compressed-tensors")
+    shards, one = checkpoints.load("shards"), checkpoints.load("one.safetensors")
+    assert shards.keys() == one.keys()
+    assert all(np.array_equal(shards[name], one[name]) for name in one)
+    words = ["export", "shards", "again", "--to", "safetensors"]
+    assert run_json(*words)["num_bytes"] == os.path.getsize("again/model.safetensors")
+
+
 def test_targets_choose_widths_and_the_table_shows_what_was_lost():
     words = ["compress", "net.safetensors", "out.safetensors", "--rule", "max_abs", "--force"]
     report = run_json(*words, "--target-bytes", "4000")
@@ -169,6 +183,26 @@ def test_a_rate_is_met_by_entropy_coding():
     leaves = {leaf["path"]: leaf for leaf in run_json(*words)["leaves"]}
     embed = leaves["embed.weight"]
     assert 8 * (embed["stored_bytes"] - 4 * 40) / (40 * 64) == pytest.approx(3, rel=0.06)
+
+
+def test_a_price_of_bits_makes_a_smaller_file_of_a_larger_error():
+    words = ["compress", "net.safetensors", "out.safetensors", "--rate", "2", "--dry-run"]
+    nearest, cheaper = run_json(*words), run_json(*words, "--bit-price", ".12")
+    assert cheaper["total_bytes"] < 0.98 * nearest["total_bytes"]
+    assert nearest["relative_error"] < cheaper["relative_error"] < 1.25 * nearest["relative_error"]
+    policy = ["--policy", "embed=price=0", "--policy", "layer=price=0"]
+    assert run_json(*words, "--bit-price", ".12", *policy) == nearest
+
+
+def test_smallest_is_the_smaller_coding_of_each_tensor():
+    stored = {}
+    for coding in ("huffman", "ans", "smallest"):
+        words = ["compress", "net.safetensors", f"{coding}.safetensors", "--rate", "2"]
+        report = run_json(*words, "--coding", coding)
+        assert os.path.getsize(f"{coding}.safetensors") == report["total_bytes"]
+        stored[coding] = {leaf["path"]: leaf["stored_bytes"] for leaf in report["leaves"]}
+    smallest = stored.pop("smallest")
+    assert smallest == {name: min(s[name] for s in stored.values()) for name in smallest}
 
 
 def test_verify_reads_everything():

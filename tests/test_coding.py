@@ -72,6 +72,19 @@ def test_the_coded_size_is_near_the_entropy(draw, step):
     assert len(encode_codes(codes, "huffman")) <= 1.035 * bound + 300
 
 
+def test_huffman_follows_a_spread_that_changes_on_the_way_and_ans_does_not():
+    rng = np.random.default_rng(3)
+    spread = np.where(np.arange(100_000) < 50_000, 0.5, 8.0)
+    codes = rounded(spread * rng.standard_normal(100_000), 1.0)
+    mixed = rng.permutation(codes)
+    ordered, shuffled = (
+        {kind: len(encode_codes(c, kind)) for kind in ("huffman", "ans")} for c in (codes, mixed)
+    )
+    assert ordered["huffman"] < 0.95 * ordered["ans"]
+    assert shuffled["huffman"] > ordered["ans"]
+    assert shuffled["ans"] == pytest.approx(ordered["ans"], rel=1e-3)
+
+
 def test_a_constant_takes_no_room():
     codes = np.full(100_000, 7, np.int8)
     assert len(encode_codes(codes, "ans")) <= 32
@@ -173,6 +186,8 @@ def test_an_unknown_coding_is_refused_by_name():
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     coded = encode_codes(np.zeros(10, np.int8), "ans")
     monkeypatch.setitem(sys.modules, "constriction", None)
+    check_coding("smallest")
+    assert coding.codings_tried("smallest") == ("huffman",)
     with pytest.raises(ImportError, match=r"jaxclip\[coding\]"):
         check_coding("ans")
     with pytest.raises(ImportError, match=r"jaxclip\[coding\]"):

@@ -175,6 +175,20 @@ def test_a_spec_without_a_width_leaves_it_to_the_target():
     assert jaxclip.size_report(small).bits_per_weight <= 5.5
 
 
+def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
+    params = uneven_params()
+    plain = squeeze(params, 4)
+    price = jnp.asarray(0.5)
+    priced = squeeze(params, 4, bit_price=0.5, policy=[("small", {"bit_price": 0.0})])
+    traced = jax.jit(lambda p, price: squeeze(p, 4, bit_price=price))(params, price)
+    chosen = jaxclip.cheaper_codes(plain["large"], params["large"], price=0.5)
+    for found in (priced, traced):
+        assert np.array_equal(found["large"].qvalue, chosen.qvalue)
+    assert not np.array_equal(chosen.qvalue, plain["large"].qvalue)
+    assert np.array_equal(priced["small"].qvalue, plain["small"].qvalue)
+    assert not np.array_equal(traced["small"].qvalue, plain["small"].qvalue)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -189,6 +203,10 @@ def test_a_spec_without_a_width_leaves_it_to_the_target():
         ({"zero_point": 1}, "zero_point must be True or False"),
         ({"bits": 1, "zero_point": True}, "zero_point needs a grid"),
         ({"bits": 4, "rule": jaxclip.rate_optimal(2.0)}, "rate_optimal needs bits=8"),
+        ({"bit_price": -0.1}, "bit_price must be finite and not negative"),
+        ({"bit_price": "low"}, "bit_price must be a non-negative number"),
+        ({"bits": 1, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
+        ({"zero_point": True, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
     ],
     ids=str,
 )

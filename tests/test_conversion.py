@@ -83,13 +83,36 @@ def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "options", [{"rule": jaxclip.rate_optimal(3.0)}, {"scale_dtype": "log8", "group_size": 4}]
+    "options",
+    [
+        {"rule": jaxclip.rate_optimal(3.0)},
+        {"scale_dtype": "log8", "group_size": 4},
+        {"bit_price": 0.3, "rule": jaxclip.max_abs},
+    ],
 )
 def test_what_looks_at_the_whole_leaf_gets_it(options, source, target, monkeypatch):
     whole = jaxclip.compress(checkpoints.load(source), 8, axis=0, **options)["embed.weight"]
     monkeypatch.setattr(leaf_parts, "_PART_BYTES", 7 * 16 * 4)
     compress_checkpoint(source, target, 8, **options)
     np.testing.assert_array_equal(checkpoints.load(target)["embed.weight"].qvalue, whole.qvalue)
+
+
+def test_with_a_price_the_file_is_smaller_and_more_exact_than_one_of_coarser_steps(tmp_path):
+    source, target = tmp_path / "net.safetensors", tmp_path / "small.safetensors"
+    w = drawn(256, 128)
+    safetensors.numpy.save_file({"w": w}, source)
+    options: dict = {"axis": None, "coding": "huffman", "overwrite": True}
+    rule = jaxclip.rate_optimal
+    coarser = compress_checkpoint(source, target, 8, rule=rule(1.9), **options)
+    nearest = compress_checkpoint(source, target, 8, rule=rule(2.0), **options)
+    found = compress_checkpoint(source, target, 8, rule=rule(2.0), bit_price=0.12, **options)
+    assert found.total_bytes == target.stat().st_size < 0.99 * coarser.total_bytes
+    assert found.relative_error < 0.95 * coarser.relative_error
+    assert found.total_bytes < 0.95 * nearest.total_bytes
+    assert nearest.relative_error < found.relative_error < 1.2 * nearest.relative_error
+    small = jaxclip.quantize(w, 8, threshold=rule(2.0))
+    chosen = jaxclip.cheaper_codes(small, w, price=0.12)
+    np.testing.assert_array_equal(checkpoints.load(target)["w"].qvalue, chosen.qvalue)
 
 
 def test_a_dry_run_knows_the_size_and_writes_nothing(source, target):

@@ -583,8 +583,9 @@ def test_a_folder_of_shards_is_exported_as_one_file(tmp_path):
         safetensors.numpy.save_file(part, tmp_path / name)
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    interop.export_checkpoint(tmp_path, tmp_path / "out", "safetensors", dtype=jnp.float16)
-    found = safetensors.numpy.load((tmp_path / "out").read_bytes())
+    out = tmp_path / "out.safetensors"
+    interop.export_checkpoint(tmp_path, out, "safetensors", dtype=jnp.float16)
+    found = safetensors.numpy.load_file(out)
     assert sorted(found) == sorted(arrays)
     assert all(np.array_equal(found[n], w.astype(np.float16)) for n, w in arrays.items())
 
@@ -622,6 +623,129 @@ def test_a_damaged_file_a_wrong_format_and_itself_are_refused(tmp_path):
     with pytest.raises(checkpoints.CheckpointError, match="is damaged"):
         interop.export_checkpoint(path, tmp_path / "out", "safetensors")
     assert os.listdir(tmp_path) == ["tree.safetensors"]
+
+
+# --- Folders of shards -------------------------------------------------------------------------
+
+
+def low_bit_tree() -> dict[str, Any]:
+    layers = {f"layers.{i}.weight": drawn(4, (8, 64), group_size=32) for i in range(4)}
+    return {**layers, "embed.weight": random_weights(40, 64), "norm.weight": random_weights(64)}
+
+
+@pytest.mark.parametrize("to", ["safetensors", "compressed-tensors"])
+def test_a_folder_of_shards_holds_what_one_file_does(tmp_path, to):
+    checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
+    one, folder = tmp_path / "one.safetensors", tmp_path / "folder"
+    config = interop.export_checkpoint(tmp_path / "tree.safetensors", one, to)
+    options: dict[str, Any] = {"max_shard_bytes": 4000}
+    for path in (folder, tmp_path / "again"):
+        found = interop.export_checkpoint(tmp_path / "tree.safetensors", path, to, **options)
+        assert found == config
+    wanted, found = checkpoints.load(one), checkpoints.load(folder)
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array), name
+    assert files_of(folder) == files_of(tmp_path / "again")
+    if to == "compressed-tensors":
+        interop.to_compressed_tensors(tmp_path / "tree", low_bit_tree(), **options)
+    else:
+        interop.to_safetensors(tmp_path / "tree", low_bit_tree(), **options)
+    assert files_of(folder) == files_of(tmp_path / "tree")
+
+
+def files_of(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_index_names_the_shard_of_every_tensor_and_their_bytes(tmp_path):
+    # Codes 8 * 64 / 2 bytes, scales 8 * 2 * 4, the shape 2 * 8: 336 a leaf; 10,240 and 256 else.
+    interop.to_compressed_tensors(tmp_path / "net", low_bit_tree(), max_shard_bytes=3 * 336)
+    index = json.loads((tmp_path / "net" / "model.safetensors.index.json").read_text())
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert sorted(os.listdir(tmp_path / "net")) == [*names, "model.safetensors.index.json"]
+    shards = [safetensors.numpy.load_file(tmp_path / "net" / name) for name in names]
+    # A tree's keys are in order: the embedding is larger than a shard and alone, then three leaves.
+    assert list(shards[0]) == ["embed.weight"]
+    assert {name.rpartition(".")[0] for name in shards[1]} == {f"layers.{i}" for i in range(3)}
+    assert {name.rpartition(".")[0] for name in shards[2]} == {"layers.3", "norm"}
+    assert index["weight_map"] == {
+        t: n for n, shard in zip(names, shards, strict=True) for t in shard
+    }
+    assert index["metadata"] == {"total_size": 4 * 336 + 10_240 + 256}
+    for name in names:
+        with safetensors.safe_open(tmp_path / "net" / name, "np") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_what_fits_into_one_shard_has_no_index(tmp_path):
+    interop.to_safetensors(tmp_path / "net", low_bit_tree(), max_shard_bytes=10**6)
+    interop.to_safetensors(tmp_path / "one", low_bit_tree())
+    assert files_of(tmp_path / "net") == {"model.safetensors": (tmp_path / "one").read_bytes()}
+
+
+def test_a_folder_of_shards_becomes_one_unless_a_file_is_named(tmp_path):
+    arrays = {f"layer.{i}.weight": random_weights(2, 32) for i in range(3)}
+    interop.to_safetensors(tmp_path / "in", arrays, max_shard_bytes=256)
+    assert len(files_of(tmp_path / "in")) == 4
+    for options in ({}, {"max_shard_bytes": 512}):
+        out = tmp_path / f"out{len(options)}"
+        interop.export_checkpoint(tmp_path / "in", out, "safetensors", **options)
+        assert len(files_of(out)) == (3 if options else 1)
+        assert_equal_arrays(checkpoints.load(out), arrays)
+    interop.export_checkpoint(tmp_path / "in", tmp_path / "out.safetensors", "safetensors")
+    assert_equal_arrays(safetensors.numpy.load_file(tmp_path / "out.safetensors"), arrays)
+
+
+def assert_equal_arrays(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], array) for name, array in wanted.items())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_is_never_replaced(tmp_path, overwrite):
+    (tmp_path / "net").mkdir()
+    options: dict[str, Any] = {"max_shard_bytes": 100, "overwrite": overwrite}
+    with pytest.raises(FileExistsError, match="folders are not replaced"):
+        interop.to_safetensors(tmp_path / "net", low_bit_tree(), **options)
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        interop.to_safetensors(tmp_path / "no" / "net", low_bit_tree(), **options)
+    assert files_of(tmp_path / "net") == {}
+    assert os.listdir(tmp_path) == ["net"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
+def test_an_export_that_ends_in_its_last_shard_leaves_nothing(tmp_path, monkeypatch, error):
+    checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
+    written = []
+    write_plain = interop.write_plain
+
+    def interrupted(*arguments):
+        written.append(write_plain(*arguments))
+        if len(written) == 3:
+            raise error
+
+    monkeypatch.setattr(interop, "write_plain", interrupted)
+    paths = tmp_path / "tree.safetensors", tmp_path / "net"
+    with pytest.raises(error):
+        interop.export_checkpoint(*paths, "compressed-tensors", max_shard_bytes=1008)
+    assert os.listdir(tmp_path) == ["tree.safetensors"]
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
+def test_a_size_of_shards_that_is_none_is_refused(tmp_path, size):
+    with pytest.raises(ValueError, match="max_shard_bytes must be an integer of at least 1"):
+        interop.to_safetensors(tmp_path / "net", low_bit_tree(), max_shard_bytes=size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gguf_is_one_file(tmp_path):
+    pytest.importorskip("gguf")
+    checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
+    paths = tmp_path / "tree.safetensors", tmp_path / "net"
+    with pytest.raises(ValueError, match="max_shard_bytes is for safetensors, Q4_0 is one file"):
+        interop.export_checkpoint(*paths, "Q4_0", max_shard_bytes=100)
 
 
 @pytest.mark.slow

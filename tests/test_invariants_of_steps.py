@@ -55,6 +55,7 @@ EXCEPTIONS = {
         "keep_weights_within": "a constraint, which does not judge: NaN weights stay NaN",
         "project_weights": "as keep_weights_within",
         "constrain": "as the optimizer inside",
+        "keep_on_grid": "as the optimizer inside",
     },
 }
 # What a state says of the last step, and its counts of steps; the rest is learned.

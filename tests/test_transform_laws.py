@@ -66,6 +66,10 @@ def constrain(threshold):
     return jaxclip.constrain(jaxclip.lion(0.1), box, zero_momentum_at_bound=True)
 
 
+def keep_on_grid():
+    return jaxclip.keep_on_grid(jaxclip.lion(0.1), 1)
+
+
 def majority_vote():
     return jaxclip.majority_vote(None, ties="previous")  # of one worker
 
@@ -102,6 +106,7 @@ TRANSFORMS = [
     Row(jaxclip.clip_leaf_spikes, "decay", 0.9, takes_schedule=False),
     Row(cautious, "learning_rate", 0.01),
     Row(majority_vote),
+    Row(keep_on_grid),
     Row(skip_nonfinite),
     Row(skip_or_clip, "max_norm"),
     Row(error_feedback, "max_residual", takes_schedule=False),

@@ -1,0 +1,227 @@
+"""Training with low bits: weights kept on a grid, and what a low-bit tree may still learn.
+
+tx = keep_on_grid(optax.adam(1e-3), "ternary", start_step=500)     train on the grid
+parts, rebuild = trainable_parts(compress(params, "ternary"))      then train its scales
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from jaxclip import _checks
+from jaxclip._checks import increment, is_clippable, keep_weak_type
+from jaxclip.compression import compress
+from jaxclip.grids import Bits
+from jaxclip.landing import rounded_sum, update_between
+from jaxclip.policies import Policy
+from jaxclip.quantization import QuantizedArray, dequantize
+from jaxclip.scale_formats import round_scale
+from jaxclip.threshold_rules import least_squares
+
+__all__ = ["KeepOnGridState", "keep_on_grid", "trainable_parts"]
+
+
+class KeepOnGridState(NamedTuple):
+    """State of `keep_on_grid`.
+
+    Attributes:
+      step: Scalar int32, steps so far.
+      residual: What rounding took from the weights; 0 before `start_step`.
+      inner_state: State of the wrapped optimizer, which sees the weights before rounding.
+    """
+
+    step: jax.Array
+    residual: Any
+    inner_state: Any
+
+
+def keep_on_grid(
+    inner: optax.GradientTransformation,
+    bits: Bits,
+    *,
+    start_step: int = 0,
+    rule: Any = least_squares,
+    axis: int | tuple[int, ...] | None = -1,
+    group_size: int | None = None,
+    full_signed: bool = True,
+    policy: Policy = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that from a step on the weights lie on a low-bit grid.
+
+    `v = w + r`, `v <- v + inner(g, v)`, `w <- Q(v)` and `r <- v - w`, where
+    `Q(v) = decompress(compress(v, bits, ...))`; in the first `start_step` steps `w <- v`. Gradients
+    are taken at the rounded `w` and go to `v`: the straight-through derivative, without a
+    change to the loss, and with what rounding took kept in the state.
+
+    Goes around everything that is to see or bound the unrounded weights: a box goes inside,
+    `keep_on_grid(constrain(inner, box(fan_in(1.0))), ...)`.
+
+    Args:
+      inner: Any optimizer.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      start_step: Steps before the first rounding, at least 0. May be traced.
+      rule: As in `compress`. Codes and scales are chosen anew at every step, so it should be
+        cheap.
+      axis: As in `compress`.
+      group_size: As in `compress`.
+      full_signed: As in `compress`.
+      policy: As in `compress`, for widths and rules leaf by leaf.
+
+    Returns:
+      A transform that needs `params`; shapes, dtypes and weak types of the updates are kept. Its
+      state is as large as the weights. Parameters are on the grid to the rounding of
+      `optax.apply_updates`. The low-bit tree itself is `compress(w + r, bits, ...)` with the same
+      arguments; for one bit and ternary `compress(params, bits, rule=max_abs)` has its codes.
+
+    Raises:
+      TypeError: If `inner` is no transformation, or an argument of `compress` is of a wrong
+        type.
+      ValueError: If `bits` or `start_step` is not allowed, or `update` gets no params; at
+        `init`, as `compress`.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[0.9, -0.2], [0.1, 0.6]])}
+      >>> tx = keep_on_grid(optax.sgd(0.1), "ternary")
+      >>> grads = {"kernel": jnp.ones((2, 2))}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates)["kernel"].round(3))
+      [[ 0.8 -0.4]
+       [ 0.   0.4]]
+
+    References:
+      Courbariaux et al., BinaryConnect, 2015, https://arxiv.org/abs/1511.00363
+      Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013,
+      https://arxiv.org/abs/1308.3432
+    """
+    inner = _checks.check_transformation("inner", inner)
+    if _checks.is_concrete(start_step) and not (
+        isinstance(start_step, (int, np.integer)) and start_step >= 0
+    ):
+        raise ValueError(f"start_step must be an integer of at least 0, got {start_step!r}.")
+
+    def low_bit(params):
+        return compress(
+            params,
+            bits,
+            rule=rule,
+            axis=axis,
+            group_size=group_size,
+            full_signed=full_signed,
+            policy=policy,
+        )
+
+    def init_fn(params):
+        jax.eval_shape(low_bit, params)  # says now what is wrong with the arguments
+        residual = jax.tree.map(
+            lambda w: jnp.zeros_like(w) if is_clippable(w) else jnp.zeros(()), params
+        )
+        return KeepOnGridState(jnp.zeros((), jnp.int32), residual, inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        _checks.check_params_given("keep_on_grid", params)
+        _checks.check_same_structure("updates", updates, "params", params)
+        before = _moved(params, state.residual)  # a sum that is exact before `start_step`
+        updates, inner_state = inner.update(updates, state.inner_state, before, **extra_args)
+        after, is_on = _moved(before, updates), state.step >= start_step
+
+        small = low_bit(after)
+
+        # Leaves that stay as they are move as `inner` says, and have no residual.
+        def move(u: Any, w: Any, v: Any, q: Any) -> Any:
+            if not _is_low_bit(q):
+                return u
+            u, w = jnp.asarray(u), jnp.asarray(w)
+            target = jnp.where(is_on, dequantize(q), v)
+            return keep_weak_type(update_between(u, w, target, target, target), u)
+
+        def remain(u: Any, w: Any, v: Any, q: Any, r: Any) -> Any:
+            if not _is_low_bit(q):
+                return r
+            rest = jnp.where(is_on, v - rounded_sum(jnp.asarray(w), u), jnp.zeros_like(v))
+            return keep_weak_type(rest, r)
+
+        updates = jax.tree.map(move, updates, params, after, small)
+        residual = jax.tree.map(remain, updates, params, after, small, state.residual)
+        return updates, KeepOnGridState(increment(state.step), residual, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _moved(params: Any, updates: Any) -> Any:
+    return jax.tree.map(
+        lambda w, u: optax.apply_updates(w, u) if is_clippable(w) else w, params, updates
+    )
+
+
+def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns what a low-bit tree may still learn, and how to put it back.
+
+    The codes stay. Each low-bit leaf gives factors of its scales, ones to begin with, so that
+    one step size does for scales of all sizes; the other floating leaves, biases and norm
+    scales, are given as they are. A short training of these recovers much of what rounding
+    lost, and the file has the same size.
+
+    Args:
+      small: What `compress` returned, with at least one low-bit leaf.
+
+    Returns:
+      `parts`, a dict from path to array, and `rebuild`: `rebuild(parts)` is the low-bit tree
+      with these. It has a derivative, straight through the rounding of scales to their format,
+      and `rebuild(parts)` at once is `small` itself.
+
+    Raises:
+      ValueError: If no leaf is low-bit; by `rebuild`, if the parts are of other paths or shapes.
+
+    Example:
+      >>> from jaxclip import decompress
+      >>> small = compress({"kernel": jnp.array([[1.0], [-2.0]])}, 1)
+      >>> parts, rebuild = trainable_parts(small)
+      >>> loss_fn = lambda parts: jnp.sum(decompress(rebuild(parts))["kernel"] ** 2)
+      >>> jax.grad(loss_fn)(parts)
+      {'kernel': Array([[9.]], dtype=float32)}
+
+    References:
+      Esser et al., Learned Step Size Quantization, 2020, https://arxiv.org/abs/1902.08153
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(small, is_leaf=_is_low_bit)
+    if not any(_is_low_bit(leaf) for _, leaf in flat):
+        raise ValueError("trainable_parts needs a tree with a low-bit leaf, as compress gives.")
+    parts = {}
+    for path, leaf in flat:
+        if _is_low_bit(leaf):
+            parts[_checks.path_name(path)] = jnp.ones_like(leaf.scale, jnp.float32)
+        elif is_clippable(leaf):
+            parts[_checks.path_name(path)] = jnp.asarray(leaf)
+    shapes = {name: part.shape for name, part in parts.items()}
+
+    def rebuild(parts: Any) -> Any:
+        given = {name: np.shape(part) for name, part in parts.items()}
+        for name in sorted({*given, *shapes}):
+            if given.get(name) != shapes.get(name):
+                raise ValueError(
+                    f"parts['{name}'] must have shape {shapes.get(name)}, got {given.get(name)}."
+                )
+        leaves = [_with_part(leaf, parts.get(_checks.path_name(path))) for path, leaf in flat]
+        return structure.unflatten(leaves)
+
+    return parts, rebuild
+
+
+def _with_part(leaf: Any, part: Any) -> Any:
+    if not _is_low_bit(leaf):
+        return leaf if part is None else part
+    # Factors keep the signs of scales; a negative one would break a grid with a zero point.
+    scale = leaf.scale.astype(jnp.float32) * jnp.abs(part).astype(jnp.float32)
+    rounded = round_scale(lax.stop_gradient(scale), leaf.scale_dtype)
+    straight = rounded.astype(jnp.float32) + (scale - lax.stop_gradient(scale))
+    return dataclasses.replace(leaf, scale=straight.astype(rounded.dtype))
+
+
+def _is_low_bit(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedArray)
