@@ -33,6 +33,7 @@ from jaxclip.telemetry import clip_stats, explain
 from jaxclip.threshold_rules import max_abs, mse_optimal, percentile_abs, std_multiple
 from jaxclip.thresholds import fan_in, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
+from jaxclip.tree_rules import per_tree
 from jaxclip.units import (
     adaptive_grad_clip,
     clip_by_block_rms,
@@ -95,6 +96,7 @@ __all__ = [
     "nonnegative",
     "pack_codes",
     "pareto_front",
+    "per_tree",
     "percentile_abs",
     "plateau",
     "plots",

@@ -374,7 +374,9 @@ def _encode(
         return granularity.compact(jnp.sum(blocks, axis=axes, keepdims=True), x.ndim)
 
     if low < -high:
-        scale = jnp.where(block_error(-scale) < block_error(scale), -scale, scale)
+        is_mirrored = block_error(-scale) < block_error(scale)
+        # As a product, since a selection would want scales that are sharded as the errors are.
+        scale = scale * (1 - 2 * is_mirrored.astype(jnp.float32))
     codes = jnp.clip(jnp.round(ratio(scale)), low, high).astype(jnp.int8)
     return codes, scale.astype(stored.dtype)
 
