@@ -258,8 +258,8 @@ def quantize(
     if zero_point and (importance is not None or getattr(threshold, "exact", False)):
         raise ValueError("exact and importance are for grids without a zero point.")
     if not zero_point:
+        v = None if importance is None else importance_for(importance, array.shape, name)
         t = _block_thresholds(*measured)
-        v = None if importance is None else importance_for(importance, array.shape)
         qvalue, scale = _encode(array, t, *grid, v)
     else:
         is_searched = isinstance(threshold, type(mse_optimal()))

@@ -281,12 +281,15 @@ class _MseOptimal(ThresholdRule):
         )
 
 
-def importance_for(importance: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+def importance_for(
+    importance: ArrayLike, shape: tuple[int, ...], name: str = "the array"
+) -> jax.Array:
     """Returns an importance for every entry of an array, in float32.
 
     Args:
       importance: Array that broadcasts to `shape`. May be traced.
       shape: Shape of the array.
+      name: What to call the array in errors.
 
     Returns:
       float32 array of that shape.
@@ -305,7 +308,7 @@ def importance_for(importance: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
         )
     except ValueError as error:
         raise ValueError(
-            f"importance must broadcast to the array, {shape}, got shape {given.shape}."
+            f"importance must broadcast to {name}, {shape}, got shape {given.shape}."
         ) from error
 
 
