@@ -277,6 +277,8 @@ class _MseOptimal(ThresholdRule):
         if self.bits == 1:
             count = _num_entries(arrays)
             return _total([jnp.sum(_magnitude(x) / count) for x in arrays])
+        if any(jnp.iscomplexobj(x) for x in arrays):
+            raise TypeError("mse_optimal has no grid for complex numbers, which the tree has.")
         return jnp.abs(best_common_scale(arrays, low, high)) * high
 
     def _code_range(self) -> tuple[int, int]:

