@@ -40,6 +40,7 @@ from jaxclip.threshold_rules import (
 )
 from jaxclip.thresholds import fan_in, resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
+from jaxclip.tree_rules import per_tree
 from jaxclip.units import (
     adaptive_grad_clip,
     clip_by_block_rms,
@@ -104,6 +105,7 @@ __all__ = [
     "nonnegative",
     "pack_codes",
     "pareto_front",
+    "per_tree",
     "percentile_abs",
     "plateau",
     "plots",

@@ -8,7 +8,8 @@ not cancel, as those of the closed form A^2 / B would at 8 bits.
 """
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ __all__ = [
     "better_of",
     "between_neighbours",
     "refined",
+    "search_arrays",
     "search_blocks",
 ]
 
@@ -81,6 +83,8 @@ class Candidates(NamedTuple):
 
 Evaluate = Callable[[Candidates], tuple[jax.Array, jax.Array]]
 Search = Callable[[Evaluate, BlockStats], Any]
+_Part = tuple[jax.Array, jax.Array | None]
+"""An array, and the importance of its entries."""
 
 
 def search_blocks(
@@ -113,31 +117,64 @@ def search_blocks(
       >>> found / factor
       Array([[4.]], dtype=float32)
     """
-    x = blocks if blocks.dtype.itemsize < 4 else blocks.astype(jnp.float32)
+    x = _at_most_32_bits(blocks)
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.float32), shape)
     v = importance
     if v is not None:
         x, counts = jnp.where(v > 0, x, 0), jnp.sum(v, axis=axes, keepdims=True)
     if x.size == 0 or _checks.is_sharded(x):
-        stats = _stats_of(x, v, axes, counts)
-        return search(functools.partial(_evaluate_whole, x, v, axes, stats), stats), stats.factor
+        stats = _stats_of([(x, v)], axes, counts)
+        evaluate = functools.partial(_evaluate_whole, [(x, v)], axes, stats)
+        return search(evaluate, stats), stats.factor
     x, v = _in_three_axes(x, axes), None if v is None else _in_three_axes(v, axes)
     found = _search_in_chunks(x, v, counts.reshape(x.shape[0], -1), search)
     return jax.tree.map(lambda v: v.reshape(shape), found)
 
 
+def search_arrays(arrays: Sequence[jax.Array], search: Search) -> tuple[Any, jax.Array]:
+    """Runs a search over all entries of some arrays, as if they were one block.
+
+    Args:
+      arrays: Real floating arrays, one or more; sharded ones stay where they are.
+      search: As in `search_blocks`; there is one block, so its statistics are scalars.
+
+    Returns:
+      As `search_blocks`.
+
+    Example:
+      >>> found, factor = search_arrays(
+      ...     [jnp.array([0.5, 1.0]), jnp.array([[-4.0]])], lambda evaluate, stats: stats.largest
+      ... )
+      >>> float(found / factor)
+      4.0
+    """
+    parts: list[_Part] = [(_at_most_32_bits(x), None) for x in arrays]
+    count = max(sum(x.size for x in arrays), 1)
+    stats = _stats_of(parts, None, jnp.asarray(count, jnp.float32))
+    return search(functools.partial(_evaluate_whole, parts, None, stats), stats), stats.factor
+
+
+def _at_most_32_bits(x: jax.Array) -> jax.Array:
+    return x if x.dtype.itemsize < 4 else x.astype(jnp.float32)
+
+
 def _stats_of(
-    x: jax.Array, v: jax.Array | None, axes: tuple[int, ...], counts: jax.Array
+    parts: Sequence[_Part], axes: tuple[int, ...] | None, counts: jax.Array
 ) -> BlockStats:
-    largest, lowest, highest = (
-        reduce(values, axis=axes, keepdims=True, initial=0).astype(jnp.float32)
-        for reduce, values in ((jnp.max, jnp.abs(x)), (jnp.min, x), (jnp.max, x))
-    )
+    """Statistics of blocks along `axes`; None for one block of all parts together."""
+
+    def reduced(
+        reduce: Any, combine: Any, of: Callable[[jax.Array], jax.Array] = lambda x: x
+    ) -> jax.Array:
+        found = [reduce(of(x), axis=axes, keepdims=axes is not None, initial=0) for x, _ in parts]
+        return functools.reduce(combine, [value.astype(jnp.float32) for value in found])
+
+    largest = reduced(jnp.max, jnp.maximum, jnp.abs)
+    lowest, highest = reduced(jnp.min, jnp.minimum), reduced(jnp.max, jnp.maximum)
     _, exponent = jnp.frexp(largest)
     factor = jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
-    squares = _times(jnp.square(x.astype(jnp.float32) * factor), v)
-    energy = jnp.sum(squares, axis=axes, keepdims=True)
+    energy = _added([_times(jnp.square(x.astype(jnp.float32) * factor), v) for x, v in parts], axes)
     stats = BlockStats(factor, largest * factor, lowest * factor, highest * factor, energy, energy)
     stats = jax.tree.map(lambda s: s.reshape(counts.shape), stats)
     return stats._replace(num_entries=counts)
@@ -145,6 +182,12 @@ def _stats_of(
 
 def _times(x: jax.Array, v: jax.Array | None) -> jax.Array:
     return x if v is None else x * v
+
+
+def _added(arrays: Sequence[jax.Array], axes: tuple[int, ...] | None) -> jax.Array:
+    """The sums of all along `axes`, dims kept; for None one number."""
+    sums = [jnp.sum(x, axis=axes, keepdims=axes is not None) for x in arrays]
+    return functools.reduce(operator.add, sums)
 
 
 def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -169,9 +212,8 @@ def _codes(unit: jax.Array, candidates: Candidates) -> jax.Array:
 
 
 def _evaluate_whole(
-    x: jax.Array,
-    v: jax.Array | None,
-    axes: tuple[int, ...],
+    parts: Sequence[_Part],
+    axes: tuple[int, ...] | None,
     stats: BlockStats,
     candidates: Candidates,
 ) -> tuple[jax.Array, jax.Array]:
@@ -179,12 +221,15 @@ def _evaluate_whole(
 
     def sums(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         one = candidates.map(lambda v: lax.dynamic_index_in_dim(v, i, -1, keepdims=False))
-        unit = x.astype(jnp.float32) * stats.factor / one.scale
-        code = _codes(unit, one)
-        residual = unit - code
-        counted = _times(residual, v)
-        squares = jnp.sum(counted * residual, axis=axes, keepdims=True)
-        return squares, jnp.sum(counted * code, axis=axes, keepdims=True)
+        squares, products = [], []
+        for x, v in parts:
+            unit = x.astype(jnp.float32) * stats.factor / one.scale
+            code = _codes(unit, one)
+            residual = unit - code
+            counted = _times(residual, v)
+            squares.append(counted * residual)
+            products.append(counted * code)
+        return _added(squares, axes), _added(products, axes)
 
     squares, products = lax.map(sums, jnp.arange(candidates.scale.shape[-1], dtype=jnp.int32))
     squares, products = (jnp.moveaxis(v, 0, -1) for v in (squares, products))
@@ -217,7 +262,7 @@ def _search_in_chunks(x: jax.Array, v: jax.Array | None, counts: jax.Array, sear
     def search_chunk(start: jax.Array) -> Any:
         some = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk)
         y, w = some(x), None if v is None else some(v)
-        stats = _stats_of(y, w, (1,), some(counts))
+        stats = _stats_of([(y, w)], (1,), some(counts))
         evaluate = _evaluate_at_once if length * columns <= _SLAB else _evaluate_in_slabs
         return search(functools.partial(evaluate, y, w, stats), stats), stats.factor
 

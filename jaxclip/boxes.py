@@ -23,7 +23,7 @@ from jaxclip.projections import Projection
 from jaxclip.rescaling import unit_and_modulus
 from jaxclip.thresholds import (
     ThresholdRule,
-    check_threshold_tree,
+    check_one_threshold,
     resolve_threshold,
     round_toward_zero,
 )
@@ -71,9 +71,7 @@ def box(low: Any, high: Any = None) -> Box:
       [-1.   0.3  2. ] [-0.5  0.3  0.5]
     """
     if high is None:
-        if isinstance(low, (dict, list, tuple)):
-            raise TypeError(f"low must be one threshold, got {low!r}; give a tree of boxes.")
-        check_threshold_tree("low", low)
+        check_one_threshold("low", low)
         return _Modulus(low)
     for name, bound, never in (("low", low, np.inf), ("high", high, -np.inf)):
         if isinstance(bound, ThresholdRule):

@@ -1,7 +1,8 @@
 """Trees: which leaf is stored at how many bits."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from jaxclip.quantization import QuantizedArray, dequantize
 from jaxclip.sizes import size_report
 from jaxclip.targets import ALL_WIDTHS, Option, Target, check_target, choose_widths, outline_of
 from jaxclip.threshold_rules import mse_optimal
+from jaxclip.thresholds import ThresholdRule
+from jaxclip.tree_rules import shared_over
 
 __all__ = ["compress", "decompress"]
 
@@ -50,7 +53,8 @@ def compress(
         (0, inf): codes and scales, those of leaves whose width is fixed included. Not traced.
       target_bytes: Most bytes of the file, `size_report(small).total_bytes`; at least 1.
       rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
-        `max_abs`), bound here to the grid and granularity; or a number.
+        `max_abs`), bound here to the grid and granularity; `per_tree` of a rule, measured on
+        all leaves that become low-bit by it; or a number.
       axis: Channel axis with a scale for each index; by default the last, an output
         channel in flax's layouts. None for one scale a leaf.
       group_size: Entries that share a scale along the last non-channel axis.
@@ -105,7 +109,7 @@ def compress(
     )
     flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
     names, leaves = [_checks.path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
-    specs = leaf_specs(names, leaves, policy, default)
+    specs = _with_shared_rules(leaf_specs(names, leaves, policy, default), leaves)
 
     def quantized(i: int, width: Bits | None = None) -> QuantizedArray:
         spec = specs[i]
@@ -149,6 +153,26 @@ def decompress(small: Any, dtype: Any = None) -> Any:
 
 def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedArray)
+
+
+def _with_shared_rules(
+    specs: Sequence[LeafSpec | None], leaves: Sequence[Any]
+) -> list[LeafSpec | None]:
+    """The specs, with rules for a whole tree measured on all leaves that they are for."""
+
+    def is_shared(spec: LeafSpec | None) -> bool:
+        rule = None if spec is None else spec.rule
+        return isinstance(rule, ThresholdRule) and not rule.is_leafwise
+
+    together: dict[ThresholdRule, list[Any]] = {}
+    for spec, leaf in zip(specs, leaves, strict=True):
+        if spec and is_shared(spec):
+            together.setdefault(spec.rule, []).append(leaf)
+    shared = {rule: shared_over(rule, group) for rule, group in together.items()}
+    return [
+        dataclasses.replace(spec, rule=shared[spec.rule]) if spec and is_shared(spec) else spec
+        for spec in specs
+    ]
 
 
 def _widths(

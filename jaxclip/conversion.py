@@ -30,7 +30,7 @@ from jaxclip.sizes import SizeReport, report_plan, with_losses
 from jaxclip.sources import Source, open_source
 from jaxclip.targets import ALL_WIDTHS, Option, Target, check_target, choose_widths, outline_of
 from jaxclip.threshold_rules import mse_optimal
-from jaxclip.thresholds import check_threshold_tree, resolve_threshold
+from jaxclip.thresholds import check_one_threshold, resolve_threshold
 from jaxclip.weights import clip_weights
 from jaxclip.writing import write_plain, write_tree
 
@@ -245,7 +245,7 @@ def clip_checkpoint(
       Traceback (most recent call last):
       FileNotFoundError: there is no file 'net.safetensors'.
     """
-    check_threshold_tree("threshold", threshold)
+    check_one_threshold("threshold", threshold)
     pattern = re.compile(include)
 
     def outline(source: Source) -> dict[str, Any]:

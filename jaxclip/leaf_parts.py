@@ -69,9 +69,16 @@ def compress_leaf(
         return compress_whole()
     like = outline_leaf(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec, name, bits)
     has_own_scales = like.scale.shape[:1] == like.shape[:1]
-    # log8 has a unit for the whole array, prices count all codes.
-    is_joint = not getattr(spec.rule, "is_blockwise", True) or like.scale_dtype == "log8"
-    is_joint |= spec.has_price
+    importance: Any = getattr(spec.rule, "importance", None)
+    factors = np.shape(importance)
+    # An importance may have a factor for each row; log8 has a unit for the whole array, and
+    # prices count all codes.
+    is_joint = (
+        not getattr(spec.rule, "is_blockwise", True)
+        or (len(factors) == leaf.ndim and factors[0] > 1)
+        or like.scale_dtype == "log8"
+        or spec.has_price
+    )
     if is_joint or not has_own_scales:
         return compress_whole()
     return _by_rows(leaf, like, compress_part, num_rows)

@@ -5,9 +5,9 @@ Code i becomes the unsigned `u = code - low`; one bit is 0 for -1 and 1 for 1.
     1, 2, 3, 4, 5, 6, 8 bits   bits [i * b, (i + 1) * b) of a little-endian bit stream
     ternary                    five a byte in base 3, the first the least significant digit
 
-Eight codes fill b whole bytes at every width. So codes, a byte each, are read as words and
-pushed together: neighbours to pairs, pairs to fours, fours to eights. All of it is shifts and
-masks of whole words, which run at the speed of memory.
+Two, four or eight codes fill whole bytes, eight at every width. So codes, a byte each, are read
+as words of so many bytes and pushed together: neighbours to pairs, pairs to fours, fours to
+eights. All of it is shifts and masks of whole words, and bytes move as columns.
 """
 
 import math
@@ -23,7 +23,7 @@ __all__ = ["num_packed_bytes", "pack_codes", "unpack_codes"]
 
 # Codes that NumPy works on at a time, so that what lies between stays in the cache; a
 # multiple of 40, which ends on a byte at every width.
-_PIECE = 40 * 2**13
+_PIECE = 40 * 2**15
 _TRITS = np.arange(256)[:, None] // 3 ** np.arange(8) % 3 * (np.arange(8) < 5)
 _TRITS_OF_BYTE = _TRITS.astype(np.uint8).view(np.uint64)[:, 0]
 
@@ -126,7 +126,8 @@ def _bytes_of_piece(start: int, count: int, bits: Bits) -> slice:
 
 def _pack(codes: Any, bits: Bits, low: int) -> Any:
     xp = np if isinstance(codes, np.ndarray) else jnp
-    size, codes = codes.size, codes.astype(np.int8)
+    size = codes.size
+    codes = codes if codes.dtype == np.int8 else codes.astype(np.int8)
     unsigned = (codes + np.int8(1)) >> np.int8(1) if bits == 1 else codes - np.int8(low)
     unsigned = _reinterpret(unsigned, np.uint8)  # wraps around, so 8 bits fit too
     if bits == 8:
@@ -140,7 +141,7 @@ def _pack(codes: Any, bits: Bits, low: int) -> Any:
         for i in (3, 2, 1, 0):
             packed = packed * np.uint8(3) + digits[:, i]
         return packed
-    packed = _join(unsigned.reshape(-1, 8), int(bits))
+    packed = _join(unsigned, int(bits))
     return packed.reshape(-1)[: num_packed_bytes(size, bits)]
 
 
@@ -154,7 +155,7 @@ def _unpack(packed: Any, bits: Bits, count: int, low: int) -> Any:
         num_bytes = -(-count // 8) * int(bits)
         if packed.size < num_bytes:
             packed = xp.pad(packed, (0, num_bytes - packed.size))
-        unsigned = _split(packed.reshape(-1, int(bits)), int(bits)).reshape(-1)[:count]
+        unsigned = _split(packed, int(bits)).reshape(-1)[:count]
     codes = _reinterpret(unsigned, np.int8)
     return codes * np.int8(2) - np.int8(1) if bits == 1 else codes + np.int8(low)
 
@@ -162,7 +163,7 @@ def _unpack(packed: Any, bits: Bits, count: int, low: int) -> Any:
 def _digits(packed: Any) -> Any:
     """The five base-3 digits of each byte."""
     if isinstance(packed, np.ndarray):
-        return _TRITS_OF_BYTE[packed].view(np.uint8).reshape(-1, 8)[:, :5]
+        return _first_columns(_TRITS_OF_BYTE.take(packed).view(np.uint8).reshape(-1, 8), 5)
     rest, digits = packed.astype(np.uint16), []
     for _ in range(5):
         third = rest * np.uint16(171) >> np.uint16(9)  # rest // 3, for a byte
@@ -172,12 +173,15 @@ def _digits(packed: Any) -> Any:
 
 
 def _join(unsigned: Any, bits: int) -> Any:
-    """Eight codes a row, a byte each, to `bits` bytes a row."""
-    if isinstance(unsigned, np.ndarray):
-        return _squeezed(unsigned.view("<u8"), bits).view(np.uint8)[:, :bits]
-    # jax has 64-bit words on request only; of bytes XLA makes vectors by itself.
+    """Codes, a byte each, side by side in `bits` bits each; a row for some whole bytes."""
     shared = math.gcd(bits, 8)
     rows = unsigned.reshape(-1, 8 // shared)  # the fewest codes that fill whole bytes
+    if isinstance(unsigned, np.ndarray):
+        if bits == 1:
+            return np.packbits(unsigned, bitorder="little")
+        words = rows.view(f"<u{8 // shared}")
+        return _first_columns(_squeezed(words, bits).view(np.uint8), bits // shared)
+    # jax has 64-bit words on request only; of bytes XLA makes vectors by itself.
     columns = []
     for j in range(bits // shared):
         byte = None
@@ -191,11 +195,17 @@ def _join(unsigned: Any, bits: int) -> Any:
 
 
 def _split(packed: Any, bits: int) -> Any:
-    """`bits` bytes a row to eight codes a row, a byte each; the inverse of `_join`."""
+    """The inverse of `_join`: codes, a byte each, in rows."""
     if isinstance(packed, np.ndarray):
-        rows = np.zeros((packed.shape[0], 8), np.uint8)
-        rows[:, :bits] = packed
-        return _spread(rows.view("<u8"), bits).view(np.uint8)
+        if bits == 1:
+            return np.unpackbits(packed, bitorder="little")
+        shared = math.gcd(bits, 8)
+        packed = packed.reshape(-1, bits // shared)
+        rows = np.zeros((len(packed), 8 // shared), np.uint8)
+        for j in range(packed.shape[1]):
+            rows[:, j] = packed[:, j]
+        return _spread(rows.view(f"<u{8 // shared}"), bits).view(np.uint8)
+    packed = packed.reshape(-1, bits)
     halves = [jnp.zeros(packed.shape[0], np.uint32)] * 2
     for j in range(bits):
         byte, place = packed[:, j].astype(np.uint32), 8 * j - 4 * bits
@@ -211,17 +221,31 @@ def _split(packed: Any, bits: int) -> Any:
     )
 
 
-def _squeezed(word: Any, bits: int) -> Any:
-    """A word with a code in each byte, with the codes side by side in its lowest bits."""
+def _first_columns(rows: np.ndarray, count: int) -> np.ndarray:
+    """The first columns of an array. NumPy copies columns far faster than short rows."""
+    columns = np.empty((len(rows), count), rows.dtype)
+    for j in range(count):
+        columns[:, j] = rows[:, j]
+    return columns
+
+
+def _squeezed(word: np.ndarray, bits: int) -> np.ndarray:
+    """Words with a code in each byte, overwritten by the codes side by side in the lowest bits."""
     for field, room, mask in _steps(word.dtype, bits):
-        word = word & mask | word >> (room - field) & mask << field
+        upper = word >> (room - field)
+        upper &= mask << field
+        word &= mask
+        word |= upper
     return word
 
 
 def _spread(word: Any, bits: int) -> Any:
-    """The inverse of `_squeezed`; higher bits are dropped."""
+    """The inverse of `_squeezed`, also for jax; higher bits are dropped."""
     for field, room, mask in reversed(_steps(word.dtype, bits)):
-        word = word & mask | (word & mask << field) << (room - field)
+        upper = word & mask << field
+        upper <<= room - field
+        word &= mask
+        word |= upper
     return word
 
 

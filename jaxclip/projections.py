@@ -25,7 +25,7 @@ from jaxclip.landing import is_free, rounded_sum, update_to, update_within
 from jaxclip.norms import rescaled_unit_norm, unit_axes
 from jaxclip.rescaling import accumulator, unit_and_modulus
 from jaxclip.spectra import cap_leaf
-from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
+from jaxclip.thresholds import check_one_threshold, resolve_threshold, round_toward_zero
 
 __all__ = ["Projection", "max_norm", "spectral_cap", "unit_norm"]
 
@@ -103,7 +103,7 @@ def max_norm(max_norm: Any, axis: _Axis = None) -> Projection:
       Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting,
       2014, https://jmlr.org/papers/v15/srivastava14a.html (max-norm regularization).
     """
-    _check_one_threshold("max_norm", max_norm)
+    check_one_threshold("max_norm", max_norm)
     return _MaxNorm(max_norm, axis)
 
 
@@ -170,7 +170,7 @@ def spectral_cap(
     References:
       As of `spectra.clip_by_spectral_norm`.
     """
-    _check_one_threshold("max_singular_value", max_singular_value)
+    check_one_threshold("max_singular_value", max_singular_value)
     if steps is not None:
         _checks.check_count("steps", steps)
     num_stacked = 0 if stacked_axes is None else stacked_axes
@@ -265,14 +265,6 @@ class _SpectralCap(Projection):
 
 
 # --- Parts ----------------------------------------------------------------------------
-
-
-def _check_one_threshold(name: str, threshold: Any) -> None:
-    if isinstance(threshold, (dict, list, tuple)):
-        raise TypeError(
-            f"{name} must be one threshold, got {threshold!r}; give a tree of projections instead."
-        )
-    check_threshold_tree(name, threshold)
 
 
 def _axes_of(path: str, w: jax.Array, axis: _Axis) -> tuple[int, ...]:

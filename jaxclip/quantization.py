@@ -258,8 +258,8 @@ def quantize(
     if zero_point and (importance is not None or getattr(threshold, "exact", False)):
         raise ValueError("exact and importance are for grids without a zero point.")
     if not zero_point:
+        v = None if importance is None else importance_for(importance, array.shape, name)
         t = _block_thresholds(*measured)
-        v = None if importance is None else importance_for(importance, array.shape)
         qvalue, scale = _encode(array, t, *grid, v)
     else:
         is_searched = isinstance(threshold, type(mse_optimal()))
@@ -374,7 +374,9 @@ def _encode(
         return granularity.compact(jnp.sum(blocks, axis=axes, keepdims=True), x.ndim)
 
     if low < -high:
-        scale = jnp.where(block_error(-scale) < block_error(scale), -scale, scale)
+        is_mirrored = block_error(-scale) < block_error(scale)
+        # As a product, since a selection would want scales that are sharded as the errors are.
+        scale = scale * (1 - 2 * is_mirrored.astype(jnp.float32))
     codes = jnp.clip(jnp.round(ratio(scale)), low, high).astype(jnp.int8)
     return codes, scale.astype(stored.dtype)
 

@@ -15,6 +15,7 @@ all that rounding inside the threshold does.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,11 @@ from jaxclip.block_sums import (
     Found,
     better_of,
     between_neighbours,
+    search_arrays,
     search_blocks,
 )
 
-__all__ = ["best_scale"]
+__all__ = ["best_common_scale", "best_scale"]
 
 _COARSE_PASSES = {1: 1, 3: 1, 7: 1, 15: 1, 31: 2, 127: 6}
 """Passes over the whole bracket, for one sign of the scale, by highest code."""
@@ -71,6 +73,26 @@ def best_scale(
     is_long = math.prod(blocks.shape[a] for a in axes) > _SHORT
     search = functools.partial(_search, low, high, is_long, importance is not None)
     scale, factor = search_blocks(blocks, axes, counts, search, importance)
+    return scale / factor
+
+
+def best_common_scale(arrays: Sequence[jax.Array], low: int, high: int) -> jax.Array:
+    """Returns the scale of least squared error for all entries of some arrays together.
+
+    Args:
+      arrays: Real floating arrays, one or more.
+      low: As in `best_scale`.
+      high: As in `best_scale`.
+
+    Returns:
+      float32 scalar, as `best_scale` has it for one block.
+
+    Example:
+      >>> best_common_scale([jnp.array([0.5, -2.0]), jnp.array([[1.0]])], -4, 3)
+      Array(0.5, dtype=float32)
+    """
+    is_long = sum(x.size for x in arrays) > _SHORT
+    scale, factor = search_arrays(arrays, functools.partial(_search, low, high, is_long, False))
     return scale / factor
 
 

@@ -6,6 +6,9 @@ arrays. What has a threshold of its own is said by `axis` and `group_size`, as i
 """
 
 import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxclip import _checks
 from jaxclip.grids import Bits, Granularity, code_range
 from jaxclip.optimal_scales import optimal_scale
-from jaxclip.scales import best_scale
+from jaxclip.scales import best_common_scale, best_scale
 from jaxclip.thresholds import ThresholdRule
 
 __all__ = [
@@ -39,9 +42,24 @@ class _MaxAbs(ThresholdRule):
         del counts
         return jnp.max(_magnitude(blocks), axis=axes, keepdims=True, initial=0)
 
+    def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        return _largest_of(arrays)
+
 
 def _magnitude(x: jax.Array) -> jax.Array:
     return jnp.abs(x).astype(jnp.float32)
+
+
+def _largest_of(arrays: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.maximum, [jnp.max(_magnitude(x), initial=0) for x in arrays])
+
+
+def _total(numbers: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, numbers)
+
+
+def _num_entries(arrays: Sequence[jax.Array]) -> int:
+    return max(sum(x.size for x in arrays), 1)
 
 
 def max_abs(
@@ -76,22 +94,49 @@ class _PercentileAbs(ThresholdRule):
         largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
         if self.q == 100 or blocks.size == 0:
             return largest
-        # Weights that may lie above; counted from the top, where a group has no padding.
-        num_above = counts - np.ceil(np.float64(counts) * self.q / 100)
-        most = jnp.broadcast_to(jnp.asarray(num_above, jnp.int32), largest.shape)
-        # Floats of one sign are in the order of their bits, so 32 halvings find the least
-        # number with few enough weights above it: a weight, or 0.
-        high = lax.bitcast_convert_type(largest, jnp.int32)
 
-        def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            low, high = ends
-            middle = low + (high - low) // 2
-            above = size > lax.bitcast_convert_type(middle, jnp.float32)
-            is_enough = jnp.sum(above, axis=axes, keepdims=True, dtype=jnp.int32) <= most
-            return jnp.where(is_enough, low, middle + 1), jnp.where(is_enough, middle, high)
+        def count_above(bound: jax.Array) -> jax.Array:
+            return jnp.sum(size > bound, axis=axes, keepdims=True, dtype=jnp.int32)
 
-        _, found = lax.fori_loop(0, 32, halve, (0 * high, high))
-        return lax.bitcast_convert_type(found, jnp.float32)
+        return _least_exceeded_by(self._num_above(counts), count_above, largest)
+
+    def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        sizes, largest = [_magnitude(x) for x in arrays], _largest_of(arrays)
+        count = _num_entries(arrays)
+        if self.q == 100:
+            return largest
+        if count > np.iinfo(np.int32).max:
+            raise ValueError(f"percentile_abs counts to 2**31 - 1 entries, the tree has {count}.")
+
+        def count_above(bound: jax.Array) -> jax.Array:
+            return _total([jnp.sum(size > bound, dtype=jnp.int32) for size in sizes])
+
+        return _least_exceeded_by(self._num_above(count), count_above, largest)
+
+    def _num_above(self, counts: ArrayLike) -> np.ndarray:
+        """Weights that may lie above; counted from the top, where a group has no padding."""
+        counts = np.asarray(counts, np.float64)
+        return counts - np.ceil(counts * self.q / 100)
+
+
+def _least_exceeded_by(
+    num_above: np.ndarray, count_above: Callable[[jax.Array], jax.Array], largest: jax.Array
+) -> jax.Array:
+    """The least number that no more than `num_above` weights exceed: a weight, or 0.
+
+    Floats of one sign are in the order of their bits, so 32 halvings find it.
+    """
+    most = jnp.broadcast_to(jnp.asarray(num_above, jnp.int32), largest.shape)
+    high = lax.bitcast_convert_type(largest, jnp.int32)
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = low + (high - low) // 2
+        is_enough = count_above(lax.bitcast_convert_type(middle, jnp.float32)) <= most
+        return jnp.where(is_enough, low, middle + 1), jnp.where(is_enough, middle, high)
+
+    _, found = lax.fori_loop(0, 32, halve, (0 * high, high))
+    return lax.bitcast_convert_type(found, jnp.float32)
 
 
 def percentile_abs(
@@ -135,15 +180,23 @@ class _StdMultiple(ThresholdRule):
 
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
         size = _magnitude(blocks)
-        factor = _factor_of_squares(size, axes)
+        factor = _inverse_size(jnp.max(size, axis=axes, keepdims=True, initial=0))
         mean = jnp.sum(jnp.square(size * factor), axis=axes, keepdims=True) / counts
-        return jnp.minimum(np.float32(self.k) * jnp.sqrt(mean) / factor, _MOST)
+        return self._multiple(mean, factor)
+
+    def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        factor = _inverse_size(_largest_of(arrays))
+        sums = [jnp.sum(jnp.square(_magnitude(x) * factor)) for x in arrays]
+        return self._multiple(_total(sums) / _num_entries(arrays), factor)
+
+    def _multiple(self, mean_square: jax.Array, factor: jax.Array) -> jax.Array:
+        return jnp.minimum(np.float32(self.k) * jnp.sqrt(mean_square) / factor, _MOST)
 
 
-def _factor_of_squares(size: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """A power of two for each block, so that squares are in range."""
-    _, exponent = jnp.frexp(jnp.max(size, axis=axes, keepdims=True, initial=0))
-    return jnp.ldexp(jnp.ones(exponent.shape, jnp.float32), -jnp.clip(exponent, -126, 126))
+def _inverse_size(largest: jax.Array) -> jax.Array:
+    """A power of two near 1 over the largest weight, which keeps squares in range."""
+    _, exponent = jnp.frexp(largest)
+    return jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
 
 
 def std_multiple(
@@ -202,9 +255,7 @@ class _MseOptimal(ThresholdRule):
         counts: np.ndarray,
         importance: jax.Array | None = None,
     ) -> jax.Array:
-        if self.bits is None:
-            raise ValueError("mse_optimal needs bits: mse_optimal(4)(array).")
-        low, high = code_range(self.bits, self.full_signed)
+        low, high = self._code_range()
         v = importance
         if v is not None:
             largest = jnp.max(v, axis=axes, keepdims=True, initial=0)
@@ -221,18 +272,35 @@ class _MseOptimal(ThresholdRule):
             return jnp.asarray(np.abs(scale) * high, jnp.float32)
         return jnp.abs(best_scale(blocks, axes, counts, low, high, v)) * high
 
+    def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        low, high = self._code_range()
+        if self.bits == 1:
+            count = _num_entries(arrays)
+            return _total([jnp.sum(_magnitude(x) / count) for x in arrays])
+        if any(jnp.iscomplexobj(x) for x in arrays):
+            raise TypeError("mse_optimal has no grid for complex numbers, which the tree has.")
+        return jnp.abs(best_common_scale(arrays, low, high)) * high
+
+    def _code_range(self) -> tuple[int, int]:
+        if self.bits is None:
+            raise ValueError("mse_optimal needs bits: mse_optimal(4)(array).")
+        return code_range(self.bits, self.full_signed)
+
     def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
         return dataclasses.replace(
             self, granularity=granularity, bits=bits, full_signed=full_signed
         )
 
 
-def importance_for(importance: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+def importance_for(
+    importance: ArrayLike, shape: tuple[int, ...], name: str = "the array"
+) -> jax.Array:
     """Returns an importance for every entry of an array, in float32.
 
     Args:
       importance: Array that broadcasts to `shape`. May be traced.
       shape: Shape of the array.
+      name: What to call the array in errors.
 
     Returns:
       float32 array of that shape.
@@ -251,7 +319,7 @@ def importance_for(importance: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
         )
     except ValueError as error:
         raise ValueError(
-            f"importance must broadcast to the array, {shape}, got shape {given.shape}."
+            f"importance must broadcast to {name}, {shape}, got shape {given.shape}."
         ) from error
 
 
@@ -340,7 +408,7 @@ class _LeastSquares(ThresholdRule):
         def total(x: jax.Array) -> jax.Array:
             return jnp.sum(x, axis=axes, keepdims=True)
 
-        factor = _factor_of_squares(size, axes)
+        factor = _inverse_size(jnp.max(size, axis=axes, keepdims=True, initial=0))
         x = blocks.astype(jnp.float32) * factor
         step = _STEPS[self.bits] * jnp.sqrt(total(jnp.square(x)) / counts)
         for _ in range(self.num_refits):

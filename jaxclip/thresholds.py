@@ -4,7 +4,8 @@ A threshold is, wherever one is asked for:
 
 * a number in [0, inf], or a 0-d array, possibly traced (inf: never clip);
 * a schedule, `step -> number`;
-* a rule, `array -> threshold`: `fan_in`, or one of `jaxclip.threshold_rules`;
+* a rule, `array -> threshold`: `fan_in`, or one of `jaxclip.threshold_rules`; or one for a
+  whole tree, `jaxclip.tree_rules.per_tree`;
 * a prefix tree of these, one for each part of the parameters.
 
 A bound holds for the number as given: it is rounded towards zero into the dtype of what
@@ -27,6 +28,7 @@ from jaxclip.grids import Bits, Granularity
 
 __all__ = [
     "ThresholdRule",
+    "check_one_threshold",
     "check_threshold_tree",
     "fan_in",
     "fan_ins",
@@ -137,6 +139,34 @@ def check_threshold_tree(name: str, threshold: Any) -> None:
             _checks.check_threshold_array(where, given)
 
 
+def check_one_threshold(name: str, threshold: Any) -> None:
+    """Raises unless `threshold` is a number, schedule, or rule for what sees a leaf at a time.
+
+    Args:
+      name: The argument's name, for the message.
+      threshold: What was given. Traced numbers are not looked at.
+
+    Raises:
+      TypeError: If it is a tree of thresholds or a rule for a whole tree, and as
+        `check_threshold_tree`.
+      ValueError: If a concrete number is negative or NaN.
+
+    Example:
+      >>> check_one_threshold("max_norm", [1.0, 2.0])
+      Traceback (most recent call last):
+      TypeError: max_norm must be one threshold, got [1.0, 2.0]; give a tree of projections instead.
+    """
+    if isinstance(threshold, (dict, list, tuple)):
+        raise TypeError(
+            f"{name} must be one threshold, got {threshold!r}; give a tree of projections instead."
+        )
+    check_threshold_tree(name, threshold)
+    if not getattr(threshold, "is_leafwise", True):
+        raise TypeError(
+            f"{name} must be a threshold for each leaf alone, but per_tree looks at all leaves."
+        )
+
+
 def _is_threshold_leaf(x: Any) -> bool:
     return x is None or callable(x)
 
@@ -171,19 +201,22 @@ def resolve_threshold(threshold: Any, params: Any, step: Any = None) -> Any:
     def resolve_subtree(prefix_path: tuple, given: Any, subtree: Any) -> Any:
         if callable(given) and not isinstance(given, ThresholdRule):
             given = jnp.asarray(given(step))
-        if isinstance(given, jax.Array) and given.ndim == 0:
-            given = _as_threshold(given)  # once, and the same array for all leaves
-
-        def resolve_leaf(path: tuple, leaf: Any) -> Any:
-            name = _checks.path_name(prefix_path + path)
-            if not _checks.is_clippable(leaf):
-                return float("inf")
-            if isinstance(given, ThresholdRule):
-                return given.for_leaf(name, leaf, step)
-            is_ready = isinstance(given, jax.Array) and given.ndim == 0
-            return given if is_ready else _as_threshold(given, name, np.shape(leaf))
-
-        return jax.tree_util.tree_map_with_path(resolve_leaf, subtree)
+        flat, structure = jax.tree_util.tree_flatten_with_path(subtree)
+        bounded = [
+            (_checks.path_name(prefix_path + path), leaf)
+            for path, leaf in flat
+            if _checks.is_clippable(leaf)
+        ]
+        if isinstance(given, ThresholdRule):
+            found = given.for_leaves(bounded, step)
+        elif isinstance(given, jax.Array) and given.ndim == 0:
+            found = [_as_threshold(given)] * len(bounded)  # the same array for all leaves
+        else:
+            found = [_as_threshold(given, name, np.shape(leaf)) for name, leaf in bounded]
+        rest = iter(found)
+        return structure.unflatten(
+            [next(rest) if _checks.is_clippable(leaf) else float("inf") for _, leaf in flat]
+        )
 
     try:
         entries, treedef = jax.tree_util.tree_flatten_with_path(
@@ -229,10 +262,12 @@ class ThresholdRule:
       granularity: Which entries share a threshold.
       is_blockwise: Whether each block's threshold follows from its entries alone, so that an
         array may be measured in parts.
+      is_leafwise: Whether each leaf's threshold follows from that leaf alone.
     """
 
     granularity: Granularity = dataclasses.field(default_factory=Granularity)
     is_blockwise: ClassVar[bool] = True
+    is_leafwise: ClassVar[bool] = True
 
     def __call__(self, array: ArrayLike) -> jax.Array:
         """Returns thresholds that broadcast against `array`, in float32."""
@@ -254,8 +289,16 @@ class ThresholdRule:
         """
         raise TypeError(f"{type(self).__name__} must define `measure`.")
 
+    def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        """Returns one threshold for the entries of all arrays; what `per_tree` calls."""
+        raise TypeError(f"{type(self).__name__} has no threshold for many arrays.")
+
+    def for_leaves(self, leaves: Sequence[tuple[str, Any]], step: ArrayLike) -> list[Any]:
+        """Returns the thresholds of some leaves and their paths; `resolve_threshold` calls it."""
+        return [self.for_leaf(path, leaf, step) for path, leaf in leaves]
+
     def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
-        """Returns the threshold of the leaf at `path`; what `resolve_threshold` calls."""
+        """Returns the threshold of the leaf at `path`."""
         del path, step
         return self(leaf)
 

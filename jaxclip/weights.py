@@ -235,4 +235,5 @@ def keep_weights_within(
 
 def _bounds(params: Any, threshold: Any, mask: Mask | None, step: Any) -> Any:
     """The threshold of every leaf, inf where the mask is False."""
-    return _checks.masked(mask, params, resolve_threshold(threshold, params, step), float("inf"))
+    # A number that is not floating has no bound, and no rule for a tree measures it.
+    return resolve_threshold(threshold, _checks.masked(mask, params, params, 0), step)

@@ -24,6 +24,7 @@ ROOMS = [
     "optimal_scales",
     "thresholds",
     "threshold_rules",
+    "tree_rules",
     "landing",
     "rates",
     "sign_kinds",

@@ -183,6 +183,74 @@ def test_parts_have_projections_of_their_own():
     assert np.array_equal(after["count"], PARAMS["count"])
 
 
+SETS = {
+    "box": (box(0.5), lambda x: np.clip(x, -0.5, 0.5)),
+    "interval": (box(-0.25, 1.0), lambda x: np.clip(x, -0.25, 1.0)),
+    "max_norm": (max_norm(0.75, ...), lambda x: x * np.minimum(1, 0.75 / np.linalg.norm(x))),
+    "unit_norm": (unit_norm(...), lambda x: x / np.linalg.norm(x)),
+    "nonnegative": (nonnegative(), lambda x: np.maximum(x, 0)),
+    "free": (None, lambda x: x),
+}
+LEAVES = {
+    "vector": ("float32", (3,)),
+    "matrix": ("float32", (2, 3)),
+    "half": ("bfloat16", (2, 3)),
+    "count": ("int32", (2,)),
+}
+trees_of_kinds = st.recursive(
+    st.sampled_from(list(LEAVES)),
+    lambda parts: (
+        st.dictionaries(st.sampled_from("abc"), parts, min_size=1)
+        | st.lists(parts, min_size=1, max_size=3)
+    ),
+    max_leaves=7,
+)
+
+
+@st.composite
+def sets_for(draw, kinds, is_root=True):
+    """A prefix tree of projections, and the name of each leaf's own."""
+    if isinstance(kinds, str) or draw(st.booleans()):
+        name = draw(st.sampled_from([name for name in SETS if name != "free" or not is_root]))
+        return SETS[name][0], jax.tree.map(lambda _: name, kinds)
+    keys = kinds if isinstance(kinds, dict) else range(len(kinds))
+    parts = {key: draw(sets_for(kinds[key], False)) for key in keys}
+    both = [{key: part[i] for key, part in parts.items()} for i in range(2)]
+    return both if isinstance(kinds, dict) else [list(tree.values()) for tree in both]
+
+
+@settings(max_examples=30)
+@given(data=st.data(), seed=seeds)
+def test_in_any_tree_each_leaf_ends_in_the_set_that_any_prefix_tree_has_for_it(data, seed):
+    kinds = data.draw(trees_of_kinds)
+    projection, names = data.draw(sets_for(kinds))
+    draws = iter(range(10**6))
+
+    def drawn_tree(size):
+        def leaf(kind):
+            dtype, shape = LEAVES[kind]
+            if dtype == "int32":
+                return jnp.zeros(shape, dtype)
+            return jnp.asarray(drawn((seed + next(draws)) % 2**32, shape, jnp.dtype(dtype), size))
+
+        return jax.tree.map(leaf, kinds)
+
+    w, u = drawn_tree(1.0), drawn_tree(0.5)
+    updates, after = after_a_step(projection, w, u)
+    wrapped = constrain(optax.identity(), projection)
+    same = wrapped.update(u, wrapped.init(w), w)[0]
+    trees = (jax.tree.leaves(tree) for tree in (names, w, u, updates, after, same))
+    for name, w_leaf, u_leaf, update, got, other in zip(*trees, strict=True):
+        assert (update.dtype, got.dtype, got.shape) == (u_leaf.dtype, w_leaf.dtype, w_leaf.shape)
+        assert np.array_equal(update, other)
+        if jnp.issubdtype(got.dtype, jnp.integer):
+            assert np.array_equal(got, w_leaf)
+            continue
+        moved = wide(w_leaf) + wide(u_leaf)
+        atol = 4 * float(jnp.finfo(got.dtype).eps) * (1 + np.max(np.abs(wide(w_leaf))))
+        np.testing.assert_allclose(wide(got), SETS[name][1](moved), rtol=1e-5, atol=atol)
+
+
 @pytest.mark.parametrize(
     "mask",
     [

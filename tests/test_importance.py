@@ -1,12 +1,16 @@
 """`mse_optimal(importance=...)` beside a brute-force optimum of the weighted error."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip import block_sums
+from jaxclip import block_sums, leaf_parts
 from jaxclip.grids import code_range
 from jaxclip.optimal_scales import optimal_scale
 from jaxclip.scales import best_scale
@@ -114,3 +118,76 @@ def test_nonsense_is_refused_when_the_rule_is_made(importance, error, message):
 def test_importance_of_a_wrong_shape_is_refused_with_both_shapes(shape):
     with pytest.raises(ValueError, match=r"importance must broadcast to the array, \(2, 2\), got"):
         jaxclip.mse_optimal(4, importance=np.ones(shape))(jnp.ones((2, 2)))
+
+
+# --- Trees ----------------------------------------------------------------------------
+
+
+def test_each_leaf_of_a_compressed_tree_has_its_own_importance():
+    (a, v), (b, _) = draw(6, 32, seed=2), draw(6, 32, seed=3)
+    params = {"a": jnp.asarray(a), "b": jnp.asarray(b), "c": jnp.asarray(a)}
+    of_inputs = v[:1]
+    policy = [
+        ("a", {"rule": jaxclip.mse_optimal(importance=v)}),
+        ("b", {"rule": jaxclip.mse_optimal(importance=of_inputs)}),
+    ]
+    small = jaxclip.compress(params, 3, axis=0, policy=policy)
+    for name, importance in (("a", v), ("b", of_inputs), ("c", np.ones((1, 1)))):
+        x, q = np.asarray(params[name]), small[name]
+        importance = np.broadcast_to(importance, x.shape)
+        got = np.sum(importance * (np.asarray(jaxclip.dequantize(q), np.float64) - x) ** 2)
+        best = sum(
+            brute_force(*map(np.float64, row), *code_range(3))
+            for row in zip(x, importance, strict=True)
+        )
+        assert best * (1 - 1e-5) <= got <= 1.01 * best
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("split", [("x", "y"), (None, "y")], ids=["as weights", "by inputs"])
+def test_sharded_weights_and_importances_give_the_codes_of_one_device(split, kind):
+    x, v = draw(16, 64, seed=4)
+    v = v if split[0] else v[:1]
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+
+    def small(x, v, axis):
+        rule = jaxclip.mse_optimal(importance=v)
+        return jaxclip.compress({"kernel": x}, 4, rule=rule, axis=axis)["kernel"]
+
+    for axis in (0, None):
+        expected = small(x, v, axis)
+        with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+            many = jax.device_put(x, NamedSharding(mesh, PartitionSpec("x", "y")))
+            factors = jax.device_put(v, NamedSharding(mesh, PartitionSpec(*split)))
+            program = jax.jit(functools.partial(small, axis=axis)).lower(many, factors).compile()
+            got = program(many, factors)
+        np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-5)
+        assert np.mean(np.asarray(got.qvalue) != np.asarray(expected.qvalue)) < 0.01
+        moved = set(re.findall(r"all-\w+|collective-\w+|reduce-scatter", program.as_text()))
+        if kind == AxisType.Explicit:  # where jax chooses, it may swap blocks between devices
+            assert moved == {"all-reduce"}
+
+
+@pytest.mark.parametrize("of", ["entries", "rows", "inputs"])
+def test_a_leaf_compressed_some_rows_at_a_time_keeps_each_importance_to_its_row(
+    of, monkeypatch, tmp_path
+):
+    x, v = draw(7, 16, seed=5)
+    v = {"entries": v, "rows": v[:, :1] + 1, "inputs": v[0]}[of]
+    source, target = tmp_path / "net.npz", tmp_path / "small.safetensors"
+    np.savez(source, kernel=x)
+    rule = jaxclip.mse_optimal(importance=v)
+    monkeypatch.setattr(leaf_parts, "_PART_BYTES", 3 * x[:1].nbytes)
+    jaxclip.checkpoints.compress_checkpoint(source, target, 3, rule=rule, axis=0)
+    got = jaxclip.checkpoints.load(target)["kernel"]
+    expected = jaxclip.quantize(x, 3, threshold=rule, axis=0)
+    assert np.array_equal(got.qvalue, expected.qvalue)
+    np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-6)
+
+
+def test_an_importance_that_fits_one_leaf_alone_is_refused_with_the_other():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
+    with pytest.raises(
+        ValueError, match=r"importance must broadcast to params at 'b', \(3, 2\), got"
+    ):
+        jaxclip.compress(params, 4, rule=jaxclip.mse_optimal(importance=np.ones((2, 3))))
