@@ -13,6 +13,7 @@ HQQ's zero points are not whole numbers and may be better than the optimum of wh
 """
 
 import argparse
+import functools
 import importlib.util
 import pathlib
 import statistics
@@ -65,15 +66,6 @@ def errors_of(rows, scales, low, high):
 # --- Rules that are written in a few lines --------------------------------------------
 
 
-def refitted(x, scale, low, high, times):
-    for _ in range(times):
-        codes = jnp.clip(jnp.round(x / scale), low, high)
-        energy = jnp.sum(codes * codes, axis=1, keepdims=True)
-        fit = jnp.sum(x * codes, axis=1, keepdims=True) / jnp.maximum(energy, 1)
-        scale = jnp.where(energy > 0, fit, scale)
-    return scale
-
-
 def simple_rules(bits, low, high):
     width = {"ternary": 1.58}.get(bits, bits)
 
@@ -103,22 +95,20 @@ def simple_rules(bits, low, high):
         start = largest(x) / high
         return lax.fori_loop(0, 100, step, (start, jnp.full_like(start, jnp.inf)))[0]
 
-    gaussian = {1: 1.2, 3: 0.6, 7: 0.335, 15: 0.188, 31: 0.104, 127: 0.031}[high]  # Max, 1960
     return {
         "max_abs": lambda x: largest(x) / high,
-        "Gaussian step": lambda x: gaussian * rms(x),
-        "  and 2 refits": lambda x: refitted(x, gaussian * rms(x), low, high, 2),
         "OCTAV, 10 steps": octav,
         "grid of 100": grid,
     }
 
 
 def ours(bits, full_signed):
-    def scales(x):
-        q = jaxclip.mse_optimal(bits, axis=0, full_signed=full_signed).compact(x)
-        return q / code_range(bits, full_signed)[1]
+    def scales(rule, x):
+        found = rule(bits, axis=0, full_signed=full_signed).compact(x)
+        return found / code_range(bits, full_signed)[1]
 
-    return scales
+    names = ("mse_optimal", "least_squares")
+    return {name: functools.partial(scales, getattr(jaxclip, name)) for name in names}
 
 
 def with_the_better_sign(rows, scales, low, high):
@@ -201,7 +191,7 @@ def print_weights(leaves, group_size, bits, full_signed, rounds):
     some = [b[::8] for b in blocks]
     energy = sum(float(np.sum(np.square(b, dtype=np.float64))) for b in some)
     best = sum(np.sum(in_parts(lambda b: exact_errors(b, low, high), b)) for b in some)
-    rules = {"mse_optimal": ours(bits, full_signed), **simple_rules(bits, low, high)}
+    rules = ours(bits, full_signed) | simple_rules(bits, low, high)
     rules = {name: jax.jit(rule) for name, rule in rules.items()}
     absmax = jax.jit(lambda x: jnp.max(jnp.abs(x), axis=1))
     seconds = {name: [] for name in ("absmax", *rules)}
@@ -326,7 +316,7 @@ def shapes(num_rows, row):
 
 def print_shapes(row, num_rows, bits, full_signed):
     low, high = code_range(bits, full_signed)
-    rules = {"mse_optimal": ours(bits, full_signed), **simple_rules(bits, low, high)}
+    rules = ours(bits, full_signed) | simple_rules(bits, low, high)
     side = "full signed" if full_signed else "narrow"
     print(f"\nerror to optimum, {bits} bits, {side}, blocks of {row}")
     print(f"{'shape':<20} " + " ".join(f"{name.strip():>15}" for name in rules))

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are 
 def parts():
     sys.path.insert(0, str(FOLDER))
     try:
-        names = ("methods", "tasks", "run", "report")
+        names = ("ideas", "methods", "tasks", "run", "report")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(FOLDER))
@@ -87,7 +87,58 @@ def test_a_method_trains_and_is_rounded_as_it_was_trained(parts):
     np.testing.assert_allclose(result.metrics["test"][0, 0, 0, 0], expected["test"], atol=0.3)
 
 
-@pytest.mark.parametrize("task", ["digits", "fashion", "fashion_long", "language"])
+def test_weights_that_are_pulled_to_three_levels_end_on_them(parts):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (16, 4)), "bias": jnp.ones(4)}
+    tx = optax.chain(optax.sgd(0.0), parts["ideas"].pull_to_grid("ternary", 10, 400))
+    state, update = tx.init(params), jax.jit(tx.update)
+    grads, first = jax.tree.map(jnp.zeros_like, params), params
+    for i in range(400):
+        assert i > 10 or np.array_equal(params["kernel"], first["kernel"])
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for column in np.abs(np.asarray(params["kernel"])).T:
+        assert len(np.unique(column.round(3))) <= 2  # t, and 0
+    assert np.array_equal(params["bias"], first["bias"])
+
+
+def test_a_box_by_layer_is_that_of_fan_in_times_a_factor(parts):
+    params = {name: {"kernel": jnp.zeros((8, 3))} for name in ("dense_0", "dense_1")}
+    rule = parts["ideas"].ByLayer(0.5, parts["ideas"].FIRST, 4.0)
+    found = jaxclip.resolve_threshold(rule, params)
+    assert (found["dense_0"]["kernel"], found["dense_1"]["kernel"]) == (1.0, 0.25)
+
+
+def test_learned_scales_lower_the_loss_of_a_low_bit_network(parts):
+    task = parts["tasks"].digits(num_steps=1500)
+    params = task.init_fn(jax.random.key(0))
+    rounded = jaxclip.decompress(jaxclip.compress(params, 1))
+    with jax.numpy_dtype_promotion("standard"):  # for optax's adam
+        learned = parts["run"].learn_scales(task, params, 1, jaxclip.mse_optimal)
+    batch = task.batches(jax.random.key(7))
+    assert task.loss_fn(learned, batch) < 0.7 * task.loss_fn(rounded, batch)
+    kept = jax.tree.map(lambda a, b: np.array_equal(jnp.sign(a), jnp.sign(b)), learned, rounded)
+    assert all(kept[layer]["kernel"] for layer in kept)
+
+
+def test_a_convolution_by_slices_is_a_convolution(parts):
+    task = parts["tasks"]
+    params = task.convolutions_init(jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (3, 784))
+    x = images.reshape(3, 28, 28, 1)
+    for i in range(2):
+        layer = params[f"layer_{i}"]
+        x = jax.lax.conv_general_dilated(
+            x, layer["kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x + layer["bias"].reshape(1, 1, 1, -1))
+    hidden = jax.nn.relu(x.reshape(3, -1) @ params["layer_2"]["kernel"])
+    expected = hidden @ params["layer_3"]["kernel"]
+    np.testing.assert_allclose(task.convolutions(params, images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "task", ["digits", "fashion", "fashion_long", "convolutions", "flights", "language"]
+)
 def test_the_tables_have_every_method_of_the_results(parts, task):
     rows = parts["report"].read(task)
     for row in rows:

@@ -5,7 +5,6 @@ python benchmarks/evidence/run.py language --methods "Adam in a box, ternary fro
 
 import functools
 import re
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +12,6 @@ import optax
 
 import jaxclip
 from jaxclip.thresholds import ThresholdRule
-
-
-class BestOfThree(ThresholdRule):
-    """The scale that one step of Lloyd's algorithm finds for {-t, 0, t}, from t = mean |w|."""
-
-    def measure(self, blocks, axes, counts):
-        size = jnp.abs(blocks)
-        mean = jnp.sum(size, axis=axes, keepdims=True) / jnp.asarray(counts, size.dtype)
-        is_far = size > mean / 2
-        total = jnp.sum(jnp.where(is_far, size, 0), axis=axes, keepdims=True)
-        return total / jnp.maximum(jnp.sum(is_far, axis=axes, keepdims=True), 1)
 
 
 class AbsMean(ThresholdRule):
@@ -36,41 +24,7 @@ class AbsMean(ThresholdRule):
 
 def on_grid(params, width):
     """The weights rounded, with a scale for each output channel."""
-    rule = AbsMean() if width == 1 else BestOfThree()
-    return jaxclip.decompress(jaxclip.compress(params, width, rule=rule))
-
-
-class EndOnGridState(NamedTuple):
-    """`weights` are those that the rounded ones come from."""
-
-    step: jax.Array
-    weights: Any
-    inner_state: Any
-
-
-def end_on_grid(inner, width, start):
-    """Wraps an optimizer: from step `start` on the parameters are on a low-bit grid.
-
-    Gradients are then those at the rounded weights, applied to the weights before rounding:
-    the straight-through derivative, without a change to the loss.
-    """
-
-    def init(params):
-        return EndOnGridState(jnp.zeros((), jnp.int32), params, inner.init(params))
-
-    def update(updates, state, params=None, **extra_args):
-        updates, inner_state = inner.update(updates, state.inner_state, state.weights, **extra_args)
-        weights, step = optax.apply_updates(state.weights, updates), state.step + 1
-        is_rounded = step > start
-        updates = jax.tree.map(
-            lambda w, q, p: jnp.where(is_rounded, q, w) - p,
-            weights,
-            on_grid(weights, width),
-            params,
-        )
-        return updates, EndOnGridState(step, weights, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return jaxclip.decompress(jaxclip.compress(params, width, rule=jaxclip.least_squares))
 
 
 def pull_to_grid(width, start, num_steps, most=0.1):
@@ -168,7 +122,7 @@ def make_ideas(num_steps, weight_decay, method, step_sizes):
 
 
 def _ending(inner, width, start, a):
-    return end_on_grid(inner(a), width, start)
+    return jaxclip.keep_on_grid(inner(a), width, start_step=start)
 
 
 def _pulled(inner, num_steps, a):

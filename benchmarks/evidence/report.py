@@ -14,8 +14,9 @@ import jaxclip
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 WIDTHS = ["float32", 4, 3, 2, "ternary", 1]
-UNITS = dict.fromkeys(("digits", "fashion", "fashion_long"), ("test accuracy, %", 1))
-UNITS["language"] = ("bits per byte", -1)
+ACCURACIES = ("digits", "fashion", "fashion_long", "convolutions")
+UNITS = dict.fromkeys(ACCURACIES, ("test accuracy, %", 1))
+UNITS |= {"flights": ("bits per flight", -1), "language": ("bits per byte", -1)}
 SHOWN = {
     "AdamW": ("AdamW, rounded", "mse_optimal"),
     "Lion": ("Lion without a box, rounded", "mse_optimal"),
@@ -70,7 +71,8 @@ def about_methods(rows, sign, digits):
             gap = "{:.{d}f} ± {:.{d}f}".format(*spread(gaps), d=digits)
         edge = " (end of the grid)" if first["is_edge"] else ""
         seconds, bound = f"{first['seconds']:.1f}", f"{first['on_bound']:.0%}"
-        lines.append([name, f"{first['step_size']:g}{edge}", seconds, bound, gap])
+        seeds = str(len(first["test"]))
+        lines.append([name, seeds, f"{first['step_size']:g}{edge}", seconds, bound, gap])
     return lines
 
 
@@ -102,6 +104,10 @@ def draw(task, rows, file):
                 points.append((title, found[0]["bytes"], *spread(found[0]["test"])))
         if points:
             curves[label] = points
+    ended = [r for r in rows if " from 1/2 on" in r["method"] and r["rule"] == "max_abs"]
+    if ended:
+        points = [(str(r["bits"]), r["bytes"], *spread(r["test"])) for r in ended]
+        curves["In a box, on the grid for the last half"] = points
     trained = [r for r in rows if "trained at" in r["method"]]
     if trained and curves:
         points = [(str(r["bits"]), r["bytes"], *spread(r["test"])) for r in trained]
@@ -123,9 +129,10 @@ def main():
             continue
         metric, sign = UNITS[task]
         digits = 2 if sign == 1 else 3
-        print(f"\n## {task}: {metric}, {len(rows[0]['test'])} seeds, {rows[0]['steps']} steps\n")
+        print(f"\n## {task}: {metric}, {rows[0]['steps']} steps\n")
         print(markdown(["method", "rule", *map(str, WIDTHS)], by_width(rows, digits)))
-        titles = ["method", "step size", "seconds a run", "on the bound", "train-test gap, float32"]
+        titles = ["method", "seeds", "step size", "seconds a run", "on the bound"]
+        titles += ["train-test gap, float32"]
         print("\n" + markdown(titles, about_methods(rows, sign, digits)))
         print("\n" + markdown(["method", "file", "bytes", metric], by_size(rows, digits)))
         if options.pictures:

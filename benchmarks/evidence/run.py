@@ -8,7 +8,6 @@ an interrupted run goes on. The tables are made by report.py.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import time
@@ -77,35 +76,21 @@ def in_half(params):
 def learn_scales(task, params, bits, rule):
     """The weights of a low-bit file whose codes stay while scales, biases and norms are trained.
 
-    Scales by factors; Adam from .01 down to 0, in a tenth of the steps of the training.
+    Adam from .01 down to 0, in a tenth of the steps of the training.
     """
     num_steps = task.num_steps // 10
-    leaves, treedef = jax.tree.flatten(
-        jaxclip.compress(params, bits, rule=rule),
-        is_leaf=lambda x: isinstance(x, jaxclip.QuantizedArray),
-    )
-    where = [isinstance(x, jaxclip.QuantizedArray) for x in leaves]
-
-    def whole(free):
-        small = [
-            dataclasses.replace(x, scale=x.scale * f) if is_small else f
-            for x, f, is_small in zip(leaves, free, where, strict=True)
-        ]
-        return jaxclip.decompress(jax.tree.unflatten(treedef, small))
-
-    free = [
-        jnp.ones_like(x.scale) if is_small else x for x, is_small in zip(leaves, where, strict=True)
-    ]
+    parts, rebuild = jaxclip.trainable_parts(jaxclip.compress(params, bits, rule=rule))
     tx = optax.adam(optax.cosine_decay_schedule(0.01, num_steps))
 
     def step(i, carry):
-        free, state = carry
+        parts, state = carry
         batch = task.batches(jax.random.fold_in(jax.random.key(0), i))
-        grads = jax.grad(lambda free: task.loss_fn(whole(free), batch))(free)
+        grads = jax.grad(lambda p: task.loss_fn(jaxclip.decompress(rebuild(p)), batch))(parts)
         updates, state = tx.update(grads, state)
-        return optax.apply_updates(free, updates), state
+        return optax.apply_updates(parts, updates), state
 
-    return whole(jax.lax.fori_loop(0, num_steps, step, (free, tx.init(free)))[0])
+    parts, _ = jax.lax.fori_loop(0, num_steps, step, (parts, tx.init(parts)))
+    return jaxclip.decompress(rebuild(parts))
 
 
 class Rounder:
