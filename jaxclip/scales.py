@@ -117,11 +117,9 @@ def _search(
 ) -> jax.Array:
     """The scale of least error, from those of candidates."""
 
-    def consider(
-        starts: jax.Array, found: Found, lowest: int = low, favour: jax.Array | float = 0.0
-    ) -> Found:
+    def consider(starts: jax.Array, found: Found, lowest: int = low) -> Found:
         errors, scales = evaluate(Candidates(starts, lowest, high))
-        return better_of(found, errors - favour, (starts, scales))
+        return better_of(found, errors, (starts, scales))
 
     def around(start: jax.Array, width: jax.Array, places: np.ndarray) -> jax.Array:
         last = places.astype(np.float32).reshape((1,) * width.ndim + (-1,))
@@ -157,13 +155,9 @@ def _search(
     found = consider(jnp.concatenate(starts, axis=-1), found)
     for _ in range(1 if high <= 31 else 2):
         width = width * 2 / 5
-        # The scale of max_abs is among them, so that the result is never worse. A tie is its,
-        # since it is exact for weights on the grid.
+        # The scale of max_abs is among them, so that the result is never worse.
         last = [around(found.best[0], width, between_neighbours(7)), top[..., None]]
-        is_top = np.reshape(np.arange(BATCH) == BATCH - 1, (1,) * top.ndim + (-1,))
-        tie = 1e-12 * stats.energy + 4e-6 * jnp.where(found.error < jnp.inf, found.error, 0)
-        favour = tie[..., None] * is_top.astype(np.float32)
-        found = consider(jnp.concatenate(last, axis=-1), found, low, favour)
+        found = consider(jnp.concatenate(last, axis=-1), found)
     return jnp.where(stats.energy > 0, found.best[1], 0)
 
 

@@ -154,12 +154,10 @@ def check_one_threshold(name: str, threshold: Any) -> None:
     Example:
       >>> check_one_threshold("max_norm", [1.0, 2.0])
       Traceback (most recent call last):
-      TypeError: max_norm must be one threshold, got [1.0, 2.0]; give a tree of projections instead.
+      TypeError: max_norm must be one threshold and no tree of them, got [1.0, 2.0].
     """
     if isinstance(threshold, (dict, list, tuple)):
-        raise TypeError(
-            f"{name} must be one threshold, got {threshold!r}; give a tree of projections instead."
-        )
+        raise TypeError(f"{name} must be one threshold and no tree of them, got {threshold!r}.")
     check_threshold_tree(name, threshold)
     if not getattr(threshold, "is_leafwise", True):
         raise TypeError(

@@ -345,8 +345,10 @@ def test_a_damaged_chunk_is_an_error(tmp_path):
 @pytest.mark.slow
 def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
     script = textwrap.dedent("""
-        import sys, jax, jax.numpy as jnp, jaxclip
+        import signal, sys, jax, jax.numpy as jnp, jaxclip
         from jaxclip.sweeps import sweep
+        # A shell starts its background jobs with the signal ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sweep(
             lambda w, x: jnp.mean((w @ x - 1) ** 2),
             lambda key: jax.random.normal(key, (64, 64)),
