@@ -73,8 +73,8 @@ def make_ideas(num_steps, weight_decay, method, step_sizes):
     def lion(a, **more):
         return jaxclip.lion(falling(a), weight_decay=0.0, **more)
 
-    def boxed(inner):
-        return jaxclip.constrain(inner, jaxclip.box(jaxclip.fan_in(1.0)))
+    def boxed(inner, kappa=1.0):
+        return jaxclip.constrain(inner, jaxclip.box(jaxclip.fan_in(kappa)))
 
     def narrowing(kappa):
         return jaxclip.fan_in(lambda i: kappa * (4 - 3 * jnp.minimum(i / (0.75 * num_steps), 1)))
@@ -84,6 +84,7 @@ def make_ideas(num_steps, weight_decay, method, step_sizes):
     for name, inner in {
         "Adam in a box": lambda a: boxed(adam(a)),
         "Lion in a box": lambda a: boxed(lion(a)),
+        "Lion in a box twice as wide": lambda a: boxed(lion(a), 2.0),
         "AdamW": adamw,
     }.items():
         for width, title in (("ternary", "ternary"), (1, "1 bit")):

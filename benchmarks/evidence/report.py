@@ -47,6 +47,8 @@ def by_width(rows, digits):
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == name and row["bits"] != "float16"]
         for rule in dict.fromkeys(row["rule"] for row in mine if row["rule"] != "-"):
+            if name.endswith("learned") and not rule.endswith("learned"):
+                continue  # the rows of the method without
             cells = []
             for width in WIDTHS:
                 found = [r for r in mine if r["bits"] == width and r["rule"] in (rule, "-")]
@@ -56,6 +58,26 @@ def by_width(rows, digits):
                 mean, error = spread(found[0]["test"])
                 cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
             lines.append([name, rule, *cells])
+    return lines
+
+
+def of_ideas(rows, digits):
+    """A line for each idea: float32, then ternary by each rule, then with its scales learned."""
+    lines = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == name]
+        cells = []
+        for bits, rule in (
+            ("float32", "-"),
+            ("ternary", "mse_optimal"),
+            ("ternary", "max_abs"),
+            ("ternary", "learned"),
+        ):
+            found = [r for r in mine if r["bits"] == bits and r["rule"].endswith(rule)]
+            mean, error = spread(found[0]["test"]) if found else (np.nan, np.nan)
+            cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}" if found else "")
+        edge = " (end of the grid)" if mine[0]["is_edge"] else ""
+        lines.append([name, str(len(mine[0]["test"])), f"{mine[0]['step_size']:g}{edge}", *cells])
     return lines
 
 
@@ -135,6 +157,11 @@ def main():
         titles += ["train-test gap, float32"]
         print("\n" + markdown(titles, about_methods(rows, sign, digits)))
         print("\n" + markdown(["method", "file", "bytes", metric], by_size(rows, digits)))
+        ideas = read(task, RESULTS / "ideas")
+        if ideas:
+            titles = ["idea", "seeds", "step size", "float32", "ternary, mse_optimal"]
+            titles += ["ternary, max_abs", "ternary, scales learned"]
+            print("\n### Ideas\n\n" + markdown(titles, of_ideas(ideas, digits)))
         if options.pictures:
             draw(task, rows, options.pictures / f"evidence_{task}.png")
 
