@@ -408,13 +408,23 @@ class _LeastSquares(ThresholdRule):
         def total(x: jax.Array) -> jax.Array:
             return jnp.sum(x, axis=axes, keepdims=True)
 
-        factor = _inverse_size(jnp.max(size, axis=axes, keepdims=True, initial=0))
+        largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
+        factor = _inverse_size(largest)
         x = blocks.astype(jnp.float32) * factor
-        step = _STEPS[self.bits] * jnp.sqrt(total(jnp.square(x)) / counts)
-        for _ in range(self.num_refits):
+
+        def refit(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """The scale of least error for the codes, and by how much it is below that of 0."""
             codes = jnp.clip(jnp.round(x / jnp.where(step > 0, step, 1)), low, high)
-            squares = total(jnp.square(codes))
-            step = jnp.where(squares > 0, total(x * codes) / jnp.maximum(squares, 1), step)
+            squares, products = total(jnp.square(codes)), total(x * codes)
+            found = products / jnp.maximum(squares, 1)
+            return jnp.where(squares > 0, found, step), found * products
+
+        step = _STEPS[low, high] * jnp.sqrt(total(jnp.square(x)) / counts)
+        if self.num_refits:
+            (step, gain), (other, other_gain) = refit(step), refit(largest * factor / high)
+            step = jnp.where(other_gain > gain, other, step)
+        for _ in range(self.num_refits - 1):
+            step, _ = refit(step)
         return jnp.minimum(step * np.float32(high) / factor, _MOST)
 
     def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
@@ -423,9 +433,10 @@ class _LeastSquares(ThresholdRule):
         )
 
 
-# The best steps of uniform grids of 3, 4, 8, 16, 32, 64 and 256 levels for the normal
-# distribution, in standard deviations (Max 1960, table II, and the same computed further).
-_STEPS = {"ternary": 1.224, 2: 0.9957, 3: 0.586, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
+# The best step of each grid for the normal distribution, in standard deviations.
+_STEPS = {(-1, 1): 1.224, (-2, 1): 1.048, (-3, 3): 0.651, (-4, 3): 0.602, (-7, 7): 0.353}
+_STEPS |= {(-8, 7): 0.339, (-15, 15): 0.193, (-16, 15): 0.189, (-31, 31): 0.1055}
+_STEPS |= {(-32, 31): 0.104, (-127, 127): 0.0309, (-128, 127): 0.0308}
 
 
 def least_squares(
@@ -436,17 +447,19 @@ def least_squares(
     group_size: int | None = None,
     full_signed: bool = True,
 ) -> ThresholdRule:
-    """Makes the rule that refits the scale to the codes a few times: cheap, near the optimum.
+    """Makes the rule that refits the scale to the codes a few times.
 
-    Begins with the best scale of a normal distribution, then alternates
-    `q = clip(round(w / s), low, high)` and `s = sum w q / sum q**2`, the scale of least error for
-    those codes; `t = s * high`. Each refit lowers the squared error or leaves it. For grids that
-    are chosen anew at every step of a training, where the search of `mse_optimal` would
-    cost too much; for files `mse_optimal` is better, most of all from 3 bits on.
+    Alternates `q = clip(round(w / s), low, high)` and `s = sum w q / sum q**2`, the scale of least
+    error for those codes; `t = s * high`. The first refit is made of the best scale of a normal
+    distribution and of that of the largest weight, and the better is kept, so that the squared
+    error is never above that of `max_abs`; each other one lowers it or leaves it. For grids
+    that are chosen anew at every step of a training: near the optimum for ternary and 2 bits.
+    From 3 bits on, and for files, the search of `mse_optimal` is better.
 
     Args:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where `quantize` or `compress` fills it.
-      num_refits: How many times, at least 0. For one bit `t = mean |w|` at once.
+      num_refits: How many times, at least 0; with 0 the scale is that of the normal
+        distribution. For one bit `t = mean |w|` at once.
       axis: Channel axis or axes with a threshold each; None for one threshold.
       group_size: Entries that share a threshold along the last non-channel axis.
       full_signed: As in `code_range`.

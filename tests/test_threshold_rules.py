@@ -15,7 +15,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
 from jaxclip.grids import code_range
-from jaxclip.threshold_rules import max_abs, mse_optimal, percentile_abs, std_multiple
+from jaxclip.threshold_rules import (
+    least_squares,
+    max_abs,
+    mse_optimal,
+    percentile_abs,
+    std_multiple,
+)
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -283,3 +289,34 @@ def test_zero_and_empty_blocks_have_finite_thresholds():
         assert np.array_equal(rule(jnp.zeros((2, 3))), np.zeros((2, 1)))
         assert rule(jnp.zeros((0, 3))).shape == (0, 1)
         assert np.all(np.isfinite(rule(jnp.zeros((2, 0)))))
+
+
+@pytest.mark.parametrize("size", [64, 5000])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        functools.partial(max_abs),
+        functools.partial(percentile_abs, 99.0),
+        functools.partial(std_multiple, 3.0),
+        *(functools.partial(mse_optimal, bits) for bits in (1, "ternary", 4, 8)),
+        *(functools.partial(least_squares, bits) for bits in (1, "ternary", 8)),
+    ],
+    ids=lambda rule: f"{rule.func.__name__}{rule.args}",
+)
+def test_a_bad_weight_never_clips_the_others_away(rule, bad, size):
+    w = np.random.default_rng(0).normal(size=(2, size)).astype(np.float32)
+    w[0, 3] = bad
+    for function in (rule(axis=0), jax.jit(rule(axis=0))):
+        t = np.asarray(function(jnp.asarray(w)))[:, 0]
+        assert not t[0] < 1  # of ordinary size, too large to clip, or NaN, which does not
+        assert 0.5 < t[1] < 4
+
+
+@pytest.mark.parametrize("rule", [max_abs(), std_multiple(3.0), mse_optimal(1), mse_optimal(4)])
+def test_a_nan_in_one_leaf_never_clips_another_leaf_of_its_tree_away(rule):
+    tree = {"bad": jnp.array([1.0, jnp.nan, 2.0]), "good": jnp.array([3.0, 4.0])}
+    for clip in (jaxclip.clip_weights, jax.jit(jaxclip.clip_weights, static_argnums=1)):
+        clipped = clip(tree, jaxclip.per_tree(rule))
+        np.testing.assert_array_equal(clipped["good"], [3.0, 4.0])
+        np.testing.assert_array_equal(clipped["bad"], [1.0, np.nan, 2.0])
