@@ -293,11 +293,14 @@ class ThresholdRule:
       is_blockwise: Whether each block's threshold follows from its entries alone, so that an
         array may be measured in parts.
       is_leafwise: Whether each leaf's threshold follows from that leaf alone.
+      grid_name: The factory's name if it measures errors on a grid, which complex numbers have
+        not; None if it goes by magnitudes.
     """
 
     granularity: Granularity = dataclasses.field(default_factory=Granularity)
     is_blockwise: ClassVar[bool] = True
     is_leafwise: ClassVar[bool] = True
+    grid_name: ClassVar[str | None] = None
 
     def __call__(self, array: ArrayLike) -> jax.Array:
         """Returns thresholds that broadcast against `array`, in float32."""
@@ -307,6 +310,7 @@ class ThresholdRule:
     def compact(self, array: jax.Array) -> jax.Array:
         """Returns one threshold a block; 0 for blocks of zeros."""
         array = jnp.asarray(array)
+        self.check_leaf("", array)
         blocks, axes = self.granularity.split(array)
         counts = self.granularity.block_counts(array.shape)
         return self.granularity.compact(self.measure(blocks, axes, counts), array.ndim)
@@ -329,8 +333,18 @@ class ThresholdRule:
 
     def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
         """Returns the threshold of the leaf at `path`."""
-        del path, step
+        del step
+        self.check_leaf(path, leaf)
         return self(leaf)
+
+    def check_leaf(self, path: str, leaf: Any) -> None:
+        """Raises TypeError if the leaf at `path` is complex and the rule is for a grid."""
+        if self.grid_name is not None and jnp.iscomplexobj(leaf):
+            where = f"'{path}'" if path else "the array"
+            raise TypeError(
+                f"{self.grid_name} has no grid for complex numbers, which {where} has: bound it "
+                "by a rule for magnitudes, such as std_multiple."
+            )
 
     def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> "ThresholdRule":
         """Returns this rule for one grid and granularity; what `quantize` calls."""
