@@ -5,7 +5,7 @@ parts, rebuild = trainable_parts(compress(params, "ternary"))      then train it
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -197,7 +197,9 @@ def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
       and `rebuild(parts)` at once is `small` itself.
 
     Raises:
-      ValueError: If no leaf is low-bit; by `rebuild`, if the parts are of other paths or shapes.
+      TypeError: By `rebuild`, if the parts are no dict.
+      ValueError: If no leaf is low-bit, or two have the same path, as of a key with a "/"; by
+        `rebuild`, if the parts are of other paths or shapes.
 
     Example:
       >>> from jaxclip import decompress
@@ -213,25 +215,41 @@ def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
     flat, structure = jax.tree_util.tree_flatten_with_path(small, is_leaf=_is_low_bit)
     if not any(_is_low_bit(leaf) for _, leaf in flat):
         raise ValueError("trainable_parts needs a tree with a low-bit leaf, as compress gives.")
+    names = _names_of([path for path, _ in flat])
     parts = {}
-    for path, leaf in flat:
+    for name, (_, leaf) in zip(names, flat, strict=True):
         if _is_low_bit(leaf):
-            parts[_checks.path_name(path)] = jnp.ones_like(leaf.scale, jnp.float32)
+            parts[name] = jnp.ones_like(leaf.scale, jnp.float32)
         elif is_clippable(leaf):
-            parts[_checks.path_name(path)] = jnp.asarray(leaf)
+            parts[name] = jnp.asarray(leaf)
     shapes = {name: part.shape for name, part in parts.items()}
 
     def rebuild(parts: Any) -> Any:
+        if not isinstance(parts, Mapping):
+            raise TypeError(f"parts must be a dict from path to array, got {parts!r}.")
         given = {name: np.shape(part) for name, part in parts.items()}
-        for name in sorted({*given, *shapes}):
+        for name in sorted({*given, *shapes}, key=str):
             if given.get(name) != shapes.get(name):
                 raise ValueError(
                     f"parts['{name}'] must have shape {shapes.get(name)}, got {given.get(name)}."
                 )
-        leaves = [_with_part(leaf, parts.get(_checks.path_name(path))) for path, leaf in flat]
-        return structure.unflatten(leaves)
+        pairs = zip(names, flat, strict=True)
+        return structure.unflatten([_with_part(leaf, parts.get(name)) for name, (_, leaf) in pairs])
 
     return parts, rebuild
+
+
+def _names_of(paths: list[tuple]) -> list[str]:
+    names: dict[str, tuple] = {}
+    for path in paths:
+        other = names.setdefault(_checks.path_name(path), path)
+        if other is not path:
+            one, two = jax.tree_util.keystr(other), jax.tree_util.keystr(path)
+            raise ValueError(
+                f"small must have a leaf for each path, but {one} and {two} are both called "
+                f"'{_checks.path_name(path)}': rename one."
+            )
+    return list(names)
 
 
 def _with_part(leaf: Any, part: Any) -> Any:

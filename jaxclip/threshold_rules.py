@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +234,7 @@ def std_multiple(
 
 @dataclasses.dataclass(frozen=True)
 class _MseOptimal(ThresholdRule):
+    grid_name: ClassVar[str] = "mse_optimal"
     bits: Bits | None = None
     full_signed: bool = True
     exact: bool = False
@@ -243,6 +244,7 @@ class _MseOptimal(ThresholdRule):
         if self.importance is None:
             return super().compact(array)
         array = jnp.asarray(array)
+        self.check_leaf("", array)
         blocks, axes = self.granularity.split(array)
         v, _ = self.granularity.split(importance_for(self.importance, array.shape))
         counts = self.granularity.block_counts(array.shape)
@@ -277,8 +279,6 @@ class _MseOptimal(ThresholdRule):
         if self.bits == 1:
             count = _num_entries(arrays)
             return _total([jnp.sum(_magnitude(x) / count) for x in arrays])
-        if any(jnp.iscomplexobj(x) for x in arrays):
-            raise TypeError("mse_optimal has no grid for complex numbers, which the tree has.")
         return jnp.abs(best_common_scale(arrays, low, high)) * high
 
     def _code_range(self) -> tuple[int, int]:
@@ -371,7 +371,7 @@ def mse_optimal(
 
     Raises:
       TypeError: If `axis` is not an integer, a tuple of them or None, or `importance` not of
-        numbers.
+        numbers; when it is used, for a complex array.
       ValueError: If `bits` or `group_size` is not allowed, or an importance is negative, NaN or
         infinite; when it is used, if `exact` meets a traced array, or `importance` does not
         broadcast to the array.
@@ -393,6 +393,7 @@ def mse_optimal(
 
 @dataclasses.dataclass(frozen=True)
 class _LeastSquares(ThresholdRule):
+    grid_name: ClassVar[str] = "least_squares"
     bits: Bits | None = None
     full_signed: bool = True
     num_refits: int = 2
@@ -468,7 +469,8 @@ def least_squares(
       A rule: array -> float32 thresholds that broadcast against the array.
 
     Raises:
-      TypeError: If `axis` is not an integer, a tuple of them or None.
+      TypeError: If `axis` is not an integer, a tuple of them or None; when it is used, for a
+        complex array.
       ValueError: If `bits`, `num_refits` or `group_size` is not allowed.
 
     Example:

@@ -295,6 +295,20 @@ def test_trainable_parts_names_what_is_wrong():
         rebuild({"w": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"parts\['x'\] must have shape None"):
         rebuild(parts | {"x": jnp.ones(2)})
+    with pytest.raises(TypeError, match=r"parts must be a dict from path to array, got \[1\]"):
+        rebuild([1])
+    with pytest.raises(ValueError, match=r"parts\['1'\] must have shape None"):
+        rebuild(parts | {1: jnp.ones(2)})
+
+
+def test_trainable_parts_mixes_up_no_leaves_of_the_same_path():
+    params = {"w": jnp.ones((2, 2)), "a": {"b": jnp.zeros(3)}, "a/b": 5 * jnp.ones(3)}
+    message = r"\['a'\]\['b'\] and \['a/b'\] are both called 'a/b'"
+    with pytest.raises(ValueError, match=message):
+        trainable_parts(jaxclip.compress(params, 4))
+    del params["a"]
+    parts, rebuild = trainable_parts(jaxclip.compress(params, 4))
+    assert np.array_equal(rebuild(parts | {"a/b": jnp.arange(3.0)})["a/b"], [0, 1, 2])
 
 
 # --- least_squares --------------------------------------------------------------------
