@@ -25,7 +25,7 @@ from jaxclip.history import (
 )
 from jaxclip.norms import rescaled_unit_norm
 from jaxclip.rescaling import RescaledNorm
-from jaxclip.thresholds import round_toward_zero
+from jaxclip.thresholds import check_number_or_schedule, round_toward_zero
 
 __all__ = [
     "AdagcState",
@@ -300,8 +300,7 @@ def _check_warmup(warmup: Any) -> None:
 
 def _as_schedule(name: str, given: Any) -> Callable[..., jax.Array]:
     """A bound as a function of the step and a dtype; below 0 counts as 0."""
-    if not callable(given):
-        _checks.check_threshold(name, given)
+    check_number_or_schedule(name, given)
 
     def bound_at(step: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         bound: Any = given(step) if callable(given) else given

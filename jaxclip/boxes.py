@@ -1,6 +1,7 @@
 """Boxes: sets with a lower and an upper bound for every entry."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jaxclip.projections import Projection
 from jaxclip.rescaling import unit_and_modulus
 from jaxclip.thresholds import (
     ThresholdRule,
+    check_number_or_schedule,
     check_one_threshold,
     resolve_threshold,
     round_toward_zero,
@@ -76,8 +78,7 @@ def box(low: Any, high: Any = None) -> Box:
     for name, bound, never in (("low", low, np.inf), ("high", high, -np.inf)):
         if isinstance(bound, ThresholdRule):
             raise TypeError(f"{name} must not be a rule; give one rule alone: box({name}).")
-        if not callable(bound):
-            _checks.check_bound(name, bound, never)
+        check_number_or_schedule(name, bound, functools.partial(_checks.check_bound, never=never))
     numbers = [x for x in (low, high) if not callable(x) and not isinstance(x, jax.Array)]
     if len(numbers) == 2 and low > high:
         raise ValueError(f"low must not be above high, got {low!r} and {high!r}.")

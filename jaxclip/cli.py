@@ -88,11 +88,13 @@ extra gguf and names that its reader knows. safetensors: plain weights. Keys of 
 joined by dots; the names of other libraries stay as they are.
 
 With --max-shard-bytes DST is a new folder: shards of that size and their index. A folder of shards
-becomes one of shards of 5 GB, unless DST ends in .safetensors.
+becomes one of shards of 5 GB, unless DST ends in .safetensors. With --model-files DST is a folder
+that loads as it is: config.json gets its quantization_config, tokenizer and the like go along.
 
 examples:
   jaxclip export small.safetensors model.safetensors --to compressed-tensors
-  jaxclip export small.safetensors folder --to compressed-tensors --max-shard-bytes 2000000000
+  jaxclip export small.safetensors shards --to compressed-tensors --max-shard-bytes 2000000000
+  jaxclip export small.safetensors folder --to compressed-tensors --model-files model
   jaxclip export net.safetensors net.gguf --to Q4_0 --architecture llama
 """,
     "verify": """\
@@ -236,6 +238,7 @@ def _export(args: argparse.Namespace) -> Any:
         args.to,
         architecture=args.architecture,
         max_shard_bytes=args.max_shard_bytes,
+        model_files=args.model_files,
         overwrite=args.force,
     )
     files = (
@@ -307,6 +310,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--max-shard-bytes", type=int, metavar="N", help="most bytes of tensors of a shard"
+    )
+    export.add_argument(
+        "--model-files",
+        metavar="FOLDER",
+        help="the model's, with config.json; DST is a folder then",
     )
     export.add_argument("--architecture", default="llama", help="what GGUF says it is (llama)")
     return parser

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: the index of a folder, read with suspicion, and that of a new one.
+"""Folders of models: the index of shards, read with suspicion, that of new ones, other files.
 
 A folder holds `model.safetensors.index.json`, whose `weight_map` names the shard of every
 tensor. A name there is data from elsewhere: only bare file names are followed, and only
@@ -21,6 +21,7 @@ __all__ = [
     "check_total_size",
     "find_shards",
     "make_index",
+    "model_files",
     "read_index",
     "shard_names",
     "split_shards",
@@ -29,6 +30,9 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 100_000_000
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pth?|ckpt|h5|msgpack|onnx(_data)?|gguf|npz|npy|index\.json)", re.I | re.S
+)
 
 
 def find_shards(folder: Path) -> Path | None:
@@ -91,7 +95,7 @@ def read_index(raw: bytes, folder: Path) -> tuple[dict[str, str], int | None]:
             )
     listed = set(weight_map.values())
     for shard in sorted(listed):
-        _check_inside(folder, shard)
+        _check_inside(folder, shard, "shard")
     unlisted = {name for name in os.listdir(folder) if _SHARD.fullmatch(name)} - listed
     if unlisted:
         raise ValueError(f"shard {min(unlisted)!r} is in the folder but not in {INDEX_NAME}.")
@@ -104,21 +108,21 @@ def _is_bare_name(name: str) -> bool:
     return name.endswith(".safetensors") and not name.startswith(".")
 
 
-def _check_inside(folder: Path, shard: str) -> None:
-    """Raises unless the shard exists and is no link that leads out of the folder.
+def _check_inside(folder: Path, name: str, what: str) -> None:
+    """Raises unless the file exists and is no link that leads out of the folder.
 
     Caches of the Hugging Face hub keep files as `blobs/HASH` beside `snapshots/REVISION`,
     where the names are links: those two folders belong together.
     """
     root = Path(os.path.realpath(folder))
-    target = Path(os.path.realpath(folder / shard))
+    target = Path(os.path.realpath(folder / name))
     homes = {root}
     if root.parent.name == "snapshots":
         homes.add(root.parent.parent / "blobs")
     if target.parent not in homes:
-        raise ValueError(f"shard {shard!r} is a link that leads out of the folder.")
+        raise ValueError(f"{what} {name!r} is a link that leads out of the folder.")
     if not target.exists():
-        raise ValueError(f"shard {shard!r} is missing.")
+        raise ValueError(f"{what} {name!r} is missing.")
 
 
 def _total_size(metadata: Any) -> int | None:
@@ -147,6 +151,38 @@ def check_total_size(total: int | None, found: int) -> None:
         raise ValueError(
             f"{INDEX_NAME} says {total:,} bytes of tensors, the shards hold {found:,}."
         )
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Returns what a folder holds beside weights: configuration, tokenizer, card, license.
+
+    Not what is hidden, nor folders.
+
+    Args:
+      folder: A directory.
+
+    Returns:
+      Paths of regular files, in the order of their names.
+
+    Raises:
+      ValueError: If one is a link that leads out of the folder.
+      OSError: If it is no directory that can be read.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     for name in ("config.json", "model.safetensors", ".gitattributes"):
+      ...         _ = Path(folder, name).write_text("")
+      ...     [file.name for file in model_files(Path(folder))]
+      ['config.json']
+    """
+    names = [n for n in sorted(os.listdir(folder)) if n[0] != "." and not _WEIGHTS.fullmatch(n)]
+    files = [folder / name for name in names if not (folder / name).is_dir()]
+    for file in files:
+        _check_inside(folder, file.name, "file")
+        if not file.is_file():
+            raise ValueError(f"file {file.name!r} is neither a regular file nor a folder.")
+    return files
 
 
 # --- New folders ------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from jaxclip._checks import compute_dtype, exceeds, increment, keep_weak_type, m
 from jaxclip.norms import MeasuredNorm, measure_norm, rescaled_global_norm
 from jaxclip.rescaling import RescaledNorm, not_folded, unit_and_modulus
 from jaxclip.thresholds import (
-    ThresholdRule,
+    check_number_or_schedule,
     check_threshold_tree,
     resolve_threshold,
     round_toward_zero,
@@ -210,12 +210,8 @@ def clip_by_global_norm(
     ord = 2 if ord is None else ord
     _checks.check_choice("ord", ord, (1, 2, 1.0, 2.0, float("inf")))
     _checks.check_nonnegative("eps", eps)
+    check_number_or_schedule("max_norm", max_norm)
     schedule: Any = max_norm if callable(max_norm) else None
-    check_threshold_tree("max_norm", max_norm)
-    if schedule is None:
-        _checks.check_threshold("max_norm", max_norm)
-    elif isinstance(max_norm, ThresholdRule):
-        raise TypeError("max_norm must be a number or a schedule: a rule bounds single leaves.")
 
     def init_fn(params):
         # An array for each field: one array twice could not be donated.

@@ -25,7 +25,7 @@ from jaxclip import _checks
 from jaxclip._checks import increment, keep_weak_type, map_clippable
 from jaxclip.gradients import LeafReport, clip_to_norm, norm_of
 from jaxclip.norms import is_nonfinite
-from jaxclip.thresholds import ThresholdRule, round_toward_zero
+from jaxclip.thresholds import check_number_or_schedule, round_toward_zero
 
 __all__ = [
     "SkipNonfiniteState",
@@ -220,9 +220,9 @@ def skip_or_clip(
       https://arxiv.org/abs/2504.02507
     """
     inner = _checks.check_transformation("inner", inner)
-    _check_bound("drop_norm", drop_norm)
-    _check_bound("max_norm", max_norm)
-    _check_bound("num_deviations", num_deviations)
+    check_number_or_schedule("drop_norm", drop_norm)
+    check_number_or_schedule("max_norm", max_norm)
+    check_number_or_schedule("num_deviations", num_deviations)
     _checks.check_decay_rate("decay", decay)
     num_warmup = _as_limit("num_warmup", num_warmup)
     max_spikes = _as_limit("max_consecutive", max_consecutive)
@@ -295,13 +295,6 @@ def skip_or_clip(
 # --- Parts ----------------------------------------------------------------------------
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
-
-
-def _check_bound(name: str, given: Any) -> None:
-    if isinstance(given, ThresholdRule):
-        raise TypeError(f"{name} must be a number or a schedule: a rule bounds single leaves.")
-    if not callable(given):
-        _checks.check_threshold(name, given)
 
 
 def _as_limit(name: str, given: Any) -> Any:

@@ -10,7 +10,9 @@ not at all, and are written tensor by tensor. `docs/interop.md` says what was ve
 """
 
 import dataclasses
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -196,6 +198,7 @@ def export_checkpoint(
     metadata: Mapping[str, Any] | None = None,
     separator: str = ".",
     max_shard_bytes: int | None = None,
+    model_files: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Writes a file or folder of weights in the format of another library, leaf by leaf.
@@ -205,7 +208,7 @@ def export_checkpoint(
 
     Args:
       src: As in `checkpoints.load`.
-      dst: The file to write, or the new folder: with `max_shard_bytes`, and of 5 GB a shard also
+      dst: The file to write, or the new folder: with `max_shard_bytes` or `model_files`, and
         where a folder of shards becomes safetensors and `dst` does not end in .safetensors.
       to: "safetensors" for plain weights, "compressed-tensors", or "Q4_0", "Q4_1" or "Q8_0" for
         GGUF.
@@ -214,18 +217,23 @@ def export_checkpoint(
       metadata: Further keys of GGUF.
       separator: What joins the keys of nested trees; names in files of other libraries stay as
         they are.
-      max_shard_bytes: As in `to_safetensors`; not for GGUF.
+      max_shard_bytes: As in `to_safetensors`, 5 GB if `dst` is a folder; not for GGUF.
+      model_files: The model's folder, whose files beside weights go into the new one:
+        tokenizer, card, and `config.json`, which gets its `quantization_config`. Folders in it
+        do not. Not for GGUF.
       overwrite: Whether an existing file may be replaced; a folder is not.
 
     Returns:
-      For compressed-tensors the value of `quantization_config`; else None.
+      For compressed-tensors the value of `quantization_config`, which the `config.json` of
+      `model_files` gets; else None.
 
     Raises:
       CheckpointError: As `checkpoints.load`.
       FileExistsError: As `checkpoints.save`; also if `dst` is one of the files that are read.
       TypeError: As the function for the format.
-      ValueError: As the function for the format, or if `to` is none of these, or GGUF should
-        have shards.
+      ValueError: As the function for the format; if `to` is none of these, or GGUF should
+        have shards or other files; if `model_files` has no `config.json`, one that is quantized
+        already, or a link that leads out of it.
       ImportError: As `to_gguf`.
 
     Example:
@@ -237,17 +245,20 @@ def export_checkpoint(
     dtype = _floating_dtype(dtype)
     if to in BYTES_PER_BLOCK:
         check_gguf(to)
-        if max_shard_bytes is not None:
-            raise ValueError(f"max_shard_bytes is for safetensors, {to} is one file.")
+        for name, value in {"max_shard_bytes": max_shard_bytes, "model_files": model_files}.items():
+            if value is not None:
+                raise ValueError(f"{name} is for safetensors, {to} is one file.")
+    companions = () if model_files is None else _companions(Path(model_files))
     with open_source(Path(src)) as source:
         if any(os.path.exists(dst) and os.path.samefile(dst, file) for file in source.files):
             raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
         leaves = stored_leaves(source, separator)
         if to in BYTES_PER_BLOCK:
             return write_gguf(dst, leaves, architecture, to, metadata or {}, overwrite)
-        if len(source.files) > 1 and Path(dst).suffix != ".safetensors":
-            max_shard_bytes = max_shard_bytes or _SHARD_BYTES
-        place = _Place(dst, max_shard_bytes, overwrite)
+        is_of_shards = len(source.files) > 1 and Path(dst).suffix != ".safetensors"
+        if max_shard_bytes is None and (companions or is_of_shards):
+            max_shard_bytes = _SHARD_BYTES
+        place = _Place(dst, max_shard_bytes, overwrite, companions)
         if to == "safetensors":
             return _write_values(place, leaves, dtype)
         return _write_packed(place, leaves, dtype, separator)
@@ -259,6 +270,21 @@ def _floating_dtype(dtype: Any) -> np.dtype | None:
     return None if dtype is None else jnp.dtype(dtype)
 
 
+def _companions(folder: Path) -> tuple[Path, ...]:
+    """The files of a model beside its weights, of which `config.json` is one."""
+    try:
+        files = folders.model_files(folder)
+        config = json.loads((folder / "config.json").read_bytes())
+        if type(config) is not dict:
+            raise ValueError("config.json holds no object.")
+        if "quantization_config" in config:
+            raise ValueError("config.json has a quantization_config: give that of plain weights.")
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"model_files must be the folder of a model, got '{folder}': {error}"
+        raise ValueError(message) from error
+    return tuple(files)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Place:
     """Where tensors go: a file, or a new folder of shards if these have a size."""
@@ -266,13 +292,16 @@ class _Place:
     path: str | os.PathLike
     max_shard_bytes: int | None
     overwrite: bool
+    companions: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_shard_bytes is not None:
             _checks.check_count("max_shard_bytes", self.max_shard_bytes)
 
-    def write(self, leaves: dict[str, dict[str, ExportTensor]]) -> None:
-        """Writes the tensors of each leaf."""
+    def write(
+        self, leaves: dict[str, dict[str, ExportTensor]], quantization: dict[str, Any] | None = None
+    ) -> None:
+        """Writes the tensors of each leaf, and the model's other files."""
         tensors: dict[str, ExportTensor] = {}
         for parts in leaves.values():
             for name, tensor in parts.items():
@@ -294,6 +323,13 @@ class _Place:
             if len(inside) > 1:
                 with replacing(folder / folders.INDEX_NAME) as file:
                     file.write(folders.make_index(inside, sum(sizes.values())))
+            for companion in self.companions:
+                with companion.open("rb") as read, replacing(folder / companion.name) as file:
+                    if companion.name == "config.json" and quantization:
+                        config = json.loads(read.read()) | {"quantization_config": quantization}
+                        file.write(json.dumps(config, indent=2).encode() + b"\n")
+                    else:
+                        shutil.copyfileobj(read, file)
 
 
 def _write_tensors(file: BinaryIO, tensors: dict[str, ExportTensor]) -> None:
@@ -322,5 +358,6 @@ def _write_packed(
             ignored += [module] if is_matrix else []
     if not schemes:
         raise ValueError("tree has no QuantizedArray leaf: compress it first.")
-    place.write(tensors)
-    return quantization_config(schemes, ignored)
+    config = quantization_config(schemes, ignored)
+    place.write(tensors, config)
+    return config

@@ -5,7 +5,7 @@ parts, rebuild = trainable_parts(compress(params, "ternary"))      then train it
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import optax
 from jax import lax
 
 from jaxclip import _checks
-from jaxclip._checks import increment, is_clippable, keep_weak_type
+from jaxclip._checks import compute_dtype, increment, is_clippable, keep_weak_type, map_clippable
 from jaxclip.compression import compress
 from jaxclip.grids import Bits
 from jaxclip.landing import rounded_sum, update_between
@@ -32,7 +32,7 @@ class KeepOnGridState(NamedTuple):
 
     Attributes:
       step: Scalar int32, steps so far.
-      residual: What rounding took from the weights; 0 before `start_step`.
+      residual: What rounding took from the weights, in float32 or wider; 0 before `start_step`.
       inner_state: State of the wrapped optimizer, which sees the weights before rounding.
     """
 
@@ -46,7 +46,7 @@ def keep_on_grid(
     bits: Bits,
     *,
     start_step: int = 0,
-    rule: Any = least_squares,
+    rule: Any = None,
     axis: int | tuple[int, ...] | None = -1,
     group_size: int | None = None,
     full_signed: bool = True,
@@ -55,9 +55,10 @@ def keep_on_grid(
     """Wraps an optimizer so that from a step on the weights lie on a low-bit grid.
 
     `v = w + r`, `v <- v + inner(g, v)`, `w <- Q(v)` and `r <- v - w`, where
-    `Q(v) = decompress(compress(v, bits, ...))`; in the first `start_step` steps `w <- v`. Gradients
-    are taken at the rounded `w` and go to `v`: the straight-through derivative, without a
-    change to the loss, and with what rounding took kept in the state.
+    `Q(v) = decompress(compress(v, bits, ...))`; the first `start_step` updates are those of
+    `inner`. Gradients are taken at the rounded `w` and go to `v`: the straight-through
+    derivative, without a change to the loss, and with what rounding took kept in the state.
+    There it is float32 for weights in half precision, too, so that small steps add up.
 
     Goes around everything that is to see or bound the unrounded weights: a box goes inside,
     `keep_on_grid(constrain(inner, box(fan_in(1.0))), ...)`.
@@ -66,8 +67,8 @@ def keep_on_grid(
       inner: Any optimizer.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
       start_step: Steps before the first rounding, at least 0. May be traced.
-      rule: As in `compress`. Codes and scales are chosen anew at every step, so it should be
-        cheap.
+      rule: As in `compress`; None for `least_squares`. Codes and scales are chosen anew at every
+        step, so it should be cheap.
       axis: As in `compress`.
       group_size: As in `compress`.
       full_signed: As in `compress`.
@@ -75,9 +76,11 @@ def keep_on_grid(
 
     Returns:
       A transform that needs `params`; shapes, dtypes and weak types of the updates are kept. Its
-      state is as large as the weights. Parameters are on the grid to the rounding of
+      state has as many numbers as the weights. Parameters are on the grid to the rounding of
       `optax.apply_updates`. The low-bit tree itself is `compress(w + r, bits, ...)` with the same
-      arguments; for one bit and ternary `compress(params, bits, rule=max_abs)` has its codes.
+      arguments, of the sum in the dtype of `r`; for one bit and ternary
+      `compress(params, bits, rule=max_abs)` has its codes. A step that is NaN or infinite is
+      handed on, and `r` stays.
 
     Raises:
       TypeError: If `inner` is no transformation, or an argument of `compress` is of a wrong
@@ -100,16 +103,15 @@ def keep_on_grid(
       https://arxiv.org/abs/1308.3432
     """
     inner = _checks.check_transformation("inner", inner)
-    if _checks.is_concrete(start_step) and not (
-        isinstance(start_step, (int, np.integer)) and start_step >= 0
-    ):
-        raise ValueError(f"start_step must be an integer of at least 0, got {start_step!r}.")
+    _check_start_step(start_step)
 
+    # Compiled, which also spares it a look at every value outside jit.
+    @jax.jit
     def low_bit(params):
         return compress(
             params,
             bits,
-            rule=rule,
+            rule=least_squares if rule is None else rule,
             axis=axis,
             group_size=group_size,
             full_signed=full_signed,
@@ -118,45 +120,64 @@ def keep_on_grid(
 
     def init_fn(params):
         jax.eval_shape(low_bit, params)  # says now what is wrong with the arguments
-        residual = jax.tree.map(
-            lambda w: jnp.zeros_like(w) if is_clippable(w) else jnp.zeros(()), params
-        )
+        residual = jax.tree.map(_no_residual, params)
         return KeepOnGridState(jnp.zeros((), jnp.int32), residual, inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         _checks.check_params_given("keep_on_grid", params)
         _checks.check_same_structure("updates", updates, "params", params)
-        before = _moved(params, state.residual)  # a sum that is exact before `start_step`
-        updates, inner_state = inner.update(updates, state.inner_state, before, **extra_args)
-        after, is_on = _moved(before, updates), state.step >= start_step
-
-        small = low_bit(after)
+        seen = map_clippable(_seen, params, state.residual)
+        updates, inner_state = inner.update(updates, state.inner_state, seen, **extra_args)
+        after = map_clippable(_moved, params, state.residual, updates)
+        small, is_on = low_bit(after), state.step >= start_step
 
         # Leaves that stay as they are move as `inner` says, and have no residual.
-        def move(u: Any, w: Any, v: Any, q: Any) -> Any:
+        def move(u: Any, w: Any, q: Any) -> Any:
             if not _is_low_bit(q):
                 return u
             u, w = jnp.asarray(u), jnp.asarray(w)
-            target = jnp.where(is_on, dequantize(q), v)
-            return keep_weak_type(update_between(u, w, target, target, target), u)
+            target = dequantize(q).astype(w.dtype)
+            return keep_weak_type(
+                jnp.where(is_on, update_between(u, w, target, target, target), u), u
+            )
 
         def remain(u: Any, w: Any, v: Any, q: Any, r: Any) -> Any:
             if not _is_low_bit(q):
                 return r
-            rest = jnp.where(is_on, v - rounded_sum(jnp.asarray(w), u), jnp.zeros_like(v))
-            return keep_weak_type(rest, r)
+            rest = v - rounded_sum(jnp.asarray(w), u).astype(v.dtype)
+            return jnp.where(is_on & jnp.isfinite(rest), rest, r)
 
-        updates = jax.tree.map(move, updates, params, after, small)
+        updates = jax.tree.map(move, updates, params, small)
         residual = jax.tree.map(remain, updates, params, after, small, state.residual)
         return updates, KeepOnGridState(increment(state.step), residual, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _moved(params: Any, updates: Any) -> Any:
-    return jax.tree.map(
-        lambda w, u: optax.apply_updates(w, u) if is_clippable(w) else w, params, updates
-    )
+def _check_start_step(value: Any) -> None:
+    if isinstance(value, jax.Array):
+        is_right = value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    else:
+        is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        is_right = is_whole and value >= 0
+    if not is_right:
+        raise ValueError(f"start_step must be an integer of at least 0, got {value!r}.")
+
+
+def _no_residual(w: Any) -> jax.Array:
+    if not is_clippable(w):
+        return jnp.zeros(())
+    return jnp.zeros_like(w, compute_dtype(jnp.result_type(w)))
+
+
+def _seen(w: jax.Array, r: jax.Array) -> jax.Array:
+    """The weights before rounding, in their dtype."""
+    return keep_weak_type(rounded_sum(w, r), w)
+
+
+def _moved(w: jax.Array, r: jax.Array, u: Any) -> jax.Array:
+    """The weights before rounding, after a step, in the dtype of the residual."""
+    return w.astype(r.dtype) + r + jnp.asarray(u).astype(r.dtype)
 
 
 def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -176,7 +197,9 @@ def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
       and `rebuild(parts)` at once is `small` itself.
 
     Raises:
-      ValueError: If no leaf is low-bit; by `rebuild`, if the parts are of other paths or shapes.
+      TypeError: By `rebuild`, if the parts are no dict.
+      ValueError: If no leaf is low-bit, or two have the same path, as of a key with a "/"; by
+        `rebuild`, if the parts are of other paths or shapes.
 
     Example:
       >>> from jaxclip import decompress
@@ -192,25 +215,41 @@ def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
     flat, structure = jax.tree_util.tree_flatten_with_path(small, is_leaf=_is_low_bit)
     if not any(_is_low_bit(leaf) for _, leaf in flat):
         raise ValueError("trainable_parts needs a tree with a low-bit leaf, as compress gives.")
+    names = _names_of([path for path, _ in flat])
     parts = {}
-    for path, leaf in flat:
+    for name, (_, leaf) in zip(names, flat, strict=True):
         if _is_low_bit(leaf):
-            parts[_checks.path_name(path)] = jnp.ones_like(leaf.scale, jnp.float32)
+            parts[name] = jnp.ones_like(leaf.scale, jnp.float32)
         elif is_clippable(leaf):
-            parts[_checks.path_name(path)] = jnp.asarray(leaf)
+            parts[name] = jnp.asarray(leaf)
     shapes = {name: part.shape for name, part in parts.items()}
 
     def rebuild(parts: Any) -> Any:
+        if not isinstance(parts, Mapping):
+            raise TypeError(f"parts must be a dict from path to array, got {parts!r}.")
         given = {name: np.shape(part) for name, part in parts.items()}
-        for name in sorted({*given, *shapes}):
+        for name in sorted({*given, *shapes}, key=str):
             if given.get(name) != shapes.get(name):
                 raise ValueError(
                     f"parts['{name}'] must have shape {shapes.get(name)}, got {given.get(name)}."
                 )
-        leaves = [_with_part(leaf, parts.get(_checks.path_name(path))) for path, leaf in flat]
-        return structure.unflatten(leaves)
+        pairs = zip(names, flat, strict=True)
+        return structure.unflatten([_with_part(leaf, parts.get(name)) for name, (_, leaf) in pairs])
 
     return parts, rebuild
+
+
+def _names_of(paths: list[tuple]) -> list[str]:
+    names: dict[str, tuple] = {}
+    for path in paths:
+        other = names.setdefault(_checks.path_name(path), path)
+        if other is not path:
+            one, two = jax.tree_util.keystr(other), jax.tree_util.keystr(path)
+            raise ValueError(
+                f"small must have a leaf for each path, but {one} and {two} are both called "
+                f"'{_checks.path_name(path)}': rename one."
+            )
+    return list(names)
 
 
 def _with_part(leaf: Any, part: Any) -> Any:

@@ -102,6 +102,7 @@ def _entropy(counts: jax.Array, total: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _RateOptimal(ThresholdRule):
+    grid_name: ClassVar[str] = "rate_optimal"
     goal: str = "bits_per_weight"
     target: Any = None
     is_blockwise: ClassVar[bool] = False  # one table of codes for the whole array
@@ -162,7 +163,7 @@ def rate_optimal(
 
     Raises:
       TypeError: If not exactly one goal is given, a goal is not a number, or `axis` not an
-        integer, a tuple of them or None.
+        integer, a tuple of them or None; when it is used, for a complex array.
       ValueError: If a goal is out of range, `group_size` is not a positive integer, or the
         rule is used with other than 8 bits.
 

@@ -64,7 +64,7 @@ def best_scale(
 
     Returns:
       float32, dims kept. Negative where the level `low` helps on the positive side, which
-      only happens if `low < -high`; 0 for blocks of zeros.
+      only happens if `low < -high`; 0 for blocks of zeros, NaN for those with a NaN.
 
     Example:
       >>> best_scale(jnp.array([[0.5, -2.0, 1.0]]), (1,), 3, -4, 3)
@@ -158,7 +158,8 @@ def _search(
         # The scale of max_abs is among them, so that the result is never worse.
         last = [around(found.best[0], width, between_neighbours(7)), top[..., None]]
         found = consider(jnp.concatenate(last, axis=-1), found)
-    return jnp.where(stats.energy > 0, found.best[1], 0)
+    # 0 for zeros, and NaN, which bounds nothing, where there is one.
+    return jnp.where(stats.energy > 0, found.best[1], 0 * stats.energy)
 
 
 def _coarse(

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from jaxclip import _checks
 from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
 from jaxclip.rescaling import unit_and_modulus
+from jaxclip.thresholds import check_number_or_schedule
 
 __all__ = [
     "SignKind",
@@ -194,8 +195,7 @@ def soft_sign(temperature: Any = 0.5, *, quantile: float = 0.5) -> SignKind:
       Feoktistov et al., Softsign: Smooth Sign in Your Optimizer For Better Parameter
       Heterogeneity Handling, 2026, https://arxiv.org/abs/2605.31371
     """
-    if not callable(temperature):
-        _checks.check_nonnegative("temperature", temperature)
+    check_number_or_schedule("temperature", temperature, _checks.check_nonnegative)
     _checks.check_positive("quantile", quantile)
     _checks.check_decay_rate("quantile", quantile)
     return _SoftSign(temperature, quantile)

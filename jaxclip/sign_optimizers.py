@@ -16,7 +16,11 @@ from jaxclip import _checks
 from jaxclip._checks import compute_dtype, increment, keep_weak_type, map_clippable
 from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign_kinds import SignKind, sign_and_modulus
-from jaxclip.thresholds import check_threshold_tree, resolve_threshold
+from jaxclip.thresholds import (
+    check_number_or_schedule,
+    check_threshold_tree,
+    resolve_threshold,
+)
 
 __all__ = ["CautiousState", "cautious", "lion", "sign_sgd", "signum"]
 
@@ -289,9 +293,8 @@ def _decay_weights(
     A traced coefficient that is not finite counts as 0. If cautious, only where the
     direction `g` and the weight `p` have `g * p >= 0`.
     """
+    check_number_or_schedule("weight_decay", weight_decay, _checks.check_nonnegative)
     schedule: Any = weight_decay if callable(weight_decay) else None
-    if schedule is None:
-        _checks.check_nonnegative("weight_decay", weight_decay)
     _checks.check_choice("cautious_decay", is_cautious, (False, True))
 
     def decayed(g: jax.Array, p: Any, coefficient: Any) -> jax.Array:
@@ -327,8 +330,7 @@ def _scale_by_step(
 
     A traced step that is not finite counts as 0.
     """
-    if not callable(learning_rate):
-        _checks.check_finite("learning_rate", learning_rate)
+    check_number_or_schedule("learning_rate", learning_rate, _checks.check_finite)
     if relative_to is not None:
         check_threshold_tree("relative_to", relative_to)
 

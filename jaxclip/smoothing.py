@@ -18,7 +18,7 @@ from jaxclip.gradients import clip_to_norm, norm_of
 from jaxclip.norms import rescaled_global_norm
 from jaxclip.rescaling import RescaledNorm, unit_and_modulus
 from jaxclip.thresholds import (
-    ThresholdRule,
+    check_number_or_schedule,
     check_threshold_tree,
     resolve_threshold,
     round_toward_zero,
@@ -106,12 +106,7 @@ def smooth_clip(
         if axis_name is not None:
             raise ValueError("axis_name must be None by value: entries are limited one by one.")
         return _smooth_clip_by_value(scale)
-    if isinstance(scale, ThresholdRule):
-        raise TypeError(
-            "scale must be a number or a schedule by norm: a rule bounds single leaves."
-        )
-    if not callable(scale):
-        _checks.check_threshold("scale", scale)
+    check_number_or_schedule("scale by norm", scale)
     return _smooth_clip_by_norm(scale, axis_name)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +234,7 @@ def std_multiple(
 
 @dataclasses.dataclass(frozen=True)
 class _MseOptimal(ThresholdRule):
+    grid_name: ClassVar[str] = "mse_optimal"
     bits: Bits | None = None
     full_signed: bool = True
     exact: bool = False
@@ -243,6 +244,7 @@ class _MseOptimal(ThresholdRule):
         if self.importance is None:
             return super().compact(array)
         array = jnp.asarray(array)
+        self.check_leaf("", array)
         blocks, axes = self.granularity.split(array)
         v, _ = self.granularity.split(importance_for(self.importance, array.shape))
         counts = self.granularity.block_counts(array.shape)
@@ -277,8 +279,6 @@ class _MseOptimal(ThresholdRule):
         if self.bits == 1:
             count = _num_entries(arrays)
             return _total([jnp.sum(_magnitude(x) / count) for x in arrays])
-        if any(jnp.iscomplexobj(x) for x in arrays):
-            raise TypeError("mse_optimal has no grid for complex numbers, which the tree has.")
         return jnp.abs(best_common_scale(arrays, low, high)) * high
 
     def _code_range(self) -> tuple[int, int]:
@@ -371,7 +371,7 @@ def mse_optimal(
 
     Raises:
       TypeError: If `axis` is not an integer, a tuple of them or None, or `importance` not of
-        numbers.
+        numbers; when it is used, for a complex array.
       ValueError: If `bits` or `group_size` is not allowed, or an importance is negative, NaN or
         infinite; when it is used, if `exact` meets a traced array, or `importance` does not
         broadcast to the array.
@@ -393,6 +393,7 @@ def mse_optimal(
 
 @dataclasses.dataclass(frozen=True)
 class _LeastSquares(ThresholdRule):
+    grid_name: ClassVar[str] = "least_squares"
     bits: Bits | None = None
     full_signed: bool = True
     num_refits: int = 2
@@ -408,13 +409,23 @@ class _LeastSquares(ThresholdRule):
         def total(x: jax.Array) -> jax.Array:
             return jnp.sum(x, axis=axes, keepdims=True)
 
-        factor = _inverse_size(jnp.max(size, axis=axes, keepdims=True, initial=0))
+        largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
+        factor = _inverse_size(largest)
         x = blocks.astype(jnp.float32) * factor
-        step = _STEPS[self.bits] * jnp.sqrt(total(jnp.square(x)) / counts)
-        for _ in range(self.num_refits):
+
+        def refit(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """The scale of least error for the codes, and by how much it is below that of 0."""
             codes = jnp.clip(jnp.round(x / jnp.where(step > 0, step, 1)), low, high)
-            squares = total(jnp.square(codes))
-            step = jnp.where(squares > 0, total(x * codes) / jnp.maximum(squares, 1), step)
+            squares, products = total(jnp.square(codes)), total(x * codes)
+            found = products / jnp.maximum(squares, 1)
+            return jnp.where(squares > 0, found, step), found * products
+
+        step = _STEPS[low, high] * jnp.sqrt(total(jnp.square(x)) / counts)
+        if self.num_refits:
+            (step, gain), (other, other_gain) = refit(step), refit(largest * factor / high)
+            step = jnp.where(other_gain > gain, other, step)
+        for _ in range(self.num_refits - 1):
+            step, _ = refit(step)
         return jnp.minimum(step * np.float32(high) / factor, _MOST)
 
     def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
@@ -423,9 +434,10 @@ class _LeastSquares(ThresholdRule):
         )
 
 
-# The best steps of uniform grids of 3, 4, 8, 16, 32, 64 and 256 levels for the normal
-# distribution, in standard deviations (Max 1960, table II, and the same computed further).
-_STEPS = {"ternary": 1.224, 2: 0.9957, 3: 0.586, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
+# The best step of each grid for the normal distribution, in standard deviations.
+_STEPS = {(-1, 1): 1.224, (-2, 1): 1.048, (-3, 3): 0.651, (-4, 3): 0.602, (-7, 7): 0.353}
+_STEPS |= {(-8, 7): 0.339, (-15, 15): 0.193, (-16, 15): 0.189, (-31, 31): 0.1055}
+_STEPS |= {(-32, 31): 0.104, (-127, 127): 0.0309, (-128, 127): 0.0308}
 
 
 def least_squares(
@@ -436,17 +448,19 @@ def least_squares(
     group_size: int | None = None,
     full_signed: bool = True,
 ) -> ThresholdRule:
-    """Makes the rule that refits the scale to the codes a few times: cheap, near the optimum.
+    """Makes the rule that refits the scale to the codes a few times.
 
-    Begins with the best scale of a normal distribution, then alternates
-    `q = clip(round(w / s), low, high)` and `s = sum w q / sum q**2`, the scale of least error for
-    those codes; `t = s * high`. Each refit lowers the squared error or leaves it. For grids that
-    are chosen anew at every step of a training, where the search of `mse_optimal` would
-    cost too much; for files `mse_optimal` is better, most of all from 3 bits on.
+    Alternates `q = clip(round(w / s), low, high)` and `s = sum w q / sum q**2`, the scale of least
+    error for those codes; `t = s * high`. The first refit is made of the best scale of a normal
+    distribution and of that of the largest weight, and the better is kept, so that the squared
+    error is never above that of `max_abs`; each other one lowers it or leaves it. For grids
+    that are chosen anew at every step of a training: near the optimum for ternary and 2 bits.
+    From 3 bits on, and for files, the search of `mse_optimal` is better.
 
     Args:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where `quantize` or `compress` fills it.
-      num_refits: How many times, at least 0. For one bit `t = mean |w|` at once.
+      num_refits: How many times, at least 0; with 0 the scale is that of the normal
+        distribution. For one bit `t = mean |w|` at once.
       axis: Channel axis or axes with a threshold each; None for one threshold.
       group_size: Entries that share a threshold along the last non-channel axis.
       full_signed: As in `code_range`.
@@ -455,7 +469,8 @@ def least_squares(
       A rule: array -> float32 thresholds that broadcast against the array.
 
     Raises:
-      TypeError: If `axis` is not an integer, a tuple of them or None.
+      TypeError: If `axis` is not an integer, a tuple of them or None; when it is used, for a
+        complex array.
       ValueError: If `bits`, `num_refits` or `group_size` is not allowed.
 
     Example:

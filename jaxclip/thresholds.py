@@ -14,7 +14,7 @@ it bounds, so 0.1 never becomes bfloat16's 0.10009766.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -28,6 +28,7 @@ from jaxclip.grids import Bits, Granularity
 
 __all__ = [
     "ThresholdRule",
+    "check_number_or_schedule",
     "check_one_threshold",
     "check_threshold_tree",
     "fan_in",
@@ -133,10 +134,14 @@ def check_threshold_tree(name: str, threshold: Any) -> None:
     entries = jax.tree_util.tree_leaves_with_path(threshold, is_leaf=_is_threshold_leaf)
     for path, given in entries:
         where = f"{name} at '{_checks.path_name(path)}'" if path else name
-        if getattr(given, "__annotations__", {}).get("return") is ThresholdRule:
+        if _is_factory(given):
             raise TypeError(f"{where} is the factory {given.__name__}: call it to make a rule.")
         if not callable(given):
             _checks.check_threshold_array(where, given)
+
+
+def _is_factory(given: Any) -> bool:
+    return getattr(given, "__annotations__", {}).get("return") is ThresholdRule
 
 
 def check_one_threshold(name: str, threshold: Any) -> None:
@@ -163,6 +168,33 @@ def check_one_threshold(name: str, threshold: Any) -> None:
         raise TypeError(
             f"{name} must be a threshold for each leaf alone, but per_tree looks at all leaves."
         )
+
+
+def check_number_or_schedule(
+    name: str, given: Any, check_number: Callable[[str, Any], None] = _checks.check_threshold
+) -> None:
+    """Raises unless `given` is a number or a schedule; rules, though callable, are neither.
+
+    Args:
+      name: The argument's name, for the message.
+      given: What was given. Traced numbers are not looked at.
+      check_number: What raises, given the name and a number, if it is out of range.
+
+    Raises:
+      TypeError: If it is a rule, a rule's factory, or no number.
+      ValueError: If a concrete number is out of range.
+
+    Example:
+      >>> check_number_or_schedule("decay", fan_in(1.0))
+      Traceback (most recent call last):
+      TypeError: decay must be a number or a schedule: a rule measures arrays, not steps.
+    """
+    if isinstance(given, ThresholdRule) or _is_factory(given):
+        raise TypeError(
+            f"{name} must be a number or a schedule: a rule measures arrays, not steps."
+        )
+    if not callable(given):
+        check_number(name, given)
 
 
 def _is_threshold_leaf(x: Any) -> bool:
@@ -261,11 +293,14 @@ class ThresholdRule:
       is_blockwise: Whether each block's threshold follows from its entries alone, so that an
         array may be measured in parts.
       is_leafwise: Whether each leaf's threshold follows from that leaf alone.
+      grid_name: The factory's name if it measures errors on a grid, which complex numbers have
+        not; None if it goes by magnitudes.
     """
 
     granularity: Granularity = dataclasses.field(default_factory=Granularity)
     is_blockwise: ClassVar[bool] = True
     is_leafwise: ClassVar[bool] = True
+    grid_name: ClassVar[str | None] = None
 
     def __call__(self, array: ArrayLike) -> jax.Array:
         """Returns thresholds that broadcast against `array`, in float32."""
@@ -275,6 +310,7 @@ class ThresholdRule:
     def compact(self, array: jax.Array) -> jax.Array:
         """Returns one threshold a block; 0 for blocks of zeros."""
         array = jnp.asarray(array)
+        self.check_leaf("", array)
         blocks, axes = self.granularity.split(array)
         counts = self.granularity.block_counts(array.shape)
         return self.granularity.compact(self.measure(blocks, axes, counts), array.ndim)
@@ -297,8 +333,18 @@ class ThresholdRule:
 
     def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
         """Returns the threshold of the leaf at `path`."""
-        del path, step
+        del step
+        self.check_leaf(path, leaf)
         return self(leaf)
+
+    def check_leaf(self, path: str, leaf: Any) -> None:
+        """Raises TypeError if the leaf at `path` is complex and the rule is for a grid."""
+        if self.grid_name is not None and jnp.iscomplexobj(leaf):
+            where = f"'{path}'" if path else "the array"
+            raise TypeError(
+                f"{self.grid_name} has no grid for complex numbers, which {where} has: bound it "
+                "by a rule for magnitudes, such as std_multiple."
+            )
 
     def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> "ThresholdRule":
         """Returns this rule for one grid and granularity; what `quantize` calls."""
@@ -394,8 +440,7 @@ def fan_in(
         if not (axes and all(are_integers)):
             raise ValueError(f"out_axes must be one or more integers, got {out_axes!r}.")
         out_axes = tuple(int(a) for a in axes)
-    if not callable(kappa):
-        _checks.check_threshold("kappa", kappa)
+    check_number_or_schedule("kappa", kappa)
     if stacked_axes != 0:
         _checks.check_count("stacked_axes", stacked_axes)
     return _FanIn(Granularity(), kappa, stacked_axes, out_axes)

@@ -27,7 +27,14 @@ class _PerTree(ThresholdRule):
     is_leafwise: ClassVar[bool] = False
 
     def __call__(self, array: Any) -> jax.Array:
-        return _pooled(self.rule, _checks.floating_leaves(array))
+        flat = jax.tree_util.tree_leaves_with_path(array)
+        named = [(_checks.path_name(path), x) for path, x in flat if _checks.is_clippable(x)]
+        return self._for_named(named)
+
+    def _for_named(self, leaves: Sequence[tuple[str, Any]]) -> jax.Array:
+        for path, leaf in leaves:
+            self.rule.check_leaf(path, leaf)
+        return _pooled(self.rule, [leaf for _, leaf in leaves])
 
     def compact(self, array: jax.Array) -> jax.Array:
         raise TypeError(
@@ -37,7 +44,7 @@ class _PerTree(ThresholdRule):
 
     def for_leaves(self, leaves: Sequence[tuple[str, Any]], step: ArrayLike) -> list[Any]:
         del step
-        return [self([leaf for _, leaf in leaves])] * len(leaves)
+        return [self._for_named(leaves)] * len(leaves)
 
     def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
         del granularity

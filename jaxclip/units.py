@@ -27,7 +27,12 @@ from jaxclip.norms import (
     unit_axes,
 )
 from jaxclip.rescaling import RescaledNorm
-from jaxclip.thresholds import check_threshold_tree, resolve_threshold, round_toward_zero
+from jaxclip.thresholds import (
+    check_number_or_schedule,
+    check_threshold_tree,
+    resolve_threshold,
+    round_toward_zero,
+)
 
 __all__ = [
     "AdaptiveGradClipState",
@@ -87,8 +92,8 @@ def clip_by_leaf_norm(
     `g <- g * min(1, max_norm / norm(g))`, leaf by leaf.
 
     Args:
-      max_norm: A threshold (number in [0, inf], traced scalar, schedule, or prefix tree of
-        these), in the units of the gradient.
+      max_norm: A threshold (number in [0, inf], traced scalar, schedule, rule, or prefix
+        tree of these), in the units of the gradient.
       stacked_axes: How many leading axes stack layers (scan over layers): each layer is
         then clipped by itself. None is 0 (a number by default would be traced under
         `optax.inject_hyperparams`).
@@ -214,9 +219,8 @@ def adaptive_grad_clip(
       Brock et al., High-Performance Large-Scale Image Recognition Without Normalization,
       2021, https://arxiv.org/abs/2102.06171
     """
+    check_number_or_schedule("clipping", clipping)
     schedule: Any = clipping if callable(clipping) else lambda step: clipping
-    if not callable(clipping):
-        _checks.check_threshold("clipping", clipping)
     _checks.check_nonnegative("eps", eps)
     axes_of = functools.partial(unit_axes, axis=axis)
 

@@ -32,6 +32,8 @@ def folder(tmp_path: pathlib.Path, monkeypatch) -> pathlib.Path:
     safetensors.numpy.save_file(tensors, "net.safetensors")
     small = jaxclip.compress(tensors, 4, axis=0)
     checkpoints.save("low.safetensors", small)
+    pathlib.Path("model").mkdir()
+    pathlib.Path("model", "config.json").write_text('{"model_type": "bert"}')
     return tmp_path
 
 
@@ -71,6 +73,9 @@ def test_every_example_of_the_help_runs():
         assert program == "jaxclip"
         assert out.strip()
     assert "net.gguf" in os.listdir()
+    config = json.loads(pathlib.Path("folder", "config.json").read_text())
+    assert config["model_type"] == "bert"
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
 
 
 def test_inspect_shows_what_is_there_and_how_it_is_spread():

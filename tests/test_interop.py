@@ -740,12 +740,111 @@ def test_a_size_of_shards_that_is_none_is_refused(tmp_path, size):
     assert list(tmp_path.iterdir()) == []
 
 
+# --- A model's other files --------------------------------------------------------------
+
+
+CONFIG = {"model_type": "llama", "rms_norm_eps": 1e-06, "rope_theta": 10000.0}
+
+
+def model_folder(folder: pathlib.Path, config: str = json.dumps(CONFIG)) -> pathlib.Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config)
+    (folder / "tokenizer.json").write_text('{"größe": 1}')
+    (folder / "LICENSE").write_bytes(b"free")
+    return folder
+
+
+@pytest.mark.parametrize("to", ["safetensors", "compressed-tensors"])
+def test_a_models_other_files_go_along_and_its_weights_do_not(tmp_path, to):
+    checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
+    model = model_folder(tmp_path / "model")
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", ".hidden"):
+        (model / name).write_bytes(b"left")
+    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "net.ONNX", "a.gguf"):
+        (model / name).write_bytes(b"left")
+    (model / "1_Pooling").mkdir()
+    paths = tmp_path / "tree.safetensors", tmp_path / "net"
+    quantization = interop.export_checkpoint(*paths, to, model_files=model)
+    interop.export_checkpoint(paths[0], tmp_path / "one.safetensors", to)
+    found = files_of(tmp_path / "net")
+    assert set(found) == {"config.json", "tokenizer.json", "LICENSE", "model.safetensors"}
+    assert found["model.safetensors"] == (tmp_path / "one.safetensors").read_bytes()
+    for name in ("tokenizer.json", "LICENSE"):
+        assert found[name] == (model / name).read_bytes()
+    if to == "safetensors":
+        assert found["config.json"] == (model / "config.json").read_bytes()
+    else:
+        assert quantization is not None
+        config = json.loads(found["config.json"])
+        assert config == CONFIG | {"quantization_config": quantization}
+
+
+def test_other_files_go_along_with_shards_and_from_a_cache_of_links(tmp_path):
+    checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
+    blobs = model_folder(tmp_path / "hub" / "blobs")
+    snapshot = tmp_path / "hub" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    interop.export_checkpoint(
+        tmp_path / "tree.safetensors",
+        tmp_path / "net",
+        "safetensors",
+        max_shard_bytes=4000,
+        model_files=snapshot,
+    )
+    found = files_of(tmp_path / "net")
+    assert found.items() >= files_of(blobs).items()
+    assert not (tmp_path / "net" / "LICENSE").is_symlink()
+    assert "model-00002-of-00005.safetensors" in found
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "recursion"),
+        ("[]", "config.json holds no object"),
+        ('{"quantization_config": {}}', "has a quantization_config: give that of plain weights"),
+        (None, "No such file .*config.json"),
+    ],
+)
+def test_a_folder_that_is_no_models_is_refused(tmp_path, config, message):
+    checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
+    model = model_folder(tmp_path / "model", config or "")
+    if config is None:
+        (model / "config.json").unlink()
+    paths = tmp_path / "tree.safetensors", tmp_path / "net"
+    with pytest.raises(ValueError, match="model_files must be the folder of a model.*" + message):
+        interop.export_checkpoint(*paths, "compressed-tensors", model_files=model)
+    with pytest.raises(ValueError, match=r"model_files must be .*no/model"):
+        interop.export_checkpoint(*paths, "safetensors", model_files=tmp_path / "no" / "model")
+    assert not (tmp_path / "net").exists()
+
+
+def test_links_out_of_the_models_folder_and_pipes_are_refused(tmp_path):
+    checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
+    paths = tmp_path / "tree.safetensors", tmp_path / "net"
+    (tmp_path / "secret").write_text("secret")
+    model = model_folder(tmp_path / "model")
+    (model / "notes").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="file 'notes' is a link that leads out of the folder"):
+        interop.export_checkpoint(*paths, "safetensors", model_files=model)
+    (model / "notes").unlink()
+    os.mkfifo(model / "pipe")
+    with pytest.raises(ValueError, match="file 'pipe' is neither a regular file nor a folder"):
+        interop.export_checkpoint(*paths, "safetensors", model_files=model)
+    assert not (tmp_path / "net").exists()
+
+
 def test_gguf_is_one_file(tmp_path):
     pytest.importorskip("gguf")
     checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
     paths = tmp_path / "tree.safetensors", tmp_path / "net"
     with pytest.raises(ValueError, match="max_shard_bytes is for safetensors, Q4_0 is one file"):
         interop.export_checkpoint(*paths, "Q4_0", max_shard_bytes=100)
+    with pytest.raises(ValueError, match="model_files is for safetensors, Q4_0 is one file"):
+        interop.export_checkpoint(*paths, "Q4_0", model_files=model_folder(tmp_path / "model"))
 
 
 @pytest.mark.slow

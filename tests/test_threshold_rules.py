@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from exact_scales import distributions, exact_optimum
 from hypothesis import given
@@ -15,7 +16,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
 from jaxclip.grids import code_range
-from jaxclip.threshold_rules import max_abs, mse_optimal, percentile_abs, std_multiple
+from jaxclip.rates import rate_optimal
+from jaxclip.threshold_rules import (
+    least_squares,
+    max_abs,
+    mse_optimal,
+    percentile_abs,
+    std_multiple,
+)
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -283,3 +291,116 @@ def test_zero_and_empty_blocks_have_finite_thresholds():
         assert np.array_equal(rule(jnp.zeros((2, 3))), np.zeros((2, 1)))
         assert rule(jnp.zeros((0, 3))).shape == (0, 1)
         assert np.all(np.isfinite(rule(jnp.zeros((2, 0)))))
+
+
+@pytest.mark.parametrize("size", [64, 5000])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        functools.partial(max_abs),
+        functools.partial(percentile_abs, 99.0),
+        functools.partial(std_multiple, 3.0),
+        *(functools.partial(mse_optimal, bits) for bits in (1, "ternary", 4, 8)),
+        *(functools.partial(least_squares, bits) for bits in (1, "ternary", 8)),
+    ],
+    ids=lambda rule: f"{rule.func.__name__}{rule.args}",
+)
+def test_a_bad_weight_never_clips_the_others_away(rule, bad, size):
+    w = np.random.default_rng(0).normal(size=(2, size)).astype(np.float32)
+    w[0, 3] = bad
+    for function in (rule(axis=0), jax.jit(rule(axis=0))):
+        t = np.asarray(function(jnp.asarray(w)))[:, 0]
+        assert not t[0] < 1  # of ordinary size, too large to clip, or NaN, which does not
+        assert 0.5 < t[1] < 4
+
+
+@pytest.mark.parametrize("rule", [max_abs(), std_multiple(3.0), mse_optimal(1), mse_optimal(4)])
+def test_a_nan_in_one_leaf_never_clips_another_leaf_of_its_tree_away(rule):
+    tree = {"bad": jnp.array([1.0, jnp.nan, 2.0]), "good": jnp.array([3.0, 4.0])}
+    for clip in (jaxclip.clip_weights, jax.jit(jaxclip.clip_weights, static_argnums=1)):
+        clipped = clip(tree, jaxclip.per_tree(rule))
+        np.testing.assert_array_equal(clipped["good"], [3.0, 4.0])
+        np.testing.assert_array_equal(clipped["bad"], [1.0, np.nan, 2.0])
+
+
+# --- Complex arrays ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_rules_for_magnitudes_go_by_the_modulus_of_complex_entries(wrap):
+    rng = np.random.default_rng(8)
+    z = (rng.normal(size=(24, 4)) + 1j * rng.normal(size=(24, 4))).astype(np.complex64)
+    size = np.abs(z.astype(np.complex128))
+    exact = {
+        max_abs(axis=1): size.max(0, keepdims=True),
+        percentile_abs(75): np.quantile(size, 0.75, method="inverted_cdf"),
+        std_multiple(2.0, axis=1): 2 * np.sqrt((size**2).mean(0, keepdims=True)),
+        jaxclip.per_tree(std_multiple(2.0)): 2 * np.sqrt((size**2).mean()),
+        jaxclip.fan_in(1.0): np.sqrt(2 / 24),
+    }
+    for rule, expected in exact.items():
+        np.testing.assert_allclose(wrap(rule)(jnp.asarray(z)), expected, rtol=1e-6)
+
+
+ON_A_GRID = {
+    "mse_optimal": mse_optimal(4),
+    "one bit": mse_optimal(1),
+    "importance": mse_optimal(4, importance=1.0),
+    "exact": mse_optimal(4, exact=True),
+    "least_squares": least_squares(4),
+    "rate_optimal": rate_optimal(3.0),
+    "per_tree": jaxclip.per_tree(mse_optimal(4)),
+}
+sgd = optax.sgd(0.1)
+
+
+def one_step_in_a_box(params, rule):
+    step = jaxclip.make_train_step(lambda p, _: jnp.abs(p["a"]["c"][0]), sgd, weight_threshold=rule)
+    return step(jaxclip.TrainState.create(params, sgd), None)
+
+
+def updated_by(tx, params):
+    return tx.update(params, tx.init(params), params)
+
+
+USES = {
+    "clip_weights": jaxclip.clip_weights,
+    "jit": lambda params, rule: jax.jit(lambda p: jaxclip.clip_weights(p, rule))(params),
+    "keep_weights_within": lambda p, rule: updated_by(jaxclip.keep_weights_within(rule), p),
+    "constrain": lambda p, rule: updated_by(jaxclip.constrain(sgd, jaxclip.box(rule)), p),
+    "make_train_step": one_step_in_a_box,
+    "explain": lambda params, rule: jaxclip.explain(sgd.init(params), params, threshold=rule),
+    "resolve_threshold": lambda params, rule: jaxclip.resolve_threshold(rule, params),
+    "clip_by_value": lambda p, rule: updated_by(jaxclip.clip_by_value(rule), p),
+}
+
+
+@pytest.mark.parametrize("name", ON_A_GRID)
+def test_rules_for_grids_refuse_complex_arrays(name):
+    rule, z = ON_A_GRID[name], jnp.asarray([3j, 4j], jnp.complex64)
+    for use in (rule, jax.jit(rule)):
+        with pytest.raises(TypeError, match=r"no grid for complex numbers, which the array has"):
+            use(z)
+    with pytest.raises(TypeError, match=r"no grid for complex numbers, which 'a/c' has"):
+        jaxclip.clip_weights({"a": {"c": z}, "w": jnp.ones(3)}, rule)
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_wherever_a_rule_for_a_grid_meets_a_complex_leaf_its_path_is_named(use):
+    params = {"a": {"c": jnp.asarray([3j, 4j], jnp.complex64)}, "w": jnp.ones(3)}
+    for rule in (mse_optimal(4), least_squares(4)):
+        with pytest.raises(TypeError, match=r"no grid for complex numbers, which 'a/c' has"):
+            use(params, rule)
+
+
+def test_a_mask_or_a_prefix_keeps_rules_for_grids_off_complex_leaves():
+    c = jnp.asarray([3j, 4j], jnp.complex64)
+    params, mask = {"c": c, "w": jnp.asarray([0.5, -1.0])}, {"c": False, "w": True}
+    for rule in (least_squares(4), jaxclip.per_tree(mse_optimal(1))):
+        expected = jaxclip.clip_weights(params["w"], rule)
+        clipped = jaxclip.clip_weights(params, rule, mask)
+        assert np.array_equal(clipped["c"], c)
+        assert np.array_equal(clipped["w"], expected)
+        clipped = jaxclip.clip_weights(params, {"c": std_multiple(1.0), "w": rule})
+        assert np.array_equal(clipped["w"], expected)

@@ -1,18 +1,23 @@
 """Thresholds as given, directed rounding, and `fan_in`."""
 
+import inspect
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import jaxclip
 from jaxclip._checks import path_name
-from jaxclip.threshold_rules import max_abs, mse_optimal
+from jaxclip.threshold_rules import max_abs, mse_optimal, std_multiple
 from jaxclip.thresholds import (
     check_threshold_tree,
     fan_in,
@@ -241,6 +246,67 @@ def test_the_empty_tree_has_no_thresholds():
     assert resolve_threshold(0.5, {}) == {}
     assert resolve_threshold(0.5, None) is None
     assert resolve_threshold(fan_in(1.0), ()) == ()
+
+
+# --- Numbers and schedules -------------------------------------------------------------
+
+sgd = optax.sgd(0.1)
+# Whatever takes a number or a schedule and no threshold of other kinds.
+NUMBER_OR_SCHEDULE = {
+    ("adagc", "max_norm"): lambda x: jaxclip.adagc(max_norm=x),
+    ("adaptive_grad_clip", "clipping"): jaxclip.adaptive_grad_clip,
+    ("box", "high"): lambda x: jaxclip.box(-1.0, x),
+    ("box", "low"): lambda x: jaxclip.box(x, 1.0),
+    ("clip_by_global_norm", "max_norm"): jaxclip.clip_by_global_norm,
+    ("fan_in", "kappa"): fan_in,
+    ("lion", "learning_rate"): jaxclip.lion,
+    ("lion", "weight_decay"): lambda x: jaxclip.lion(0.1, weight_decay=x),
+    ("sign_sgd", "learning_rate"): jaxclip.sign_sgd,
+    ("signum", "learning_rate"): jaxclip.signum,
+    ("signum", "weight_decay"): lambda x: jaxclip.signum(0.1, weight_decay=x),
+    ("skip_or_clip", "drop_norm"): lambda x: jaxclip.skip_or_clip(sgd, drop_norm=x),
+    ("skip_or_clip", "max_norm"): lambda x: jaxclip.skip_or_clip(sgd, max_norm=x),
+    ("skip_or_clip", "num_deviations"): lambda x: jaxclip.skip_or_clip(sgd, num_deviations=x),
+    ("smooth_clip", "scale"): jaxclip.smooth_clip,
+    ("soft_sign", "temperature"): jaxclip.soft_sign,
+    ("zclip", "max_norm"): lambda x: jaxclip.zclip(max_norm=x),
+}
+# Whatever says "schedule" beside "rule", or is handed on; `step` is what schedules are given.
+OTHER_ARGUMENTS = {
+    ("make_train_step", "weight_threshold"),
+    ("sweep", "optimizer"),
+    ("sweep", "weight_threshold"),
+}
+
+
+def arguments_with_schedules() -> set[tuple[str, str]]:
+    """Of the public functions, by their docstrings: those without a word of rules."""
+    found = set()
+    for name in jaxclip.__all__:
+        doc = inspect.getdoc(getattr(jaxclip, name)) or ""
+        entries = doc.partition("Args:\n")[2].partition("\n\n")[0]
+        for argument, text in re.findall(
+            r"^  (\w+): (.*?)(?=^  \w+: |\Z)", entries, re.MULTILINE | re.DOTALL
+        ):
+            if "schedule" in text and "rule" not in text and "As in" not in text:
+                found.add((name, argument))
+    return {(name, argument) for name, argument in found if argument != "step"}
+
+
+def test_all_public_arguments_that_take_a_number_or_a_schedule_are_known_here():
+    found = arguments_with_schedules()
+    assert {("adaptive_grad_clip", "clipping"), ("fan_in", "kappa")} <= found
+    assert found <= {*NUMBER_OR_SCHEDULE, *OTHER_ARGUMENTS}
+
+
+@pytest.mark.parametrize(("name", "argument"), NUMBER_OR_SCHEDULE)
+def test_where_a_number_or_a_schedule_is_asked_for_a_rule_is_refused_by_name(name, argument):
+    make = NUMBER_OR_SCHEDULE[name, argument]
+    for rule in (max_abs(), std_multiple(3.0), jaxclip.per_tree(max_abs()), fan_in(1.0), max_abs):
+        with pytest.raises(TypeError, match=f"^{argument} .*rule"):
+            make(rule)
+    make(0.5)
+    make(lambda step: 0.5)
 
 
 # --- fan_in ----------------------------------------------------------------------------
