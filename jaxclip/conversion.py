@@ -94,7 +94,8 @@ def compress_checkpoint(
       TypeError: As in `compress`.
       FileExistsError: As in `save`; also if `dst` is one of the files that are read, under
         any name.
-      ValueError: As in `compress`.
+      ValueError: As in `compress`; also if `dst` lies in a folder that is read and has the name
+        of a numbered shard or `model.safetensors`.
 
     Example:
       >>> import tempfile
@@ -190,6 +191,7 @@ def decompress_checkpoint(
     Raises:
       CheckpointError: As in `load`.
       FileExistsError: As in `compress_checkpoint`.
+      ValueError: If `dst` has another suffix, or a name as in `compress_checkpoint`.
 
     Example:
       >>> decompress_checkpoint("small.safetensors", "net.safetensors")
@@ -238,7 +240,8 @@ def clip_checkpoint(
       CheckpointError: As in `load`.
       FileExistsError: As in `compress_checkpoint`.
       TypeError: If the threshold is of a wrong type.
-      ValueError: If the threshold is negative or NaN, or `include` matches no leaf.
+      ValueError: If the threshold is negative or NaN, `include` matches no leaf, or as in
+        `decompress_checkpoint`.
 
     Example:
       >>> clip_checkpoint("net.safetensors", "clipped.safetensors", 0.1)
@@ -287,8 +290,7 @@ def _rewrite(
         raise ValueError(f"dst must end in .safetensors, got {str(dst)!r}.")
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_source(src))
-        if any(dst.exists() and dst.samefile(file) for file in source.files):
-            raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
+        source.check_unharmed_by(dst)
         if not dry_run:
             check_destination(dst, overwrite)
         needs_no_weights = dry_run and coding is None

@@ -233,6 +233,10 @@ def test_verify_reads_everything():
         ("compress net.safetensors no/x.safetensors", "no directory"),
         ("clip net.safetensors x.safetensors --threshold -1", "threshold must be in"),
         ("export low.safetensors no/x.gguf --to Q4_0", "no directory"),
+        (
+            "export low.safetensors x.safetensors --to safetensors --max-shard-bytes 0",
+            "max_shard_bytes must be an integer of at least 1",
+        ),
     ],
 )
 def test_errors_are_one_line_on_standard_error(words, message):

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import jaxclip
-from jaxclip import checkpoints, leaf_parts
+from jaxclip import checkpoints, interop, leaf_parts
 from jaxclip.checkpoints import (
     CheckpointError,
     clip_checkpoint,
@@ -277,6 +277,23 @@ def test_what_is_read_is_never_written(link, source, tmp_path):
     with pytest.raises(FileExistsError, match="is a file that is read"):
         compress_checkpoint(source, target, overwrite=True)
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00003-of-00003.safetensors"])
+def test_a_folder_that_is_read_still_loads(name, tmp_path):
+    folder = tmp_path / "net"
+    tree = {name: np.ones((8, 8), np.float32) for name in "ab"}
+    interop.to_safetensors(folder, tree, max_shard_bytes=256)
+    rewrites = [
+        compress_checkpoint,
+        functools.partial(compress_checkpoint, dry_run=True),
+        decompress_checkpoint,
+        functools.partial(clip_checkpoint, threshold=0.5),
+    ]
+    for rewrite in rewrites:
+        with pytest.raises(ValueError, match="would change what the folder"):
+            rewrite(folder, folder / name)
+    assert sorted(checkpoints.load(folder)) == ["a", "b"]
 
 
 def test_existing_files_and_other_suffixes_are_refused_before_the_work(source, target):
