@@ -77,7 +77,7 @@ def compress_checkpoint(
       full_signed: As in `compress`.
       zero_point: As in `compress`.
       scale_dtype: As in `compress`.
-      bit_price: As in `compress`; leaves are then compressed whole.
+      bit_price: As in `compress`, with a `coding` only; leaves are then compressed whole.
       policy: As in `compress`, on the names in the source.
       coding: As in `save`.
       overwrite: Whether an existing file may be replaced.
@@ -94,8 +94,8 @@ def compress_checkpoint(
       TypeError: As in `compress`.
       FileExistsError: As in `save`; also if `dst` is one of the files that are read, under
         any name.
-      ValueError: As in `compress`; also if `dst` lies in a folder that is read and has the name
-        of a numbered shard or `model.safetensors`.
+      ValueError: As in `compress`; also if a leaf has a price and there is no `coding`, or `dst`
+        lies in a folder that is read and has the name of a numbered shard or `model.safetensors`.
 
     Example:
       >>> import tempfile
@@ -120,6 +120,12 @@ def compress_checkpoint(
         names, leaves = list(source.leaves), list(source.leaves.values())
         found = leaf_specs(names, leaves, policy, default)
         specs.update({name: spec for name, spec in zip(names, found, strict=True) if spec})
+        priced = [name for name, spec in specs.items() if spec.has_price]
+        if coding is None and priced:
+            raise ValueError(
+                "bit_price needs a coding: packed codes take the same bytes at any price, and "
+                f"leaf '{priced[0]}' has one."
+            )
         if target is not None:
             specs.update(_allocated(target, source, specs, coding))
         return source.leaves | {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items()}

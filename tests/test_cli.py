@@ -231,6 +231,11 @@ def test_verify_reads_everything():
         ("compress net.safetensors x.safetensors --bits 7", "bits must be one of"),
         ("compress net.safetensors x.safetensors --policy head=8", "match no leaf"),
         ("compress net.safetensors no/x.safetensors", "no directory"),
+        ("compress net.safetensors x.safetensors --bit-price .1", "bit_price needs a coding"),
+        (
+            "compress net.safetensors x.safetensors --policy w=4,price=.1",
+            "bit_price needs a coding",
+        ),
         ("clip net.safetensors x.safetensors --threshold -1", "threshold must be in"),
         ("export low.safetensors no/x.gguf --to Q4_0", "no directory"),
         (

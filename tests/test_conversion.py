@@ -93,7 +93,7 @@ def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, 
 def test_what_looks_at_the_whole_leaf_gets_it(options, source, target, monkeypatch):
     whole = jaxclip.compress(checkpoints.load(source), 8, axis=0, **options)["embed.weight"]
     monkeypatch.setattr(leaf_parts, "_PART_BYTES", 7 * 16 * 4)
-    compress_checkpoint(source, target, 8, **options)
+    compress_checkpoint(source, target, 8, coding="huffman", **options)
     np.testing.assert_array_equal(checkpoints.load(target)["embed.weight"].qvalue, whole.qvalue)
 
 
@@ -113,6 +113,29 @@ def test_with_a_price_the_file_is_smaller_and_more_exact_than_one_of_coarser_ste
     small = jaxclip.quantize(w, 8, threshold=rule(2.0))
     chosen = jaxclip.cheaper_codes(small, w, price=0.12)
     np.testing.assert_array_equal(checkpoints.load(target)["w"].qvalue, chosen.qvalue)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3, "bit_price": 0.1},
+        {"target_bits_per_weight": 4.0, "bit_price": 0.1},
+        {"bits": 3, "policy": [("embed", {"bit_price": 0.1})]},
+    ],
+)
+def test_a_price_without_a_coding_is_refused_before_the_work(options, dry_run, source, target):
+    with pytest.raises(ValueError, match=r"bit_price needs a coding.* 'embed\.weight'"):
+        compress_checkpoint(source, target, dry_run=dry_run, **options)
+    assert os.listdir(target.parent) == []
+
+
+def test_a_price_without_a_coding_that_holds_for_no_leaf_is_none(source, target):
+    policy = [("weight", {"bit_price": 0.0})]
+    compress_checkpoint(source, target, 3, bit_price=0.1, policy=policy)
+    found = target.read_bytes()
+    compress_checkpoint(source, target, 3, overwrite=True)
+    assert target.read_bytes() == found
 
 
 def test_a_dry_run_knows_the_size_and_writes_nothing(source, target):
