@@ -98,8 +98,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
       ...     os.listdir(parent), os.listdir(parent + "/net")
       (['net'], ['notes.txt'])
     """
-    path = Path(os.path.abspath(path))  # "net/" and "." have a name now
+    path = Path(path)
     _check_new(path)
+    # The working directory may change meanwhile. A ".." behind a link is the system's to follow.
+    path = Path(os.path.realpath(path.parent), path.name)
     _remove_stale(path)
     temporary = _temporary(path)
     temporary.mkdir()

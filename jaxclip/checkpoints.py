@@ -52,7 +52,9 @@ def save(
       coding: How the codes of low-bit leaves are stored where that is smaller: "huffman",
         which every Python reads, "ans", of the size of their entropy (readers need the extra
         `coding`, too), or "smallest", for each leaf the smaller of both; of Huffman alone where
-        the extra is not installed. None packs them at their width. For `.safetensors`.
+        the extra is not installed. A file by "smallest" is never larger than one by "huffman", and
+        than one by "ans" by no more than 4 bytes a low-bit leaf, in the header, and 7 to align
+        it. None packs codes at their width. For `.safetensors`.
       overwrite: Whether an existing file may be replaced; its permissions are kept.
 
     Raises:

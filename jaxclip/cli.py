@@ -355,7 +355,8 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     add("--scale-dtype", choices=_SCALES, default="float32",
         help="what scales are stored as (float32)")  # fmt: skip
     add("--bit-price", type=float, default=0.0, metavar="P",
-        help="error that a coded bit is worth, in squared steps, such as .12 (0)")  # fmt: skip
+        help="error that a coded bit is worth, in squared steps, such as .12 (0); with --rate or "
+        "--coding")  # fmt: skip
     add("--policy", type=_policy, action="append", default=[], metavar="REGEX=SPEC",
         help="for tensors whose name it matches: bits, none, or more, as above")  # fmt: skip
     add("--coding", choices=["huffman", "ans", "smallest"],

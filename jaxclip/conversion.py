@@ -77,7 +77,7 @@ def compress_checkpoint(
       full_signed: As in `compress`.
       zero_point: As in `compress`.
       scale_dtype: As in `compress`.
-      bit_price: As in `compress`; leaves are then compressed whole.
+      bit_price: As in `compress`, with a `coding` only; leaves are then compressed whole.
       policy: As in `compress`, on the names in the source.
       coding: As in `save`.
       overwrite: Whether an existing file may be replaced.
@@ -94,7 +94,8 @@ def compress_checkpoint(
       TypeError: As in `compress`.
       FileExistsError: As in `save`; also if `dst` is one of the files that are read, under
         any name.
-      ValueError: As in `compress`.
+      ValueError: As in `compress`; also if a leaf has a price and there is no `coding`, or `dst`
+        lies in a folder that is read and has the name of a numbered shard or `model.safetensors`.
 
     Example:
       >>> import tempfile
@@ -119,6 +120,12 @@ def compress_checkpoint(
         names, leaves = list(source.leaves), list(source.leaves.values())
         found = leaf_specs(names, leaves, policy, default)
         specs.update({name: spec for name, spec in zip(names, found, strict=True) if spec})
+        priced = [name for name, spec in specs.items() if spec.has_price]
+        if coding is None and priced:
+            raise ValueError(
+                "bit_price needs a coding: packed codes take the same bytes at any price, and "
+                f"leaf '{priced[0]}' has one."
+            )
         if target is not None:
             specs.update(_allocated(target, source, specs, coding))
         return source.leaves | {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items()}
@@ -190,6 +197,7 @@ def decompress_checkpoint(
     Raises:
       CheckpointError: As in `load`.
       FileExistsError: As in `compress_checkpoint`.
+      ValueError: If `dst` has another suffix, or a name as in `compress_checkpoint`.
 
     Example:
       >>> decompress_checkpoint("small.safetensors", "net.safetensors")
@@ -238,7 +246,8 @@ def clip_checkpoint(
       CheckpointError: As in `load`.
       FileExistsError: As in `compress_checkpoint`.
       TypeError: If the threshold is of a wrong type.
-      ValueError: If the threshold is negative or NaN, or `include` matches no leaf.
+      ValueError: If the threshold is negative or NaN, `include` matches no leaf, or as in
+        `decompress_checkpoint`.
 
     Example:
       >>> clip_checkpoint("net.safetensors", "clipped.safetensors", 0.1)
@@ -287,8 +296,7 @@ def _rewrite(
         raise ValueError(f"dst must end in .safetensors, got {str(dst)!r}.")
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_source(src))
-        if any(dst.exists() and dst.samefile(file) for file in source.files):
-            raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
+        source.check_unharmed_by(dst)
         if not dry_run:
             check_destination(dst, overwrite)
         needs_no_weights = dry_run and coding is None

@@ -20,6 +20,7 @@ __all__ = [
     "INDEX_NAME",
     "check_total_size",
     "find_shards",
+    "is_part_of_folder",
     "make_index",
     "model_files",
     "read_index",
@@ -151,6 +152,19 @@ def check_total_size(total: int | None, found: int) -> None:
         raise ValueError(
             f"{INDEX_NAME} says {total:,} bytes of tensors, the shards hold {found:,}."
         )
+
+
+def is_part_of_folder(name: str) -> bool:
+    """Returns whether a file of this name changes what a folder that it lies in holds.
+
+    Args:
+      name: A bare file name.
+
+    Example:
+      >>> is_part_of_folder("model-00001-of-00002.safetensors"), is_part_of_folder("a.safetensors")
+      (True, False)
+    """
+    return name in (INDEX_NAME, "model.safetensors") or _SHARD.fullmatch(name) is not None
 
 
 def model_files(folder: Path) -> list[Path]:

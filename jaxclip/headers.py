@@ -106,7 +106,10 @@ def make_header(
 
 
 def header_size(plan: FilePlan, coding: str | None) -> int:
-    """Returns the bytes kept for a header: as many as it takes if coding makes nothing smaller.
+    """Returns the bytes kept for a header: the most that it takes, whatever coding comes to.
+
+    The offsets are those of packed codes, and every low-bit leaf has the longest name of a coding
+    that is tried.
 
     Args:
       plan: What `plan_file` returned.

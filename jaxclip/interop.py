@@ -233,7 +233,8 @@ def export_checkpoint(
       TypeError: As the function for the format.
       ValueError: As the function for the format; if `to` is none of these, or GGUF should
         have shards or other files; if `model_files` has no `config.json`, one that is quantized
-        already, or a link that leads out of it.
+        already, or a link that leads out of it; if `dst` lies in a folder that is read and has
+        the name of an index, a numbered shard or `model.safetensors`.
       ImportError: As `to_gguf`.
 
     Example:
@@ -250,8 +251,7 @@ def export_checkpoint(
                 raise ValueError(f"{name} is for safetensors, {to} is one file.")
     companions = () if model_files is None else _companions(Path(model_files))
     with open_source(Path(src)) as source:
-        if any(os.path.exists(dst) and os.path.samefile(dst, file) for file in source.files):
-            raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
+        source.check_unharmed_by(Path(dst))
         leaves = stored_leaves(source, separator)
         if to in BYTES_PER_BLOCK:
             return write_gguf(dst, leaves, architecture, to, metadata or {}, overwrite)

@@ -52,17 +52,16 @@ def tradeoff(
     """
     figure, axes = _figure(8, 4.6)
     for i, (label, points) in enumerate(curves.items()):
-        color, marker = _STYLES[i % len(_STYLES)]
         _, sizes, means, deviations = zip(*points, strict=True)
         axes.errorbar(
             [size / 1024 for size in sizes],
             means,
             deviations,
-            color=color,
-            marker=marker,
+            linestyle=_LINES[i // len(_STYLES) % len(_LINES)],
             markersize=5,
             capsize=2,
             label=label,
+            **_style(i),
         )
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.18 * (high - low))  # room for the names of the points
@@ -109,17 +108,16 @@ def front(
     figure, axes = _figure(8, 4.8)
     widths = list(dict.fromkeys(row.bits for row in rows))
     for i, bits in enumerate(widths):
-        color, marker = _STYLES[i % len(_STYLES)]
         some = [row for row in rows if row.bits == bits]
         sizes = [row.file_bytes / 1024 for row in some]
         axes.plot(
             sizes,
             [row.metric for row in some],
-            marker,
-            color=color,
+            linestyle="",
             alpha=0.35,
             markersize=5,
             label=_width_name(bits),
+            **_style(i),
         )
     axes.errorbar(
         [row.file_bytes / 1024 for row in on_front],
@@ -307,6 +305,13 @@ def training_curves(
 
 
 # --- Parts ----------------------------------------------------------------------------
+
+
+def _style(i: int) -> dict[str, str]:
+    """Colour and marker of the i-th curve; hollow markers when all were taken."""
+    color, marker = _STYLES[i % len(_STYLES)]
+    face = color if i // len(_STYLES) % 2 == 0 else "white"
+    return {"color": color, "marker": marker, "markerfacecolor": face}
 
 
 def _figure(width: float, height: float, num_lines: int = 0, num_columns: int = 0) -> Any:

@@ -62,6 +62,7 @@ class Source:
       files: The files that are read.
       structure: The structure of the tree whose leaves these are, in this order; None for a
         flat dict.
+      folder: The folder that is read, by its own name or its index; None if one file is.
     """
 
     leaves: dict[str, Any]
@@ -69,6 +70,7 @@ class Source:
     num_bytes: dict[str, int]
     files: tuple[Path, ...] = ()
     structure: Any = None
+    folder: Path | None = None
 
     def restore(self, read: Callable[[str], Any]) -> Any:
         """Returns the tree, or flat dict, with `read` called once a leaf."""
@@ -76,6 +78,32 @@ class Source:
         if self.structure is None:
             return values
         return jax.tree.unflatten(self.structure, values.values())
+
+    def check_unharmed_by(self, dst: Path) -> None:
+        """Raises if something new at `dst` would be one of the files, or part of the folder.
+
+        Args:
+          dst: A file or folder that is to be written.
+
+        Raises:
+          FileExistsError: If it is one of the files that are read, under any name.
+          ValueError: If it lies in the folder that is read and has the name of a part.
+
+        Example:
+          >>> Source({}, str, {}, folder=Path(".")).check_unharmed_by(Path("model.safetensors"))
+          Traceback (most recent call last):
+          ValueError: 'model.safetensors' would change what the folder '.' holds, which is read:
+          take another name.
+        """
+        if any(dst.exists() and dst.samefile(file) for file in self.files):
+            raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
+        if self.folder is None or not folders.is_part_of_folder(dst.name):
+            return
+        if dst.parent.exists() and dst.parent.samefile(self.folder):
+            raise ValueError(
+                f"'{dst}' would change what the folder '{self.folder}' holds, which is read: "
+                "take another name."
+            )
 
 
 @contextlib.contextmanager
@@ -112,15 +140,16 @@ def open_source(path: Path) -> Iterator[Source]:
 
 
 def _open(stack: contextlib.ExitStack, path: Path) -> Source:
+    folder = None
     if path.is_dir():
-        path = folders.find_shards(path) or path / "model.safetensors"
+        folder, path = path, folders.find_shards(path) or path / "model.safetensors"
     file = stack.enter_context(_open_regular(path))
     size = os.fstat(file.fileno()).st_size
     if path.name.endswith(".safetensors.index.json"):
         return _open_shards(stack, path, file.read(size))
     if path.suffix not in _OPENERS:
         raise ValueError(f"the suffix must be {ALLOWED_SUFFIXES}.")
-    return dataclasses.replace(_OPENERS[path.suffix](file, size), files=(path,))
+    return dataclasses.replace(_OPENERS[path.suffix](file, size), files=(path,), folder=folder)
 
 
 def _open_regular(path: Path) -> BinaryIO:
@@ -202,7 +231,7 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
     folders.check_total_size(total_size, sum(sizes.values()))
     leaves = {name: shards[shard].leaves[name] for name, shard in weight_map.items()}
     files = (path, *(folder / shard for shard in shards))
-    return Source(leaves, read, sizes, files)
+    return Source(leaves, read, sizes, files, folder=folder)
 
 
 @contextlib.contextmanager

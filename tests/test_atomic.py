@@ -101,6 +101,48 @@ def test_what_has_the_name_of_a_new_folder_stays(tmp_path: pathlib.Path, kind: s
     assert os.listdir(tmp_path) == ["net"]
 
 
+@pytest.mark.parametrize("name", ["link/../net", "link/../net/", "link/../../else/./net"])
+def test_a_new_folder_behind_a_link_lies_where_a_file_would(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("else/where")
+    os.symlink("else/where", "link")
+    with new_folder(name) as folder:
+        (folder / "a").touch()
+    with replacing(name.rstrip("/") + ".txt"):
+        pass
+    assert sorted(os.listdir("else")) == ["net", "net.txt", "where"]
+    assert sorted(os.listdir()) == ["else", "link"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "sub/..", "sub/.", "link", "link/", "/"])
+def test_a_name_that_stands_for_a_folder_is_taken(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("sub")
+    os.symlink("sub", "link")
+    with pytest.raises(FileExistsError, match="name a new one"), new_folder(name):
+        pytest.fail("entered")
+    assert sorted(os.listdir()) == ["link", "sub"]
+
+
+@pytest.mark.parametrize("name", ["no/net", "no/../net", "no/..", "file/../net"])
+def test_a_way_that_leads_nowhere_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("file").touch()
+    with pytest.raises(FileNotFoundError, match="no directory"), new_folder(name):
+        pytest.fail("entered")
+    with pytest.raises(FileNotFoundError, match="no directory"), replacing(name):
+        pytest.fail("entered")
+    assert os.listdir() == ["file"]
+
+
+def test_a_folder_is_made_where_it_was_when_the_block_began(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with new_folder("net"):
+        os.chdir("other")
+    assert sorted(os.listdir(tmp_path)) == ["net", "other"]
+
+
 def test_a_folder_that_a_killed_writer_left_is_removed_by_the_next(tmp_path: pathlib.Path):
     script = """
 import os, sys

@@ -379,6 +379,14 @@ def test_smallest_takes_the_smaller_of_both_codings_and_packed_for_each_leaf(tmp
     assert size_report(tree, "smallest").total_bytes == smallest.stat().st_size
 
 
+def test_the_header_of_smallest_takes_at_most_4_bytes_a_leaf_more_than_that_of_ans():
+    tree = {f"w{i}": codes_that_favour_each_coding()["even"] for i in range(13)}
+    huffman, ans, smallest = (size_report(tree, c) for c in ("huffman", "ans", "smallest"))
+    assert smallest.leaves == ans.leaves
+    assert ans.total_bytes < smallest.total_bytes <= ans.total_bytes + 4 * 13 + 7
+    assert smallest.total_bytes < huffman.total_bytes
+
+
 def test_smallest_is_huffman_or_packed_where_the_package_of_ans_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     tree = codes_that_favour_each_coding()

@@ -231,8 +231,17 @@ def test_verify_reads_everything():
         ("compress net.safetensors x.safetensors --bits 7", "bits must be one of"),
         ("compress net.safetensors x.safetensors --policy head=8", "match no leaf"),
         ("compress net.safetensors no/x.safetensors", "no directory"),
+        ("compress net.safetensors x.safetensors --bit-price .1", "bit_price needs a coding"),
+        (
+            "compress net.safetensors x.safetensors --policy w=4,price=.1",
+            "bit_price needs a coding",
+        ),
         ("clip net.safetensors x.safetensors --threshold -1", "threshold must be in"),
         ("export low.safetensors no/x.gguf --to Q4_0", "no directory"),
+        (
+            "export low.safetensors x.safetensors --to safetensors --max-shard-bytes 0",
+            "max_shard_bytes must be an integer of at least 1",
+        ),
     ],
 )
 def test_errors_are_one_line_on_standard_error(words, message):

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import jaxclip
-from jaxclip import checkpoints, leaf_parts
+from jaxclip import checkpoints, interop, leaf_parts
 from jaxclip.checkpoints import (
     CheckpointError,
     clip_checkpoint,
@@ -93,7 +93,7 @@ def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, 
 def test_what_looks_at_the_whole_leaf_gets_it(options, source, target, monkeypatch):
     whole = jaxclip.compress(checkpoints.load(source), 8, axis=0, **options)["embed.weight"]
     monkeypatch.setattr(leaf_parts, "_PART_BYTES", 7 * 16 * 4)
-    compress_checkpoint(source, target, 8, **options)
+    compress_checkpoint(source, target, 8, coding="huffman", **options)
     np.testing.assert_array_equal(checkpoints.load(target)["embed.weight"].qvalue, whole.qvalue)
 
 
@@ -113,6 +113,29 @@ def test_with_a_price_the_file_is_smaller_and_more_exact_than_one_of_coarser_ste
     small = jaxclip.quantize(w, 8, threshold=rule(2.0))
     chosen = jaxclip.cheaper_codes(small, w, price=0.12)
     np.testing.assert_array_equal(checkpoints.load(target)["w"].qvalue, chosen.qvalue)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3, "bit_price": 0.1},
+        {"target_bits_per_weight": 4.0, "bit_price": 0.1},
+        {"bits": 3, "policy": [("embed", {"bit_price": 0.1})]},
+    ],
+)
+def test_a_price_without_a_coding_is_refused_before_the_work(options, dry_run, source, target):
+    with pytest.raises(ValueError, match=r"bit_price needs a coding.* 'embed\.weight'"):
+        compress_checkpoint(source, target, dry_run=dry_run, **options)
+    assert os.listdir(target.parent) == []
+
+
+def test_a_price_without_a_coding_that_holds_for_no_leaf_is_none(source, target):
+    policy = [("weight", {"bit_price": 0.0})]
+    compress_checkpoint(source, target, 3, bit_price=0.1, policy=policy)
+    found = target.read_bytes()
+    compress_checkpoint(source, target, 3, overwrite=True)
+    assert target.read_bytes() == found
 
 
 def test_a_dry_run_knows_the_size_and_writes_nothing(source, target):
@@ -277,6 +300,23 @@ def test_what_is_read_is_never_written(link, source, tmp_path):
     with pytest.raises(FileExistsError, match="is a file that is read"):
         compress_checkpoint(source, target, overwrite=True)
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00003-of-00003.safetensors"])
+def test_a_folder_that_is_read_still_loads(name, tmp_path):
+    folder = tmp_path / "net"
+    tree = {name: np.ones((8, 8), np.float32) for name in "ab"}
+    interop.to_safetensors(folder, tree, max_shard_bytes=256)
+    rewrites = [
+        compress_checkpoint,
+        functools.partial(compress_checkpoint, dry_run=True),
+        decompress_checkpoint,
+        functools.partial(clip_checkpoint, threshold=0.5),
+    ]
+    for rewrite in rewrites:
+        with pytest.raises(ValueError, match="would change what the folder"):
+            rewrite(folder, folder / name)
+    assert sorted(checkpoints.load(folder)) == ["a", "b"]
 
 
 def test_existing_files_and_other_suffixes_are_refused_before_the_work(source, target):

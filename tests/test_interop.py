@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -738,6 +739,42 @@ def test_a_size_of_shards_that_is_none_is_refused(tmp_path, size):
     with pytest.raises(ValueError, match="max_shard_bytes must be an integer of at least 1"):
         interop.to_safetensors(tmp_path / "net", low_bit_tree(), max_shard_bytes=size)
     assert list(tmp_path.iterdir()) == []
+    interop.to_safetensors(tmp_path / "in", {"w": np.ones(4), "v": np.ones(4)}, max_shard_bytes=32)
+    for source in (tmp_path / "in", tmp_path / "in" / "model-00001-of-00002.safetensors"):
+        with pytest.raises(ValueError, match="max_shard_bytes must be an integer of at least 1"):
+            interop.export_checkpoint(source, tmp_path / "n", "safetensors", max_shard_bytes=size)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_is_written_that_would_change_what_a_folder_that_is_read_holds(tmp_path, count):
+    folder, link = tmp_path / "net", tmp_path / "link"
+    tree = {name: np.ones((8, 8), np.float32) for name in "ab"}
+    interop.to_safetensors(folder, tree, max_shard_bytes=512 // count)
+    link.symlink_to(folder)
+    before = files_of(folder)
+    sources = [folder, link] + [folder / "model.safetensors.index.json"] * (count > 1)
+    names = [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00003-of-00003.safetensors",
+    ]
+    for source, name, place in itertools.product(sources, names, [folder, link]):
+        if name not in before:
+            with pytest.raises(ValueError, match="would change what the folder"):
+                interop.export_checkpoint(source, place / name, "safetensors")
+            with pytest.raises(ValueError, match="would change what the folder"):
+                interop.export_checkpoint(source, place / name, "safetensors", max_shard_bytes=1)
+    assert files_of(folder) == before
+    interop.export_checkpoint(folder, folder / "other.safetensors", "safetensors")
+    assert_equal_arrays(checkpoints.load(folder), tree)
+
+
+def test_beside_a_file_that_is_read_every_name_is_free(tmp_path):
+    checkpoints.save(tmp_path / "net.safetensors", low_bit_tree())
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
+        interop.export_checkpoint(tmp_path / "net.safetensors", tmp_path / name, "safetensors")
+        assert (tmp_path / name).exists()
 
 
 # --- A model's other files --------------------------------------------------------------

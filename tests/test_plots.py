@@ -24,6 +24,18 @@ def test_the_tradeoff_has_a_curve_and_a_label_for_each_setting():
     assert [t.get_text() for t in axes.texts] == ["8 bits", "1 bit"]
 
 
+def test_nine_curves_and_nine_widths_are_told_apart():
+    curves = {str(i): CURVES["one"] for i in range(9)}
+    handles, _ = plots.tradeoff(curves).axes[0].get_legend_handles_labels()
+    lines = [handle.lines[0] for handle in handles]
+    rows = [types.SimpleNamespace(**vars(ROWS[0]) | {"bits": bits}) for bits in range(9)]
+    points = plots.front(rows, rows[:1], rows[0], metric="accuracy").axes[0].lines[:9]
+    for drawn in (lines, points):
+        faces = {(x.get_color(), x.get_marker(), x.get_markerfacecolor()) for x in drawn}
+        assert len(faces) == 9
+    assert len({(x.get_color(), x.get_linestyle()) for x in lines}) == 9
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_the_picture_is_saved(tmp_path, suffix):
     file = tmp_path / f"picture.{suffix}"
