@@ -199,7 +199,8 @@ class SweepResult:
         a little too good for what it chose: keep a test set that the sweep has not seen.
 
         Args:
-          max_loss: By how much the mean metric may be worse than the best, in its own units.
+          max_loss: By how much the mean metric may be worse than the best, in its own units, to
+            the rounding of float32.
 
         Raises:
           ValueError: If `max_loss` is negative or NaN, or each setting has a diverged seed.
@@ -209,7 +210,9 @@ class SweepResult:
         rows = [row for row in self._sound_rows() if not math.isnan(row.metric)]
         if not rows:
             raise ValueError("there is nothing to recommend: each setting has a diverged seed.")
-        worst = min(self._cost(row) for row in rows) + max_loss
+        best = min(self._cost(row) for row in rows)
+        # Metrics are float32 as a rule: .97 and .96 must count as .01 apart.
+        worst = best + max_loss + 4 * float(np.finfo(np.float32).eps) * abs(best)
         return min(
             (row for row in rows if self._cost(row) <= worst),
             key=lambda row: (row.file_bytes, self._cost(row)),

@@ -1,6 +1,7 @@
 """What a sweep trains, and whether it can."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,12 +84,12 @@ def checked_task(task: Task, metrics: Sequence[str]) -> Task:
 
     Raises:
       TypeError: If `stop` is not a stop rule, or `evaluate` gives no dict.
-      ValueError: If a metric is not among those that `evaluate` gives, `stop` has no last step
-        or looks at the clock, or needs an `evaluate_every`.
+      ValueError: If a metric is not among those that `evaluate` gives, or no scalar; if `stop`
+        has no last step or looks at the clock, or needs an `evaluate_every`.
 
     Example:
       >>> import jaxclip
-      >>> zeros = lambda *_: jnp.zeros(2)
+      >>> zeros = lambda *_: jnp.zeros(())
       >>> task = Task(*[zeros] * 5, lambda params: {"size": params}, jaxclip.max_steps(3), 2)
       >>> checked_task(task, ["size"]).evaluate_every is None
       True
@@ -101,6 +102,9 @@ def checked_task(task: Task, metrics: Sequence[str]) -> Task:
     for name in metrics:
         if name not in found:
             raise ValueError(f"evaluate gives {sorted(found)}, and no {name!r}.")
+    for name, value in found.items():
+        if jnp.shape(value):
+            raise ValueError(f"evaluate must give scalars, {name!r} has shape {jnp.shape(value)}.")
     watched = sorted(task.stop.metrics & set(found))
     if watched and task.evaluate_every is None:
         raise ValueError(f"stop looks at {watched}: set evaluate_every.")
@@ -114,7 +118,8 @@ def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
       seeds: As in `sweep`.
 
     Raises:
-      ValueError: If there is none, or one twice.
+      TypeError: If one is no integer.
+      ValueError: If there is none, one twice, or one that a PRNG key does not take.
 
     Example:
       >>> checked_seeds(3), checked_seeds([7, 5])
@@ -123,7 +128,14 @@ def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
     if isinstance(seeds, (int, np.integer)):
         _checks.check_count("seeds", seeds)
         return list(range(int(seeds)))
-    found = [int(seed) for seed in seeds]
+    found = []
+    for i, seed in enumerate(seeds):
+        try:
+            found.append(operator.index(seed))
+        except TypeError as error:
+            raise TypeError(f"seeds[{i}] must be an integer, got {seed!r}.") from error
+        if not -(2**31) <= found[-1] < 2**31:
+            raise ValueError(f"seeds[{i}] must be within 32 bits, got {seed!r}.")
     if not found or len(set(found)) != len(found):
         raise ValueError(f"seeds must have at least one integer, and none twice, got {found}.")
     return found

@@ -404,7 +404,17 @@ BAD = [
     ({"thresholds": [float("nan")]}, ValueError, r"thresholds\[0\] must be"),
     ({"seeds": 0}, ValueError, "seeds"),
     ({"seeds": [1, 1]}, ValueError, "seeds .* none twice"),
+    ({"seeds": [0, 0.5]}, TypeError, r"seeds\[1\] must be an integer, got 0.5"),
+    ({"seeds": [2**40]}, ValueError, r"seeds\[0\] must be within 32 bits"),
+    ({"devices": []}, ValueError, "devices must have at least one"),
+    ({"bits": 4}, TypeError, "bits must be widths, .* got 4"),
+    ({"bits": "ternary"}, TypeError, "bits must be widths, .* got 'ternary'"),
     ({"bits": ()}, ValueError, "bits must name a width"),
+    (
+        {"evaluate": lambda p: p["out"], "metric": "bias", "train_metric": None},
+        ValueError,
+        r"scalars, 'bias' has shape \(3,\)",
+    ),
     ({"bits": (7,)}, ValueError, "bits"),
     ({"metric": "accuracy"}, ValueError, r"\['test', 'train'\], and no 'accuracy'"),
     ({"train_metric": "x"}, ValueError, "no 'x'"),
@@ -431,6 +441,20 @@ BAD = [
     ({"chunk_size": 0}, ValueError, "chunk_size"),
     ({"keep_params": False, "directory": 3}, TypeError, "PathLike"),
 ]
+
+
+def test_numbers_of_every_kind_make_the_axes():
+    changes = {"stop": jaxclip.max_steps(1), "keep_params": False, "train_metric": None}
+    found = run(
+        step_sizes=list(jnp.asarray([0.5, 0.25])),
+        thresholds=np.asarray([1.0]),
+        seeds=np.arange(2),
+        bits=np.asarray([4, 2]),
+        **changes,
+    )
+    assert list(found.step_sizes) == [0.5, 0.25]
+    assert found.bits == (4, 2)
+    assert list(found.seeds) == [0, 1]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
