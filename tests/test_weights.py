@@ -559,3 +559,36 @@ def test_the_clip_rate_counts_what_is_on_the_bound_to_the_ulp(dtype, wrap):
         w = np.resize(np.asarray([t, -t, below, -below, above, 0, t / 2], dtype), 7 * 700)
         expected = np.mean(np.abs(w.astype(np.float64)) >= float(t))
         np.testing.assert_allclose(rate(jnp.asarray(w), jnp.asarray(t)), expected, rtol=1e-6)
+
+
+# --- Masks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ("kernel", TypeError, "mask must be True or False, got 'kernel'"),
+        ({"a": "yes", "b": True}, TypeError, "mask must be True or False at 'a', got 'yes'"),
+        ({"a": 1, "b": True}, TypeError, "mask must be True or False at 'a', got 1"),
+        (lambda params: params, TypeError, "mask must be True or False at 'a'"),
+        ({"c": True}, ValueError, "mask must be a prefix tree of the parameters"),
+        ({"a": {"x": True}, "b": True}, ValueError, "mask must be a prefix tree"),
+    ],
+)
+def test_a_mask_that_is_none_is_refused(mask, error, message):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(error, match=message):
+        jaxclip.clip_weights(params, 0.1, mask)
+    within = jaxclip.keep_weights_within(0.1, mask=mask)
+    projected = jaxclip.project_weights(jaxclip.box(0.1), mask=mask)
+    with pytest.raises(error, match=message):
+        within.update(params, within.init(params), params)
+    with pytest.raises(error, match=message):
+        projected.update(params, jaxclip.project_weights(jaxclip.box(0.1)).init(params), params)
+
+
+@pytest.mark.parametrize("yes", [True, np.True_, np.asarray(True), jnp.asarray(True)], ids=repr)
+def test_a_mask_of_any_kind_of_truth_value_chooses_leaves(yes):
+    params = {"a": {"x": jnp.ones(2), "y": jnp.ones(3)}, "b": jnp.ones(2)}
+    clipped = jaxclip.clip_weights(params, 0.5, {"a": yes, "b": False})
+    assert [float(x[0]) for x in jax.tree.leaves(clipped)] == [0.5, 0.5, 1.0]
