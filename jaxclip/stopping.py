@@ -69,12 +69,14 @@ class StopRule:
         else 1 + the place of the `StopReason` among its members.
       metrics: Names of the metrics that it looks at.
       num_steps: The step at which it stops by count, at the latest; None if it does not.
+      uses_clock: Whether it looks at the seconds.
     """
 
     init: Callable[[], Any]
     update: Callable[[Any, Seen], tuple[Any, jax.Array]]
     metrics: frozenset[str] = frozenset()
     num_steps: int | None = None
+    uses_clock: bool = False
 
     def __or__(self, other: "StopRule") -> "StopRule":
         if not isinstance(other, StopRule):
@@ -91,6 +93,7 @@ class StopRule:
             update=update,
             metrics=self.metrics | other.metrics,
             num_steps=min(counts, default=None),
+            uses_clock=self.uses_clock or other.uses_clock,
         )
 
     def reason(self, code: Any) -> StopReason | None:
@@ -140,7 +143,8 @@ def max_seconds(seconds: float) -> StopRule:
       <StopReason.MAX_SECONDS: 'The time was up.'>
     """
     _checks.check_positive("seconds", seconds)
-    return _stateless(StopReason.MAX_SECONDS, lambda seen: jnp.asarray(seen.seconds) >= seconds)
+    rule = _stateless(StopReason.MAX_SECONDS, lambda seen: jnp.asarray(seen.seconds) >= seconds)
+    return dataclasses.replace(rule, uses_clock=True)
 
 
 def reached(metric: str, target: float, *, mode: str = "max") -> StopRule:

@@ -20,12 +20,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxclip.stopping import Seen
-from jaxclip.sweep_tasks import Task
+from jaxclip.sweep_tasks import STEP_NUMBERS, Task, check_told_apart
 from jaxclip.training import StepInfo, TrainState, make_train_step
 
 __all__ = ["Program", "Trained", "fingerprint"]
-
-_NUMBERS = ("loss", "weight_clip_rate", "weight_outside_rate", "num_skipped")
 
 
 class _Row(NamedTuple):
@@ -207,12 +205,13 @@ class Program:
         self, is_due: jax.Array, row: _Row, state: TrainState, info: StepInfo, metrics: Any
     ) -> _Row:
         """The row after a step, unless it has stopped: then as it was."""
-        numbers = {n: getattr(info, n) for n in _NUMBERS}
+        numbers = {n: getattr(info, n) for n in STEP_NUMBERS}
         numbers |= info.stats
         unknown = sorted(self._task.stop.metrics - {*numbers, *metrics})
         if unknown:
             known = sorted({*numbers, *metrics})
             raise ValueError(f"stop looks at {unknown}, which is not among {known}.")
+        check_told_apart(self._task.stop, numbers, metrics)
         seen = Seen(state.step, 0.0, info.num_skipped, numbers)
         memory, code = self._task.stop.update(row.memory, seen)
         if metrics:

@@ -77,6 +77,13 @@ def test_of_joined_rules_the_first_that_is_met_gives_the_reason():
         max_steps(3) | 5
 
 
+def test_a_joined_rule_uses_the_clock_if_one_of_its_rules_does():
+    rule = max_steps(3) | plateau("loss", 4) | nonfinite(2) | reached("loss", 1.0)
+    assert not rule.uses_clock
+    assert (rule | max_seconds(1.0)).uses_clock
+    assert (max_seconds(1.0) | rule).uses_clock
+
+
 def test_a_rule_inside_a_jitted_scan_gives_the_codes_of_the_loop():
     rule = plateau("loss", 3) | reached("loss", 0.5, mode="min") | nonfinite(2) | max_steps(9)
     losses = jnp.asarray(LOSSES)

@@ -418,6 +418,33 @@ BAD = [
         ValueError,
         "the clock, which all rows",
     ),
+    (  # behind a rule that may be met first
+        {
+            "stop": jaxclip.max_steps(9)
+            | jaxclip.reached("loss", 0.1, mode="min")
+            | jaxclip.max_seconds(1e9)
+        },
+        ValueError,
+        "the clock, which all rows",
+    ),
+    (
+        {
+            "stop": jaxclip.max_steps(9) | jaxclip.plateau("loss", 3),
+            "evaluate": lambda params: evaluate(params) | {"loss": 0.0},
+            "evaluate_every": 3,
+        },
+        ValueError,
+        r"evaluate returns \['loss'\], which the step reports already",
+    ),
+    (
+        {
+            "stop": jaxclip.max_steps(9) | jaxclip.plateau("pre_norm", 3),
+            "evaluate": lambda params: evaluate(params) | {"pre_norm": 0.0},
+            "evaluate_every": 3,
+        },
+        ValueError,
+        r"evaluate returns \['pre_norm'\], which the step reports already",
+    ),
     (
         {"stop": jaxclip.max_steps(9) | jaxclip.reached("test", 0.1, mode="min")},
         ValueError,
