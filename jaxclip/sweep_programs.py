@@ -45,7 +45,7 @@ class Trained(NamedTuple):
       params: The parameters.
       code: The stop rule's code, int32.
       steps: Steps taken, int32.
-      first_loss: The loss before the first step, float32.
+      first_loss: The first finite loss, float32; not finite where there was none.
       history: For "loss", the mean since the record before, and "weight_clip_rate", what was
         recorded: float32 of shape (settings, seeds, records). A row that has stopped repeats
         its last record.
@@ -159,7 +159,8 @@ class Program:
             state = TrainState.create(params, self._task.optimizer(step_size), key=keys[2])
             zero = jnp.zeros((), jnp.float32)
             count = jnp.zeros((), jnp.int32)
-            return _Row(state, self._task.stop.init(), count, zero, zero, count, zero)
+            no_loss = jnp.full((), jnp.inf, jnp.float32)
+            return _Row(state, self._task.stop.init(), count, no_loss, zero, count, zero)
 
         return _over_rows(initial, (0, None), (None, 0))(step_sizes, seed_keys)
 
@@ -223,7 +224,7 @@ class Program:
             state=state,
             memory=memory,
             code=code,
-            first_loss=jnp.where(row.state.step == 0, loss, row.first_loss),
+            first_loss=jnp.where(jnp.isfinite(row.first_loss), row.first_loss, loss),
             loss_sum=row.loss_sum + loss,
             num_losses=row.num_losses + 1,
             weight_clip_rate=info.weight_clip_rate,
