@@ -93,7 +93,8 @@ class Trainer:
         for name in ("loss", "weight_clip_rate"):
             arrays[name] = arrays[f"history/{name}"][..., -1]
         # The mean over the last steps is not finite if one of them was not.
-        arrays["is_diverged"] = ~(arrays["loss"] <= trained.first_loss)
+        loss = arrays["loss"]
+        arrays["is_diverged"] = ~(np.isfinite(loss) & (loss <= trained.first_loss))
         arrays["steps"], arrays["reason_codes"] = trained.steps, trained.code
         num_row_steps = max(int(trained.steps.max()), 1) * trained.steps.size
         arrays["seconds_per_step"] = np.full(len(filled), trained.seconds / num_row_steps)

@@ -20,12 +20,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxclip.stopping import Seen
-from jaxclip.sweep_tasks import Task
+from jaxclip.sweep_tasks import STEP_NUMBERS, Task, check_told_apart
 from jaxclip.training import StepInfo, TrainState, make_train_step
 
 __all__ = ["Program", "Trained", "fingerprint"]
-
-_NUMBERS = ("loss", "weight_clip_rate", "weight_outside_rate", "num_skipped")
 
 
 class _Row(NamedTuple):
@@ -47,7 +45,7 @@ class Trained(NamedTuple):
       params: The parameters.
       code: The stop rule's code, int32.
       steps: Steps taken, int32.
-      first_loss: The loss before the first step, float32.
+      first_loss: The first finite loss, float32; not finite where there was none.
       history: For "loss", the mean since the record before, and "weight_clip_rate", what was
         recorded: float32 of shape (settings, seeds, records). A row that has stopped repeats
         its last record.
@@ -161,7 +159,8 @@ class Program:
             state = TrainState.create(params, self._task.optimizer(step_size), key=keys[2])
             zero = jnp.zeros((), jnp.float32)
             count = jnp.zeros((), jnp.int32)
-            return _Row(state, self._task.stop.init(), count, zero, zero, count, zero)
+            no_loss = jnp.full((), jnp.inf, jnp.float32)
+            return _Row(state, self._task.stop.init(), count, no_loss, zero, count, zero)
 
         return _over_rows(initial, (0, None), (None, 0))(step_sizes, seed_keys)
 
@@ -207,12 +206,13 @@ class Program:
         self, is_due: jax.Array, row: _Row, state: TrainState, info: StepInfo, metrics: Any
     ) -> _Row:
         """The row after a step, unless it has stopped: then as it was."""
-        numbers = {n: getattr(info, n) for n in _NUMBERS}
+        numbers = {n: getattr(info, n) for n in STEP_NUMBERS}
         numbers |= info.stats
         unknown = sorted(self._task.stop.metrics - {*numbers, *metrics})
         if unknown:
             known = sorted({*numbers, *metrics})
             raise ValueError(f"stop looks at {unknown}, which is not among {known}.")
+        check_told_apart(self._task.stop, numbers, metrics)
         seen = Seen(state.step, 0.0, info.num_skipped, numbers)
         memory, code = self._task.stop.update(row.memory, seen)
         if metrics:
@@ -224,7 +224,7 @@ class Program:
             state=state,
             memory=memory,
             code=code,
-            first_loss=jnp.where(row.state.step == 0, loss, row.first_loss),
+            first_loss=jnp.where(jnp.isfinite(row.first_loss), row.first_loss, loss),
             loss_sum=row.loss_sum + loss,
             num_losses=row.num_losses + 1,
             weight_clip_rate=info.weight_clip_rate,

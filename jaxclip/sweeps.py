@@ -108,9 +108,9 @@ def sweep(
     Raises:
       TypeError: If `stop` is not a stop rule, or `evaluate` gives no dict.
       ValueError: If a number is out of range, a metric is not among those that `evaluate`
-        gives, `stop` has no last step or looks at the clock or at something that nothing
-        measures, one setting is too much for `memory_budget`, or `directory` has chunks of
-        another sweep.
+        gives, `stop` has no last step or looks at the clock, at something that nothing
+        measures or that both a step and `evaluate` give, one setting is too much for
+        `memory_budget`, or `directory` has chunks of another sweep.
       CheckpointError: If a file in `directory` is damaged.
 
     Example:

@@ -136,6 +136,12 @@ def test_nothing_is_recommended_where_all_diverged():
         result.recommend()
 
 
+def test_a_metric_that_is_nan_everywhere_is_not_called_divergence():
+    result = made(np.full((2, 2, 2, 3), np.nan), is_diverged=np.zeros((2, 2, 2), bool))
+    with pytest.raises(ValueError, match="'test' is NaN in each row without a diverged seed"):
+        result.recommend()
+
+
 @pytest.mark.parametrize("max_loss", [-0.1, math.nan])
 def test_a_loss_that_is_none_is_refused(max_loss):
     with pytest.raises(ValueError, match="max_loss must be at least 0"):

@@ -226,6 +226,36 @@ def test_a_nan_loss_marks_its_row():
     assert np.isfinite(found.metrics["test"]).all()
 
 
+def test_a_row_whose_first_losses_are_not_finite_is_judged_by_the_first_that_is():
+    # Seed 0 skips its first two steps, NaN and inf, and seed 1 all of its six.
+    def step_key(seed, i):
+        data_key = jax.random.split(jax.random.key(seed), 3)[1]
+        return jax.random.key_data(jax.random.fold_in(data_key, i))
+
+    bad = np.asarray([step_key(0, 0), step_key(0, 1), *(step_key(1, i) for i in range(6))])
+    values = np.asarray([np.nan, np.inf, *[np.inf] * 6], np.float32)
+
+    def batches(key):
+        is_it = jnp.all(bad == jax.random.key_data(key)[None], axis=1)
+        return jnp.where(is_it.any(), jnp.asarray(values)[jnp.argmax(is_it)], 1.0)
+
+    found = run(
+        loss=lambda w, batch: jnp.sum((w - batch) ** 2),
+        init=lambda key: jnp.zeros(2),
+        optimizer=optax.sgd,
+        batches=batches,
+        evaluate=lambda w: {"test": jnp.sum(w)},
+        train_metric=None,
+        weight_threshold=None,
+        step_sizes=[0.1, 3.0],
+        thresholds=[np.inf],
+        bits=(None,),
+        stop=jaxclip.max_steps(6),
+        record_every=2,
+    )
+    assert found.is_diverged[:, 0].tolist() == [[False, True], [True, True]]
+
+
 STOPS = {
     "reached": jaxclip.reached("loss", 0.3, mode="min"),
     "plateau": jaxclip.plateau("loss", 2),
@@ -427,6 +457,33 @@ BAD = [
         {"stop": jaxclip.max_steps(9) | jaxclip.max_seconds(1e9)},
         ValueError,
         "the clock, which all rows",
+    ),
+    (  # behind a rule that may be met first
+        {
+            "stop": jaxclip.max_steps(9)
+            | jaxclip.reached("loss", 0.1, mode="min")
+            | jaxclip.max_seconds(1e9)
+        },
+        ValueError,
+        "the clock, which all rows",
+    ),
+    (
+        {
+            "stop": jaxclip.max_steps(9) | jaxclip.plateau("loss", 3),
+            "evaluate": lambda params: evaluate(params) | {"loss": 0.0},
+            "evaluate_every": 3,
+        },
+        ValueError,
+        r"evaluate returns \['loss'\], which the step reports already",
+    ),
+    (
+        {
+            "stop": jaxclip.max_steps(9) | jaxclip.plateau("pre_norm", 3),
+            "evaluate": lambda params: evaluate(params) | {"pre_norm": 0.0},
+            "evaluate_every": 3,
+        },
+        ValueError,
+        r"evaluate returns \['pre_norm'\], which the step reports already",
     ),
     (
         {"stop": jaxclip.max_steps(9) | jaxclip.reached("test", 0.1, mode="min")},
