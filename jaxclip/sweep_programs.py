@@ -92,8 +92,6 @@ class Program:
         self._seed_keys = jax.device_put(keys, self._everywhere)
         self._start = jax.jit(self._initial_rows, out_shardings=self._by_setting)
 
-        self._begin_record = jax.jit(_without_losses, out_shardings=self._by_setting)
-
         numbers = jax.ShapeDtypeStruct((num_settings,), jnp.float32, sharding=self._by_setting)
         rows = jax.eval_shape(self._start, numbers, self._seed_keys)
         rows = jax.tree.map(
@@ -109,6 +107,8 @@ class Program:
         if loop == "host":
             traced = jax.jit(self._advance, out_shardings=self._by_setting).trace(*shapes)
         self._traced, self._compiled = traced, traced.lower().compile()
+        begin_record = jax.jit(_without_losses, out_shardings=self._by_setting)
+        self._begin_record = begin_record.lower(rows).compile()
         self._numbers = numbers
 
     @functools.cached_property

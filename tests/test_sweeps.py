@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,27 @@ COMMON = {
 
 def run(loss=loss_fn, init=init_fn, optimizer=momentum, batches=BATCHES, **changes):
     return sweep(loss, init, optimizer, batches, **(COMMON | changes))
+
+
+GOAL = np.linspace(-0.3, 0.5, 4).astype(np.float32)
+
+
+def run_small(name="w", names=("error", "norm"), shifted=None, **changes):
+    """The least there is to sweep, in compiled functions that have their data inside."""
+    functions = {
+        "loss": lambda data, p, noise: jnp.mean((p[name] - data - noise) ** 2),
+        "batches": lambda data, key: 0.1 * jax.random.normal(key, (4,)) + data,
+        "evaluate": lambda data, p: dict(
+            zip(names, (jnp.mean((p[name] - data) ** 2), jnp.mean(p[name] ** 2)), strict=True)
+        ),
+    }
+    for which, function in functions.items():
+        data = GOAL + np.float32(which == shifted)
+        functions[which] = jax.jit(functools.partial(function, data))
+    small = {"step_sizes": [0.1], "thresholds": [1.0], "seeds": 1, "bits": (None,)}
+    small |= {"metric": "error", "train_metric": None, "weight_threshold": None}
+    small |= {"stop": jaxclip.max_steps(2), "optimizer": optax.sgd}
+    return run(init=lambda key: {name: jnp.zeros(4)}, **functions, **(small | changes))
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +180,28 @@ def test_the_program_is_traced_once_for_any_number_of_settings_and_chunks():
 
     few = traces(step_sizes=[0.1], thresholds=[1.0])
     assert traces(step_sizes=[0.1, 0.2, 0.3, 0.4], chunk_size=3) == few
+
+
+@pytest.mark.parametrize(("devices", "loop"), [(1, "compiled"), (2, "host")])
+def test_the_time_of_a_step_is_without_compiling(monkeypatch, devices, loop):
+    compiled = []
+
+    def listener(event, seconds, **kwargs):
+        if event.startswith("/jax/core/compile/"):
+            compiled.append(event)
+
+    # In place of seconds, what has been compiled so far is counted.
+    clock = types.SimpleNamespace(monotonic=lambda: float(len(compiled)))
+    monkeypatch.setattr(sweep_programs, "time", clock)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    few = {"step_sizes": [0.1, 0.2, 0.3], "chunk_size": 1, "loop": loop}
+    try:
+        found = run_small(devices=jax.devices()[:devices], **few)
+    finally:  # jax 0.7 keeps its listeners
+        forget = getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)
+        forget(listener)
+    assert compiled
+    assert found.seconds_per_step.tolist() == [[0.0]] * 3
 
 
 def test_chunks_and_the_host_loop_give_what_one_program_gives(result):
@@ -332,27 +376,6 @@ def test_chunks_of_another_sweep_are_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"another sweep: {what}"):
             run(**(small | change), directory=tmp_path)
-
-
-GOAL = np.linspace(-0.3, 0.5, 4).astype(np.float32)
-
-
-def run_small(name="w", names=("error", "norm"), shifted=None, **changes):
-    """The least there is to sweep, in compiled functions that have their data inside."""
-    functions = {
-        "loss": lambda data, p, noise: jnp.mean((p[name] - data - noise) ** 2),
-        "batches": lambda data, key: 0.1 * jax.random.normal(key, (4,)) + data,
-        "evaluate": lambda data, p: dict(
-            zip(names, (jnp.mean((p[name] - data) ** 2), jnp.mean(p[name] ** 2)), strict=True)
-        ),
-    }
-    for which, function in functions.items():
-        data = GOAL + np.float32(which == shifted)
-        functions[which] = jax.jit(functools.partial(function, data))
-    small = {"step_sizes": [0.1], "thresholds": [1.0], "seeds": 1, "bits": (None,)}
-    small |= {"metric": "error", "train_metric": None, "weight_threshold": None}
-    small |= {"stop": jaxclip.max_steps(2), "optimizer": optax.sgd}
-    return run(init=lambda key: {name: jnp.zeros(4)}, **functions, **(small | changes))
 
 
 def test_data_inside_of_compiled_functions_are_data_of_the_sweep(tmp_path):
