@@ -10,7 +10,7 @@ import functools
 import hashlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,8 +90,6 @@ class Program:
         self._seed_keys = jax.device_put(keys, self._everywhere)
         self._start = jax.jit(self._initial_rows, out_shardings=self._by_setting)
 
-        self._begin_record = jax.jit(_without_losses, out_shardings=self._by_setting)
-
         numbers = jax.ShapeDtypeStruct((num_settings,), jnp.float32, sharding=self._by_setting)
         rows = jax.eval_shape(self._start, numbers, self._seed_keys)
         rows = jax.tree.map(
@@ -107,13 +105,14 @@ class Program:
         if loop == "host":
             traced = jax.jit(self._advance, out_shardings=self._by_setting).trace(*shapes)
         self._traced, self._compiled = traced, traced.lower().compile()
+        begin_record = jax.jit(_without_losses, out_shardings=self._by_setting)
+        self._begin_record = begin_record.lower(rows).compile()
         self._numbers = numbers
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """What is the same for the same training on the same data."""
-        begin = self._start.trace(self._numbers, self._seed_keys)
-        return fingerprint(begin.jaxpr, self._traced.jaxpr)
+        return fingerprint(self._start.trace(self._numbers, self._seed_keys), self._traced)
 
     def bytes_needed(self) -> int | None:
         """Bytes that each device holds while the program runs; None where XLA does not say."""
@@ -260,22 +259,39 @@ def _over_rows(function: Callable[..., Any], by_setting: tuple, by_seed: tuple) 
     return jax.vmap(jax.vmap(function, by_seed), by_setting)
 
 
-def fingerprint(*jaxprs: Any) -> str:
+def fingerprint(*programs: Any) -> str:
     """Returns what is the same for the same programs on the same data, in another process too.
 
     Args:
-      jaxprs: Closed jaxprs, such as `jax.jit(function).trace(...).jaxpr`.
+      programs: Traced functions, as `jax.jit(function).trace(...)` gives them.
 
     Example:
-      >>> double, triple = (jax.make_jaxpr(lambda x, n=n: n * x)(1.0) for n in (2, 3))
+      >>> double, triple = (jax.jit(lambda x, n=n: n * x).trace(1.0) for n in (2, 3))
       >>> fingerprint(double) == fingerprint(triple)
       False
     """
     digest = hashlib.sha256()
-    for jaxpr in jaxprs:
-        digest.update(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())  # places in memory
-        for constant in jaxpr.consts:
+    for program in programs:
+        # Names are in the structure alone, for a jaxpr knows its outputs by their places.
+        text = f"{program.jaxpr} {jax.tree.structure(program.out_info)}"
+        digest.update(re.sub(r"0x[0-9a-f]+", "", text).encode())  # places in memory
+        for constant in _constants(program.jaxpr):
             if jnp.issubdtype(getattr(constant, "dtype", np.float32), jax.dtypes.prng_key):
                 constant = jax.random.key_data(constant)
             digest.update(np.asarray(constant).tobytes())
     return digest.hexdigest()
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """Yields what the text of a jaxpr does not show: its data, and that of all jaxprs in it.
+
+    Jaxprs are known by what they have, for `jax.extend.core` takes long to import.
+    """
+    yield from getattr(jaxpr, "consts", ())  # an open one has none
+    for equation in jaxpr.eqns:
+        yield from (x.val for x in equation.invars if hasattr(x, "val"))
+        for x in jax.tree.leaves(equation.params):
+            if hasattr(x, "eqns"):
+                yield from _constants(x)
+            elif isinstance(x, (np.ndarray, jax.Array)):
+                yield x
