@@ -9,6 +9,7 @@ its place, synced and renamed. Nothing is ever unpickled. What is read is checke
 it is believed, and memory is never claimed on the word of a header alone.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -123,8 +124,13 @@ def load(path: str | os.PathLike, *, like: Any = None, device: Any = None) -> An
 
         if names is None:
             return source.restore(read)
-        structure = jax.tree.structure(like, is_leaf=lambda x: isinstance(x, QuantizedArray))
-        return jax.tree.unflatten(structure, [read(name) for name in names])
+        wanted, structure = jax.tree.flatten(like, is_leaf=lambda x: isinstance(x, QuantizedArray))
+        leaves = []
+        for name, leaf in zip(names, wanted, strict=True):
+            leaves.append(read(name))
+            if isinstance(leaf, QuantizedArray):  # the same blocks, spelled as they are wanted
+                leaves[-1] = dataclasses.replace(leaves[-1], granularity=leaf.granularity)
+        return jax.tree.unflatten(structure, leaves)
 
 
 def inspect(path: str | os.PathLike) -> FileReport:
