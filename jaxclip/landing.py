@@ -183,11 +183,19 @@ def rounded_sum(w: jax.Array, v: jax.Array) -> jax.Array:
     """
     wide = compute_dtype(w.dtype, v.dtype)
     total = w.astype(wide) + v.astype(wide)
-    info, real = jnp.finfo(w.dtype), jnp.finfo(wide).dtype
-
-    def round_part(x: jax.Array) -> jax.Array:
-        return lax.reduce_precision(x.astype(real), info.nexp, info.nmant)
-
     if jnp.iscomplexobj(total):
-        return lax.complex(round_part(jnp.real(total)), round_part(jnp.imag(total))).astype(w.dtype)
-    return round_part(total).astype(w.dtype)
+        parts = (_rounded(part, w.dtype) for part in (jnp.real(total), jnp.imag(total)))
+        return lax.complex(*parts).astype(w.dtype)
+    return _rounded(total, w.dtype).astype(w.dtype)
+
+
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """Real numbers rounded to those that a dtype has, in the dtype that they are in."""
+    info = jnp.finfo(dtype)
+    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    tiny = float(info.tiny)
+    if float(jnp.finfo(x.dtype).tiny) == tiny:
+        return rounded
+    # `reduce_precision` has no subnormals; those of the dtype are normal here, an ulp apart.
+    ulp = tiny * float(info.eps)
+    return jnp.where(jnp.abs(x) < tiny, jnp.round(x * (1 / ulp)) * ulp, rounded)
