@@ -194,8 +194,11 @@ def keep_weights_within(
 
     `u <- clip(w + u, -t, t) - w`, corrected by an ulp where the rounded sum would leave
     the box. Must be the last link of a chain. Weights that start outside are brought in
-    by the first step. Entries may end an ulp inside the bound: where the bound has to be
-    hit to the last bit (so that `t` is a code), use `clip_weights`.
+    by the first step, if the updates are of the weights' dtype, or one that has all its
+    numbers; coarser ones, whose spacing at such a weight may be wider than the box, bring
+    it as near as one update can, and the next steps go on from there. Entries may end an
+    ulp inside the bound: where the bound has to be hit to the last bit (so that `t` is a
+    code), use `clip_weights`.
 
     Args:
       threshold: As in `clip_weights`; schedules count the steps of this transform.

@@ -117,6 +117,26 @@ def test_no_entry_leaves_its_interval_by_a_subnormal_or_a_power_of_two(dtype, up
     assert np.all((after >= low) & (after <= high))
 
 
+@eager_and_jit
+@pytest.mark.parametrize(
+    ("w", "dtype", "update_dtype", "low", "high", "expected"),
+    [
+        (30000, "bfloat16", "bfloat16", 0.05, 0.1, 0),  # the spacing is 128
+        (-30000, "bfloat16", "bfloat16", -0.1, -0.05, 0),
+        (4.03, "float32", "bfloat16", 0.0, 0.001, 4.03 - 4.03125),
+        (-1e6, "float32", "float16", 0.0, np.inf, 65504 - 1e6),  # not to infinity
+        (-65504, "float16", "float16", 0.0, np.inf, 0),
+        (-65504, "float16", "float16", 65000, 65504, 0),
+    ],
+)
+def test_far_from_a_narrow_box_the_update_that_leads_nearer_is_taken(
+    wrap, w, dtype, update_dtype, low, high, expected
+):
+    w, u = jnp.full(1, w, dtype), jnp.zeros(1, update_dtype)
+    after = wrap(lambda w, u: after_a_step(box(low, high), w, u)[1])(w, u)
+    np.testing.assert_allclose(after.astype(jnp.float32), expected, atol=1e-6)
+
+
 @every_dtype
 @pytest.mark.parametrize("update_dtype", DTYPES)
 def test_the_rounded_sum_is_that_of_apply_updates_and_of_exact_arithmetic(dtype, update_dtype):

@@ -338,6 +338,25 @@ def test_weights_a_little_outside_are_brought_in_by_coarser_updates_too(
     assert np.all(np.abs(float64(after)) <= float(np.float32(0.1)))
 
 
+@pytest.mark.parametrize("update_dtype", [ml_dtypes.bfloat16, np.float16])
+@every_step
+def test_where_no_update_leads_into_the_box_weights_end_as_near_as_one_can_bring_them(
+    step, update_dtype
+):
+    w = np.asarray([2.0041, -2.0041, 1.0, 3.03, 700.3, -1e5, 0.0], np.float32)
+    u, t = jnp.zeros(w.size, update_dtype), np.float32(1e-3)
+    after = np.abs(float64(step(jnp.asarray(w), u, jnp.asarray(t))[1]))
+    # Every update that there is: those by bits, without NaN and infinities.
+    every = np.arange(2**16, dtype=np.uint16).view(update_dtype).astype(np.float32)
+    sums = w[:, None] + every[np.isfinite(every)]
+    nearest = np.min(np.maximum(np.abs(sums.astype(np.float64)), t), axis=1)
+    assert np.array_equal(np.maximum(after, t), nearest)
+    assert np.sum(after > t) >= 2
+    for _ in range(3):  # the next steps bring them in
+        w = step(jnp.asarray(w), u, jnp.asarray(t))[1]
+    assert np.all(np.abs(float64(w)) <= t)
+
+
 @every_dtype
 @every_step
 @settings(max_examples=20)
