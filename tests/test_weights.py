@@ -179,6 +179,19 @@ def test_the_rates_count_weights_on_the_bound_and_outside(wrap, threshold, on_bo
         assert float(wrap(weight_outside_rate)(w, traced)) == np.float32(outside / boxed)
 
 
+@eager_and_jit
+@pytest.mark.parametrize("dtype", [*DTYPES, np.complex64, np.float64])
+def test_a_weight_that_is_nan_is_neither_on_the_bound_nor_outside(wrap, dtype):
+    with enable_x64(dtype is np.float64):
+        tail = np.resize(np.asarray([np.nan, -np.nan, 1.0, np.inf, -0.5, 0.1]), 6 * 40)
+        w = jnp.asarray(tail.astype(dtype))
+        for t in (0.5, np.full(w.size, 0.5, np.float32)):  # one for all, one for each
+            assert float(wrap(weight_clip_rate)(w, t)) == np.float32(3 / 6)
+            assert float(wrap(weight_outside_rate)(w, t)) == np.float32(2 / 6)
+        for rate in (weight_clip_rate, weight_outside_rate):
+            assert float(wrap(rate)(jnp.full(3, np.nan, dtype), 0.0)) == 0
+
+
 def test_masks_schedules_prefixes_and_fan_in_say_which_leaves_are_boxed():
     params = {"kernel": jnp.full((8, 2), 3.0), "bias": jnp.full(2, 3.0)}
 
