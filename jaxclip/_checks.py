@@ -155,11 +155,25 @@ def masked(mask: Mask | None, params: Any, tree: Any, otherwise: Any) -> Any:
     if mask is None:
         return tree
     chosen = mask(params) if callable(mask) else mask
-    return jax.tree.map(
-        lambda is_in, subtree: jax.tree.map(lambda x: x if is_in else otherwise, subtree),
-        chosen,
-        tree,
-    )
+    entries, structure = jax.tree_util.tree_flatten_with_path(chosen)
+    for path, is_in in entries:
+        is_scalar = isinstance(is_in, (bool, np.bool_)) or (
+            isinstance(is_in, (np.ndarray, jax.Array)) and not is_in.ndim and is_in.dtype == bool
+        )
+        if not is_scalar:
+            where = f" at '{path_name(path)}'" if path else ""
+            raise TypeError(f"mask must be True or False{where}, got {is_in!r}.")
+    try:
+        subtrees = structure.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"mask must be a prefix tree of the parameters; this one is not: {error}"
+        ) from error
+    kept = [
+        jax.tree.map(lambda x, is_in=is_in: x if is_in else otherwise, subtree)
+        for (_, is_in), subtree in zip(entries, subtrees, strict=True)
+    ]
+    return structure.unflatten(kept)
 
 
 def floating_leaves(tree: Any) -> list[Any]:

@@ -60,7 +60,12 @@ def box(low: Any, high: Any = None) -> Box:
       `low > high` gives `high`. Complex entries are bounded by their modulus, which takes the
       form with one argument.
 
-      As a constraint, after `optax.apply_updates`: within the bounds, perhaps an ulp inside.
+      As a constraint, after `optax.apply_updates`: within the bounds, perhaps an ulp inside,
+      wherever an update leads there. From inside one does, and from outside, too, if the
+      updates are of the weights' dtype, or one that has all its numbers, and 0 is between the
+      bounds. Elsewhere the bounds may be closer than the spacing of updates as large as the
+      step to them, or that step too large: a weight then ends as near as one update can bring
+      it, and the next steps go on from there.
 
     Raises:
       TypeError: If a bound is of a wrong type; when it is used, if there are two bounds for a
@@ -163,13 +168,17 @@ class _Interval(Box):
 
 def _round_down(bound: Any, dtype: Any) -> jax.Array:
     """The largest number of `dtype` that is not above an upper bound; inf for NaN."""
-    if not isinstance(bound, jax.Array):
-        bound = np.asarray(bound, np.float64)
-        bound = np.maximum(bound, -float(jnp.finfo(dtype).max))
-    near = jnp.asarray(round_toward_zero(bound, dtype))
-    wide = jnp.float64 if jnp.asarray(bound).dtype == jnp.float64 else jnp.float32
-    is_above = near.astype(wide) > bound
-    near = jnp.where(is_above, jnp.nextafter(near, jnp.full_like(near, -jnp.inf)), near)
+    if isinstance(bound, jax.Array):
+        near = round_toward_zero(bound, dtype)
+        wide = jnp.float64 if bound.dtype == jnp.float64 else jnp.float32
+        is_above = near.astype(wide) > bound.astype(wide)
+        near = jnp.where(is_above, jnp.nextafter(near, jnp.full_like(near, -jnp.inf)), near)
+    else:  # in NumPy, since jax would compare in float32
+        bound = np.maximum(np.asarray(bound, np.float64), -float(jnp.finfo(dtype).max))
+        near = round_toward_zero(bound, dtype)
+        with np.errstate(over="ignore"):
+            below = np.nextafter(near, np.asarray(-np.inf, dtype))
+        near = jnp.asarray(np.where(near.astype(np.float64) > bound, below, near))
     return jnp.where(jnp.isnan(near), jnp.full_like(near, jnp.inf), near)
 
 

@@ -9,12 +9,15 @@ its place, synced and renamed. Nothing is ever unpickled. What is read is checke
 it is believed, and memory is never claimed on the word of a header alone.
 """
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxclip import archives
 from jaxclip.atomic import replacing
@@ -94,7 +97,9 @@ def load(path: str | os.PathLike, *, like: Any = None, device: Any = None) -> An
         its structure; flat names are matched with keys joined by "/" or ".". Low-bit leaves
         may stand for arrays of their shape and dtype.
       device: Where each leaf is put when it has been read: a device or a sharding, as in
-        `jax.device_put`. None leaves NumPy arrays.
+        `jax.device_put`. A `NamedSharding` must divide every leaf's shape; it splits the codes of
+        low-bit leaves, and their scales and zeros along those axes where it divides these, too:
+        elsewhere each device has them whole. None leaves NumPy arrays.
 
     Returns:
       NumPy arrays throughout, or jax arrays on `device`. For our `.safetensors` files the
@@ -104,7 +109,8 @@ def load(path: str | os.PathLike, *, like: Any = None, device: Any = None) -> An
     Raises:
       CheckpointError: If the file is damaged, not what its suffix says, of a newer version,
         or not a regular file. `.npy` files have no checksum, so damage to values goes unseen.
-      ValueError: If the file does not hold what `like` does; names the first difference.
+      ValueError: If the file does not hold what `like` does, names the first difference; or if
+        a leaf cannot be split as `device` says.
       FileNotFoundError: If there is no file.
       OSError: If the disk refuses.
 
@@ -119,12 +125,17 @@ def load(path: str | os.PathLike, *, like: Any = None, device: Any = None) -> An
 
         def read(name: str) -> Any:
             leaf = source.read(name)
-            return leaf if device is None else jax.device_put(leaf, device)
+            return leaf if device is None else _put(name, leaf, device)
 
         if names is None:
             return source.restore(read)
-        structure = jax.tree.structure(like, is_leaf=lambda x: isinstance(x, QuantizedArray))
-        return jax.tree.unflatten(structure, [read(name) for name in names])
+        wanted, structure = jax.tree.flatten(like, is_leaf=lambda x: isinstance(x, QuantizedArray))
+        leaves = []
+        for name, leaf in zip(names, wanted, strict=True):
+            leaves.append(read(name))
+            if isinstance(leaf, QuantizedArray):  # the same blocks, spelled as they are wanted
+                leaves[-1] = dataclasses.replace(leaves[-1], granularity=leaf.granularity)
+        return jax.tree.unflatten(structure, leaves)
 
 
 def inspect(path: str | os.PathLike) -> FileReport:
@@ -147,6 +158,34 @@ def inspect(path: str | os.PathLike) -> FileReport:
     """
     with open_source(Path(path)) as source:
         return report_source(str(path), source)
+
+
+# --- Placing ------------------------------------------------------------------------------
+
+
+def _put(name: str, leaf: Any, device: Any) -> Any:
+    """A leaf on a device, or split over several."""
+    if not isinstance(device, NamedSharding):
+        return jax.device_put(leaf, device)
+    if _divided(leaf.shape, device).spec != device.spec:
+        raise ValueError(
+            f"device: leaf '{name}' of shape {leaf.shape} cannot be split by {device.spec} over "
+            f"a mesh of {dict(device.mesh.shape)}."
+        )
+    # Entries that share a scale may be on several devices, which then have it each.
+    return jax.tree.map(lambda x: jax.device_put(x, _divided(x.shape, device)), leaf)
+
+
+def _divided(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """The sharding without those entries that do not divide the shape."""
+
+    def num_parts(entry: Any) -> int:
+        names = entry if isinstance(entry, tuple) else (entry,)
+        return math.prod(sharding.mesh.shape.get(name, 1) for name in names)
+
+    entries = zip(sharding.spec, shape, strict=False)
+    spec = PartitionSpec(*(e if n % num_parts(e) == 0 else None for e, n in entries))
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 # --- Writers: a tree is checked first, what is returned writes it ------------------------

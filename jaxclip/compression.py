@@ -114,7 +114,7 @@ def compress(
     def quantized(i: int, width: Bits | None = None) -> QuantizedArray:
         spec = specs[i]
         assert spec is not None
-        return spec.quantize(leaves[i], f"params at '{names[i]}'", width)
+        return spec.quantize(leaves[i], names[i], width)
 
     small, free = list(leaves), []
     for i, spec in enumerate(specs):

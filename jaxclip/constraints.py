@@ -51,7 +51,7 @@ def project_weights(
     """Changes updates so that after `optax.apply_updates` the weights are in a set.
 
     `u <- project(w + u) - w`, corrected for rounding. Must be the last link of a chain.
-    Weights that start outside are brought in by the first step.
+    Weights that start outside are brought in by the first step (boxes: see `box`).
 
     Args:
       projection: A `Projection` such as `max_norm(2.0)` or `nonnegative()`, or a prefix tree
@@ -62,8 +62,9 @@ def project_weights(
     Returns:
       A transform that needs `params`; shapes, dtypes and weak types of the updates are kept.
       Boxes and `max_norm` are never left, however the sum is rounded, the others only by its
-      rounding: each projection says so. An update that leads to a point of the set is the
-      one that was asked for (with `box(t)`, to its rounding).
+      rounding: each projection says so, and for which dtypes of the updates. An update that
+      leads to a point of the set is the one that was asked for (with `box(t)`, to its
+      rounding).
 
     Raises:
       TypeError: If an entry of `projection` is not a `Projection`.

@@ -70,7 +70,8 @@ def fit(
       batches: What to iterate over; or a function of how many batches were used up before a
         restart, 0 if there was none, that gives the rest. A plain iterable is skipped
         through.
-      stop: A stop rule, such as `max_steps(1000) | reached("accuracy", 0.98)`.
+      stop: A stop rule, such as `max_steps(1000) | reached("accuracy", 0.98)`. It sees how
+        many steps this run has skipped, not those that `state` counts already.
       evaluate: `evaluate(params)` gives metrics by name: scalars.
       evaluate_every: After how many steps; None for the end alone.
       check_every: After how many steps the numbers are fetched from the device, looked at by
@@ -80,7 +81,9 @@ def fit(
       on_log: Called with the step and its numbers, as Python floats.
       checkpoint_dir: Where to keep checkpoints; needs orbax. The last two are kept.
       checkpoint_every: After how many steps one is written; None for the end alone. One is
-        also written when a signal comes.
+        also written when a signal comes. After a restart, `stop` goes on with what it
+        remembered if both rules remember the same things, whatever their limits and
+        patience; else it begins anew.
 
     Returns:
       A `FitResult`. SIGINT and SIGTERM end the loop after the step that is under way; a
@@ -113,8 +116,9 @@ def fit(
 
     log, start, compile_seconds = _Log(on_log), time.monotonic(), 0.0
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(_Store(checkpoint_dir)) if checkpoint_dir else None
-        run = _Run(state, stop.init(), 0)
+        store = _Store(checkpoint_dir, stop.remembers) if checkpoint_dir else None
+        store = stack.enter_context(store) if store else None
+        run = _Run(state, stop.init(), 0, int(state.num_skipped))
         run = store.restore(run) if store else run
         bar = stack.enter_context(_bar(progress, stop.num_steps))
         signals = stack.enter_context(_Signals())
@@ -130,7 +134,7 @@ def fit(
                 break
             begun = time.monotonic()
             new_state, info = step(run.state, batch)
-            run = _Run(new_state, run.memory, run.position + 1)
+            run = run._replace(state=new_state, position=run.position + 1)
             is_new, num_steps = True, num_steps + 1
             if waits:
                 jax.block_until_ready(info)
@@ -142,7 +146,8 @@ def fit(
                 if evaluate is not None and is_due:
                     numbers = _with_metrics(numbers, evaluate(run.state.params))
                     log.evaluated_at = num_steps
-                seen = Seen(num_steps, time.monotonic() - start, numbers["num_skipped"], numbers)
+                num_skipped = numbers["num_skipped"] - run.num_skipped_before
+                seen = Seen(num_steps, time.monotonic() - start, num_skipped, numbers)
                 memory, code = stop.update(run.memory, seen)
                 run, reason = run._replace(memory=memory), stop.reason(code)
                 log.add(num_steps, numbers)
@@ -232,7 +237,11 @@ def _with_metrics(numbers: dict[str, float], metrics: Any) -> dict[str, float]:
     known = set(numbers) & set(metrics)
     if known:
         raise ValueError(f"evaluate returns {sorted(known)}, which the step reports already.")
-    return numbers | {name: float(x) for name, x in jax.device_get(metrics).items()}
+    found = jax.device_get(metrics)
+    for name, x in found.items():
+        if np.shape(x):
+            raise ValueError(f"evaluate must return scalars, {name!r} has shape {np.shape(x)}.")
+    return numbers | {name: float(x) for name, x in found.items()}
 
 
 def _check_names(stop: StopRule, names: set[str]) -> None:
@@ -333,17 +342,32 @@ def _bar(is_wanted: bool, total: int | None) -> _NoBar:
 
 
 class _Run(NamedTuple):
-    """All that a restart needs."""
+    """All that a restart needs.
+
+    Attributes:
+      state: The last state.
+      memory: What the stop rule remembers.
+      position: Batches used up.
+      num_skipped_before: Skipped steps that the state had counted when the rule remembered
+        nothing yet.
+    """
 
     state: TrainState
     memory: Any
     position: int
+    num_skipped_before: int
 
 
 class _Store:
-    """Checkpoints of a run in a folder; each is written as a whole or not at all."""
+    """Checkpoints of a run in a folder; each is written as a whole or not at all.
 
-    def __init__(self, directory: str | os.PathLike):
+    Args:
+      directory: The folder.
+      remembers: What the stop rule's memory is of.
+    """
+
+    def __init__(self, directory: str | os.PathLike, remembers: tuple[str, ...]):
+        self._remembers = list(remembers)
         self._orbax = _checks.import_extra("orbax.checkpoint", "checkpoints")
         options = self._orbax.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=False
@@ -358,10 +382,12 @@ class _Store:
         self._manager.close()
 
     def save(self, run: _Run) -> None:
-        tree = _without_keys({"state": run.state, "memory": run.memory})
+        memory = jax.tree.leaves(_without_keys(run.memory))
+        facts = {"position": run.position, "num_skipped_before": run.num_skipped_before}
+        facts |= {"remembers": self._remembers, "memory": _shapes(memory)}
+        tree = {"state": _without_keys(run.state), "memory": memory}
         args = self._orbax.args.Composite(
-            run=self._orbax.args.StandardSave(tree),
-            position=self._orbax.args.JsonSave(run.position),
+            run=self._orbax.args.StandardSave(tree), facts=self._orbax.args.JsonSave(facts)
         )
         self._manager.save(int(run.state.step), args=args)
 
@@ -370,14 +396,25 @@ class _Store:
         last = self._manager.latest_step()
         if last is None:
             return run
-        given = {"state": run.state, "memory": run.memory}
-        args = self._orbax.args.Composite(
-            run=self._orbax.args.StandardRestore(_without_keys(given)),
-            position=self._orbax.args.JsonRestore(),
-        )
-        found = self._manager.restore(last, args=args)
-        tree = jax.tree.map(_as_key, given, found["run"])
-        return _Run(tree["state"], tree["memory"], int(found["position"]))
+        args = self._orbax.args.Composite(facts=self._orbax.args.JsonRestore())
+        facts = self._manager.restore(last, args=args)["facts"]
+        # As it was saved, for another rule's memory must be read, too, and is then let go.
+        memory = [jnp.zeros(shape, dtype) for shape, dtype in facts["memory"]]
+        given = {"state": _without_keys(run.state), "memory": memory}
+        args = self._orbax.args.Composite(run=self._orbax.args.StandardRestore(given))
+        found = self._manager.restore(last, args=args)["run"]
+        state = jax.tree.map(_as_key, run.state, found["state"])
+        leaves, structure = jax.tree.flatten(run.memory)
+        same_shapes = facts["memory"] == _shapes(_without_keys(leaves))
+        if not (same_shapes and facts["remembers"] == self._remembers):
+            return _Run(state, run.memory, facts["position"], int(state.num_skipped))
+        memory = structure.unflatten(map(_as_key, leaves, found["memory"]))
+        return _Run(state, memory, facts["position"], facts["num_skipped_before"])
+
+
+def _shapes(leaves: list[Any]) -> list[Any]:
+    """Shapes and dtypes, of what JSON has."""
+    return [[list(jnp.shape(x)), str(jnp.result_type(x))] for x in leaves]
 
 
 def _is_key(x: Any) -> bool:

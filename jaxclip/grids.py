@@ -80,6 +80,20 @@ class Granularity:
                 raise ValueError(f"axis must be in [{-ndim}, {ndim}) for this array, got {a}.")
         return tuple(sorted({a % ndim for a in given}))
 
+    def from_the_end(self, ndim: int) -> "Granularity":
+        """The same blocks of an array of `ndim` dimensions, and of those in a batch of such.
+
+        Negative axes are still the same when vmap or a stack puts others in front.
+        """
+        self.channel_axes(ndim)  # refuses axes that the array does not have
+        if self.axis is None:
+            return self
+        if isinstance(self.axis, tuple):
+            axes = tuple(int(a) - ndim if a >= 0 else int(a) for a in self.axis)
+            return dataclasses.replace(self, axis=axes)
+        axis = int(self.axis)
+        return dataclasses.replace(self, axis=axis - ndim if axis >= 0 else axis)
+
     def group_axis(self, ndim: int) -> int | None:
         """The axis that is split into groups, or None."""
         if self.group_size is None or ndim == 0:
@@ -140,5 +154,11 @@ class Granularity:
         axis = self.group_axis(len(shape))
         if axis is None:
             return compact
+        if (wanted := self.scale_shape(shape)) != tuple(compact.shape):
+            raise ValueError(
+                f"an array of shape {shape} with axis={self.axis} and group_size={self.group_size} "
+                f"must have scales of shape {wanted}, got {tuple(compact.shape)}. In a batch, "
+                "channel axes must be counted from the end."
+            )
         repeated = jnp.repeat(compact, self._group_size_of(shape), axis=axis)
         return lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)

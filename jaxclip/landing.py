@@ -125,19 +125,32 @@ def update_between(
       high: Upper bound in their dtype.
 
     Returns:
-      An array of the dtype of `u`. The sum is within the bounds for certain where the bounds
-      are no closer than the spacing of numbers like `target - w` in the dtype of `u`.
+      A finite array of the dtype of `u`, where the others are finite. The sum is within the
+      bounds for certain where these are no closer than the spacing of numbers like
+      `target - w` in the dtype of `u`, elsewhere as near as one update can bring it.
 
     Example:
       >>> w, low, high = jnp.array([0.7]), jnp.float32(0.0), jnp.float32(0.1)
       >>> print(w + update_between(w, w, jnp.array([0.1]), low, high) <= 0.1)
       [ True]
     """
-    v = update_to(target, u, w)
-    after = rounded_sum(w, v)
-    above = jnp.nextafter(v, jnp.full_like(v, -jnp.inf))
-    below = jnp.nextafter(v, jnp.full_like(v, jnp.inf))
-    return jnp.where(after > high, above, jnp.where(after < low, below, v))
+    largest = jnp.finfo(u.dtype).max
+    v = jnp.clip(update_to(target, u, w), -largest, largest)
+    wide = compute_dtype(w.dtype, u.dtype)
+    first, last, start = (x.astype(wide) for x in (low, high, w))
+
+    def after(v: jax.Array) -> jax.Array:
+        return _rounded(start + v.astype(wide), w.dtype)
+
+    def beyond(x: jax.Array) -> jax.Array:
+        return jnp.maximum(x - last, first - x)
+
+    moved = after(v)
+    less = jnp.nextafter(v, jnp.full_like(v, -jnp.inf))
+    more = jnp.nextafter(v, jnp.full_like(v, jnp.inf))
+    corrected = jnp.where(moved > last, less, jnp.where(moved < first, more, v))
+    # A single ulp may lead from one side of a narrow box to the other, and further away.
+    return jnp.where(beyond(after(corrected)) <= beyond(moved), corrected, v)
 
 
 def update_to(target: jax.Array, u: jax.Array, w: jax.Array) -> jax.Array:
@@ -183,11 +196,19 @@ def rounded_sum(w: jax.Array, v: jax.Array) -> jax.Array:
     """
     wide = compute_dtype(w.dtype, v.dtype)
     total = w.astype(wide) + v.astype(wide)
-    info, real = jnp.finfo(w.dtype), jnp.finfo(wide).dtype
-
-    def round_part(x: jax.Array) -> jax.Array:
-        return lax.reduce_precision(x.astype(real), info.nexp, info.nmant)
-
     if jnp.iscomplexobj(total):
-        return lax.complex(round_part(jnp.real(total)), round_part(jnp.imag(total))).astype(w.dtype)
-    return round_part(total).astype(w.dtype)
+        parts = (_rounded(part, w.dtype) for part in (jnp.real(total), jnp.imag(total)))
+        return lax.complex(*parts).astype(w.dtype)
+    return _rounded(total, w.dtype).astype(w.dtype)
+
+
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """Real numbers rounded to those that a dtype has, in the dtype that they are in."""
+    info = jnp.finfo(dtype)
+    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    tiny = float(info.tiny)
+    if float(jnp.finfo(x.dtype).tiny) == tiny:
+        return rounded
+    # `reduce_precision` has no subnormals; those of the dtype are normal here, an ulp apart.
+    ulp = tiny * float(info.eps)
+    return jnp.where(jnp.abs(x) < tiny, jnp.round(x * (1 / ulp)) * ulp, rounded)

@@ -31,7 +31,7 @@ def outline_leaf(leaf: Any, spec: LeafSpec, name: str, bits: Bits | None = None)
       >>> outline_leaf(jax.ShapeDtypeStruct((2, 3), "float32"), spec, "w").scale.shape
       (2, 1)
     """
-    return jax.eval_shape(lambda w: spec.quantize(w, f"params at '{name}'", bits), leaf)
+    return jax.eval_shape(lambda w: spec.quantize(w, name, bits), leaf)
 
 
 def compress_leaf(
@@ -58,7 +58,7 @@ def compress_leaf(
     """
 
     def compress_part(part: Any) -> QuantizedArray:
-        return spec.quantize(part, f"params at '{name}'", bits)
+        return spec.quantize(part, name, bits)
 
     def compress_whole() -> tuple[QuantizedArray, Loss | None]:
         small = compress_part(leaf)

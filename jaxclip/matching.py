@@ -68,7 +68,7 @@ def _check_fits(name: str, wanted: Any, found: Any) -> None:
 
 
 def _grid(leaf: QuantizedArray) -> str:
-    granularity = leaf.granularity
+    granularity = leaf.granularity.from_the_end(leaf.ndim)
     return (
         f"bits={leaf.bits!r}, axis={granularity.axis}, group_size={granularity.group_size}, "
         f"full_signed={leaf.full_signed}, zero_point={leaf.zero is not None}, "

@@ -64,6 +64,8 @@ class LeafSpec:
         _checks.check_nonnegative("bit_price", self.bit_price)
         if not callable(self.rule):
             _checks.check_threshold_array("rule", self.rule)
+            if np.ndim(self.rule) == 0:
+                _checks.check_positive("rule", self.rule)
         if self.bits is None:
             return
         code_range(self.bits)
@@ -80,12 +82,12 @@ class LeafSpec:
         """Whether codes may be others than the nearest."""
         return not _checks.is_concrete(self.bit_price) or bool(self.bit_price > 0)
 
-    def quantize(self, leaf: Any, name: str, bits: Bits | None = None) -> QuantizedArray:
+    def quantize(self, leaf: Any, path: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns a leaf as low-bit.
 
         Args:
           leaf: Real floating array. May be traced.
-          name: What to call it in errors.
+          path: Where it is in the tree, for errors and for `fan_in`.
           bits: Its width; None for that of the spec.
 
         Returns:
@@ -95,15 +97,22 @@ class LeafSpec:
           ValueError: If axis or groups do not fit the leaf, and as `quantize`.
         """
         axis = self.axis if np.ndim(leaf) >= 2 else None
+        name, rule = f"params at '{path}'", self.rule
         try:
-            Granularity(axis, self.group_size).scale_shape(np.shape(leaf))
+            shape = Granularity(axis, self.group_size).scale_shape(np.shape(leaf))
+            if isinstance(rule, ThresholdRule):
+                rule = rule.at_path(path)
+            elif not callable(rule) and not _broadcasts(np.shape(rule), shape):
+                raise ValueError(
+                    f"rule must broadcast to one value a block, {shape}, got {np.shape(rule)}."
+                )
         except ValueError as error:
             where = f"{self.origin}, {name}" if self.origin else name
             raise ValueError(f"{where}: {error}") from error
         small = quantize(
             leaf,
             self.bits if bits is None else bits,  # pyright: ignore[reportArgumentType]
-            threshold=self.rule,
+            threshold=rule,
             axis=axis,
             group_size=self.group_size,
             full_signed=self.full_signed,
@@ -112,6 +121,13 @@ class LeafSpec:
             name=name,
         )
         return cheaper_codes(small, leaf, price=self.bit_price) if self.has_price else small
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(LeafSpec) if field.name != "origin")

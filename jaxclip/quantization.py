@@ -19,6 +19,7 @@ the bound of half a step holds for the scale that decoding uses.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -48,7 +49,11 @@ _CODE_DTYPES = ("int8", "int4", "int2")
 class QuantizedArray:
     """An array as integer codes and scales, a pytree that passes through jit and vmap.
 
-    jax functions take it for the array that it stands for: `x @ q`, `jnp.sin(q)`, `q[0]`.
+    Arrays that `quantize` made stay right when they are stacked or batched along a new first
+    axis: their channel axes are counted from the end.
+
+    jax functions take it for the array that it stands for: `x @ q`, `jnp.sin(q)`, `q[0]`; so do
+    those of NumPy, and loops.
     What holds, and what `validate` checks, with one scale and one zero for each block:
 
         array == scale * (qvalue - zero)                   zero None counts as 0
@@ -62,7 +67,7 @@ class QuantizedArray:
       scale: float32, float16 or bfloat16; 1 along shared axes, one a group along a grouped one.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
       full_signed: Whether the level -2**(bits-1) is used.
-      granularity: Which entries share a scale.
+      granularity: Which entries share a scale; from `quantize` with negative axes.
       dtype: Dtype of the array that was quantized, and of what `dequantize` returns.
       zero: int8, in the shape of `scale`; None for a grid around code 0.
       scale_dtype: Format of the scales, as in `jaxclip.scale_formats`.
@@ -103,8 +108,24 @@ class QuantizedArray:
     def __jax_array__(self) -> jax.Array:
         return dequantize(self)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a QuantizedArray is computed from codes: copy=False cannot be met.")
+        return np.array(dequantize(self), dtype, copy=copy)
+
     def __getitem__(self, index: Any) -> jax.Array:
         return dequantize(self)[index]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(dequantize(self))
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a QuantizedArray without dimensions.")
+        return self.shape[0]
+
+    def __bool__(self) -> bool:  # else that of the length
+        return bool(dequantize(self))
 
     def with_code_dtype(self, dtype: Any) -> "QuantizedArray":
         """Returns the same array with its codes in int8, int4 or int2.
@@ -247,7 +268,7 @@ def quantize(
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be real floating to be quantized, got {array.dtype}.")
     _check_all_finite(name, array)
-    granularity = Granularity(axis, group_size)
+    granularity = Granularity(axis, group_size).from_the_end(array.ndim)
     if getattr(threshold, "__annotations__", {}).get("return") is ThresholdRule:
         threshold = threshold()  # a rule's factory
     scale_dtype = scale_format(scale_dtype)
@@ -280,6 +301,10 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
     Returns:
       An array in the original shape, multiplied in float32 and cast once. Inside jit it
       fuses into its consumer.
+
+    Raises:
+      ValueError: If groups do not fit the shape: codes and scales were stacked, or one was cut,
+        in an array whose channel axes are counted from the front.
 
     Example:
       >>> dequantize(quantize(jnp.array([0.9, -1.1, 0.25]), "ternary", threshold=0.5))

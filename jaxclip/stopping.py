@@ -48,7 +48,8 @@ class Seen(NamedTuple):
     Attributes:
       step: Steps taken so far, skipped ones included.
       seconds: Time since the start.
-      num_skipped: Steps skipped so far because something was not finite.
+      num_skipped: Steps skipped so far because something was not finite, counted from when
+        the rule remembered nothing yet.
       metrics: Numbers by name, "loss" among them. A metric that is not measured at every
         step is there only when it was.
     """
@@ -69,12 +70,17 @@ class StopRule:
         else 1 + the place of the `StopReason` among its members.
       metrics: Names of the metrics that it looks at.
       num_steps: The step at which it stops by count, at the latest; None if it does not.
+      uses_clock: Whether it looks at the seconds.
+      remembers: What the parts of the memory are of. Of two rules with the same, either can
+        go on with what the other remembers.
     """
 
     init: Callable[[], Any]
     update: Callable[[Any, Seen], tuple[Any, jax.Array]]
     metrics: frozenset[str] = frozenset()
     num_steps: int | None = None
+    uses_clock: bool = False
+    remembers: tuple[str, ...] = ()
 
     def __or__(self, other: "StopRule") -> "StopRule":
         if not isinstance(other, StopRule):
@@ -91,6 +97,8 @@ class StopRule:
             update=update,
             metrics=self.metrics | other.metrics,
             num_steps=min(counts, default=None),
+            uses_clock=self.uses_clock or other.uses_clock,
+            remembers=self.remembers + other.remembers,
         )
 
     def reason(self, code: Any) -> StopReason | None:
@@ -140,7 +148,8 @@ def max_seconds(seconds: float) -> StopRule:
       <StopReason.MAX_SECONDS: 'The time was up.'>
     """
     _checks.check_positive("seconds", seconds)
-    return _stateless(StopReason.MAX_SECONDS, lambda seen: jnp.asarray(seen.seconds) >= seconds)
+    rule = _stateless(StopReason.MAX_SECONDS, lambda seen: jnp.asarray(seen.seconds) >= seconds)
+    return dataclasses.replace(rule, uses_clock=True)
 
 
 def reached(metric: str, target: float, *, mode: str = "max") -> StopRule:
@@ -219,7 +228,9 @@ def plateau(metric: str, patience: int, min_delta: float = 0.0, *, mode: str = "
         code = _code(StopReason.PLATEAU, num_since >= patience)
         return (jnp.where(is_better, value, best), num_since), code
 
-    return StopRule(init, update, frozenset({metric}))
+    margin = float(min_delta) if _checks.is_concrete(min_delta) else min_delta
+    of = f"the best {metric!r} by {mode!r} and {margin!r}, and looks since then"
+    return StopRule(init, update, frozenset({metric}), remembers=(of,))
 
 
 def nonfinite(num_steps: int) -> StopRule:
@@ -254,7 +265,7 @@ def nonfinite(num_steps: int) -> StopRule:
         in_a_row = jnp.where(now > before, in_a_row + now - before, 0)
         return (now, in_a_row), _code(StopReason.NONFINITE, in_a_row >= num_steps)
 
-    return StopRule(init, update)
+    return StopRule(init, update, remembers=("steps skipped in a row",))
 
 
 # --- Parts ----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from jaxclip.coding import check_coding
 from jaxclip.compression import decompress
 from jaxclip.grids import Bits, code_range
 from jaxclip.sizes import size_report
+from jaxclip.sources import naming
 from jaxclip.sweep_programs import Program, fingerprint
 from jaxclip.sweep_tasks import Task
 
@@ -93,7 +94,8 @@ class Trainer:
         for name in ("loss", "weight_clip_rate"):
             arrays[name] = arrays[f"history/{name}"][..., -1]
         # The mean over the last steps is not finite if one of them was not.
-        arrays["is_diverged"] = ~(arrays["loss"] <= trained.first_loss)
+        loss = arrays["loss"]
+        arrays["is_diverged"] = ~(np.isfinite(loss) & (loss <= trained.first_loss))
         arrays["steps"], arrays["reason_codes"] = trained.steps, trained.code
         num_row_steps = max(int(trained.steps.max()), 1) * trained.steps.size
         arrays["seconds_per_step"] = np.full(len(filled), trained.seconds / num_row_steps)
@@ -146,7 +148,7 @@ class Shipper:
         Args:
           params: As in a call, or their shapes.
         """
-        return fingerprint(*(shipped.trace(params).jaxpr for shipped in self._at_widths))
+        return fingerprint(*(shipped.trace(params) for shipped in self._at_widths))
 
     def __call__(self, params: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns metrics by name, and bytes: float64 of axes (seed, bits).
@@ -177,6 +179,7 @@ class ChunkStore:
 
     Raises:
       ValueError: If the folder has chunks of another sweep.
+      CheckpointError: If its `sweep.json` is damaged.
     """
 
     def __init__(self, directory: str | os.PathLike, identity: dict[str, Any]):
@@ -186,7 +189,10 @@ class ChunkStore:
         if not file.exists():
             with replacing(file) as out:
                 out.write(json.dumps(identity).encode())
-        found = json.loads(file.read_text(encoding="utf-8"))
+        with naming(file):
+            found = json.loads(file.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError("it is not the description of a sweep.")
         identity = json.loads(json.dumps(identity))
         other = [name for name in identity if found.get(name) != identity[name]]
         if other:

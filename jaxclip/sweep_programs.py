@@ -10,7 +10,7 @@ import functools
 import hashlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +20,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxclip.stopping import Seen
-from jaxclip.sweep_tasks import Task
+from jaxclip.sweep_tasks import STEP_NUMBERS, Task, check_told_apart
 from jaxclip.training import StepInfo, TrainState, make_train_step
 
 __all__ = ["Program", "Trained", "fingerprint"]
-
-_NUMBERS = ("loss", "weight_clip_rate", "weight_outside_rate", "num_skipped")
 
 
 class _Row(NamedTuple):
@@ -47,7 +45,7 @@ class Trained(NamedTuple):
       params: The parameters.
       code: The stop rule's code, int32.
       steps: Steps taken, int32.
-      first_loss: The loss before the first step, float32.
+      first_loss: The first finite loss, float32; not finite where there was none.
       history: For "loss", the mean since the record before, and "weight_clip_rate", what was
         recorded: float32 of shape (settings, seeds, records). A row that has stopped repeats
         its last record.
@@ -92,8 +90,6 @@ class Program:
         self._seed_keys = jax.device_put(keys, self._everywhere)
         self._start = jax.jit(self._initial_rows, out_shardings=self._by_setting)
 
-        self._begin_record = jax.jit(_without_losses, out_shardings=self._by_setting)
-
         numbers = jax.ShapeDtypeStruct((num_settings,), jnp.float32, sharding=self._by_setting)
         rows = jax.eval_shape(self._start, numbers, self._seed_keys)
         rows = jax.tree.map(
@@ -109,13 +105,14 @@ class Program:
         if loop == "host":
             traced = jax.jit(self._advance, out_shardings=self._by_setting).trace(*shapes)
         self._traced, self._compiled = traced, traced.lower().compile()
+        begin_record = jax.jit(_without_losses, out_shardings=self._by_setting)
+        self._begin_record = begin_record.lower(rows).compile()
         self._numbers = numbers
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """What is the same for the same training on the same data."""
-        begin = self._start.trace(self._numbers, self._seed_keys)
-        return fingerprint(begin.jaxpr, self._traced.jaxpr)
+        return fingerprint(self._start.trace(self._numbers, self._seed_keys), self._traced)
 
     def bytes_needed(self) -> int | None:
         """Bytes that each device holds while the program runs; None where XLA does not say."""
@@ -161,7 +158,8 @@ class Program:
             state = TrainState.create(params, self._task.optimizer(step_size), key=keys[2])
             zero = jnp.zeros((), jnp.float32)
             count = jnp.zeros((), jnp.int32)
-            return _Row(state, self._task.stop.init(), count, zero, zero, count, zero)
+            no_loss = jnp.full((), jnp.inf, jnp.float32)
+            return _Row(state, self._task.stop.init(), count, no_loss, zero, count, zero)
 
         return _over_rows(initial, (0, None), (None, 0))(step_sizes, seed_keys)
 
@@ -207,12 +205,13 @@ class Program:
         self, is_due: jax.Array, row: _Row, state: TrainState, info: StepInfo, metrics: Any
     ) -> _Row:
         """The row after a step, unless it has stopped: then as it was."""
-        numbers = {n: getattr(info, n) for n in _NUMBERS}
+        numbers = {n: getattr(info, n) for n in STEP_NUMBERS}
         numbers |= info.stats
         unknown = sorted(self._task.stop.metrics - {*numbers, *metrics})
         if unknown:
             known = sorted({*numbers, *metrics})
             raise ValueError(f"stop looks at {unknown}, which is not among {known}.")
+        check_told_apart(self._task.stop, numbers, metrics)
         seen = Seen(state.step, 0.0, info.num_skipped, numbers)
         memory, code = self._task.stop.update(row.memory, seen)
         if metrics:
@@ -224,7 +223,7 @@ class Program:
             state=state,
             memory=memory,
             code=code,
-            first_loss=jnp.where(row.state.step == 0, loss, row.first_loss),
+            first_loss=jnp.where(jnp.isfinite(row.first_loss), row.first_loss, loss),
             loss_sum=row.loss_sum + loss,
             num_losses=row.num_losses + 1,
             weight_clip_rate=info.weight_clip_rate,
@@ -260,22 +259,39 @@ def _over_rows(function: Callable[..., Any], by_setting: tuple, by_seed: tuple) 
     return jax.vmap(jax.vmap(function, by_seed), by_setting)
 
 
-def fingerprint(*jaxprs: Any) -> str:
+def fingerprint(*programs: Any) -> str:
     """Returns what is the same for the same programs on the same data, in another process too.
 
     Args:
-      jaxprs: Closed jaxprs, such as `jax.jit(function).trace(...).jaxpr`.
+      programs: Traced functions, as `jax.jit(function).trace(...)` gives them.
 
     Example:
-      >>> double, triple = (jax.make_jaxpr(lambda x, n=n: n * x)(1.0) for n in (2, 3))
+      >>> double, triple = (jax.jit(lambda x, n=n: n * x).trace(1.0) for n in (2, 3))
       >>> fingerprint(double) == fingerprint(triple)
       False
     """
     digest = hashlib.sha256()
-    for jaxpr in jaxprs:
-        digest.update(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())  # places in memory
-        for constant in jaxpr.consts:
+    for program in programs:
+        # Names are in the structure alone, for a jaxpr knows its outputs by their places.
+        text = f"{program.jaxpr} {jax.tree.structure(program.out_info)}"
+        digest.update(re.sub(r"0x[0-9a-f]+", "", text).encode())  # places in memory
+        for constant in _constants(program.jaxpr):
             if jnp.issubdtype(getattr(constant, "dtype", np.float32), jax.dtypes.prng_key):
                 constant = jax.random.key_data(constant)
             digest.update(np.asarray(constant).tobytes())
     return digest.hexdigest()
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """Yields what the text of a jaxpr does not show: its data, and that of all jaxprs in it.
+
+    Jaxprs are known by what they have, for `jax.extend.core` takes long to import.
+    """
+    yield from getattr(jaxpr, "consts", ())  # an open one has none
+    for equation in jaxpr.eqns:
+        yield from (x.val for x in equation.invars if hasattr(x, "val"))
+        for x in jax.tree.leaves(equation.params):
+            if hasattr(x, "eqns"):
+                yield from _constants(x)
+            elif isinstance(x, (np.ndarray, jax.Array)):
+                yield x

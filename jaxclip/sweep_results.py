@@ -75,8 +75,8 @@ class SweepRow(NamedTuple):
       seconds_per_step: Time of a training step of one seed, all rows of the program sharing
         the machine.
       weight_clip_rate: Share of the boxed weights on the bound at the end, mean over the seeds.
-      num_diverged: Seeds whose loss over the last record was not finite, or above that at the
-        start.
+      num_diverged: Seeds whose loss over the last record was not finite, or above the first
+        finite one.
     """
 
     step_size: float
@@ -199,17 +199,24 @@ class SweepResult:
         a little too good for what it chose: keep a test set that the sweep has not seen.
 
         Args:
-          max_loss: By how much the mean metric may be worse than the best, in its own units.
+          max_loss: By how much the mean metric may be worse than the best, in its own units, to
+            the rounding of float32.
 
         Raises:
-          ValueError: If `max_loss` is negative or NaN, or each setting has a diverged seed.
+          ValueError: If `max_loss` is negative or NaN, each setting has a diverged seed, or the
+            mean metric of all others is NaN.
         """
         if not max_loss >= 0:
             raise ValueError(f"max_loss must be at least 0, got {max_loss!r}.")
-        rows = [row for row in self._sound_rows() if not math.isnan(row.metric)]
+        sound = self._sound_rows()
+        rows = [row for row in sound if not math.isnan(row.metric)]
         if not rows:
-            raise ValueError("there is nothing to recommend: each setting has a diverged seed.")
-        worst = min(self._cost(row) for row in rows) + max_loss
+            of_all = f"{self.metric!r} is NaN in each row without a diverged seed"
+            of_all = of_all if sound else "each setting has a diverged seed"
+            raise ValueError(f"there is nothing to recommend: {of_all}.")
+        best = min(self._cost(row) for row in rows)
+        # Metrics are float32 as a rule: .97 and .96 must count as .01 apart.
+        worst = best + max_loss + 4 * float(np.finfo(np.float32).eps) * abs(best)
         return min(
             (row for row in rows if self._cost(row) <= worst),
             key=lambda row: (row.file_bytes, self._cost(row)),

@@ -1,7 +1,7 @@
 """What a sweep trains, and whether it can."""
 
-import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +10,18 @@ import numpy as np
 import optax
 
 from jaxclip import _checks
-from jaxclip.stopping import Seen, StopReason, StopRule
+from jaxclip.stopping import StopRule
 
-__all__ = ["Task", "checked_seeds", "checked_task", "random_batches"]
+__all__ = [
+    "STEP_NUMBERS",
+    "Task",
+    "check_told_apart",
+    "checked_seeds",
+    "checked_task",
+    "random_batches",
+]
+
+STEP_NUMBERS = ("loss", "weight_clip_rate", "weight_outside_rate", "num_skipped")
 
 
 class Task(NamedTuple):
@@ -83,12 +92,13 @@ def checked_task(task: Task, metrics: Sequence[str]) -> Task:
 
     Raises:
       TypeError: If `stop` is not a stop rule, or `evaluate` gives no dict.
-      ValueError: If a metric is not among those that `evaluate` gives, `stop` has no last step
-        or looks at the clock, or needs an `evaluate_every`.
+      ValueError: If a metric is not among those that `evaluate` gives, or no scalar; if `stop`
+        has no last step, looks at the clock or at what both a step and `evaluate` give, or needs
+        an `evaluate_every`.
 
     Example:
       >>> import jaxclip
-      >>> zeros = lambda *_: jnp.zeros(2)
+      >>> zeros = lambda *_: jnp.zeros(())
       >>> task = Task(*[zeros] * 5, lambda params: {"size": params}, jaxclip.max_steps(3), 2)
       >>> checked_task(task, ["size"]).evaluate_every is None
       True
@@ -101,10 +111,37 @@ def checked_task(task: Task, metrics: Sequence[str]) -> Task:
     for name in metrics:
         if name not in found:
             raise ValueError(f"evaluate gives {sorted(found)}, and no {name!r}.")
+    for name, value in found.items():
+        if jnp.shape(value):
+            raise ValueError(f"evaluate must give scalars, {name!r} has shape {jnp.shape(value)}.")
+    check_told_apart(task.stop, STEP_NUMBERS, found)
     watched = sorted(task.stop.metrics & set(found))
     if watched and task.evaluate_every is None:
         raise ValueError(f"stop looks at {watched}: set evaluate_every.")
     return task._replace(evaluate_every=task.evaluate_every if watched else None)
+
+
+def check_told_apart(stop: StopRule, reported: Iterable[str], evaluated: Iterable[str]) -> None:
+    """Checks that the stop rule looks at no name of two numbers: it would see either in turn.
+
+    Args:
+      stop: A stop rule.
+      reported: Names of what each step reports.
+      evaluated: Names of what `evaluate` gives.
+
+    Raises:
+      ValueError: If it does.
+
+    Example:
+      >>> import jaxclip
+      >>> check_told_apart(jaxclip.plateau("error", 3), ["loss"], ["loss", "error"])
+    """
+    both = sorted(stop.metrics & set(reported) & set(evaluated))
+    if both:
+        raise ValueError(
+            f"evaluate returns {both}, which the step reports already, and stop looks at it: "
+            "give it another name."
+        )
 
 
 def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
@@ -114,7 +151,8 @@ def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
       seeds: As in `sweep`.
 
     Raises:
-      ValueError: If there is none, or one twice.
+      TypeError: If one is no integer.
+      ValueError: If there is none, one twice, or one that a PRNG key does not take.
 
     Example:
       >>> checked_seeds(3), checked_seeds([7, 5])
@@ -123,7 +161,14 @@ def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
     if isinstance(seeds, (int, np.integer)):
         _checks.check_count("seeds", seeds)
         return list(range(int(seeds)))
-    found = [int(seed) for seed in seeds]
+    found = []
+    for i, seed in enumerate(seeds):
+        try:
+            found.append(operator.index(seed))
+        except TypeError as error:
+            raise TypeError(f"seeds[{i}] must be an integer, got {seed!r}.") from error
+        if not -(2**31) <= found[-1] < 2**31:
+            raise ValueError(f"seeds[{i}] must be within 32 bits, got {seed!r}.")
     if not found or len(set(found)) != len(found):
         raise ValueError(f"seeds must have at least one integer, and none twice, got {found}.")
     return found
@@ -134,7 +179,5 @@ def _check_stop(stop: StopRule) -> None:
         raise TypeError(f"stop must be a stop rule, such as max_steps(1000), got {stop!r}.")
     if stop.num_steps is None:
         raise ValueError("stop must have a last step: add | max_steps(...).")
-    late = dict.fromkeys(stop.metrics, 0.0)
-    _, code = stop.update(stop.init(), Seen(0, math.inf, 0, late))
-    if stop.reason(code) is StopReason.MAX_SECONDS:
+    if stop.uses_clock:
         raise ValueError("stop looks at the clock, which all rows of a sweep share.")

@@ -108,9 +108,9 @@ def sweep(
     Raises:
       TypeError: If `stop` is not a stop rule, or `evaluate` gives no dict.
       ValueError: If a number is out of range, a metric is not among those that `evaluate`
-        gives, `stop` has no last step or looks at the clock or at something that nothing
-        measures, one setting is too much for `memory_budget`, or `directory` has chunks of
-        another sweep.
+        gives, `stop` has no last step or looks at the clock, at something that nothing
+        measures or that both a step and `evaluate` give, one setting is too much for
+        `memory_budget`, or `directory` has chunks of another sweep.
       CheckpointError: If a file in `directory` is damaged.
 
     Example:
@@ -136,7 +136,9 @@ def sweep(
     """
     step_size_axis = _numbers("step_sizes", step_sizes, _checks.check_positive)
     threshold_axis = _numbers("thresholds", thresholds, _checks.check_threshold)
-    seed_list = checked_seeds(seeds)
+    seed_list, widths = checked_seeds(seeds), _widths(bits)
+    if devices is not None and not len(devices):
+        raise ValueError("devices must have at least one device, got none.")
     counts = {"evaluate_every": evaluate_every, "record_every": record_every}
     counts |= {"chunk_size": chunk_size, "memory_budget": memory_budget}
     for name, count in counts.items():
@@ -148,7 +150,7 @@ def sweep(
         loss_fn, init_fn, optimizer, batches, weight_threshold, evaluate, stop, evaluate_every
     )
     task = checked_task(task, [metric] if train_metric is None else [metric, train_metric])
-    shipper = Shipper(evaluate, compress, coding, bits)
+    shipper = Shipper(evaluate, compress, coding, widths)
     axes = np.meshgrid(step_size_axis, threshold_axis, indexing="ij")
     settings = np.stack(axes, axis=-1).reshape(-1, 2)
     trainer = Trainer(
@@ -165,7 +167,7 @@ def sweep(
     store = None
     if directory is not None:
         identity = {"settings": [[str(x) for x in setting] for setting in settings]}
-        identity |= {"seeds": seed_list, "bits": list(bits), "coding": coding}
+        identity |= {"seeds": seed_list, "bits": widths, "coding": coding}
         identity |= {"keep_params": keep_params, "recorded_at": trainer.program.recorded_at}
         identity |= {"chunk_size": chunk_size, "program": trainer.program.fingerprint}
         shapes = jax.eval_shape(jax.vmap(init_fn), jax.random.split(jax.random.key(0), 2))
@@ -194,7 +196,7 @@ def sweep(
         step_sizes=step_size_axis,
         thresholds=threshold_axis,
         seeds=np.asarray(seed_list),
-        bits=tuple(bits),
+        bits=tuple(widths),
         metrics=_under("metrics/", arrays),
         **{name: arrays[name] for name in _FIELDS},
         recorded_at=np.asarray(trainer.program.recorded_at),
@@ -227,11 +229,20 @@ def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _numbers(name: str, values: Sequence[float], check: Callable[[str, Any], None]) -> np.ndarray:
     values = np.asarray(values).tolist() if isinstance(values, jax.Array) else list(values)
+    values = [
+        np.asarray(x).item() if isinstance(x, jax.Array) and not x.ndim else x for x in values
+    ]
     for i, value in enumerate(values):
         check(f"{name}[{i}]", value)
     if not values or len(set(values)) != len(values):
         raise ValueError(f"{name} must have at least one number, and none twice, got {values}.")
     return np.asarray(values, np.float64)
+
+
+def _widths(bits: Sequence[Bits | None]) -> list[Bits | None]:
+    if isinstance(bits, (int, str)):
+        raise TypeError(f"bits must be widths, such as (None, 4, 'ternary'), got {bits!r}.")
+    return [int(width) if isinstance(width, np.integer) else width for width in bits]
 
 
 @contextlib.contextmanager

@@ -346,6 +346,11 @@ class ThresholdRule:
                 "by a rule for magnitudes, such as std_multiple."
             )
 
+    def at_path(self, path: str) -> "ThresholdRule":
+        """Returns this rule for the leaf at `path`; what `compress` calls before it is bound."""
+        del path
+        return self
+
     def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> "ThresholdRule":
         """Returns this rule for one grid and granularity; what `quantize` calls."""
         del bits, full_signed
@@ -357,9 +362,11 @@ class _FanIn(ThresholdRule):
     kappa: Any = 1.0
     stacked_axes: int = 0
     out_axes: tuple[int, ...] | None = None
+    path: str = ""
+    is_blockwise: ClassVar[bool] = False  # the shape of the whole array counts
 
     def __call__(self, array: ArrayLike) -> Any:
-        return self.for_leaf("", array, jnp.zeros((), jnp.int32))
+        return self.for_leaf(self.path, array, jnp.zeros((), jnp.int32))
 
     def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
         num_inputs = self.num_inputs(path, np.shape(leaf))
@@ -383,9 +390,19 @@ class _FanIn(ThresholdRule):
             return shape[0]  # (features, heads, head_dim)
         return int(np.prod(shape[:-1]))
 
+    def at_path(self, path: str) -> ThresholdRule:
+        return dataclasses.replace(self, path=path)
+
     def compact(self, array: jax.Array) -> jax.Array:
-        if np.ndim(array) < 2:
-            raise ValueError(f"fan_in needs two dimensions or more, got shape {array.shape}.")
+        if self.num_inputs(self.path, np.shape(array)) is None:
+            if not self.path:
+                raise ValueError(f"fan_in needs two dimensions or more, got shape {array.shape}.")
+            # A free leaf is not clipped.
+            blocks, axes = self.granularity.split(array)
+            largest = jnp.max(
+                jnp.abs(blocks).astype(jnp.float32), axis=axes, keepdims=True, initial=0
+            )
+            return self.granularity.compact(largest, array.ndim)
         return jnp.full(self.granularity.scale_shape(array.shape), self(array), jnp.float32)
 
 
@@ -418,7 +435,7 @@ def fan_in(
 
     Returns:
       A rule; on one array it gives a scalar threshold. For layers of different layout, a
-      prefix tree of rules.
+      prefix tree of rules. `compress` takes the largest weight of a leaf that stays free.
 
     Raises:
       TypeError: If `kappa` is not a number or a schedule.

@@ -96,8 +96,8 @@ def weight_clip_rate(
       step: As in `clip_weights`.
 
     Returns:
-      A float32 scalar in [0, 1]: entries with `|w| >= t` over entries that have a finite
-      threshold; 0 if none has.
+      A float32 scalar in [0, 1]: entries with `|w| >= t`, which no NaN is, over entries that
+      have a finite threshold; 0 if none has.
 
     Raises:
       TypeError: If a threshold is of a wrong type.
@@ -122,8 +122,8 @@ def weight_outside_rate(
       step: As in `clip_weights`.
 
     Returns:
-      A float32 scalar in [0, 1]: entries with `|w| > t` over entries that have a finite
-      threshold; 0 if none has.
+      A float32 scalar in [0, 1]: entries with `|w| > t`, which no NaN is, over entries that
+      have a finite threshold; 0 if none has.
 
     Raises:
       TypeError: If a threshold is of a wrong type.
@@ -173,8 +173,8 @@ def _num_above(modulus: jax.Array, limit: jax.Array, has_box: jax.Array) -> jax.
         return jnp.sum((modulus > limit) & has_box, dtype=jnp.float32)
     wide = compute_dtype(modulus.dtype)
     excess = modulus.astype(wide) - limit.reshape(()).astype(wide)
-    count = jnp.sum(jnp.sign(excess + jnp.abs(excess))).astype(jnp.float32)
-    return jnp.where(has_box.reshape(()), count, 0)
+    is_above = jnp.sign(excess + jnp.abs(excess)).astype(jnp.int8)  # an integer: 0 for NaN
+    return jnp.where(has_box.reshape(()), jnp.sum(is_above.astype(jnp.float32)), 0)
 
 
 class KeepWeightsWithinState(NamedTuple):
@@ -194,8 +194,11 @@ def keep_weights_within(
 
     `u <- clip(w + u, -t, t) - w`, corrected by an ulp where the rounded sum would leave
     the box. Must be the last link of a chain. Weights that start outside are brought in
-    by the first step. Entries may end an ulp inside the bound: where the bound has to be
-    hit to the last bit (so that `t` is a code), use `clip_weights`.
+    by the first step, if the updates are of the weights' dtype, or one that has all its
+    numbers; coarser ones, whose spacing at such a weight may be wider than the box, bring
+    it as near as one update can, and the next steps go on from there. Entries may end an
+    ulp inside the bound: where the bound has to be hit to the last bit (so that `t` is a
+    code), use `clip_weights`.
 
     Args:
       threshold: As in `clip_weights`; schedules count the steps of this transform.

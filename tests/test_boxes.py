@@ -55,7 +55,9 @@ def test_entries_beyond_a_bound_are_on_it_and_the_others_are_untouched(dtype, tr
 
 
 @every_dtype
-@pytest.mark.parametrize(("low", "high"), [(-0.1, 0.1), (0.1, 0.7), (-0.7, -0.1)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(-0.1, 0.1), (0.1, 0.7), (-0.7, -0.1), (0.7, 0.8), (-0.8, -0.7)]
+)
 def test_bounds_that_the_dtype_does_not_have_are_rounded_inwards(dtype, low, high):
     got = np.asarray(box(low, high)(jnp.asarray([-1, 1], dtype)), np.float64)
     assert low <= got[0] <= got[1] <= high

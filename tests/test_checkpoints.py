@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxclip import archives, atomic, checkpoints
 from jaxclip.checkpoints import CheckpointError
@@ -30,6 +32,7 @@ from jaxclip.compression import compress, decompress
 from jaxclip.grids import Granularity
 from jaxclip.quantization import QuantizedArray, dequantize, quantize
 from jaxclip.sizes import size_report
+from jaxclip.threshold_rules import max_abs
 
 WIDTHS = [1, "ternary", 2, 3, 4, 5, 6, 8]
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -123,6 +126,55 @@ def test_a_loaded_low_bit_array_works_inside_jit(path):
     product = jax.jit(lambda q, x: dequantize(q) @ x)
     x = random_weights(4)
     assert_same(product(checkpoints.load(path), x), product(small, x))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("spec", "scale_spec", "grouped_spec"),
+    [
+        (P("x"), P(None), P("x")),
+        (P("x", "y"), P(None, "y"), P("x", "y")),
+        (P(("x", "y")), P(None), P(None)),  # three groups over four devices
+        (P(), P(), P()),
+    ],
+)
+def test_low_bit_leaves_are_loaded_split_over_devices(
+    spec, scale_spec, grouped_spec, axis_type, path
+):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (axis_type,) * 2, devices=jax.devices()[:4])
+    rows = 16 if spec != P(("x", "y")) else 12
+    group = {"axis": -1, "group_size": 4, "zero_point": True, "threshold": max_abs}
+    tree = {
+        "kernel": quantize(random_weights(rows, 4), 3, axis=-1, threshold=max_abs),
+        "grouped": quantize(random_weights(rows, 4), 4, **group),
+        "plain": np.arange(32.0, dtype=np.float32).reshape(8, 4),
+    }
+    checkpoints.save(path, tree)
+    for like in (None, tree):
+        loaded = checkpoints.load(path, device=NamedSharding(mesh, spec), like=like)
+        assert_same(loaded, tree)
+        places = [
+            (spec, (loaded["kernel"].qvalue, loaded["grouped"].qvalue, loaded["plain"])),
+            (scale_spec, (loaded["kernel"].scale,)),
+            (grouped_spec, (loaded["grouped"].scale, loaded["grouped"].zero)),
+        ]
+        for wanted, arrays in places:
+            for array in arrays:
+                assert array.sharding.is_equivalent_to(NamedSharding(mesh, wanted), array.ndim)
+    for name in ("kernel", "grouped"):
+        assert_same(dequantize(loaded[name]), dequantize(tree[name]))
+    on_one = checkpoints.load(path, device=jax.devices()[3])
+    assert jax.tree.leaves(on_one)[0].devices() == {jax.devices()[3]}
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(None, None, "x")])
+def test_a_leaf_that_cannot_be_split_is_named(spec, path):
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    checkpoints.save(path, {"net": {"kernel": quantize(random_weights(5, 3), 4, axis=-1)}})
+    message = rf"'net/kernel' of shape \(5, 3\) cannot be split by .*{spec[-1]!r}.*'x': 2"
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoints.load(path, device=NamedSharding(mesh, spec))
+    assert not isinstance(caught.value, CheckpointError)  # the file is whole
 
 
 def test_structure_comes_back_exactly(path):

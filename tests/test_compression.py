@@ -1,6 +1,7 @@
 """Which leaves of a tree become low-bit, and what the errors name."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxclip
-from jaxclip import QuantizedArray, compress, decompress
+from jaxclip import QuantizedArray, checkpoints, compress, decompress
 
 
 def make_params():
@@ -405,3 +406,60 @@ def test_rows_that_are_hard_stay_finite_in_a_whole_tree():
             back = np.asarray(decompress(small)["w"])
             np.testing.assert_allclose(back[1], rows[1], rtol=1e-6)
             assert np.all(np.isfinite(back))
+
+
+# --- fan_in, by the paths of leaves -----------------------------------------------------
+
+
+def flax_like_params():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {
+        "embed/embedding": (40, 6),
+        "attention/query/kernel": (12, 4, 8),
+        "attention/query/bias": (4, 8),
+        "dense/kernel": (12, 5),
+    }
+    tree: dict[str, Any] = {}
+    for key, (path, shape) in zip(keys, shapes.items(), strict=True):
+        *folders, name = path.split("/")
+        branch = tree
+        for folder in folders:
+            branch = branch.setdefault(folder, {})
+        branch[name] = 0.3 * jax.random.normal(key, shape)
+    return tree
+
+
+def test_fan_in_has_the_thresholds_that_clip_weights_takes(tmp_path):
+    params, rule = flax_like_params(), jaxclip.fan_in(1.0)
+    bounds = jaxclip.resolve_threshold(rule, params)
+    small = jaxclip.compress(params, 8, rule=rule)
+    checkpoints.save(tmp_path / "net.safetensors", params)
+    checkpoints.compress_checkpoint(
+        tmp_path / "net.safetensors", tmp_path / "small.safetensors", 8, rule=rule, axis=-1
+    )
+    from_file = checkpoints.load(tmp_path / "small.safetensors", like=small)
+    for found in (small, from_file):
+        for path in (("embed", "embedding"), ("attention", "query", "kernel"), ("dense", "kernel")):
+            leaf, bound = found, bounds
+            for key in path:
+                leaf, bound = leaf[key], bound[key]
+            np.testing.assert_allclose(leaf.threshold, float(bound), rtol=1e-6)
+        # What stays free is not clipped.
+        bias = params["attention"]["query"]["bias"]
+        np.testing.assert_allclose(
+            found["attention"]["query"]["bias"].threshold,
+            jnp.max(jnp.abs(bias), axis=0, keepdims=True),
+            rtol=1e-6,
+        )
+
+
+def test_wrong_thresholds_are_called_rules_and_leaves_are_named():
+    params = {"a": {"w": jnp.ones((3, 4))}}
+    with pytest.raises(ValueError, match=r"^rule must be positive and finite, got 0.0"):
+        jaxclip.compress(params, 4, rule=0.0)
+    with pytest.raises(ValueError, match=r"^params at 'a/w': rule must broadcast .* got \(3,\)"):
+        jaxclip.compress(params, 4, rule=np.ones(3))
+    with pytest.raises(ValueError, match=r"^policy 'a/w': rule must be positive"):
+        jaxclip.compress(params, 4, policy=[("a/w", {"rule": 0})])
+    with pytest.raises(ValueError, match=r"^policy 'a', params at 'a/w': rule must broadcast"):
+        jaxclip.compress(params, 4, policy=[("a", {"rule": np.ones(3)})])

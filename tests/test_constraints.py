@@ -14,7 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
 from jaxclip import box, constrain, max_norm, nonnegative, project_weights, spectral_cap, unit_norm
+from jaxclip.landing import rounded_sum
 
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 eager_and_jit = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 seeds = st.integers(0, 2**32 - 1)
@@ -98,6 +100,65 @@ def test_no_entry_is_ever_outside_its_interval(dtype, seed, far):
     inside = np.asarray(box(low, high)(jnp.asarray(w)))
     up = np.asarray(box_step(inside, np.full(64, 9, dtype), low, high)[1], np.float64)
     assert np.all(up >= high * (1 - 3 * float(ml_dtypes.finfo(dtype).eps)))
+
+
+@every_dtype
+@pytest.mark.parametrize("update_dtype", DTYPES)
+def test_no_entry_leaves_its_interval_by_a_subnormal_or_a_power_of_two(dtype, update_dtype):
+    sizes = np.asarray([0, *2.0 ** np.arange(-26, 11), 1e-5, 5e-5, 1e-3, 0.3, 700])
+    signed = np.concatenate([sizes, -sizes])
+    w, u = (x.reshape(-1) for x in np.meshgrid(signed.astype(dtype), signed.astype(update_dtype)))
+    after = np.asarray(positive_step(w, u)[1], np.float64)
+    assert np.all(after >= 0)
+    # Bounds that are themselves subnormal in float16; coarse updates may stay away from them.
+    low, high = np.float32(-(2.0**-24)), np.float32(2.0**-20)
+    near = np.abs(w.astype(np.float64)) <= 2.0**-19
+    after = np.asarray(box_step(w[near], u[near], low, high)[1], np.float64)
+    assert np.all((after >= low) & (after <= high))
+
+
+@eager_and_jit
+@pytest.mark.parametrize(
+    ("w", "dtype", "update_dtype", "low", "high", "expected"),
+    [
+        (30000, "bfloat16", "bfloat16", 0.05, 0.1, 0),  # the spacing is 128
+        (-30000, "bfloat16", "bfloat16", -0.1, -0.05, 0),
+        (4.03, "float32", "bfloat16", 0.0, 0.001, 4.03 - 4.03125),
+        (-1e6, "float32", "float16", 0.0, np.inf, 65504 - 1e6),  # not to infinity
+        (-65504, "float16", "float16", 0.0, np.inf, 0),
+        (-65504, "float16", "float16", 65000, 65504, 0),
+    ],
+)
+def test_far_from_a_narrow_box_the_update_that_leads_nearer_is_taken(
+    wrap, w, dtype, update_dtype, low, high, expected
+):
+    w, u = jnp.full(1, w, dtype), jnp.zeros(1, update_dtype)
+    after = wrap(lambda w, u: after_a_step(box(low, high), w, u)[1])(w, u)
+    np.testing.assert_allclose(after.astype(jnp.float32), expected, atol=1e-6)
+
+
+@every_dtype
+@pytest.mark.parametrize("update_dtype", DTYPES)
+def test_the_rounded_sum_is_that_of_apply_updates_and_of_exact_arithmetic(dtype, update_dtype):
+    rng = np.random.default_rng(0)
+    near, far = (np.exp2(rng.uniform(low, 10, 4096)) for low in (-26, -30))
+    w = (near * rng.choice([-1, 0, 1], 4096)).astype(dtype)
+    u = (far * rng.choice([-1, 1], 4096)).astype(update_dtype)
+    u[::8] = (-w[::8].astype(np.float64)).astype(update_dtype)  # cancels, but for rounding
+    # Half precision is summed in float32, whose rounding comes first.
+    exact = (w.astype(np.float32) + u.astype(np.float32)).astype(dtype)
+    got = rounded_sum(jnp.asarray(w), jnp.asarray(u))
+    with jax.numpy_dtype_promotion("standard"):
+        applied = optax.apply_updates(jnp.asarray(w), jnp.asarray(u))
+    for other in (applied, jax.jit(rounded_sum)(w, u), exact):
+        assert np.array_equal(wide(got), wide(other))
+
+
+def test_the_rounded_sum_keeps_the_subnormals_of_float16_in_float64():
+    with enable_x64(True):
+        w, u = jnp.zeros(3, jnp.float16), jnp.asarray([-1e-5, 5e-5, 2.0**-25 * 1.01])
+        for f in (rounded_sum, jax.jit(rounded_sum)):
+            assert np.array_equal(f(w, u), np.asarray(u).astype(np.float16))
 
 
 @every_dtype

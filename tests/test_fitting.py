@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,19 @@ def test_steps_that_are_not_finite_stop_it_and_change_nothing():
     np.testing.assert_array_equal(result.history["num_skipped"], [0, 0, 1, 2, 3])
 
 
+def test_training_that_goes_on_counts_only_the_skipped_steps_of_its_own():
+    step, state = problem()
+    one, bad = jnp.ones(2), jnp.full(2, jnp.nan)
+    first = fit(step, state, [bad, one] * 3, stop=nonfinite(3), progress=False)
+    assert first.reason is StopReason.DATA_ENDED
+    then = fit(step, first.state, [one] * 4, stop=nonfinite(3), progress=False)
+    assert then.reason is StopReason.DATA_ENDED
+    assert then.history["num_skipped"].tolist() == [3, 3, 3, 3]  # as the state has it
+    last = fit(step, then.state, [bad] * 4, stop=nonfinite(3), progress=False)
+    assert last.reason is StopReason.NONFINITE
+    assert last.history["num_skipped"].tolist() == [4, 5, 6]
+
+
 def test_without_a_period_the_evaluation_is_that_of_the_end():
     seen = []
     result = run(
@@ -139,6 +153,11 @@ def test_a_bar_is_shown_on_a_terminal_only(capsys, monkeypatch):
             ValueError,
             "loss",
         ),
+        (
+            {"stop": max_steps(3), "evaluate": lambda w: {"weights": w}, "evaluate_every": 1},
+            ValueError,
+            r"scalars, 'weights' has shape \(2,\)",
+        ),
     ],
 )
 def test_a_wrong_argument_is_refused(arguments, error, match):
@@ -191,6 +210,65 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
     again = go(10, checkpoint_dir=tmp_path)
     assert again.reason is StopReason.MAX_STEPS
     assert int(again.state.step) == 10
+
+
+def test_a_restart_counts_skipped_steps_as_the_run_left_alone_does(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    step, state = problem()
+    one, bad = jnp.ones(2), jnp.full(2, jnp.nan)
+    skipping = fit(step, state, [bad] * 5, stop=max_steps(5), progress=False).state
+    batches = [one, bad, bad, one, bad, bad, bad, one]
+
+    def go(count, **arguments):
+        state = jax.tree.map(jnp.copy, skipping)
+        stop = nonfinite(3)
+        return fit(step, state, batches[:count], stop=stop, progress=False, **arguments)
+
+    whole = go(8)
+    assert whole.reason is StopReason.NONFINITE
+    assert int(whole.state.step) == 5 + 7
+    for count in (3, 6):  # one in the middle of a row, each goes on from the last
+        assert go(count, checkpoint_dir=tmp_path).reason is StopReason.DATA_ENDED
+    resumed = go(8, checkpoint_dir=tmp_path)
+    assert resumed.reason is StopReason.NONFINITE
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+
+
+# After four steps of a falling loss come steps of a larger one: how many until a rule stops.
+LATER_RULES = {
+    "the same": (plateau("loss", 3), StopReason.PLATEAU, 3),
+    "joined, with more patience": (
+        max_steps(99) | reached("loss", 0.0, mode="min") | plateau("loss", 5),
+        StopReason.PLATEAU,
+        5,
+    ),
+    "of another margin": (plateau("loss", 3, 100.0), StopReason.PLATEAU, 4),
+    "of another metric": (plateau("size", 3), StopReason.PLATEAU, 4),
+    "of another kind": (nonfinite(2) | max_steps(6), StopReason.MAX_STEPS, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    pytest.importorskip("orbax.checkpoint")
+    directory = tmp_path_factory.mktemp("four steps")
+    run(plateau("loss", 3), batches=[jnp.ones(2)] * 4, checkpoint_dir=directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", LATER_RULES)
+def test_a_rule_goes_on_with_what_it_remembers_and_another_begins_anew(name, four_steps, tmp_path):
+    directory = shutil.copytree(four_steps, tmp_path / "copy")
+    rule, reason, num_steps = LATER_RULES[name]
+    found = run(
+        rule,
+        batches=[jnp.ones(2)] * 4 + [jnp.full(2, 9.0)] * 9,
+        evaluate=lambda w: {"size": jnp.max(w)},
+        evaluate_every=1,
+        checkpoint_dir=directory,
+    )
+    assert found.reason is reason
+    assert found.history["step"].tolist() == list(range(5, 5 + num_steps))
 
 
 SCRIPT = """

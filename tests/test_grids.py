@@ -121,6 +121,19 @@ def test_arrays_without_entries_split_and_expand(shape, group_size):
     assert jnp.broadcast_to(granularity.expand(sums, shape), shape).shape == shape
 
 
+@given(case=cases())
+def test_axes_counted_from_the_end_name_the_same_blocks(case):
+    shape, axis, group_size = case
+    given_axes = Granularity(axis, group_size)
+    granularity = given_axes.from_the_end(len(shape))
+    axes = granularity.axis if isinstance(granularity.axis, tuple) else (granularity.axis,)
+    assert all(a is None or a < 0 for a in axes)
+    assert type(granularity.axis) is type(axis)
+    assert granularity.channel_axes(len(shape)) == given_axes.channel_axes(len(shape))
+    assert granularity.scale_shape(shape) == given_axes.scale_shape(shape)
+    assert granularity.from_the_end(len(shape)) == granularity
+
+
 def test_a_granularity_is_a_static_argument_of_jit():
     f = jax.jit(lambda x, g: g.split(x)[0], static_argnums=1)
     assert f(jnp.zeros((2, 5)), Granularity(0, 2)).shape == (2, 3, 2)

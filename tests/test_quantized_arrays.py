@@ -1,6 +1,7 @@
 """Low-bit arrays of every kind: the nearest level is taken, and the parts fit together."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +220,47 @@ def test_jax_functions_take_it_for_the_array_it_stands_for(bits, full_signed, ze
     assert (q.shape, q.ndim) == ((6, 5), 2)
 
 
+def test_numpy_takes_it_for_the_array_it_stands_for():
+    q = quantize(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), 8, axis=1)
+    dense = np.asarray(dequantize(q))
+    assert np.asarray(q).dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(q), dense)
+    np.testing.assert_array_equal(np.asarray(q, np.float64), dense.astype(np.float64))
+    own = np.array(q)
+    own[0] = 7  # a copy that may be written to
+    np.testing.assert_array_equal(np.asarray(q), dense)
+    np.testing.assert_allclose(np.ones(3) @ q, dense.sum(0), rtol=1e-6)
+    np.testing.assert_allclose(q @ np.ones(2), dense.sum(1), rtol=1e-6)
+    np.testing.assert_array_equal(q @ jnp.ones(2), jnp.asarray(dense) @ jnp.ones(2))
+    assert np.asarray(quantize(jnp.ones(3, jnp.bfloat16), 4)).dtype == ml_dtypes.bfloat16
+    with pytest.raises(ValueError, match="copy=False"):
+        np.array(q, copy=False)
+    with pytest.raises(jax.errors.TracerArrayConversionError):
+        jax.jit(lambda q: np.asarray(q))(q)
+
+
+def test_a_loop_over_it_ends_behind_the_last_row():
+    q = quantize(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), 8, axis=1)
+    rows = list(itertools.islice(q, 5))
+    assert len(rows) == len(q) == 3
+    np.testing.assert_array_equal(np.stack(rows), dequantize(q))
+    a, _, c = q
+    np.testing.assert_array_equal(a + c, q[0] + q[2])
+    summed = jax.jit(lambda q: sum(row for row in q))(q)
+    np.testing.assert_allclose(summed, np.asarray(q).sum(0), rtol=1e-6)
+    alone = quantize(jnp.asarray(0.5), 4)
+    for use in (len, iter):
+        with pytest.raises(TypeError):
+            use(alone)
+
+
+def test_it_is_true_or_false_only_where_the_array_is():
+    assert bool(quantize(jnp.asarray(0.5), 4))
+    assert not quantize(jnp.zeros(1), 4)
+    with pytest.raises(ValueError, match="ambiguous"):
+        bool(quantize(jnp.ones(3), 4))
+
+
 def test_it_goes_straight_into_a_flax_module():
     linen = pytest.importorskip("flax.linen")
     module, x = linen.Dense(3), jnp.ones((2, 4), jnp.float32)
@@ -243,6 +285,37 @@ def test_codes_stay_narrow_in_the_arguments_of_a_compiled_program(code_dtype):
     bound = x.nbytes + 64 * 48 + (4 + 1) * 4 * 48
     assert compiled.memory_analysis().argument_size_in_bytes <= bound + 64
     np.testing.assert_allclose(compiled(x, q), x @ dequantize(q), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("axis", "group_size"), [(1, 8), (1, 100), (0, 2), ((0, 1), 4), (1, None), (None, 3)]
+)
+def test_batches_decode_as_their_parts(axis, group_size):
+    shape = (3, 8, 6) if isinstance(axis, tuple) else (8, 6)
+    w = np.random.default_rng(4).normal(size=(2, *shape))
+    w = jnp.asarray(np.stack([w[0], 5 * w[1]]), jnp.float32)
+    options = {"threshold": jaxclip.max_abs, "axis": axis, "group_size": group_size}
+    parts = [quantize(each, 8, **options) for each in w]
+    expected = np.stack([dequantize(q) for q in parts])
+    assert np.abs(expected - np.asarray(w)).max() < np.abs(w).max() / 100
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+    batched = jax.vmap(lambda x: quantize(x, 8, **options))(w)
+    assert jax.tree.structure(stacked) == jax.tree.structure(batched)
+    for q in (stacked, batched):
+        np.testing.assert_allclose(dequantize(q), expected, rtol=1e-6)
+        np.testing.assert_allclose(jax.vmap(dequantize)(q), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decode", [dequantize, jax.jit(dequantize), jnp.sin])
+def test_a_batch_whose_axes_are_counted_from_the_front_is_refused_not_decoded_wrong(decode):
+    q = quantize(jnp.ones((8, 6)), 8, axis=1, group_size=4)
+    q = dataclasses.replace(q, granularity=Granularity(1, 4))
+    np.testing.assert_array_equal(dequantize(q), np.ones((8, 6)))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), q)
+    message = r"shape \(2, 8, 6\) .* of shape \(2, 8, 2\), got \(2, 2, 6\)"
+    with pytest.raises(ValueError, match=message):
+        decode(stacked)
+    np.testing.assert_array_equal(jax.vmap(dequantize)(stacked), np.ones((2, 8, 6)))
 
 
 # --- Dtypes of codes -------------------------------------------------------------------

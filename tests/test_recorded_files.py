@@ -1,5 +1,6 @@
 """Files of every version of the format, recorded when it was new, are read as they were saved."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -63,6 +64,25 @@ def test_a_recorded_file_does_not_change_when_it_is_loaded_and_saved(version, tm
     shutil.copy(recorded(version), path)
     checkpoints.save(path, checkpoints.load(path), overwrite=True)
     assert path.read_bytes() == recorded(version).read_bytes()
+
+
+@every_version
+def test_a_recorded_file_is_read_as_what_quantize_makes_today(version):
+    """Axes counted from the front, as files may have them, are those counted from the end."""
+
+    def spelled_from_the_end(leaf):
+        if not isinstance(leaf, QuantizedArray):
+            return leaf
+        return dataclasses.replace(leaf, granularity=leaf.granularity.from_the_end(leaf.ndim))
+
+    tree = TREES[version]()
+    is_low_bit = lambda x: isinstance(x, QuantizedArray)  # noqa: E731
+    like = jax.tree.map(spelled_from_the_end, tree, is_leaf=is_low_bit)
+    assert jax.tree.structure(like) != jax.tree.structure(tree)
+    loaded = checkpoints.load(recorded(version), like=like)
+    assert jax.tree.structure(loaded) == jax.tree.structure(like)
+    for a, b in zip(*map(jax.tree.leaves, map(decompress, (loaded, tree))), strict=True):
+        assert np.array_equal(a, b)
 
 
 def test_every_kind_of_low_bit_leaf_is_recorded():

@@ -77,6 +77,13 @@ def test_of_joined_rules_the_first_that_is_met_gives_the_reason():
         max_steps(3) | 5
 
 
+def test_a_joined_rule_uses_the_clock_if_one_of_its_rules_does():
+    rule = max_steps(3) | plateau("loss", 4) | nonfinite(2) | reached("loss", 1.0)
+    assert not rule.uses_clock
+    assert (rule | max_seconds(1.0)).uses_clock
+    assert (max_seconds(1.0) | rule).uses_clock
+
+
 def test_a_rule_inside_a_jitted_scan_gives_the_codes_of_the_loop():
     rule = plateau("loss", 3) | reached("loss", 0.5, mode="min") | nonfinite(2) | max_steps(9)
     losses = jnp.asarray(LOSSES)
@@ -94,6 +101,15 @@ def test_a_rule_inside_a_jitted_scan_gives_the_codes_of_the_loop():
         expected.append(int(code))
     assert codes.tolist() == expected
     assert rule.reason(codes[8]) == StopReason.PLATEAU
+
+
+def test_rules_remember_the_same_whatever_their_limits_and_stateless_ones_nothing():
+    assert (max_steps(3) | reached("loss", 0.1) | max_seconds(1.0)).remembers == ()
+    rule = plateau("loss", 4, np.float32(0.5)) | nonfinite(2)
+    assert rule.remembers == (max_steps(1) | plateau("loss", 9, 0.5) | nonfinite(7)).remembers
+    others = [plateau("error", 4, 0.5), plateau("loss", 4), plateau("loss", 4, 0.5, mode="max")]
+    others = [nonfinite(2) | plateau("loss", 4, 0.5)] + [other | nonfinite(2) for other in others]
+    assert all(other.remembers != rule.remembers for other in others)
 
 
 def test_every_reason_reads_as_a_sentence():

@@ -110,6 +110,14 @@ def test_the_recommendation_is_the_smallest_file_within_the_loss(max_loss, bits)
     assert row == made().recommend(max_loss)
 
 
+def test_metrics_that_are_a_loss_apart_in_float32_are_within_it():
+    for hundredths in range(2, 100):
+        pair = np.asarray([hundredths, hundredths - 1], np.float32) / np.float32(100)
+        metric = np.broadcast_to(np.append(pair, 0.0).astype(np.float64), (2, 2, 2, 3))
+        assert made(metric).recommend(0.01).bits == 4, hundredths
+        assert made(metric).recommend(0.00999).bits is None
+
+
 def test_of_files_of_one_size_the_better_one_is_recommended():
     assert made().recommend(0.5).metric == pytest.approx(0.89)  # not .70, nor .80
 
@@ -125,6 +133,12 @@ def test_nothing_is_recommended_where_all_diverged():
     result = made(is_diverged=np.ones((2, 2, 2), bool))
     assert result.pareto() == []
     with pytest.raises(ValueError, match="each setting has a diverged seed"):
+        result.recommend()
+
+
+def test_a_metric_that_is_nan_everywhere_is_not_called_divergence():
+    result = made(np.full((2, 2, 2, 3), np.nan), is_diverged=np.zeros((2, 2, 2), bool))
+    with pytest.raises(ValueError, match="'test' is NaN in each row without a diverged seed"):
         result.recommend()
 
 

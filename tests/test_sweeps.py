@@ -1,6 +1,7 @@
 """A sweep is what training its rows one by one would be, and says so truthfully."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import signal
@@ -8,15 +9,18 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import jaxclip
 from jaxclip import checkpoints, sweep_programs
+from jaxclip.sweep_chunks import ChunkStore
 from jaxclip.sweep_tasks import Task, random_batches
 from jaxclip.sweeps import sweep
 
@@ -74,6 +78,27 @@ COMMON = {
 
 def run(loss=loss_fn, init=init_fn, optimizer=momentum, batches=BATCHES, **changes):
     return sweep(loss, init, optimizer, batches, **(COMMON | changes))
+
+
+GOAL = np.linspace(-0.3, 0.5, 4).astype(np.float32)
+
+
+def run_small(name="w", names=("error", "norm"), shifted=None, **changes):
+    """The least there is to sweep, in compiled functions that have their data inside."""
+    functions = {
+        "loss": lambda data, p, noise: jnp.mean((p[name] - data - noise) ** 2),
+        "batches": lambda data, key: 0.1 * jax.random.normal(key, (4,)) + data,
+        "evaluate": lambda data, p: dict(
+            zip(names, (jnp.mean((p[name] - data) ** 2), jnp.mean(p[name] ** 2)), strict=True)
+        ),
+    }
+    for which, function in functions.items():
+        data = GOAL + np.float32(which == shifted)
+        functions[which] = jax.jit(functools.partial(function, data))
+    small = {"step_sizes": [0.1], "thresholds": [1.0], "seeds": 1, "bits": (None,)}
+    small |= {"metric": "error", "train_metric": None, "weight_threshold": None}
+    small |= {"stop": jaxclip.max_steps(2), "optimizer": optax.sgd}
+    return run(init=lambda key: {name: jnp.zeros(4)}, **functions, **(small | changes))
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +182,28 @@ def test_the_program_is_traced_once_for_any_number_of_settings_and_chunks():
     assert traces(step_sizes=[0.1, 0.2, 0.3, 0.4], chunk_size=3) == few
 
 
+@pytest.mark.parametrize(("devices", "loop"), [(1, "compiled"), (2, "host")])
+def test_the_time_of_a_step_is_without_compiling(monkeypatch, devices, loop):
+    compiled = []
+
+    def listener(event, seconds, **kwargs):
+        if event.startswith("/jax/core/compile/"):
+            compiled.append(event)
+
+    # In place of seconds, what has been compiled so far is counted.
+    clock = types.SimpleNamespace(monotonic=lambda: float(len(compiled)))
+    monkeypatch.setattr(sweep_programs, "time", clock)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    few = {"step_sizes": [0.1, 0.2, 0.3], "chunk_size": 1, "loop": loop}
+    try:
+        found = run_small(devices=jax.devices()[:devices], **few)
+    finally:  # jax 0.7 keeps its listeners
+        forget = getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)
+        forget(listener)
+    assert compiled
+    assert found.seconds_per_step.tolist() == [[0.0]] * 3
+
+
 def test_chunks_and_the_host_loop_give_what_one_program_gives(result):
     changes = ({"chunk_size": 4}, {"loop": "host"}, {"record_every": 5})
     for other in (run(bits=(None,), **change) for change in changes):
@@ -224,6 +271,36 @@ def test_a_nan_loss_marks_its_row():
     found = run(loss=loss, step_sizes=[1e-4, 0.3], thresholds=[np.inf], seeds=1, bits=(None,))
     assert found.is_diverged[:, 0, 0].tolist() == [False, True]
     assert np.isfinite(found.metrics["test"]).all()
+
+
+def test_a_row_whose_first_losses_are_not_finite_is_judged_by_the_first_that_is():
+    # Seed 0 skips its first two steps, NaN and inf, and seed 1 all of its six.
+    def step_key(seed, i):
+        data_key = jax.random.split(jax.random.key(seed), 3)[1]
+        return jax.random.key_data(jax.random.fold_in(data_key, i))
+
+    bad = np.asarray([step_key(0, 0), step_key(0, 1), *(step_key(1, i) for i in range(6))])
+    values = np.asarray([np.nan, np.inf, *[np.inf] * 6], np.float32)
+
+    def batches(key):
+        is_it = jnp.all(bad == jax.random.key_data(key)[None], axis=1)
+        return jnp.where(is_it.any(), jnp.asarray(values)[jnp.argmax(is_it)], 1.0)
+
+    found = run(
+        loss=lambda w, batch: jnp.sum((w - batch) ** 2),
+        init=lambda key: jnp.zeros(2),
+        optimizer=optax.sgd,
+        batches=batches,
+        evaluate=lambda w: {"test": jnp.sum(w)},
+        train_metric=None,
+        weight_threshold=None,
+        step_sizes=[0.1, 3.0],
+        thresholds=[np.inf],
+        bits=(None,),
+        stop=jaxclip.max_steps(6),
+        record_every=2,
+    )
+    assert found.is_diverged[:, 0].tolist() == [[False, True], [True, True]]
 
 
 STOPS = {
@@ -331,6 +408,45 @@ def test_chunks_of_another_sweep_are_refused(tmp_path):
             run(**(small | change), directory=tmp_path)
 
 
+def test_data_inside_of_compiled_functions_are_data_of_the_sweep(tmp_path):
+    same(run_small(directory=tmp_path), run_small(directory=tmp_path))
+    for which, differs in {"loss": "program", "batches": "program", "evaluate": "eval"}.items():
+        with pytest.raises(ValueError, match=f"another sweep: {differs}[a-z]* differ"):
+            run_small(shifted=which, directory=tmp_path)
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+def test_constants_of_jaxprs_inside_of_others_are_told_apart(as_array):
+    def traced(data):
+        inner = jax.jit(lambda x: x + as_array(np.float32([1, data])))
+
+        def outer(x):
+            x = jax.checkpoint(lambda x: lax.fori_loop(0, 3, lambda i, x: inner(x), x))(x)
+            return lax.cond(x[0] > 0, jnp.sin, jnp.cos, x)
+
+        return jax.jit(outer).trace(jnp.ones(2))
+
+    found = [sweep_programs.fingerprint(traced(data)) for data in (2, 2, 3)]
+    assert found[0] == found[1] != found[2]
+
+
+def test_names_of_metrics_and_of_parameters_are_part_of_the_sweep(tmp_path):
+    run_small(directory=tmp_path)
+    # In the order of their names these are the same programs.
+    with pytest.raises(ValueError, match="another sweep: evaluation differ"):
+        run_small(names=("a", "error"), directory=tmp_path)
+    with pytest.raises(ValueError, match="another sweep: program, evaluation differ"):
+        run_small(name="weight", directory=tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [b'{"seeds": [0', b"", b"[]", b'\xff{"seeds": [0]}'])
+def test_a_damaged_description_is_an_error(tmp_path, damaged):
+    ChunkStore(tmp_path, {"seeds": [0]})
+    (tmp_path / "sweep.json").write_bytes(damaged)
+    with pytest.raises(checkpoints.CheckpointError, match=r"sweep\.json: "):
+        ChunkStore(tmp_path, {"seeds": [0]})
+
+
 def test_a_damaged_chunk_is_an_error(tmp_path):
     small = {"thresholds": [1.0], "step_sizes": [0.1], "bits": (None,), "directory": tmp_path}
     run(**small)
@@ -404,7 +520,17 @@ BAD = [
     ({"thresholds": [float("nan")]}, ValueError, r"thresholds\[0\] must be"),
     ({"seeds": 0}, ValueError, "seeds"),
     ({"seeds": [1, 1]}, ValueError, "seeds .* none twice"),
+    ({"seeds": [0, 0.5]}, TypeError, r"seeds\[1\] must be an integer, got 0.5"),
+    ({"seeds": [2**40]}, ValueError, r"seeds\[0\] must be within 32 bits"),
+    ({"devices": []}, ValueError, "devices must have at least one"),
+    ({"bits": 4}, TypeError, "bits must be widths, .* got 4"),
+    ({"bits": "ternary"}, TypeError, "bits must be widths, .* got 'ternary'"),
     ({"bits": ()}, ValueError, "bits must name a width"),
+    (
+        {"evaluate": lambda p: p["out"], "metric": "bias", "train_metric": None},
+        ValueError,
+        r"scalars, 'bias' has shape \(3,\)",
+    ),
     ({"bits": (7,)}, ValueError, "bits"),
     ({"metric": "accuracy"}, ValueError, r"\['test', 'train'\], and no 'accuracy'"),
     ({"train_metric": "x"}, ValueError, "no 'x'"),
@@ -417,6 +543,33 @@ BAD = [
         {"stop": jaxclip.max_steps(9) | jaxclip.max_seconds(1e9)},
         ValueError,
         "the clock, which all rows",
+    ),
+    (  # behind a rule that may be met first
+        {
+            "stop": jaxclip.max_steps(9)
+            | jaxclip.reached("loss", 0.1, mode="min")
+            | jaxclip.max_seconds(1e9)
+        },
+        ValueError,
+        "the clock, which all rows",
+    ),
+    (
+        {
+            "stop": jaxclip.max_steps(9) | jaxclip.plateau("loss", 3),
+            "evaluate": lambda params: evaluate(params) | {"loss": 0.0},
+            "evaluate_every": 3,
+        },
+        ValueError,
+        r"evaluate returns \['loss'\], which the step reports already",
+    ),
+    (
+        {
+            "stop": jaxclip.max_steps(9) | jaxclip.plateau("pre_norm", 3),
+            "evaluate": lambda params: evaluate(params) | {"pre_norm": 0.0},
+            "evaluate_every": 3,
+        },
+        ValueError,
+        r"evaluate returns \['pre_norm'\], which the step reports already",
     ),
     (
         {"stop": jaxclip.max_steps(9) | jaxclip.reached("test", 0.1, mode="min")},
@@ -431,6 +584,20 @@ BAD = [
     ({"chunk_size": 0}, ValueError, "chunk_size"),
     ({"keep_params": False, "directory": 3}, TypeError, "PathLike"),
 ]
+
+
+def test_numbers_of_every_kind_make_the_axes():
+    changes = {"stop": jaxclip.max_steps(1), "keep_params": False, "train_metric": None}
+    found = run(
+        step_sizes=list(jnp.asarray([0.5, 0.25])),
+        thresholds=np.asarray([1.0]),
+        seeds=np.arange(2),
+        bits=np.asarray([4, 2]),
+        **changes,
+    )
+    assert list(found.step_sizes) == [0.5, 0.25]
+    assert found.bits == (4, 2)
+    assert list(found.seeds) == [0, 1]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)

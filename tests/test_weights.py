@@ -179,6 +179,19 @@ def test_the_rates_count_weights_on_the_bound_and_outside(wrap, threshold, on_bo
         assert float(wrap(weight_outside_rate)(w, traced)) == np.float32(outside / boxed)
 
 
+@eager_and_jit
+@pytest.mark.parametrize("dtype", [*DTYPES, np.complex64, np.float64])
+def test_a_weight_that_is_nan_is_neither_on_the_bound_nor_outside(wrap, dtype):
+    with enable_x64(dtype is np.float64):
+        tail = np.resize(np.asarray([np.nan, -np.nan, 1.0, np.inf, -0.5, 0.1]), 6 * 40)
+        w = jnp.asarray(tail.astype(dtype))
+        for t in (0.5, np.full(w.size, 0.5, np.float32)):  # one for all, one for each
+            assert float(wrap(weight_clip_rate)(w, t)) == np.float32(3 / 6)
+            assert float(wrap(weight_outside_rate)(w, t)) == np.float32(2 / 6)
+        for rate in (weight_clip_rate, weight_outside_rate):
+            assert float(wrap(rate)(jnp.full(3, np.nan, dtype), 0.0)) == 0
+
+
 def test_masks_schedules_prefixes_and_fan_in_say_which_leaves_are_boxed():
     params = {"kernel": jnp.full((8, 2), 3.0), "bias": jnp.full(2, 3.0)}
 
@@ -336,6 +349,25 @@ def test_weights_a_little_outside_are_brought_in_by_coarser_updates_too(
     w, u = (rng.uniform(-3, 3, 64)).astype(dtype), rng.normal(size=64).astype(update_dtype)
     _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(0.1))
     assert np.all(np.abs(float64(after)) <= float(np.float32(0.1)))
+
+
+@pytest.mark.parametrize("update_dtype", [ml_dtypes.bfloat16, np.float16])
+@every_step
+def test_where_no_update_leads_into_the_box_weights_end_as_near_as_one_can_bring_them(
+    step, update_dtype
+):
+    w = np.asarray([2.0041, -2.0041, 1.0, 3.03, 700.3, -1e5, 0.0], np.float32)
+    u, t = jnp.zeros(w.size, update_dtype), np.float32(1e-3)
+    after = np.abs(float64(step(jnp.asarray(w), u, jnp.asarray(t))[1]))
+    # Every update that there is: those by bits, without NaN and infinities.
+    every = np.arange(2**16, dtype=np.uint16).view(update_dtype).astype(np.float32)
+    sums = w[:, None] + every[np.isfinite(every)]
+    nearest = np.min(np.maximum(np.abs(sums.astype(np.float64)), t), axis=1)
+    assert np.array_equal(np.maximum(after, t), nearest)
+    assert np.sum(after > t) >= 2
+    for _ in range(3):  # the next steps bring them in
+        w = step(jnp.asarray(w), u, jnp.asarray(t))[1]
+    assert np.all(np.abs(float64(w)) <= t)
 
 
 @every_dtype
@@ -559,3 +591,36 @@ def test_the_clip_rate_counts_what_is_on_the_bound_to_the_ulp(dtype, wrap):
         w = np.resize(np.asarray([t, -t, below, -below, above, 0, t / 2], dtype), 7 * 700)
         expected = np.mean(np.abs(w.astype(np.float64)) >= float(t))
         np.testing.assert_allclose(rate(jnp.asarray(w), jnp.asarray(t)), expected, rtol=1e-6)
+
+
+# --- Masks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ("kernel", TypeError, "mask must be True or False, got 'kernel'"),
+        ({"a": "yes", "b": True}, TypeError, "mask must be True or False at 'a', got 'yes'"),
+        ({"a": 1, "b": True}, TypeError, "mask must be True or False at 'a', got 1"),
+        (lambda params: params, TypeError, "mask must be True or False at 'a'"),
+        ({"c": True}, ValueError, "mask must be a prefix tree of the parameters"),
+        ({"a": {"x": True}, "b": True}, ValueError, "mask must be a prefix tree"),
+    ],
+)
+def test_a_mask_that_is_none_is_refused(mask, error, message):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(error, match=message):
+        jaxclip.clip_weights(params, 0.1, mask)
+    within = jaxclip.keep_weights_within(0.1, mask=mask)
+    projected = jaxclip.project_weights(jaxclip.box(0.1), mask=mask)
+    with pytest.raises(error, match=message):
+        within.update(params, within.init(params), params)
+    with pytest.raises(error, match=message):
+        projected.update(params, jaxclip.project_weights(jaxclip.box(0.1)).init(params), params)
+
+
+@pytest.mark.parametrize("yes", [True, np.True_, np.asarray(True), jnp.asarray(True)], ids=repr)
+def test_a_mask_of_any_kind_of_truth_value_chooses_leaves(yes):
+    params = {"a": {"x": jnp.ones(2), "y": jnp.ones(3)}, "b": jnp.ones(2)}
+    clipped = jaxclip.clip_weights(params, 0.5, {"a": yes, "b": False})
+    assert [float(x[0]) for x in jax.tree.leaves(clipped)] == [0.5, 0.5, 1.0]
