@@ -129,17 +129,23 @@ def keep_on_grid(
         seen = map_clippable(_seen, params, state.residual)
         updates, inner_state = inner.update(updates, state.inner_state, seen, **extra_args)
         after = map_clippable(_moved, params, state.residual, updates)
-        small, is_on = low_bit(after), state.step >= start_step
+        small, is_on = jax.eval_shape(low_bit, after), state.step >= start_step
+
+        def on_grid(after: Any) -> Any:
+            return jax.tree.map(
+                lambda v, q: dequantize(q) if _is_low_bit(q) else v, after, low_bit(after)
+            )
+
+        # The grid costs nothing before it is asked for, but where the condition is batched.
+        target = lax.cond(is_on, on_grid, lambda after: after, after)
 
         # Leaves that stay as they are move as `inner` says, and have no residual.
-        def move(u: Any, w: Any, q: Any) -> Any:
+        def move(u: Any, w: Any, t: Any, q: Any) -> Any:
             if not _is_low_bit(q):
                 return u
             u, w = jnp.asarray(u), jnp.asarray(w)
-            target = dequantize(q).astype(w.dtype)
-            return keep_weak_type(
-                jnp.where(is_on, update_between(u, w, target, target, target), u), u
-            )
+            t = t.astype(w.dtype)
+            return keep_weak_type(jnp.where(is_on, update_between(u, w, t, t, t), u), u)
 
         def remain(u: Any, w: Any, v: Any, q: Any, r: Any) -> Any:
             if not _is_low_bit(q):
@@ -147,7 +153,7 @@ def keep_on_grid(
             rest = v - rounded_sum(jnp.asarray(w), u).astype(v.dtype)
             return jnp.where(is_on & jnp.isfinite(rest), rest, r)
 
-        updates = jax.tree.map(move, updates, params, small)
+        updates = jax.tree.map(move, updates, params, target, small)
         residual = jax.tree.map(remain, updates, params, after, small, state.residual)
         return updates, KeepOnGridState(increment(state.step), residual, inner_state)
 

@@ -1,5 +1,6 @@
 """Weights kept on a grid while training, and scales trained behind fixed codes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ import jaxclip
 from jaxclip import checkpoints, keep_on_grid, trainable_parts
 from jaxclip.grids import code_range
 from jaxclip.threshold_rules import least_squares, max_abs
+from jaxclip.thresholds import ThresholdRule
 
 WIDTHS = [1, "ternary", 2, 4, 8]
 MOMENTUM = optax.sgd(0.02, momentum=0.9)
@@ -194,8 +196,25 @@ def test_it_trains_in_a_donated_step_and_in_a_chain():
     np.testing.assert_allclose(state.params["kernel"], expected["kernel"], rtol=0, atol=1e-6)
 
 
-def test_on_a_mesh_it_keeps_the_shardings():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+def test_no_grid_is_chosen_before_the_first_step_on_it():
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted(ThresholdRule):
+        def measure(self, blocks, axes, counts):
+            jax.debug.callback(lambda: seen.append(1))
+            return jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
+
+    params, loss_fn = params_and_goal()
+    tx = keep_on_grid(optax.sgd(0.1), "ternary", start_step=3, rule=Counted())
+    for i, _ in enumerate(walk(tx, params, loss_fn, 5)):
+        jax.effects_barrier()
+        assert len(seen) == max(i - 2, 0)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_it_keeps_the_shardings(axis_type):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     params = {"kernel": jax.random.normal(jax.random.key(0), (16, 4))}
     rows = NamedSharding(mesh, PartitionSpec("data"))
     sharded = jax.device_put(params, rows)
