@@ -9,6 +9,7 @@ from jaxclip.feedback import error_feedback
 from jaxclip.fitting import FitResult, fit, log_to_jsonl
 from jaxclip.gradients import clip_by_global_norm, clip_by_value
 from jaxclip.guards import skip_nonfinite, skip_or_clip
+from jaxclip.layer_rules import fan_in
 from jaxclip.lint import lint_chain
 from jaxclip.low_bit_training import keep_on_grid, trainable_parts
 from jaxclip.norms import global_norm, leaf_norms, unit_norms
@@ -38,7 +39,7 @@ from jaxclip.threshold_rules import (
     percentile_abs,
     std_multiple,
 )
-from jaxclip.thresholds import fan_in, resolve_threshold
+from jaxclip.thresholds import resolve_threshold
 from jaxclip.training import StepInfo, TrainState, make_train_step
 from jaxclip.tree_rules import per_tree
 from jaxclip.units import (

@@ -33,7 +33,7 @@ from jaxclip.grids import Bits, Granularity, code_range
 from jaxclip.rescaling import quotient
 from jaxclip.scale_formats import round_scale, scale_format
 from jaxclip.threshold_rules import importance_for, mse_optimal
-from jaxclip.thresholds import ThresholdRule
+from jaxclip.thresholds import ThresholdRule, is_rule_factory
 
 __all__ = ["QuantizedArray", "dequantize", "quantize"]
 
@@ -269,7 +269,7 @@ def quantize(
         raise TypeError(f"{name} must be real floating to be quantized, got {array.dtype}.")
     _check_all_finite(name, array)
     granularity = Granularity(axis, group_size).from_the_end(array.ndim)
-    if getattr(threshold, "__annotations__", {}).get("return") is ThresholdRule:
+    if is_rule_factory(threshold):
         threshold = threshold()  # a rule's factory
     scale_dtype = scale_format(scale_dtype)
     grid = (bits, full_signed, granularity, scale_dtype)

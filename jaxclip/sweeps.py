@@ -228,10 +228,7 @@ def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _numbers(name: str, values: Sequence[float], check: Callable[[str, Any], None]) -> np.ndarray:
-    values = np.asarray(values).tolist() if isinstance(values, jax.Array) else list(values)
-    values = [
-        np.asarray(x).item() if isinstance(x, jax.Array) and not x.ndim else x for x in values
-    ]
+    values = [x.item() if isinstance(x, jax.Array) and not x.ndim else x for x in values]
     for i, value in enumerate(values):
         check(f"{name}[{i}]", value)
     if not values or len(set(values)) != len(values):

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxclip._checks import is_clippable, is_concrete, path_name
 from jaxclip.gradients import LeafReport
-from jaxclip.thresholds import fan_ins, resolve_threshold
+from jaxclip.layer_rules import fan_ins
+from jaxclip.thresholds import resolve_threshold
 from jaxclip.weights import weight_clip_rate
 
 __all__ = ["LeafBox", "LeafShares", "clip_stats", "explain"]

@@ -4,8 +4,8 @@ A threshold is, wherever one is asked for:
 
 * a number in [0, inf], or a 0-d array, possibly traced (inf: never clip);
 * a schedule, `step -> number`;
-* a rule, `array -> threshold`: `fan_in`, or one of `jaxclip.threshold_rules`; or one for a
-  whole tree, `jaxclip.tree_rules.per_tree`;
+* a rule, `array -> threshold`: one of `jaxclip.threshold_rules`, or `fan_in` of
+  `jaxclip.layer_rules`; or one for a whole tree, `jaxclip.tree_rules.per_tree`;
 * a prefix tree of these, one for each part of the parameters.
 
 A bound holds for the number as given: it is rounded towards zero into the dtype of what
@@ -28,11 +28,12 @@ from jaxclip.grids import Bits, Granularity
 
 __all__ = [
     "ThresholdRule",
+    "as_threshold",
     "check_number_or_schedule",
     "check_one_threshold",
     "check_threshold_tree",
-    "fan_in",
-    "fan_ins",
+    "is_rule_factory",
+    "is_threshold_leaf",
     "resolve_threshold",
     "round_toward_zero",
 ]
@@ -131,16 +132,26 @@ def check_threshold_tree(name: str, threshold: Any) -> None:
       Traceback (most recent call last):
       ValueError: max_abs at 'w' must be in [0, inf], got -1.0 of type float.
     """
-    entries = jax.tree_util.tree_leaves_with_path(threshold, is_leaf=_is_threshold_leaf)
+    entries = jax.tree_util.tree_leaves_with_path(threshold, is_leaf=is_threshold_leaf)
     for path, given in entries:
         where = f"{name} at '{_checks.path_name(path)}'" if path else name
-        if _is_factory(given):
+        if is_rule_factory(given):
             raise TypeError(f"{where} is the factory {given.__name__}: call it to make a rule.")
         if not callable(given):
             _checks.check_threshold_array(where, given)
 
 
-def _is_factory(given: Any) -> bool:
+def is_rule_factory(given: Any) -> bool:
+    """Returns whether something is a function that makes a rule, by what it says it returns.
+
+    Args:
+      given: Anything.
+
+    Example:
+      >>> from jaxclip import max_abs
+      >>> is_rule_factory(max_abs), is_rule_factory(max_abs())
+      (True, False)
+    """
     return getattr(given, "__annotations__", {}).get("return") is ThresholdRule
 
 
@@ -185,11 +196,12 @@ def check_number_or_schedule(
       ValueError: If a concrete number is out of range.
 
     Example:
+      >>> from jaxclip import fan_in
       >>> check_number_or_schedule("decay", fan_in(1.0))
       Traceback (most recent call last):
       TypeError: decay must be a number or a schedule: a rule measures arrays, not steps.
     """
-    if isinstance(given, ThresholdRule) or _is_factory(given):
+    if isinstance(given, ThresholdRule) or is_rule_factory(given):
         raise TypeError(
             f"{name} must be a number or a schedule: a rule measures arrays, not steps."
         )
@@ -197,7 +209,16 @@ def check_number_or_schedule(
         check_number(name, given)
 
 
-def _is_threshold_leaf(x: Any) -> bool:
+def is_threshold_leaf(x: Any) -> bool:
+    """Returns whether a node of a prefix tree is one threshold, whatever it has inside.
+
+    Args:
+      x: A node.
+
+    Example:
+      >>> is_threshold_leaf(None), is_threshold_leaf({"kernel": 0.5})
+      (True, False)
+    """
     return x is None or callable(x)
 
 
@@ -240,9 +261,9 @@ def resolve_threshold(threshold: Any, params: Any, step: Any = None) -> Any:
         if isinstance(given, ThresholdRule):
             found = given.for_leaves(bounded, step)
         elif isinstance(given, jax.Array) and given.ndim == 0:
-            found = [_as_threshold(given)] * len(bounded)  # the same array for all leaves
+            found = [as_threshold(given)] * len(bounded)  # the same array for all leaves
         else:
-            found = [_as_threshold(given, name, np.shape(leaf)) for name, leaf in bounded]
+            found = [as_threshold(given, name, np.shape(leaf)) for name, leaf in bounded]
         rest = iter(found)
         return structure.unflatten(
             [next(rest) if _checks.is_clippable(leaf) else float("inf") for _, leaf in flat]
@@ -250,7 +271,7 @@ def resolve_threshold(threshold: Any, params: Any, step: Any = None) -> Any:
 
     try:
         entries, treedef = jax.tree_util.tree_flatten_with_path(
-            threshold, is_leaf=_is_threshold_leaf
+            threshold, is_leaf=is_threshold_leaf
         )
         subtrees = treedef.flatten_up_to(params)
     except ValueError as error:
@@ -264,8 +285,21 @@ def resolve_threshold(threshold: Any, params: Any, step: Any = None) -> Any:
     return jax.tree.unflatten(treedef, resolved)
 
 
-def _as_threshold(given: Any, name: str = "", shape: tuple[int, ...] = ()) -> Any:
-    """A Python float, or a jax array of the rank of the leaf that it bounds."""
+def as_threshold(given: Any, name: str = "", shape: tuple[int, ...] = ()) -> Any:
+    """Returns a threshold as what bounds: a Python float, or a jax array, never below 0.
+
+    Args:
+      given: A number or an array of them.
+      name: The leaf's path, for the message.
+      shape: The shape of the leaf that it bounds; the array gets its rank.
+
+    Raises:
+      ValueError: If an array does not broadcast to that shape.
+
+    Example:
+      >>> as_threshold(1), as_threshold(jnp.array([-1.0, 2.0]), "kernel", (3, 2)).tolist()
+      (1.0, [[0.0, 2.0]])
+    """
     if np.ndim(given) == 0 and not isinstance(given, jax.Array):
         return float(given)
     t = jnp.asarray(given)
@@ -355,145 +389,3 @@ class ThresholdRule:
         """Returns this rule for one grid and granularity; what `quantize` calls."""
         del bits, full_signed
         return dataclasses.replace(self, granularity=granularity)
-
-
-@dataclasses.dataclass(frozen=True)
-class _FanIn(ThresholdRule):
-    kappa: Any = 1.0
-    stacked_axes: int = 0
-    out_axes: tuple[int, ...] | None = None
-    path: str = ""
-    is_blockwise: ClassVar[bool] = False  # the shape of the whole array counts
-
-    def __call__(self, array: ArrayLike) -> Any:
-        return self.for_leaf(self.path, array, jnp.zeros((), jnp.int32))
-
-    def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
-        num_inputs = self.num_inputs(path, np.shape(leaf))
-        if num_inputs is None:
-            return float("inf")
-        kappa = jnp.asarray(self.kappa(step)) if callable(self.kappa) else self.kappa
-        return _as_threshold(kappa) * float(np.sqrt(2 / max(num_inputs, 1)))
-
-    def num_inputs(self, path: str, shape: tuple[int, ...]) -> int | None:
-        """The number of inputs each output sums; None for leaves that stay free."""
-        names = path.split("/")
-        shape = shape[self.stacked_axes :]
-        if len(shape) < 2 or names[-1] in ("bias", "scale"):
-            return None
-        if self.out_axes is not None:
-            outputs = _axes_within(self.out_axes, path, shape)
-            return int(np.prod([n for axis, n in enumerate(shape) if axis not in outputs]))
-        if names[-1] == "embedding":
-            return shape[-1]
-        if len(names) > 1 and names[-2] in ("query", "key", "value") and len(shape) == 3:
-            return shape[0]  # (features, heads, head_dim)
-        return int(np.prod(shape[:-1]))
-
-    def at_path(self, path: str) -> ThresholdRule:
-        return dataclasses.replace(self, path=path)
-
-    def compact(self, array: jax.Array) -> jax.Array:
-        if self.num_inputs(self.path, np.shape(array)) is None:
-            if not self.path:
-                raise ValueError(f"fan_in needs two dimensions or more, got shape {array.shape}.")
-            # A free leaf is not clipped.
-            blocks, axes = self.granularity.split(array)
-            largest = jnp.max(
-                jnp.abs(blocks).astype(jnp.float32), axis=axes, keepdims=True, initial=0
-            )
-            return self.granularity.compact(largest, array.ndim)
-        return jnp.full(self.granularity.scale_shape(array.shape), self(array), jnp.float32)
-
-
-def _axes_within(axes: tuple[int, ...], path: str, shape: tuple[int, ...]) -> set[int]:
-    rank = len(shape)
-    if any(not -rank <= a < rank for a in axes):
-        raise ValueError(
-            f"out_axes must be in [{-rank}, {rank}) for '{path}' of shape {shape}, got {axes}."
-        )
-    return {a % rank for a in axes}
-
-
-def fan_in(
-    kappa: Any = 1.0, *, stacked_axes: int = 0, out_axes: int | Sequence[int] | None = None
-) -> ThresholdRule:
-    """Makes the rule `t = kappa * sqrt(2 / fan_in)`, kappa times the He standard deviation.
-
-    Fan-in is read from the shape as flax lays layers out: all axes but the last (Dense,
-    Conv HWIO and DHWIO with their groups, DenseGeneral with one output axis, the output
-    kernel of attention); the first for the query, key and value kernels of attention; the last
-    for an `embedding`. Leaves with fewer than two dimensions, and what is called `bias` or
-    `scale`, get `inf`: they stay free.
-
-    Args:
-      kappa: Number in [0, inf], a traced scalar, or a schedule `step -> number`.
-      stacked_axes: Leading axes that stack layers (scan over layers), not counted.
-      out_axes: Axis or axes of the outputs, counted without the stacked ones; the inputs are
-        the others. For what the shape does not say: `(-2, -1)` for a DenseGeneral with two
-        output axes, 0 for kernels as PyTorch lays them out. None goes by the above.
-
-    Returns:
-      A rule; on one array it gives a scalar threshold. For layers of different layout, a
-      prefix tree of rules. `compress` takes the largest weight of a leaf that stays free.
-
-    Raises:
-      TypeError: If `kappa` is not a number or a schedule.
-      ValueError: If `kappa` is negative or NaN, `stacked_axes` not a count, or `out_axes` not
-        of axes; when it is used, if an axis is out of range, with the path.
-
-    Example:
-      >>> float(fan_in(1.0)(jnp.zeros((8, 3)))), float(fan_in(1.0, out_axes=0)(jnp.zeros((8, 2))))
-      (0.5, 1.0)
-
-    References:
-      He et al., Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852
-      Elsayed et al., Weight Clipping for Deep Continual and Reinforcement Learning, 2024,
-      https://arxiv.org/abs/2407.01704
-    """
-    if out_axes is not None:
-        axes: Any = tuple(out_axes) if isinstance(out_axes, (tuple, list)) else (out_axes,)
-        are_integers = [isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in axes]
-        if not (axes and all(are_integers)):
-            raise ValueError(f"out_axes must be one or more integers, got {out_axes!r}.")
-        out_axes = tuple(int(a) for a in axes)
-    check_number_or_schedule("kappa", kappa)
-    if stacked_axes != 0:
-        _checks.check_count("stacked_axes", stacked_axes)
-    return _FanIn(Granularity(), kappa, stacked_axes, out_axes)
-
-
-def fan_ins(threshold: Any, params: Any) -> Any:
-    """Returns the number of inputs that `fan_in` counts for each leaf.
-
-    Args:
-      threshold: As in `resolve_threshold`.
-      params: Pytree whose leaves are bounded.
-
-    Returns:
-      A tree with the structure of `params`: the fan-in as a float, and inf for leaves that
-      stay free or have a threshold of another kind.
-
-    Raises:
-      ValueError: As `resolve_threshold`.
-
-    Example:
-      >>> fan_ins(fan_in(2.0), {"kernel": jnp.zeros((8, 3)), "bias": jnp.zeros(3)})
-      {'bias': inf, 'kernel': 8.0}
-    """
-    counts = jax.tree.map(
-        lambda given: _NumInputs(given.granularity, given) if isinstance(given, _FanIn) else np.inf,
-        threshold,
-        is_leaf=_is_threshold_leaf,
-    )
-    return resolve_threshold(counts, params)
-
-
-@dataclasses.dataclass(frozen=True)
-class _NumInputs(ThresholdRule):
-    rule: _FanIn = dataclasses.field(default_factory=_FanIn)
-
-    def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
-        del step
-        num_inputs = self.rule.num_inputs(path, np.shape(leaf))
-        return float("inf") if num_inputs is None else float(num_inputs)

@@ -17,11 +17,10 @@ from hypothesis.extra import numpy as hnp
 
 import jaxclip
 from jaxclip._checks import path_name
+from jaxclip.layer_rules import fan_in, fan_ins
 from jaxclip.threshold_rules import max_abs, mse_optimal, std_multiple
 from jaxclip.thresholds import (
     check_threshold_tree,
-    fan_in,
-    fan_ins,
     resolve_threshold,
     round_toward_zero,
 )
