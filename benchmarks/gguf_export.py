@@ -17,7 +17,7 @@ import gguf
 import jax
 import numpy as np
 
-from jaxclip.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, encode_blocks
+from jaxclip.interop.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, encode_blocks
 
 
 def drawn(num_blocks=2**14):

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import jaxclip
-from jaxclip.weights import weight_clip_rate
+from jaxclip.weights.clipping import weight_clip_rate
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
 from digits import accuracy, draw, loss_fn, model, train

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxclip
-from jaxclip.grids import code_range
+from jaxclip._core.grids import code_range
 
 
 def medians(rounds, *calls):

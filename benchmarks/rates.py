@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxclip
-from jaxclip.rates import code_entropy
+from jaxclip.thresholds.by_rate import code_entropy
 
 WIDTHS = ("ternary", 2, 3, 4)
 RATES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)

@@ -39,7 +39,7 @@ from rates import file_bits, relative_error
 from safetensors.numpy import load_file, save_file
 
 import jaxclip
-from jaxclip.rates import code_entropy
+from jaxclip.thresholds.by_rate import code_entropy
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxclip
-from jaxclip.sweep_programs import Program
-from jaxclip.sweep_tasks import Task
+from jaxclip.sweeps.programs import Program
+from jaxclip.sweeps.tasks import Task
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
 from digits import loss_fn, model, train

@@ -26,8 +26,8 @@ import peers
 from jax import lax
 
 import jaxclip
-from jaxclip.affine_scales import best_scale_and_zero
-from jaxclip.grids import code_range
+from jaxclip._core.grids import code_range
+from jaxclip.thresholds.search.scale_and_zero import best_scale_and_zero
 
 # --- The optimum and the error --------------------------------------------------------
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip import checkpoints, cli, decompress
-from jaxclip.quantization import QuantizedArray
+from jaxclip.lowbit.arrays import QuantizedArray
 
 SETTINGS = {
     "8 bits": "--bits 8",

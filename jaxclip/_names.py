@@ -1,55 +1,58 @@
 """The public names of the package, from the rooms that they live in."""
 
 from jaxclip import checkpoints, interop, plots
-from jaxclip.adaptive import adagc, autoclip, zclip
-from jaxclip.boxes import box, nonnegative
-from jaxclip.compression import compress, decompress
-from jaxclip.constraints import constrain, project_weights
-from jaxclip.feedback import error_feedback
-from jaxclip.fitting import FitResult, fit, log_to_jsonl
-from jaxclip.gradients import clip_by_global_norm, clip_by_value
-from jaxclip.guards import skip_nonfinite, skip_or_clip
-from jaxclip.layer_rules import fan_in
-from jaxclip.lint import lint_chain
-from jaxclip.low_bit_training import keep_on_grid, trainable_parts
-from jaxclip.norms import global_norm, leaf_norms, unit_norms
-from jaxclip.packing import pack_codes, unpack_codes
-from jaxclip.projections import max_norm, spectral_cap, unit_norm
-from jaxclip.quantization import QuantizedArray, dequantize, quantize
-from jaxclip.rate_rounding import cheaper_codes
-from jaxclip.rates import rate_optimal
-from jaxclip.rounding import apply_updates_stochastically
-from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
-from jaxclip.sign_kinds import scaled_sign, soft_sign, stochastic_sign
-from jaxclip.sign_optimizers import cautious, lion, sign_sgd, signum
-from jaxclip.sizes import size_report
-from jaxclip.smoothing import smooth_clip
-from jaxclip.spectra import clip_by_spectral_norm
-from jaxclip.spikes import clip_leaf_spikes, clip_spikes
-from jaxclip.stopping import StopReason, max_seconds, max_steps, nonfinite, plateau, reached
-from jaxclip.straight_through import fake_quantize
-from jaxclip.sweep_results import SweepResult, pareto_front
-from jaxclip.sweep_tasks import random_batches
-from jaxclip.sweeps import sweep
-from jaxclip.telemetry import clip_stats, explain
-from jaxclip.threshold_rules import (
-    least_squares,
-    max_abs,
-    mse_optimal,
-    percentile_abs,
-    std_multiple,
+from jaxclip.checkpoints.sizes import size_report
+from jaxclip.gradients.by_history import adagc, autoclip, zclip
+from jaxclip.gradients.by_norm import clip_by_global_norm
+from jaxclip.gradients.by_singular_value import clip_by_spectral_norm
+from jaxclip.gradients.by_unit import clip_by_block_rms, clip_by_leaf_norm
+from jaxclip.gradients.by_value import clip_by_value
+from jaxclip.gradients.feedback import error_feedback
+from jaxclip.gradients.guards import skip_nonfinite, skip_or_clip
+from jaxclip.gradients.relative import adaptive_grad_clip, clip_update_relative
+from jaxclip.gradients.smooth import smooth_clip
+from jaxclip.gradients.spikes import clip_leaf_spikes, clip_spikes
+from jaxclip.lint.chain import lint_chain
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.on_grid import keep_on_grid
+from jaxclip.lowbit.packing import pack_codes, unpack_codes
+from jaxclip.lowbit.quantizer import quantize
+from jaxclip.lowbit.rate_rounding import cheaper_codes
+from jaxclip.lowbit.scale_training import trainable_parts
+from jaxclip.lowbit.straight_through import fake_quantize
+from jaxclip.lowbit.trees import compress, decompress
+from jaxclip.norms.of_trees import global_norm
+from jaxclip.norms.of_units import leaf_norms, unit_norms
+from jaxclip.sign.caution import cautious
+from jaxclip.sign.directions import scale_by_lion, scale_by_sign, scale_by_signum
+from jaxclip.sign.kinds import scaled_sign, soft_sign, stochastic_sign
+from jaxclip.sign.optimizers import lion, sign_sgd, signum
+from jaxclip.sign.voting import majority_vote
+from jaxclip.sweeps.grid import sweep
+from jaxclip.sweeps.results import SweepResult, pareto_front
+from jaxclip.sweeps.tasks import random_batches
+from jaxclip.thresholds.by_error import least_squares, mse_optimal
+from jaxclip.thresholds.by_fan_in import fan_in
+from jaxclip.thresholds.by_magnitude import max_abs, percentile_abs, std_multiple
+from jaxclip.thresholds.by_rate import rate_optimal
+from jaxclip.thresholds.by_tree import per_tree
+from jaxclip.thresholds.values import resolve_threshold
+from jaxclip.training.loop import FitResult, fit, log_to_jsonl
+from jaxclip.training.step import StepInfo, TrainState, make_train_step
+from jaxclip.training.stochastic_rounding import apply_updates_stochastically
+from jaxclip.training.stopping import (
+    StopReason,
+    max_seconds,
+    max_steps,
+    nonfinite,
+    plateau,
+    reached,
 )
-from jaxclip.thresholds import resolve_threshold
-from jaxclip.training import StepInfo, TrainState, make_train_step
-from jaxclip.tree_rules import per_tree
-from jaxclip.units import (
-    adaptive_grad_clip,
-    clip_by_block_rms,
-    clip_by_leaf_norm,
-    clip_update_relative,
-)
-from jaxclip.voting import majority_vote
-from jaxclip.weights import clip_weights, keep_weights_within, kernels_only
+from jaxclip.training.telemetry import clip_stats, explain
+from jaxclip.weights.boxes import box, nonnegative
+from jaxclip.weights.clipping import clip_weights, kernels_only
+from jaxclip.weights.constraints import constrain, keep_weights_within, project_weights
+from jaxclip.weights.projections import max_norm, spectral_cap, unit_norm
 
 __all__ = [
     "FitResult",

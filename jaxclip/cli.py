@@ -154,7 +154,8 @@ def _as_json(value: Any) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> Any:
-    from jaxclip import checkpoints, inspection
+    from jaxclip import checkpoints
+    from jaxclip.checkpoints import inspection
 
     report = checkpoints.inspect(args.path)
     if args.headers_only:
@@ -194,15 +195,16 @@ def _clip(args: argparse.Namespace) -> Any:
 
 
 def _compress(args: argparse.Namespace) -> Any:
-    from jaxclip import checkpoints, rates, threshold_rules
+    import jaxclip
+    from jaxclip import checkpoints
 
-    bits, coding, rule = args.bits, args.coding, getattr(threshold_rules, args.rule)
+    bits, coding, rule = args.bits, args.coding, getattr(jaxclip, args.rule)
     if args.rate is not None:
-        bits, rule = 8, rates.rate_optimal(args.rate)
+        bits, rule = 8, jaxclip.rate_optimal(args.rate)
         coding = coding or "huffman"
     for _, spec in args.policy:
         if isinstance(spec, dict) and "rule" in spec:
-            spec["rule"] = getattr(threshold_rules, spec["rule"])
+            spec["rule"] = getattr(jaxclip, spec["rule"])
     return checkpoints.compress_checkpoint(
         args.src,
         args.dst,
@@ -248,7 +250,7 @@ def _export(args: argparse.Namespace) -> Any:
 
 
 def _verify(args: argparse.Namespace) -> Any:
-    from jaxclip import inspection
+    from jaxclip.checkpoints import inspection
 
     return inspection.verify_file(args.path)
 

@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxclip import _checks
-
-__all__ = ["front", "heat_maps", "tradeoff", "training_curves", "weight_histograms"]
+from jaxclip._core import extras
 
 # Okabe and Ito's colours, told apart with any colour vision; markers for print in grey.
 _STYLES = (
@@ -316,7 +314,7 @@ def _style(i: int) -> dict[str, str]:
 
 def _figure(width: float, height: float, num_lines: int = 0, num_columns: int = 0) -> Any:
     """A figure and its axes: one, or a flat list of as many as were asked for."""
-    figure = _checks.import_extra("matplotlib.figure", "examples").Figure(
+    figure = extras.import_extra("matplotlib.figure", "examples").Figure(
         figsize=(width, height), layout="constrained"
     )
     if not num_lines:
@@ -325,7 +323,7 @@ def _figure(width: float, height: float, num_lines: int = 0, num_columns: int = 
 
 
 def _by_size(axes: Any) -> None:
-    ticker = _checks.import_extra("matplotlib.ticker", "examples")
+    ticker = extras.import_extra("matplotlib.ticker", "examples")
     axes.set_xscale("log", base=2)
     left, right = axes.get_xlim()
     axes.set_xlim(left, 1.2 * right)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxclip.grids import code_range
+from jaxclip._core.grids import code_range
 
 
 def exact_optimum(x: np.ndarray, bits, full_signed: bool) -> float:

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxclip import checkpoints
-from jaxclip.grids import Granularity, code_range
-from jaxclip.quantization import QuantizedArray
+from jaxclip._core.grids import Granularity, code_range
+from jaxclip.lowbit.arrays import QuantizedArray
 
 RECORDED = pathlib.Path(__file__).parent / "recorded"
 

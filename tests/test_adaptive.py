@@ -19,7 +19,7 @@ from streams import (
     scan,
 )
 
-from jaxclip.adaptive import adagc, autoclip, zclip
+from jaxclip.gradients.by_history import adagc, autoclip, zclip
 
 # --- Oracles: generators that take a finite gradient and give (clipped, statistics) -----
 

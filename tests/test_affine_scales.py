@@ -9,8 +9,8 @@ import pytest
 from exact_scales import distributions, exact_affine_optimum
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxclip import block_sums
-from jaxclip.affine_scales import best_scale_and_zero
+from jaxclip.thresholds.search import candidates
+from jaxclip.thresholds.search.scale_and_zero import best_scale_and_zero
 
 GRIDS = [(-2, 1), (0, 7), (-8, 7)]
 SKEWED = ("one-sided", "shifted", "exponential", "flat below")
@@ -118,7 +118,7 @@ def test_degenerate_rows_have_finite_scales_and_no_needless_error():
 @pytest.mark.slow
 def test_many_rows_are_searched_in_chunks_and_each_as_if_alone():
     row = 64
-    num_rows = block_sums._SLAB // row + 11  # a second chunk, which begins in the first
+    num_rows = candidates._SLAB // row + 11  # a second chunk, which begins in the first
     x = np.random.default_rng(0).normal(0.5, 1, (num_rows, row)).astype(np.float32)
     scale, zero = best_scale_and_zero(jnp.asarray(x), (1,), row, -2, 1)
     few = np.r_[0:20, num_rows - 20 : num_rows]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxclip.allocation import allocate, hull_steps
+from jaxclip.lowbit.budgets import allocate, hull_steps
 
 
 @st.composite

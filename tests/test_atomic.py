@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from jaxclip.atomic import new_folder, replacing
+from jaxclip._core.atomic import new_folder, replacing
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
 each_way = pytest.mark.parametrize("overwrite", [True, False])
@@ -146,7 +146,7 @@ def test_a_folder_is_made_where_it_was_when_the_block_began(tmp_path, monkeypatc
 def test_a_folder_that_a_killed_writer_left_is_removed_by_the_next(tmp_path: pathlib.Path):
     script = """
 import os, sys
-from jaxclip.atomic import new_folder
+from jaxclip._core.atomic import new_folder
 with new_folder(sys.argv[1]) as folder:
     (folder / "half").touch()
     os._exit(9)
@@ -165,7 +165,7 @@ with new_folder(sys.argv[1]) as folder:
 
 SAVES = """
 import sys
-from jaxclip.atomic import replacing
+from jaxclip._core.atomic import replacing
 
 with replacing(sys.argv[1], overwrite=sys.argv[2] == "True") as file:
     file.write(b"new" * 10_000)
@@ -213,7 +213,7 @@ def test_the_system_calls_of_a_save_are_in_order(tmp_path: pathlib.Path, overwri
 
 KILLED = """
 import os, pathlib, sys
-from jaxclip.atomic import replacing
+from jaxclip._core.atomic import replacing
 
 folder, overwrite = pathlib.Path(sys.argv[1]), sys.argv[2] == "True"
 path, old, new = folder / "file", b"old", b"new" * 10_000

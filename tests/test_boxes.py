@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxclip
-from jaxclip.boxes import Box, box, nonnegative
+from jaxclip.weights.boxes import Box, box, nonnegative
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

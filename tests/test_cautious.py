@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import jaxclip
-from jaxclip.sign import scale_by_lion
-from jaxclip.sign_optimizers import CautiousState, cautious, lion, signum
+from jaxclip.sign.caution import CautiousState, cautious
+from jaxclip.sign.directions import scale_by_lion
+from jaxclip.sign.optimizers import lion, signum
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 

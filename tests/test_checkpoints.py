@@ -26,13 +26,15 @@ import safetensors.numpy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxclip import archives, atomic, checkpoints
-from jaxclip.checkpoints import CheckpointError
-from jaxclip.compression import compress, decompress
-from jaxclip.grids import Granularity
-from jaxclip.quantization import QuantizedArray, dequantize, quantize
-from jaxclip.sizes import size_report
-from jaxclip.threshold_rules import max_abs
+from jaxclip import checkpoints
+from jaxclip._core import atomic
+from jaxclip._core.grids import Granularity
+from jaxclip.checkpoints import CheckpointError, numpy_files
+from jaxclip.checkpoints.sizes import size_report
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.quantizer import quantize
+from jaxclip.lowbit.trees import compress, decompress
+from jaxclip.thresholds.by_magnitude import max_abs
 
 WIDTHS = [1, "ternary", 2, 3, 4, 5, 6, 8]
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -560,7 +562,9 @@ def test_pickles_are_never_run(suffix, tmp_path):
 
 
 def test_a_newer_version_is_refused_by_its_number(path, monkeypatch):
-    monkeypatch.setattr("jaxclip.headers._version_for", lambda quantized, codings: 3)
+    monkeypatch.setattr(
+        "jaxclip.checkpoints.format.headers._version_for", lambda quantized, codings: 3
+    )
     checkpoints.save(path, small_tree())
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"reads version 3 is needed"):
@@ -633,7 +637,7 @@ def test_no_damage_to_an_npz_raises_anything_else(tmp_path):
 
 def test_bombs_and_strange_members_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
-    monkeypatch.setattr(archives, "_ALWAYS_ALLOWED_BYTES", 1000)
+    monkeypatch.setattr(numpy_files, "_ALWAYS_ALLOWED_BYTES", 1000)
     np.savez_compressed(path, w=np.zeros(100_000))
     with pytest.raises(CheckpointError, match="bomb"):
         checkpoints.load(path)

@@ -6,14 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxclip import _checks
+from jaxclip._core import checks, floats, trees
 
 NUMBERS = {
-    "threshold": _checks.check_threshold,
-    "positive": _checks.check_positive,
-    "finite": _checks.check_finite,
-    "nonnegative": _checks.check_nonnegative,
-    "decay_rate": _checks.check_decay_rate,
+    "threshold": checks.check_threshold,
+    "positive": checks.check_positive,
+    "finite": checks.check_finite,
+    "nonnegative": checks.check_nonnegative,
+    "decay_rate": checks.check_decay_rate,
 }
 every_check = pytest.mark.parametrize("check", NUMBERS.values(), ids=NUMBERS)
 
@@ -74,31 +74,31 @@ def test_the_value_of_a_jax_array_is_never_looked_at(check):
 
 def test_an_integer_too_large_for_a_float_is_a_value_error_or_infinite():
     try:
-        _checks.check_threshold("beta", 10**400)
+        checks.check_threshold("beta", 10**400)
     except ValueError as error:
         assert "beta" in str(error)  # noqa: PT017
 
 
 def test_a_choice_must_be_equal_in_type_too():
-    _checks.check_choice("bits", 2, (1, 2, "ternary"))
+    checks.check_choice("bits", 2, (1, 2, "ternary"))
     for bad in (True, 2.0, "2", None, 3):
         with pytest.raises(ValueError, match="bits must be one of"):
-            _checks.check_choice("bits", bad, (1, 2, "ternary"))
+            checks.check_choice("bits", bad, (1, 2, "ternary"))
 
 
 def test_a_count_is_an_integer_of_at_least_one():
-    _checks.check_count("size", np.int32(1))
+    checks.check_count("size", np.int32(1))
     for bad in (0, -1, 1.0, True, "1", None):
         with pytest.raises(ValueError, match="size"):
-            _checks.check_count("size", bad)
+            checks.check_count("size", bad)
 
 
 def test_floating_leaves_count_and_all_others_do_not():
     floating = [0.5, 1j, np.float64(1), jnp.zeros(2, jnp.bfloat16), np.zeros(2, np.complex64)]
     other = [1, True, None, "a", jnp.zeros(2, jnp.int8), np.zeros(2, bool), jax.random.key(0)]
     other.append(np.zeros(2, jax.dtypes.float0))
-    assert all(_checks.is_clippable(x) for x in floating)
-    assert not any(_checks.is_clippable(x) for x in other)
+    assert all(trees.is_clippable(x) for x in floating)
+    assert not any(trees.is_clippable(x) for x in other)
 
 
 def test_mismatching_trees_are_named_at_the_first_path_that_differs():
@@ -106,27 +106,27 @@ def test_mismatching_trees_are_named_at_the_first_path_that_differs():
     renamed = {"layer": {"weight": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}
     reshaped = {"layer": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(3)}}
     longer = {**a, "tail": jnp.zeros(1)}
-    _checks.check_same_structure("updates", a, "params", a)
+    checks.check_same_structure("updates", a, "params", a)
     with pytest.raises(ValueError, match=r"layer/kernel.*layer/weight"):
-        _checks.check_same_structure("updates", a, "params", renamed)
+        checks.check_same_structure("updates", a, "params", renamed)
     with pytest.raises(ValueError, match=r"layer/kernel.*\(2, 3\).*\(3, 2\)"):
-        _checks.check_same_structure("updates", a, "params", reshaped)
+        checks.check_same_structure("updates", a, "params", reshaped)
     with pytest.raises(ValueError, match=r"'tail' is only in params"):
-        _checks.check_same_structure("updates", a, "params", longer)
+        checks.check_same_structure("updates", a, "params", longer)
     with pytest.raises(ValueError, match=r"'tail' is only in updates"):
-        _checks.check_same_structure("updates", longer, "params", a)
+        checks.check_same_structure("updates", longer, "params", a)
 
 
 def test_weak_types_are_kept_only_where_they_were():
     weak = jnp.asarray(1.0)
     strong = jnp.asarray(1.0, weak.dtype)
     assert weak.weak_type
-    assert _checks.keep_weak_type(strong, weak).weak_type
-    assert not _checks.keep_weak_type(strong, strong).weak_type
+    assert floats.keep_weak_type(strong, weak).weak_type
+    assert not floats.keep_weak_type(strong, strong).weak_type
 
 
 def test_computation_is_in_float32_or_wider():
-    assert _checks.compute_dtype(jnp.float16, jnp.bfloat16) == jnp.float32
-    assert _checks.compute_dtype(jnp.float16, jnp.complex64) == jnp.complex64
-    assert _checks.compute_dtype(np.float64, jnp.bfloat16) == np.float64
-    assert _checks.compute_dtype(np.float64, jnp.complex64) == np.complex128
+    assert floats.compute_dtype(jnp.float16, jnp.bfloat16) == jnp.float32
+    assert floats.compute_dtype(jnp.float16, jnp.complex64) == jnp.complex64
+    assert floats.compute_dtype(np.float64, jnp.bfloat16) == np.float64
+    assert floats.compute_dtype(np.float64, jnp.complex64) == np.complex128

@@ -276,7 +276,7 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxclip.conversion.write_tree", interrupted)
+    monkeypatch.setattr("jaxclip.checkpoints.rewriting.write_tree", interrupted)
     before = sorted(os.listdir())
     status, out, err = run("clip", "net.safetensors", "x.safetensors", "--threshold", "1")
     assert (status, out) == (130, "")

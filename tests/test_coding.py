@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxclip import coding
-from jaxclip.coding import check_coding, decode_codes, encode_codes
+from jaxclip.lowbit import entropy_coding
+from jaxclip.lowbit.entropy_coding import check_coding, decode_codes, encode_codes
 
 every_coding = pytest.mark.parametrize("kind", ["huffman", "ans"])
 
@@ -50,7 +50,9 @@ def test_the_outermost_codes_come_back(kind, codes):
 
 
 @every_coding
-@pytest.mark.parametrize("count", [coding._CHUNK - 1, coding._CHUNK, coding._CHUNK + 41])
+@pytest.mark.parametrize(
+    "count", [entropy_coding._CHUNK - 1, entropy_coding._CHUNK, entropy_coding._CHUNK + 41]
+)
 @pytest.mark.parametrize("step", [0.2, 2.0])
 def test_chunks_join(kind, count, step):
     codes = rounded(np.random.default_rng(0).standard_t(2, count), step)
@@ -129,9 +131,9 @@ def test_data_of_another_length_are_refused(kind):
 def test_no_data_are_codes_beyond_their_growth_and_the_writer_makes_none(monkeypatch):
     codes = np.zeros(4000, np.int8)
     data = encode_codes(codes, "ans")
-    monkeypatch.setattr(coding, "_ALWAYS_ALLOWED", 4000 - 64 * len(data))
+    monkeypatch.setattr(entropy_coding, "_ALWAYS_ALLOWED", 4000 - 64 * len(data))
     assert encode_codes(codes, "ans") == data
-    monkeypatch.setattr(coding, "_ALWAYS_ALLOWED", 3999 - 64 * len(data))
+    monkeypatch.setattr(entropy_coding, "_ALWAYS_ALLOWED", 3999 - 64 * len(data))
     assert encode_codes(codes, "ans") is None
     with pytest.raises(ValueError, match=r"4,000 codes in \d+ bytes are refused as a bomb"):
         decode_codes(data, "ans", 4000)
@@ -187,7 +189,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     coded = encode_codes(np.zeros(10, np.int8), "ans")
     monkeypatch.setitem(sys.modules, "constriction", None)
     check_coding("smallest")
-    assert coding.codings_tried("smallest") == ("huffman",)
+    assert entropy_coding.codings_tried("smallest") == ("huffman",)
     with pytest.raises(ImportError, match=r"jaxclip\[coding\]"):
         check_coding("ans")
     with pytest.raises(ImportError, match=r"jaxclip\[coding\]"):

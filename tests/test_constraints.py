@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
 from jaxclip import box, constrain, max_norm, nonnegative, project_weights, spectral_cap, unit_norm
-from jaxclip.landing import rounded_sum
+from jaxclip._core.updates import rounded_sum
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

@@ -15,14 +15,14 @@ import pytest
 import safetensors.numpy
 
 import jaxclip
-from jaxclip import checkpoints, interop, leaf_parts
-from jaxclip.checkpoints import (
-    CheckpointError,
+from jaxclip import checkpoints, interop
+from jaxclip.checkpoints import CheckpointError, rows
+from jaxclip.checkpoints.format.parsing import header_length
+from jaxclip.checkpoints.rewriting import (
     clip_checkpoint,
     compress_checkpoint,
     decompress_checkpoint,
 )
-from jaxclip.headers import header_length
 
 
 def drawn(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
@@ -72,7 +72,7 @@ def test_the_file_is_that_of_the_tree_in_memory(bits, options, coding, source, t
 @pytest.mark.parametrize("options", [{"group_size": 8}, {}, {"zero_point": True}])
 def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, monkeypatch):
     compress_checkpoint(source, tmp_path / "whole.safetensors", 4, **options)
-    monkeypatch.setattr(leaf_parts, "_PART_BYTES", 7 * 16 * 4)  # 40 rows of 16 in parts of 7
+    monkeypatch.setattr(rows, "_PART_BYTES", 7 * 16 * 4)  # 40 rows of 16 in parts of 7
     compress_checkpoint(source, target, 4, **options)
     whole, parts = (checkpoints.load(p) for p in (tmp_path / "whole.safetensors", target))
     for name, w in weights().items():
@@ -92,7 +92,7 @@ def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, 
 )
 def test_what_looks_at_the_whole_leaf_gets_it(options, source, target, monkeypatch):
     whole = jaxclip.compress(checkpoints.load(source), 8, axis=0, **options)["embed.weight"]
-    monkeypatch.setattr(leaf_parts, "_PART_BYTES", 7 * 16 * 4)
+    monkeypatch.setattr(rows, "_PART_BYTES", 7 * 16 * 4)
     compress_checkpoint(source, target, 8, coding="huffman", **options)
     np.testing.assert_array_equal(checkpoints.load(target)["embed.weight"].qvalue, whole.qvalue)
 
@@ -153,7 +153,7 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(source, target):
 
 @pytest.mark.parametrize("part_bytes", [2**24, 7 * 16 * 4])
 def test_the_report_has_what_each_leaf_lost(part_bytes, source, target, monkeypatch):
-    monkeypatch.setattr(leaf_parts, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(rows, "_PART_BYTES", part_bytes)
     policy = [("embed", {"bits": 2, "group_size": 8, "rule": 0.15}), ("layer.weight", 3)]
     report = compress_checkpoint(source, target, 2, rule=jaxclip.max_abs, policy=policy)
     original, small = checkpoints.load(source), checkpoints.load(target)
@@ -462,7 +462,9 @@ def test_too_many_tensors_for_a_header_are_refused_when_saving(tmp_path, target,
     safetensors.numpy.save_file(
         {f"a/{i}": drawn(1) for i in range(9)}, tmp_path / "net.safetensors"
     )
-    monkeypatch.setattr("jaxclip.writing.header_length", functools.partial(limited, 500))
+    monkeypatch.setattr(
+        "jaxclip.checkpoints.format.writing.header_length", functools.partial(limited, 500)
+    )
     with pytest.raises(ValueError, match="header is larger"):
         clip_checkpoint(tmp_path / "net.safetensors", target, 1.0)
     assert os.listdir(target.parent) == []
@@ -470,7 +472,7 @@ def test_too_many_tensors_for_a_header_are_refused_when_saving(tmp_path, target,
 
 def limited(limit: int, prefix: bytes, file_size: int) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxclip.headers._MAX_HEADER_BYTES", limit)
+        patch.setattr("jaxclip.checkpoints.format.parsing._MAX_HEADER_BYTES", limit)
         return header_length(prefix, file_size)
 
 

@@ -16,10 +16,11 @@ import pytest
 import recorded_trees
 import safetensors
 
-from jaxclip import checkpoints, layout
-from jaxclip.compression import decompress
-from jaxclip.grids import Granularity, code_range
-from jaxclip.quantization import QuantizedArray
+from jaxclip import checkpoints
+from jaxclip._core.grids import Granularity, code_range
+from jaxclip.checkpoints.format import layout
+from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.trees import decompress
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 WITHOUT_CLAIMS = ("digits", "fashion", "minilm", "read_low_bit_file")

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from jaxclip import checkpoints
-from jaxclip.sizes import size_report
+from jaxclip.checkpoints.sizes import size_report
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}

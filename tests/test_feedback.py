@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxclip
-from jaxclip.feedback import error_feedback
+from jaxclip.gradients.feedback import error_feedback
 
 
 def make_tree(seed: int, dtype: Any = jnp.float32) -> Any:

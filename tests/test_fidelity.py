@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclip import dequantize, fidelity, max_abs, quantize
+from jaxclip import dequantize, max_abs, quantize
+from jaxclip.lowbit import distortion
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
 
@@ -19,29 +20,31 @@ def test_squared_error_and_norm_are_those_of_float64(dtype):
     w = jnp.asarray(weights(7, 12)).astype(dtype)
     q = quantize(w, 3, threshold=max_abs, axis=0)
     exact, rounded = (np.asarray(x).astype(np.float64) for x in (w, dequantize(q)))
-    assert fidelity.squared_error(w, q) == pytest.approx(np.sum((exact - rounded) ** 2), rel=1e-12)
-    assert fidelity.squared_norm(w) == pytest.approx(np.sum(exact**2), rel=1e-12)
-    assert fidelity.squared_norm(q) == pytest.approx(np.sum(rounded**2), rel=1e-12)
+    assert distortion.squared_error(w, q) == pytest.approx(
+        np.sum((exact - rounded) ** 2), rel=1e-12
+    )
+    assert distortion.squared_norm(w) == pytest.approx(np.sum(exact**2), rel=1e-12)
+    assert distortion.squared_norm(q) == pytest.approx(np.sum(rounded**2), rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 def test_squares_beyond_float32_neither_overflow_nor_vanish(size):
     w = np.full(3, size, np.float32)
-    assert fidelity.squared_norm(w) == pytest.approx(3 * size**2, rel=1e-6)
-    assert fidelity.squared_error(w, 2 * w) == pytest.approx(3 * size**2, rel=1e-6)
+    assert distortion.squared_norm(w) == pytest.approx(3 * size**2, rel=1e-6)
+    assert distortion.squared_error(w, 2 * w) == pytest.approx(3 * size**2, rel=1e-6)
 
 
 def test_pieces_add_up(monkeypatch):
     w, v = weights(50), weights(2, 50)[1]
-    whole = fidelity.squared_error(w, v)
-    monkeypatch.setattr(fidelity, "_PIECE", 7)
-    assert fidelity.squared_error(w, v) == pytest.approx(whole, rel=1e-12)
+    whole = distortion.squared_error(w, v)
+    monkeypatch.setattr(distortion, "_PIECE", 7)
+    assert distortion.squared_error(w, v) == pytest.approx(whole, rel=1e-12)
 
 
 def test_arrays_without_entries_lose_nothing():
     w = np.zeros((0, 3), np.float32)
-    assert (fidelity.squared_norm(w), fidelity.squared_error(w, w)) == (0.0, 0.0)
-    assert fidelity.clipped_share(w, quantize(w, 4, threshold=1.0)) == 0.0
+    assert (distortion.squared_norm(w), distortion.squared_error(w, w)) == (0.0, 0.0)
+    assert distortion.clipped_share(w, quantize(w, 4, threshold=1.0)) == 0.0
 
 
 @pytest.mark.parametrize("bits", [1, "ternary", 2, 4])
@@ -56,19 +59,19 @@ def test_clipped_entries_are_those_beyond_the_ends_of_their_blocks_levels(bits, 
     ends = np.sort(np.stack([scale * low, scale * high]), axis=0)
     outside = (w < ends[0] * (1 + 1e-6)) | (w > ends[1] * (1 + 1e-6))
     assert 0 < outside.mean() < 1
-    assert fidelity.clipped_share(w, q) == pytest.approx(outside.mean())
+    assert distortion.clipped_share(w, q) == pytest.approx(outside.mean())
 
 
 def test_with_a_zero_point_the_ends_are_uneven():
     w = np.linspace(-1, 3, 17, dtype=np.float32)
     q = quantize(w, 4, threshold=2.0, zero_point=True)  # reaches from -1 to 2
-    assert fidelity.clipped_share(w, q) == pytest.approx(np.mean(w > 2.1), abs=1e-9)
+    assert distortion.clipped_share(w, q) == pytest.approx(np.mean(w > 2.1), abs=1e-9)
 
 
 @pytest.mark.parametrize("bits", ["ternary", 3, 8])
 def test_max_abs_clips_nothing(bits):
     w = weights(40, 9)
-    assert fidelity.clipped_share(w, quantize(w, bits, threshold=max_abs, axis=0)) == 0.0
+    assert distortion.clipped_share(w, quantize(w, bits, threshold=max_abs, axis=0)) == 0.0
 
 
 @DTYPES
@@ -87,25 +90,25 @@ def test_rows_decode_to_the_bits_of_dequantize_in_pieces_too(dtype, options, mon
     q = quantize(w, 3, threshold=0.9, **options)
     wanted = np.asarray(dequantize(q))
     for piece in (2**17, 20, 1):
-        monkeypatch.setattr(fidelity, "_PIECE", piece)
-        assert fidelity.squared_error(q, wanted) == 0.0
+        monkeypatch.setattr(distortion, "_PIECE", piece)
+        assert distortion.squared_error(q, wanted) == 0.0
         np.testing.assert_array_equal(
-            np.concatenate(list(fidelity._pieces(q))), wanted.astype(np.float64).reshape(-1)
+            np.concatenate(list(distortion._pieces(q))), wanted.astype(np.float64).reshape(-1)
         )
 
 
 def test_levels_beyond_the_dtype_decode_to_its_largest_number():
     q = quantize(jnp.array([65504.0, -3.0], jnp.float16), 2, threshold=65504.0)
-    assert fidelity.squared_error(q, dequantize(q)) == 0.0
+    assert distortion.squared_error(q, dequantize(q)) == 0.0
 
 
 def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
     w = weights(6, 8)
     q = quantize(w, 2, threshold=0.8, axis=0)
     rows = [slice(0, 2), slice(2, 6)]
-    parts = [fidelity.loss_of(w[r], jax.tree.map(lambda x, r=r: x[r], q)) for r in rows]
-    whole, added = fidelity.loss_of(w, q), parts[0] + parts[1]
+    parts = [distortion.loss_of(w[r], jax.tree.map(lambda x, r=r: x[r], q)) for r in rows]
+    whole, added = distortion.loss_of(w, q), parts[0] + parts[1]
     assert added.num_clipped == whole.num_clipped > 0
     assert added.squared_error == pytest.approx(whole.squared_error, rel=1e-12)
-    assert fidelity.loss_of(np.arange(3), np.arange(3)) is None
-    assert fidelity.loss_of(w, w) == fidelity.Loss(0.0, fidelity.squared_norm(w), None)
+    assert distortion.loss_of(np.arange(3), np.arange(3)) is None
+    assert distortion.loss_of(w, w) == distortion.Loss(0.0, distortion.squared_norm(w), None)

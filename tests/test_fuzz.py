@@ -27,11 +27,13 @@ import recorded_trees
 import safetensors.numpy
 from made_up_files import damage_text, damage_value, header_of, nested
 
-from jaxclip import archives, checkpoints, coding, headers, layout, sources
-from jaxclip.checkpoints import CheckpointError
-from jaxclip.grids import Granularity
-from jaxclip.quantization import QuantizedArray
-from jaxclip.writing import write_tree
+from jaxclip import checkpoints
+from jaxclip._core.grids import Granularity
+from jaxclip.checkpoints import CheckpointError, numpy_files, reading
+from jaxclip.checkpoints.format import headers, layout
+from jaxclip.checkpoints.format.writing import write_tree
+from jaxclip.lowbit import entropy_coding
+from jaxclip.lowbit.arrays import QuantizedArray
 
 TIMES = int(os.environ.get("JAXCLIP_FUZZ", "1"))
 CHECKSUM = rb'(\{"__metadata__":\{"jaxclip":"\{\\"header_crc\\":\\")[0-9a-f]{8}'
@@ -56,7 +58,7 @@ def allocations(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(np, "empty", empty)
     # A constant costs nothing in "ans": here it may be large, but not this large.
-    monkeypatch.setattr(coding, "_ALWAYS_ALLOWED", ALLOWANCE // 4)
+    monkeypatch.setattr(entropy_coding, "_ALWAYS_ALLOWED", ALLOWANCE // 4)
     return asked
 
 
@@ -64,8 +66,8 @@ def read(data: bytes, allocations: list[int]) -> Any:
     """The tree in a file of ours or the flat dict in another's; None if it is refused."""
     allocations.clear()
     try:
-        with sources.naming(PATH):
-            source = sources._open_safetensors(io.BytesIO(data), len(data))
+        with reading.naming(PATH):
+            source = reading._open_safetensors(io.BytesIO(data), len(data))
             tree = source.restore(source.read)
     except CheckpointError:
         tree = None
@@ -77,7 +79,7 @@ def read(data: bytes, allocations: list[int]) -> Any:
     return tree
 
 
-def check_values(source: sources.Source, tree: Any) -> None:
+def check_values(source: reading.Source, tree: Any) -> None:
     """What is read is of the shapes and dtypes that were promised, and of the grid."""
     is_flat = source.structure is None
     leaves = tree.values() if is_flat else jax.tree.leaves(tree, is_leaf=is_low_bit)
@@ -265,14 +267,14 @@ def test_any_coded_bytes_give_as_many_codes_or_are_refused(kind, allocations):
     draws = np.random.default_rng(5)
     bases = [np.zeros(0, np.int8), np.full(900, 3, np.int8)]
     bases += [draws.normal(0, s, n).round().astype(np.int8) for s, n in ((0.5, 700), (20, 300))]
-    coded = [(codes.size, coding.encode_codes(codes, kind)) for codes in bases]
+    coded = [(codes.size, entropy_coding.encode_codes(codes, kind)) for codes in bases]
     for _ in range(3000 * TIMES):
         count, data = rng.choice(coded)
         data = damage_coded(data, kind, rng)
         count = rng.choice([count] * 6 + [0, 1, count + 1, 2**20, 2**20, 2**31, 2**40, 2**62])
         allocations.clear()
         try:
-            codes = coding.decode_codes(data, kind, count)
+            codes = entropy_coding.decode_codes(data, kind, count)
         except ValueError:
             codes = None
         else:
@@ -290,7 +292,7 @@ def test_any_coded_bytes_in_a_file_are_read_or_refused(kind, allocations):
     codes = np.random.default_rng(6).normal(0, 1.5, 600).round().clip(-8, 7).astype(np.int8)
     scale = np.ones((), np.float32)
     leaf = QuantizedArray(codes, scale.reshape(1), 4, True, Granularity(), np.dtype(np.float32))
-    plan, coded = layout.plan_file(leaf), coding.encode_codes(codes, kind)
+    plan, coded = layout.plan_file(leaf), entropy_coding.encode_codes(codes, kind)
     for _ in range(500 * TIMES):
         data = damage_coded(coded, kind, rng)[:300]
         parts = {"array:codes": data, "array:scale": scale.tobytes()}
@@ -351,18 +353,18 @@ def test_numpys_arrays_with_other_headers_are_read_or_refused(allocations):
         header, data = damage_text(text, rng)[:60_000], bytes(range(24))
         magic = rng.choice([b"\x93NUMPY\x01\0"] * 9 + [b"\x93NUMPY\x03\0"])
         content = magic + len(header).to_bytes(2, "little") + header + data
-        num_read += read_numpys(content, archives.open_npy, allocations)
+        num_read += read_numpys(content, numpy_files.open_npy, allocations)
         if rng.random() < 0.2:
             file = io.BytesIO()
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.writestr("w.npy", content)
-            num_read += read_numpys(file.getvalue(), archives.open_npz, allocations)
+            num_read += read_numpys(file.getvalue(), numpy_files.open_npz, allocations)
     assert num_read > 50 * TIMES
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_archives_with_other_bytes_are_read_or_refused(is_packed, allocations, monkeypatch):
-    monkeypatch.setattr(archives, "_ALWAYS_ALLOWED_BYTES", ALLOWANCE)
+    monkeypatch.setattr(numpy_files, "_ALWAYS_ALLOWED_BYTES", ALLOWANCE)
     rng, file = random.Random(10), io.BytesIO()
     save = np.savez_compressed if is_packed else np.savez
     save(file, w=np.arange(6.0), b=np.zeros((2, 0), np.int8))
@@ -373,7 +375,7 @@ def test_archives_with_other_bytes_are_read_or_refused(is_packed, allocations, m
             place = rng.randrange(len(changed))
             num_bytes = rng.choice([1, 1, 1, 4])
             changed[place : place + num_bytes] = rng.randbytes(num_bytes + (rng.random() < 0.05))
-        num_read += read_numpys(bytes(changed), archives.open_npz, allocations)
+        num_read += read_numpys(bytes(changed), numpy_files.open_npz, allocations)
     assert num_read > 10 * TIMES
 
 

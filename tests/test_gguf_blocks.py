@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from exact_scales import distributions, exact_optimum
 
-from jaxclip.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_of_codes, encode_blocks
+from jaxclip.interop.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_of_codes, encode_blocks
 
 KINDS = sorted(BYTES_PER_BLOCK)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +143,7 @@ def test_rows_stay_rows_and_empty_arrays_are_encoded(kind):
 @every_kind
 def test_chunks_are_encoded_each_for_itself(kind, monkeypatch):
     x = many_blocks()[:150]
-    monkeypatch.setattr("jaxclip.gguf_blocks._CHUNK", 64)
+    monkeypatch.setattr("jaxclip.interop.gguf_blocks._CHUNK", 64)
     alone = [encode_blocks(x[i : i + 64], kind) for i in (0, 64, 128)]
     assert np.array_equal(encode_blocks(x, kind), np.concatenate(alone))
 

@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, PartitionSpec
 
 import jaxclip
-from jaxclip.gradients import clip_by_global_norm, clip_by_value
+from jaxclip.gradients.by_norm import clip_by_global_norm
+from jaxclip.gradients.by_value import clip_by_value
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 BF16 = ml_dtypes.bfloat16

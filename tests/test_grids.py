@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxclip.grids import Granularity, code_range
+from jaxclip._core.grids import Granularity, code_range
 
 UNKNOWN_BITS = [0, 7, 9, -1, 2.5, 4.0, True, False, "2", "Ternary", "", None, (4,), np.nan]
 

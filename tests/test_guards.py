@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxclip
-from jaxclip.feedback import error_feedback
-from jaxclip.guards import skip_nonfinite, skip_or_clip
+from jaxclip.gradients.feedback import error_feedback
+from jaxclip.gradients.guards import skip_nonfinite, skip_or_clip
 
 
 def adam_update(*args: Any) -> tuple[Any, Any]:

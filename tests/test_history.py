@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from streams import BAD, NUM_STEPS, arrays_of_stream, make_stream, scan
 
-from jaxclip.adaptive import adagc, autoclip, zclip
-from jaxclip.spikes import clip_leaf_spikes, clip_spikes
+from jaxclip.gradients.by_history import adagc, autoclip, zclip
+from jaxclip.gradients.spikes import clip_leaf_spikes, clip_spikes
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 FACTORIES = [

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip import block_sums, leaf_parts
-from jaxclip.grids import code_range
-from jaxclip.optimal_scales import optimal_scale
-from jaxclip.scales import best_scale
+from jaxclip._core.grids import code_range
+from jaxclip.checkpoints import rows
+from jaxclip.thresholds.search import candidates
+from jaxclip.thresholds.search.exact import optimal_scale
+from jaxclip.thresholds.search.scale import best_scale
 
 
 def errors_of(x, scale, low: int, high: int, importance) -> np.ndarray:
@@ -62,7 +63,7 @@ def test_the_weighted_error_is_that_of_a_brute_force_search(bits, full_signed, e
 
 
 # One piece, several pieces, and slabs.
-@pytest.mark.parametrize("shape", [(16, 48), (6, 700), (1, block_sums._SLAB + 101)])
+@pytest.mark.parametrize("shape", [(16, 48), (6, 700), (1, candidates._SLAB + 101)])
 def test_the_search_is_near_the_optimum_in_every_layout(shape):
     x, v = draw(*shape)
     got = best_scale(jnp.asarray(x), (1,), shape[1], -8, 7, jnp.asarray(v / v.max()))
@@ -177,7 +178,7 @@ def test_a_leaf_compressed_some_rows_at_a_time_keeps_each_importance_to_its_row(
     source, target = tmp_path / "net.npz", tmp_path / "small.safetensors"
     np.savez(source, kernel=x)
     rule = jaxclip.mse_optimal(importance=v)
-    monkeypatch.setattr(leaf_parts, "_PART_BYTES", 3 * x[:1].nbytes)
+    monkeypatch.setattr(rows, "_PART_BYTES", 3 * x[:1].nbytes)
     jaxclip.checkpoints.compress_checkpoint(source, target, 3, rule=rule, axis=0)
     got = jaxclip.checkpoints.load(target)["kernel"]
     expected = jaxclip.quantize(x, 3, threshold=rule, axis=0)

@@ -25,8 +25,9 @@ import safetensors.numpy
 
 import jaxclip
 from jaxclip import checkpoints, interop
-from jaxclip.grids import Granularity, code_range
-from jaxclip.quantization import QuantizedArray
+from jaxclip._core.grids import Granularity, code_range
+from jaxclip.interop import destination
+from jaxclip.lowbit.arrays import QuantizedArray
 
 FOLDER = pathlib.Path(__file__).parent / "recorded"
 
@@ -607,7 +608,7 @@ def test_each_leaf_is_read_once_and_one_at_a_time(tmp_path, monkeypatch):
 
             yield dataclasses.replace(source, read=read)
 
-    monkeypatch.setattr(interop, "open_source", recorded)
+    monkeypatch.setattr("jaxclip.interop.checkpoint.open_source", recorded)
     interop.export_checkpoint(tmp_path / "tree.safetensors", tmp_path / "out", "compressed-tensors")
     assert reads == sorted(tree)
 
@@ -720,14 +721,14 @@ def test_a_folder_is_never_replaced(tmp_path, overwrite):
 def test_an_export_that_ends_in_its_last_shard_leaves_nothing(tmp_path, monkeypatch, error):
     checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
     written = []
-    write_plain = interop.write_plain
+    write_plain = destination.write_plain
 
     def interrupted(*arguments):
         written.append(write_plain(*arguments))
         if len(written) == 3:
             raise error
 
-    monkeypatch.setattr(interop, "write_plain", interrupted)
+    monkeypatch.setattr(destination, "write_plain", interrupted)
     paths = tmp_path / "tree.safetensors", tmp_path / "net"
     with pytest.raises(error):
         interop.export_checkpoint(*paths, "compressed-tensors", max_shard_bytes=1008)
@@ -893,8 +894,8 @@ def test_exporting_a_file_takes_the_memory_of_its_largest_leaf(tmp_path, to):
         """
         import resource, sys, numpy as np
         from jaxclip import checkpoints, interop
-        from jaxclip.grids import Granularity
-        from jaxclip.quantization import QuantizedArray
+        from jaxclip._core.grids import Granularity
+        from jaxclip.lowbit.arrays import QuantizedArray
         folder, count, to = sys.argv[1], int(sys.argv[2]), sys.argv[3]
         codes = np.random.default_rng(0).integers(-8, 8, (1024, 2048)).astype(np.int8)
         scale = np.full((1024, 1), 0.1, np.float32)

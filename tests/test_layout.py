@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from made_up_files import header_of
 
-from jaxclip import checkpoints, headers, layout
-from jaxclip.compression import compress
-from jaxclip.grids import Granularity
-from jaxclip.packing import num_packed_bytes
-from jaxclip.quantization import QuantizedArray, quantize
-from jaxclip.sizes import size_report
+from jaxclip import checkpoints
+from jaxclip._core.grids import Granularity
+from jaxclip.checkpoints.format import headers, layout, parsing
+from jaxclip.checkpoints.format.codes import restore_leaf
+from jaxclip.checkpoints.sizes import size_report
+from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.packing import num_packed_bytes
+from jaxclip.lowbit.quantizer import quantize
+from jaxclip.lowbit.trees import compress
 
 WIDTHS = [1, "ternary", 2, 3, 4, 5, 6, 8]
 DTYPES = [bool, *[f"{s}{n}" for s in "iu" for n in (1, 2, 4, 8)], "f2", "f4", "f8"]
@@ -168,7 +171,7 @@ def test_packing_in_chunks_equals_packing_at_once(bits, count, monkeypatch):
     assert len(pieces) == math.ceil(count / 40)
     assert len(whole) == num_packed_bytes(count, bits) == codes.stop - codes.start
     packed = np.frombuffer(whole, np.uint8)
-    restored = layout.restore_leaf("w", array, np.asarray(array.scale), packed)
+    restored = restore_leaf("w", array, np.asarray(array.scale), packed)
     np.testing.assert_array_equal(restored.qvalue, array.qvalue)
 
 
@@ -225,7 +228,7 @@ def test_scales_that_are_no_scales_are_not_written(scale):
 def test_bytes_that_no_writer_makes_are_refused(bits, full_signed, byte, count):
     like = jax.eval_shape(lambda: quantize(jnp.ones(count), bits, full_signed=full_signed))
     with pytest.raises(ValueError, match="'w': codes"):
-        layout.restore_leaf("w", like, np.ones(1, np.float32), np.array([byte], np.uint8))
+        restore_leaf("w", like, np.ones(1, np.float32), np.array([byte], np.uint8))
 
 
 # --- Sizes ----------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ def good_header() -> tuple[dict, dict]:
 
 
 def test_the_hand_made_header_is_read():
-    contents = headers.parse_header(header_of(*good_header()), 6)
+    contents = parsing.parse_header(header_of(*good_header()), 6)
     assert contents.tree["w"].shape == (2, 2)
 
 
@@ -308,7 +311,7 @@ def test_the_hand_made_header_is_read():
 def test_a_wrong_entry_in_our_metadata_is_refused(change, message):
     outer, inner = good_header()
     with pytest.raises(ValueError, match=message):
-        headers.parse_header(header_of(outer, {**inner, **change}), 6)
+        parsing.parse_header(header_of(outer, {**inner, **change}), 6)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +328,7 @@ def test_a_wrong_grid_is_refused_by_the_leafs_name(change):
     outer, inner = good_header()
     info = {**inner["leaves"]["w"], **change}
     with pytest.raises(ValueError, match=r"'w'|'w:|JSON"):
-        headers.parse_header(header_of(outer, {**inner, "leaves": {"w": info}}), 6)
+        parsing.parse_header(header_of(outer, {**inner, "leaves": {"w": info}}), 6)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +357,7 @@ def test_a_wrong_grid_is_refused_by_the_leafs_name(change):
 )
 def test_tensors_that_do_not_fill_the_file_are_refused(entries, size):
     with pytest.raises(ValueError, match=r"tensor|safetensors"):
-        headers.parse_header(header_of(entries), size)
+        parsing.parse_header(header_of(entries), size)
 
 
 @pytest.mark.parametrize(
@@ -377,12 +380,12 @@ def test_tensors_that_do_not_fill_the_file_are_refused(entries, size):
 )
 def test_json_that_is_not_a_header_is_refused(text):
     with pytest.raises(ValueError, match="not valid JSON"):
-        headers.parse_header(header_of({}, text=text), 0)
+        parsing.parse_header(header_of({}, text=text), 0)
 
 
 def test_bytes_that_are_not_utf8_are_refused():
     with pytest.raises(ValueError, match="not valid JSON"):
-        headers.parse_header(bytes(8) + b'{"\xff":1}', 0)
+        parsing.parse_header(bytes(8) + b'{"\xff":1}', 0)
 
 
 json_values = st.recursive(
@@ -407,7 +410,7 @@ def test_any_value_anywhere_in_a_header_is_read_or_refused_as_a_value_error(data
     if key not in ("outer", "inner"):
         node[key] = value
     try:
-        contents = headers.parse_header(header_of(outer, inner), 6)
+        contents = parsing.parse_header(header_of(outer, inner), 6)
     except ValueError:
         return
     assert set(contents.tensors) == {"w:scale", "w:codes"}
@@ -415,7 +418,7 @@ def test_any_value_anywhere_in_a_header_is_read_or_refused_as_a_value_error(data
 
 def test_a_header_larger_than_safetensors_allows_is_not_read():
     with pytest.raises(ValueError, match="100,000,000"):
-        headers.header_length((10**8 + 1).to_bytes(8, "little"), 2 * 10**8)
+        parsing.header_length((10**8 + 1).to_bytes(8, "little"), 2 * 10**8)
 
 
 def test_too_many_leaves_for_a_header_are_refused_when_saving(monkeypatch):

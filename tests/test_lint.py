@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import jaxclip
-from jaxclip.links import links_of
-from jaxclip.lint import Finding, lint_chain
+from jaxclip.lint.chain import Finding, lint_chain
+from jaxclip.lint.links import links_of
 
 PARAMS = {
     "w": jnp.asarray(0.02 * np.random.default_rng(0).standard_normal((6, 5)), jnp.float32),

@@ -12,9 +12,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
 from jaxclip import checkpoints, keep_on_grid, trainable_parts
-from jaxclip.grids import code_range
-from jaxclip.threshold_rules import least_squares, max_abs
-from jaxclip.thresholds import ThresholdRule
+from jaxclip._core.grids import code_range
+from jaxclip.thresholds.by_error import least_squares
+from jaxclip.thresholds.by_magnitude import max_abs
+from jaxclip.thresholds.rules import ThresholdRule
 
 WIDTHS = [1, "ternary", 2, 4, 8]
 MOMENTUM = optax.sgd(0.02, momentum=0.9)

@@ -13,14 +13,9 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip.norms import (
-    global_norm,
-    leaf_norms,
-    measure_norm,
-    rescaled_global_norm,
-    unit_norms,
-)
-from jaxclip.rescaling import unit_and_modulus
+from jaxclip._core.floats import unit_and_modulus
+from jaxclip.norms.of_trees import global_norm, measure_norm, rescaled_global_norm
+from jaxclip.norms.of_units import leaf_norms, unit_norms
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]

@@ -7,9 +7,9 @@ import pytest
 from exact_scales import distributions, exact_optimum
 
 import jaxclip
-from jaxclip import optimal_scales
-from jaxclip.grids import code_range
-from jaxclip.optimal_scales import optimal_scale
+from jaxclip._core.grids import code_range
+from jaxclip.thresholds.search import exact
+from jaxclip.thresholds.search.exact import optimal_scale
 
 
 def errors_of(x, scale, low: int, high: int, importance=1.0) -> np.ndarray:
@@ -47,7 +47,7 @@ def test_rows_that_are_sorted_in_parts_have_the_scales_they_have_alone(monkeypat
     x = np.random.default_rng(0).normal(size=(7, 3, 10))
     whole = optimal_scale(x, (0, 2), -8, 7)
     assert whole.shape == (1, 3, 1)
-    monkeypatch.setattr(optimal_scales, "_BREAKPOINTS", 1)
+    monkeypatch.setattr(exact, "_BREAKPOINTS", 1)
     assert np.array_equal(whole, optimal_scale(x, (0, 2), -8, 7))
     alone = [optimal_scale(x[:, i].reshape(1, -1), (1,), -8, 7)[0, 0] for i in range(3)]
     np.testing.assert_allclose(whole[0, :, 0], alone, rtol=1e-12)

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxclip import packing
-from jaxclip.grids import code_range
-from jaxclip.packing import num_packed_bytes, pack_codes, unpack_codes
-from jaxclip.quantization import QuantizedArray, dequantize, quantize
+from jaxclip._core.grids import code_range
+from jaxclip.lowbit import packing
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.packing import num_packed_bytes, pack_codes, unpack_codes
+from jaxclip.lowbit.quantizer import quantize
 
 ALL_BITS = [1, "ternary", 2, 3, 4, 5, 6, 8]
 GRIDS = [(b, True) for b in ALL_BITS] + [(b, False) for b in (2, 3, 4, 5, 6, 8)]

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import jaxclip
-from jaxclip.projections import Projection, max_norm, spectral_cap, unit_norm
+from jaxclip.weights.projections import Projection, max_norm, spectral_cap, unit_norm
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxclip
-from jaxclip.grids import code_range
-from jaxclip.quantization import QuantizedArray, dequantize, quantize
+from jaxclip._core.grids import code_range
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.quantizer import quantize
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxclip
-from jaxclip.grids import Granularity, code_range
-from jaxclip.quantization import QuantizedArray, dequantize, quantize
+from jaxclip._core.grids import Granularity, code_range
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.quantizer import quantize
 
 TINY = 2.0**-126
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxclip
-from jaxclip.rate_rounding import cheaper_codes
-from jaxclip.rates import code_entropy
+from jaxclip.lowbit.rate_rounding import cheaper_codes
+from jaxclip.thresholds.by_rate import code_entropy
 
 RNG = np.random.default_rng(0)
 SHAPES = {

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip.rates import code_entropy, rate_optimal
+from jaxclip.thresholds.by_rate import code_entropy, rate_optimal
 
 SHAPE = (32, 512)
 

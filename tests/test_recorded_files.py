@@ -10,9 +10,9 @@ import recorded_trees
 import safetensors.numpy
 
 from jaxclip import checkpoints
-from jaxclip.compression import decompress
-from jaxclip.quantization import QuantizedArray
-from jaxclip.sizes import size_report
+from jaxclip.checkpoints.sizes import size_report
+from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.trees import decompress
 
 TREES = {1: recorded_trees.version_1, 2: recorded_trees.version_2}
 every_version = pytest.mark.parametrize("version", TREES)

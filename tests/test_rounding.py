@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxclip
-from jaxclip.rounding import apply_updates_stochastically, round_stochastically
+from jaxclip.training.stochastic_rounding import apply_updates_stochastically, round_stochastically
 
 HALF = [jnp.bfloat16, jnp.float16]
 round_jitted = jax.jit(round_stochastically, static_argnums=1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxclip.scale_formats import decode_log8, encode_log8, round_scale, scale_format
+from jaxclip.lowbit.scale_formats import decode_log8, encode_log8, round_scale, scale_format
 
 FORMATS = ["float32", "float16", "bfloat16", "log8"]
 # smallest and largest magnitude, and the relative error between (for float16 from 2**-14 on).

@@ -8,9 +8,9 @@ import pytest
 from exact_scales import distributions, exact_optimum
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxclip import block_sums
-from jaxclip.grids import code_range
-from jaxclip.scales import best_scale
+from jaxclip._core.grids import code_range
+from jaxclip.thresholds.search import candidates
+from jaxclip.thresholds.search.scale import best_scale
 
 SIGNED = (-8, 7)
 
@@ -65,7 +65,7 @@ def test_a_whole_tensor_is_searched_in_slabs():
 
 @pytest.mark.parametrize("row", [16, 160])
 def test_many_rows_are_searched_in_chunks_and_each_as_if_alone(row):
-    num_rows = block_sums._SLAB // row + 11  # a second chunk, which begins in the first
+    num_rows = candidates._SLAB // row + 11  # a second chunk, which begins in the first
     x = weights(num_rows, row)
     got = np.asarray(best_scale(jnp.asarray(x), (1,), np.float32(row), *SIGNED))
     few = np.r_[0:20, num_rows - 20 : num_rows]

@@ -9,15 +9,9 @@ import optax
 import pytest
 
 import jaxclip
-from jaxclip.sign import scale_by_lion, scale_by_sign, scale_by_signum
-from jaxclip.sign_kinds import (
-    SignKind,
-    resolve_sign_kind,
-    scaled_sign,
-    soft_sign,
-    stochastic_sign,
-)
-from jaxclip.sign_optimizers import lion, sign_sgd, signum
+from jaxclip.sign.directions import scale_by_lion, scale_by_sign, scale_by_signum
+from jaxclip.sign.kinds import SignKind, resolve_sign_kind, scaled_sign, soft_sign, stochastic_sign
+from jaxclip.sign.optimizers import lion, sign_sgd, signum
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 KINDS = {

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import jaxclip
-from jaxclip.norms import measure_norm
-from jaxclip.rescaling import RescaledNorm
-from jaxclip.smoothing import smooth_clip
+from jaxclip.gradients.smooth import smooth_clip
+from jaxclip.norms.magnitudes import RescaledNorm
+from jaxclip.norms.of_trees import measure_norm
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 BF16 = ml_dtypes.bfloat16

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip.spectra import cap_singular_values, clip_by_spectral_norm
+from jaxclip.gradients.by_singular_value import clip_by_spectral_norm
+from jaxclip.norms.singular_values import cap_singular_values
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 BF16 = ml_dtypes.bfloat16

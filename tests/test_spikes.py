@@ -15,7 +15,7 @@ from streams import (
     scan,
 )
 
-from jaxclip.spikes import clip_leaf_spikes, clip_spikes
+from jaxclip.gradients.spikes import clip_leaf_spikes, clip_spikes
 
 # --- Oracles: generators that take a finite gradient and give (clipped, statistics) -----
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclip.stopping import (
+from jaxclip.training.stopping import (
     Seen,
     StopReason,
     StopRule,

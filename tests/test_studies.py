@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxclip
-from jaxclip.studies import search_with_optuna
+from jaxclip.sweeps.optuna import search_with_optuna
 
 optuna = pytest.importorskip("optuna")
 optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 import jaxclip
-from jaxclip.sweep_results import SweepResult, SweepRow, pareto_front
+from jaxclip.sweeps.results import SweepResult, SweepRow, pareto_front
 
 VALUES = st.sampled_from([0.0, 1.0, 2.0, 3.0, -1.5, math.inf, -math.inf, math.nan])
 

@@ -19,10 +19,11 @@ import pytest
 from jax import lax
 
 import jaxclip
-from jaxclip import checkpoints, sweep_programs
-from jaxclip.sweep_chunks import ChunkStore
-from jaxclip.sweep_tasks import Task, random_batches
-from jaxclip.sweeps import sweep
+from jaxclip import checkpoints
+from jaxclip.sweeps import programs
+from jaxclip.sweeps.chunks import ChunkStore
+from jaxclip.sweeps.grid import sweep
+from jaxclip.sweeps.tasks import Task, random_batches
 
 INPUTS = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
 TARGETS = np.tanh(INPUTS @ np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32))
@@ -192,7 +193,7 @@ def test_the_time_of_a_step_is_without_compiling(monkeypatch, devices, loop):
 
     # In place of seconds, what has been compiled so far is counted.
     clock = types.SimpleNamespace(monotonic=lambda: float(len(compiled)))
-    monkeypatch.setattr(sweep_programs, "time", clock)
+    monkeypatch.setattr(programs, "time", clock)
     jax.monitoring.register_event_duration_secs_listener(listener)
     few = {"step_sizes": [0.1, 0.2, 0.3], "chunk_size": 1, "loop": loop}
     try:
@@ -225,7 +226,7 @@ def test_settings_are_shared_out_over_devices(result):
 
 def test_the_settings_of_a_program_are_on_all_of_its_devices():
     task = Task(loss_fn, init_fn, momentum, BATCHES, jaxclip.fan_in, evaluate, jaxclip.max_steps(2))
-    program = sweep_programs.Program(task, 16, [0], jax.devices(), None, 1)
+    program = programs.Program(task, 16, [0], jax.devices(), None, 1)
     trained = program.run(np.full(16, 0.1), np.full(16, 1.0))
     leaf = trained.params["hidden"]["kernel"]
     assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {2}
@@ -247,7 +248,7 @@ def test_convolutions_on_cpu_get_a_loop_outside_of_the_program():
         evaluate,
         jaxclip.max_steps(2),
     )
-    assert sweep_programs.Program(task, 1, [0], jax.devices()[:1], None, 1).loop == "host"
+    assert programs.Program(task, 1, [0], jax.devices()[:1], None, 1).loop == "host"
 
 
 # --- Rows that stop or diverge --------------------------------------------------------
@@ -362,7 +363,7 @@ def same(a, b):
 def test_a_resumed_sweep_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
     few = {"chunk_size": 2, "bits": (None,)}
     whole = run(**few)
-    real, calls = sweep_programs.Program.run, []
+    real, calls = programs.Program.run, []
 
     def interrupted(self, *args):
         calls.append(args)
@@ -370,7 +371,7 @@ def test_a_resumed_sweep_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypa
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(sweep_programs.Program, "run", interrupted)
+    monkeypatch.setattr(programs.Program, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(**few, directory=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
@@ -426,7 +427,7 @@ def test_constants_of_jaxprs_inside_of_others_are_told_apart(as_array):
 
         return jax.jit(outer).trace(jnp.ones(2))
 
-    found = [sweep_programs.fingerprint(traced(data)) for data in (2, 2, 3)]
+    found = [programs.fingerprint(traced(data)) for data in (2, 2, 3)]
     assert found[0] == found[1] != found[2]
 
 
@@ -462,7 +463,7 @@ def test_a_damaged_chunk_is_an_error(tmp_path):
 def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
     script = textwrap.dedent("""
         import signal, sys, jax, jax.numpy as jnp, jaxclip
-        from jaxclip.sweeps import sweep
+        from jaxclip.sweeps.grid import sweep
         # A shell starts its background jobs with the signal ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sweep(
@@ -500,7 +501,7 @@ def test_a_memory_budget_makes_chunks_and_one_too_small_is_refused(result, tmp_p
     task = Task(
         loss_fn, init_fn, momentum, BATCHES, jaxclip.fan_in, evaluate, jaxclip.max_steps(STEPS)
     )
-    needed = sweep_programs.Program(task, 6, [0, 1], jax.devices()[:1], None, 1).bytes_needed()
+    needed = programs.Program(task, 6, [0, 1], jax.devices()[:1], None, 1).bytes_needed()
     chunked = run(memory_budget=int(0.7 * needed), directory=tmp_path, bits=(None,))
     assert 2 <= len(list(tmp_path.glob("*.safetensors"))) <= 3
     for mine, one in zip(

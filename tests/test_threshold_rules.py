@@ -15,15 +15,10 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip.grids import code_range
-from jaxclip.rates import rate_optimal
-from jaxclip.threshold_rules import (
-    least_squares,
-    max_abs,
-    mse_optimal,
-    percentile_abs,
-    std_multiple,
-)
+from jaxclip._core.grids import code_range
+from jaxclip.thresholds.by_error import least_squares, mse_optimal
+from jaxclip.thresholds.by_magnitude import max_abs, percentile_abs, std_multiple
+from jaxclip.thresholds.by_rate import rate_optimal
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

@@ -16,14 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxclip
-from jaxclip._checks import path_name
-from jaxclip.layer_rules import fan_in, fan_ins
-from jaxclip.threshold_rules import max_abs, mse_optimal, std_multiple
-from jaxclip.thresholds import (
-    check_threshold_tree,
-    resolve_threshold,
-    round_toward_zero,
-)
+from jaxclip._core.floats import round_toward_zero
+from jaxclip._core.trees import path_name
+from jaxclip.thresholds.by_error import mse_optimal
+from jaxclip.thresholds.by_fan_in import fan_in, fan_ins
+from jaxclip.thresholds.by_magnitude import max_abs, std_multiple
+from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]

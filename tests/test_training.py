@@ -12,7 +12,7 @@ from flax import linen, nnx
 from given_gradients import given_loss
 
 import jaxclip
-from jaxclip.training import StepInfo, TrainState, make_train_step
+from jaxclip.training.step import StepInfo, TrainState, make_train_step
 
 
 def linear_loss(params, batch):
@@ -335,7 +335,7 @@ def test_the_first_step_tells_how_many_weights_were_outside(threshold, is_scanne
     tx = jaxclip.sign_sgd(1.0)
     step = make_train_step(linear_loss, tx, weight_threshold=threshold)
     kernel = np.abs(float64(make_params()["kernel"]))
-    if isinstance(threshold, jaxclip.thresholds.ThresholdRule):
+    if isinstance(threshold, jaxclip.thresholds.rules.ThresholdRule):
         expected = np.mean(kernel > 0.2 * np.sqrt(2 / 8))
     else:
         expected = np.sum(kernel > 0.1) / (kernel.size + 2)
@@ -668,13 +668,13 @@ def options_passed(monkeypatch, **kwargs):
         seen.append(jit_kwargs.get("compiler_options"))
         return real_jit(*args, **jit_kwargs)
 
-    jaxclip.training._backend_options.cache_clear()
+    jaxclip.training.step._backend_options.cache_clear()
     tx = make_optimizer()
     step = make_train_step(linear_loss, tx, **kwargs)
     state = TrainState.create(make_params(), tx)
     monkeypatch.setattr(jax, "jit", spy)
     step.lower(state, make_batch())
-    jaxclip.training._backend_options.cache_clear()
+    jaxclip.training.step._backend_options.cache_clear()
     return seen[-1] or {}
 
 

@@ -13,9 +13,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
 from jaxclip import fan_in, max_abs, mse_optimal, per_tree, percentile_abs, rate_optimal
-from jaxclip.grids import code_range
-from jaxclip.optimal_scales import optimal_scale
-from jaxclip.threshold_rules import std_multiple
+from jaxclip._core.grids import code_range
+from jaxclip.thresholds.by_magnitude import std_multiple
+from jaxclip.thresholds.search.exact import optimal_scale
 
 RNG = np.random.default_rng(0)
 # Leaves of many sizes and dtypes; the largest magnitude and the most entries are not in one leaf.
@@ -121,7 +121,7 @@ def test_weights_are_clipped_at_one_threshold_also_under_jit(name):
         assert np.max(np.abs(entries_of(clipped))) <= t * (1 + 1e-6)
         for key in ("kernel", "stack", "half", "bias", "scalar", "empty"):
             w, got = TREE[key], clipped[key]
-            bound = np.float64(float(jaxclip.thresholds.round_toward_zero(t, w.dtype)))
+            bound = np.float64(float(jaxclip._core.floats.round_toward_zero(t, w.dtype)))
             expected = np.clip(np.asarray(w).astype(np.float64), -bound, bound)
             assert got.dtype == w.dtype
             # The bound is that of float32 sums, perhaps a step of the dtype away.
@@ -132,7 +132,7 @@ def test_weights_are_clipped_at_one_threshold_also_under_jit(name):
 
 def test_what_the_mask_leaves_out_is_not_measured():
     params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 50.0)}
-    share = jaxclip.weights.weight_clip_rate
+    share = jaxclip.weights.clipping.weight_clip_rate
     for mask in (jaxclip.kernels_only, {"kernel": True, "bias": False}):
         clipped = jaxclip.clip_weights(params, per_tree(std_multiple(0.5)), mask)
         np.testing.assert_allclose(clipped["kernel"], 1.5 * np.ones((2, 2)), rtol=1e-6)

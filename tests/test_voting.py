@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxclip import norms
-from jaxclip.feedback import error_feedback
-from jaxclip.sign import scale_by_lion, scale_by_sign
-from jaxclip.sign_kinds import scaled_sign
-from jaxclip.voting import MajorityVoteState, majority_vote
+from jaxclip.gradients.feedback import error_feedback
+from jaxclip.norms import of_trees
+from jaxclip.sign.directions import scale_by_lion, scale_by_sign
+from jaxclip.sign.kinds import scaled_sign
+from jaxclip.sign.voting import MajorityVoteState, majority_vote
 
 NUM_WORKERS = 8
 
@@ -206,7 +206,7 @@ def train(tx: Any, num_steps: int, num_workers: int) -> tuple[Any, Any]:
 
     mapped, losses = on_workers(step, num_workers), []
     for _ in range(num_steps):
-        losses.append(float(norms.global_norm(params["w"] - truth)))
+        losses.append(float(of_trees.global_norm(params["w"] - truth)))
         params, (state, x) = mapped(params, (state, x))
     return losses, state
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxclip
-from jaxclip.weights import (
+from jaxclip.weights.clipping import (
     clip_weights,
-    keep_weights_within,
     kernels_only,
     weight_clip_rate,
     weight_outside_rate,
 )
+from jaxclip.weights.constraints import keep_weights_within
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]

@@ -19,7 +19,7 @@ from run import trained
 from tasks import digits
 
 import jaxclip
-from jaxclip.quantization import QuantizedArray
+from jaxclip.lowbit.arrays import QuantizedArray
 
 RATES = (0, 1e-4, 1e-3, 5e-3, 1e-2, 2e-2)
 DRAWS = 5

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxclip
-from jaxclip.thresholds import ThresholdRule
+from jaxclip.thresholds.rules import ThresholdRule
 
 
 class AbsMean(ThresholdRule):

@@ -20,7 +20,7 @@ from methods import low_bit, make_methods, prune, through_grid
 from tasks import TASKS
 
 import jaxclip
-from jaxclip.sweep_chunks import Shipper
+from jaxclip.sweeps.chunks import Shipper
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 WIDTHS = (None, 4, 3, 2, "ternary", 1)

@@ -1,0 +1,163 @@
+"""Eager checks of what users pass in, the tree paths their messages name, and which leaves count.
+
+Only Python and NumPy numbers are checked by value. A jax array may be traced, so of any jax
+array only shape and dtype are checked: its value meets a stated policy inside the
+transform, the same in eager and jitted code.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxclip._core.trees import is_clippable, path_name
+
+
+def is_concrete(value: Any) -> bool:
+    """True unless `value` is being traced by jax."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def _describe(value: Any) -> str:
+    return f"got {value!r} of type {type(value).__name__}"
+
+
+def _check_real(name: str, value: Any, rule: str) -> None:
+    """Raises TypeError unless `value` is a real number or array."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return
+    if value is None or isinstance(value, (bool, str, bytes, complex)):
+        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not hasattr(value, "shape"):
+        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be {rule}, got an array of dtype {dtype}.")
+
+
+def _concrete_scalar(name: str, value: Any, rule: str) -> float | None:
+    """`value` as a Python float; None for a jax array. Raises TypeError or ValueError."""
+    _check_real(name, value, rule)
+    if np.shape(value) != ():
+        raise ValueError(f"{name} must be {rule}, got an array of shape {np.shape(value)}.")
+    if isinstance(value, jax.Array):
+        return None
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be {rule}, got an integer beyond float64.") from error
+
+
+def check_threshold(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in [0, inf], or a scalar jax array."""
+    number = _concrete_scalar(name, value, "a number in [0, inf]")
+    if number is not None and not number >= 0:
+        raise ValueError(f"{name} must be in [0, inf], {_describe(value)}.")
+
+
+def check_threshold_array(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in [0, inf], an array of them, or a jax array."""
+    if np.ndim(value) == 0:
+        check_threshold(name, value)
+        return
+    _check_real(name, value, "an array of numbers in [0, inf]")
+    if isinstance(value, np.ndarray) and not np.all(value >= 0):
+        raise ValueError(f"{name} must be in [0, inf] everywhere, got {value.min()}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in (0, inf), or a jax array."""
+    number = _concrete_scalar(name, value, "a positive number")
+    if number is not None and not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite, {_describe(value)}.")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite number, or a jax array."""
+    number = _concrete_scalar(name, value, "a finite number")
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, {_describe(value)}.")
+
+
+def check_bound(name: str, value: Any, never: float) -> None:
+    """Raises unless `value` is a number other than NaN and `never`, or a jax array."""
+    number = _concrete_scalar(name, value, "a number")
+    if number is not None and (math.isnan(number) or number == never):
+        raise ValueError(f"{name} must be neither NaN nor {never}, {_describe(value)}.")
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in [0, inf), or a jax array."""
+    number = _concrete_scalar(name, value, "a non-negative number")
+    if number is not None and not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, {_describe(value)}.")
+
+
+def check_decay_rate(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in [0, 1], or a jax array."""
+    number = _concrete_scalar(name, value, "a number in [0, 1]")
+    if number is not None and not 0 <= number <= 1:
+        raise ValueError(f"{name} must be in [0, 1], {_describe(value)}.")
+
+
+def check_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raises unless `value` is one of `allowed`, of the same type."""
+    if not any(type(value) is type(a) and value == a for a in allowed):
+        raise ValueError(f"{name} must be one of {list(allowed)}, {_describe(value)}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, {_describe(value)}.")
+
+
+def check_params_given(name: str, params: Any) -> None:
+    """Raises if a transform that reads the parameters was not given them."""
+    if params is None:
+        raise ValueError(
+            f"{name} needs the parameters: call `tx.update(updates, state, params)` with params."
+        )
+
+
+def check_same_structure(name: str, updates: Any, other_name: str, other: Any) -> None:
+    """Raises naming the first path at which two trees differ in structure or shape."""
+    left = jax.tree_util.tree_leaves_with_path(updates)
+    right = jax.tree_util.tree_leaves_with_path(other)
+    for (path, a), (other_path, b) in zip(left, right, strict=False):
+        if path_name(path) != path_name(other_path):
+            raise ValueError(
+                f"{name} and {other_name} must have the same structure; they first differ at "
+                f"'{path_name(path)}' in {name} against '{path_name(other_path)}' in {other_name}."
+            )
+        if is_clippable(a) and np.shape(a) != np.shape(b):
+            raise ValueError(
+                f"{name} and {other_name} must have the same shapes; at '{path_name(path)}' "
+                f"{name} has {np.shape(a)} and {other_name} has {np.shape(b)}."
+            )
+    if len(left) != len(right):
+        longer, where = (left, name) if len(left) > len(right) else (right, other_name)
+        extra = path_name(longer[min(len(left), len(right))][0])
+        raise ValueError(
+            f"{name} and {other_name} must have the same structure; '{extra}' is only in {where}."
+        )
+
+
+def check_num_leaves(leaves: list[Any], expected: int) -> None:
+    """Raises unless the updates have as many floating leaves as the parameters had."""
+    if len(leaves) != expected:
+        raise ValueError(
+            f"updates must have the floating leaves that the parameters had at init, "
+            f"{expected} of them, got {len(leaves)}."
+        )
+
+
+def check_transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
+    """`value` as a transform that accepts extra arguments. Raises TypeError if it is none."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(f"{name} must be an optax transformation, got {value!r}.")
+    return optax.with_extra_args_support(value)

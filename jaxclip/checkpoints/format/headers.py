@@ -1,0 +1,128 @@
+"""The header of a file, written for a plan; `docs/format.md` has it in full."""
+
+import json
+import struct
+import zlib
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxclip.checkpoints.format.layout import DTYPES, FilePlan
+from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.entropy_coding import codings_tried
+
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
+_VERSIONS = (1, 2)
+# Every version begins like this, so that the header's checksum has a fixed place.
+_PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
+_CRC_PLACE = slice(8 + len(_PREFIX), 16 + len(_PREFIX))
+_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def make_header(
+    plan: FilePlan,
+    checksums: dict[str, int] | None = None,
+    codings: dict[str, str | None] | None = None,
+    min_bytes: int = 0,
+) -> bytes:
+    """Returns a file's header, its length prefix included.
+
+    Args:
+      plan: What `plan_file` returned.
+      checksums: CRC-32 of each tensor's bytes; None for zeros, as the size is the same.
+      codings: How the codes of low-bit leaves are coded, by name; packed if not there.
+      min_bytes: Spaces fill up the header to this size, a multiple of 8.
+
+    Returns:
+      Bytes that depend on nothing else; a multiple of 8, so that tensors are aligned.
+
+    Raises:
+      ValueError: If the tree has too many leaves for a header.
+
+    Example:
+      >>> len(make_header(plan_file(None))), make_header(plan_file(None))[8:36]
+      (128, b'{"__metadata__":{"jaxclip":"')
+    """
+    crc = {t.name: f"{checksums[t.name] if checksums else 0:08x}" for t in plan.tensors}
+    quantized = {n: leaf for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray)}
+    codings = codings or {}
+    version = _version_for(quantized, codings)
+    inner = {
+        "header_crc": "00000000",
+        "version": version,
+        "tree": plan.tree,
+        "leaves": {
+            name: _quantized_info(leaf, version, codings.get(name))
+            for name, leaf in quantized.items()
+        },
+        "crc": crc,
+    }
+    outer: dict[str, Any] = {"__metadata__": {"jaxclip": _to_json(inner)}}
+    for t in plan.tensors:
+        offsets = [t.start, t.stop]
+        outer[t.name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
+    text = _to_json(outer).encode("ascii")
+    text += b" " * max(-len(text) % 8, min_bytes - 8 - len(text))
+    if len(text) > _MAX_HEADER_BYTES:
+        raise ValueError(
+            f"the tree has {len(plan.leaves):,} leaves, whose names and shapes take {len(text):,} "
+            f"bytes; a safetensors header may have {_MAX_HEADER_BYTES:,}."
+        )
+    raw = bytearray(struct.pack("<Q", len(text)) + text)
+    raw[_CRC_PLACE] = f"{zlib.crc32(raw):08x}".encode("ascii")
+    return bytes(raw)
+
+
+def header_size(plan: FilePlan, coding: str | None) -> int:
+    """Returns the bytes kept for a header: the most that it takes, whatever coding comes to.
+
+    The offsets are those of packed codes, and every low-bit leaf has the longest name of a coding
+    that is tried.
+
+    Args:
+      plan: What `plan_file` returned.
+      coding: What is asked for; None for packed codes.
+
+    Returns:
+      A multiple of 8.
+
+    Example:
+      >>> header_size(plan_file(None), None)
+      128
+    """
+    quantized = (n for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray))
+    longest = max(codings_tried(coding), key=len, default=None)
+    return len(make_header(plan, codings=dict.fromkeys(quantized, longest)))
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _version_for(quantized: dict[str, QuantizedArray], codings: dict[str, str | None]) -> int:
+    """The lowest version that can say it all, so that older readers understand what they can."""
+    is_new = any(
+        leaf.zero is not None or leaf.scale_dtype != "float32" or codings.get(name) is not None
+        for name, leaf in quantized.items()
+    )
+    return 2 if is_new else 1
+
+
+def _quantized_info(leaf: QuantizedArray, version: int, coding: str | None) -> dict[str, Any]:
+    axis, group_size = leaf.granularity.axis, leaf.granularity.group_size
+    info = {
+        "bits": leaf.bits,
+        "full_signed": bool(leaf.full_signed),
+        "axis": [int(a) for a in axis] if isinstance(axis, tuple) else _int_or_none(axis),
+        "group_size": _int_or_none(group_size),
+        "shape": list(leaf.shape),
+        "dtype": _DTYPE_CODES[jnp.dtype(leaf.dtype)],
+    }
+    if version >= 2:
+        info |= {"zero_point": leaf.zero is not None, "scale_dtype": leaf.scale_dtype}
+        info |= {"coding": coding}
+    return info
+
+
+def _int_or_none(value: Any) -> int | None:
+    return None if value is None else int(value)

@@ -1,0 +1,308 @@
+"""The layout of a file: a tree as named tensors, and the bytes of each.
+
+All of it follows from shapes and dtypes, so the size of a file is known before any data is
+touched, or without any data. `headers` writes down what is planned here; `docs/format.md`
+has the format byte by byte.
+
+What is wrong with a tree raises TypeError or ValueError naming the leaf; `checkpoints` adds
+the file's name.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclip._core import checks
+from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.packing import num_packed_bytes, pack_codes
+from jaxclip.lowbit.scale_formats import encode_log8
+
+DEPTH_LIMIT = 64  # of nested nodes
+DTYPES = {
+    "BOOL": jnp.dtype(bool),
+    **{f"{s}{8 * n}": jnp.dtype(f"{s.lower()}{n}") for s in "UI" for n in (1, 2, 4, 8)},
+    **{f"F{8 * n}": jnp.dtype(f"f{n}") for n in (2, 4, 8)},
+    "BF16": jnp.dtype(jnp.bfloat16),
+    "F8_E4M3": jnp.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
+}
+_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Codes packed at once: bounds memory; a multiple of 40 ends on a byte at every width.
+_CHUNK = 40 * 2**15
+# --- Writing --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file.
+
+    Attributes:
+      name: Its name in the container.
+      dtype: safetensors' code for its dtype, such as "F32".
+      shape: Its shape.
+      start: Its first byte, counted from the end of the header.
+      stop: The byte after its last.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def leaf(self) -> str:
+        """The name of the leaf that it holds, or holds a part of."""
+        return self.name.partition(":")[0]
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype that `dtype` stands for."""
+        return DTYPES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePlan:
+    """A file before it is written.
+
+    Attributes:
+      tensors: The tensors, in the order of the file.
+      leaves: The tree's leaves by name, in the order of the tree.
+      tree: The tree's structure, as the header stores it.
+    """
+
+    tensors: tuple[Tensor, ...]
+    leaves: dict[str, Any]
+    tree: Any
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of all tensors."""
+        return self.tensors[-1].stop if self.tensors else 0
+
+    def resized(self, num_bytes: dict[str, int]) -> "FilePlan":
+        """The plan when some tensors, of bytes and by name, turned out to be of other sizes."""
+        parts = [
+            (t.name, t.dtype, (num_bytes[t.name],) if t.name in num_bytes else t.shape)
+            for t in self.tensors
+        ]
+        return dataclasses.replace(self, tensors=_placed(parts))
+
+    def chunks(self, tensor: Tensor, leaf: Any = None) -> Iterator[np.ndarray]:
+        """Yields the bytes of one tensor, of the plan's leaf or of one like it."""
+        name, part = tensor.leaf, tensor.name.removeprefix(tensor.leaf)
+        leaf = self.leaves[name] if leaf is None else leaf
+        if part == ":codes":
+            yield from _packed_chunks(name, leaf)
+            return
+        array = _side_part(name, leaf, part) if part else np.asarray(leaf)
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def plan_file(tree: Any) -> FilePlan:
+    """Lays out a tree as a file.
+
+    Args:
+      tree: Nested dicts (keys all strings or all integers), lists, tuples and None, with
+        arrays and `QuantizedArray` as leaves; `jax.ShapeDtypeStruct` may stand for an array.
+
+    Returns:
+      The plan. Equal structures, shapes and dtypes make equal plans.
+
+    Raises:
+      TypeError: If a node or leaf is of a kind that a file cannot hold.
+      ValueError: If the tree is too deep or has too many leaves, a key is not valid text,
+        or the parts of a `QuantizedArray` do not fit together.
+
+    Example:
+      >>> plan = plan_file({"layer": {"kernel": np.zeros((2, 3), np.float16)}})
+      >>> [(t.name, t.dtype, t.shape) for t in plan.tensors], plan.data_bytes
+      ([('layer/kernel', 'F16', (2, 3))], 12)
+    """
+    leaves: dict[str, Any] = {}
+    skeleton = _skeleton(tree, (), leaves)
+    parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf)]
+    parts.sort(key=lambda part: (-DTYPES[part[1]].itemsize, part[0]))  # aligned, no holes
+    return FilePlan(_placed(parts), leaves, skeleton)
+
+
+def _placed(parts: list[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]:
+    """Tensors one behind the other."""
+    tensors, start = [], 0
+    for name, dtype, shape in parts:
+        stop = start + math.prod(shape) * DTYPES[dtype].itemsize
+        tensors.append(Tensor(name, dtype, shape, start, stop))
+        start = stop
+    return tuple(tensors)
+
+
+def _skeleton(node: Any, path: tuple[str | int, ...], leaves: dict[str, Any]) -> Any:
+    """The structure of `node` as JSON, 0 for a leaf; its leaves go into `leaves` by name."""
+    name = leaf_name(path)
+    if len(path) > DEPTH_LIMIT:
+        raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT} at '{name[:60]}...'.")
+    if node is None:
+        return None
+    if type(node) is dict:
+        kinds = {type(key) for key in node}
+        if not (kinds <= {str} or kinds == {int}):
+            raise TypeError(
+                f"the keys of a dict must be all strings or all integers; at '{name}' got "
+                f"{sorted(kind.__name__ for kind in kinds)}."
+            )
+        children = {str(k): _skeleton(node[k], (*path, k), leaves) for k in sorted(node)}
+        return ["int_keys", children] if kinds == {int} else children
+    if type(node) in (list, tuple):
+        nodes = (_skeleton(child, (*path, i), leaves) for i, child in enumerate(node))
+        return [type(node).__name__, *nodes]
+    check_leaf(name, node.qvalue if isinstance(node, QuantizedArray) else node)
+    leaves[name] = node
+    return 0
+
+
+def leaf_name(path: tuple[str | int, ...]) -> str:
+    """Returns the name of the leaf at a path; different paths have different names.
+
+    Args:
+      path: Keys of dicts and positions in lists and tuples, from the root.
+
+    Returns:
+      The keys joined by "/", with "%", "/" and ":" in a key written as in a URL.
+
+    Raises:
+      ValueError: If a key is not valid Unicode text.
+
+    Example:
+      >>> leaf_name(("layers", 0, "a/b")), leaf_name(())
+      ('layers/0/a%2Fb', 'array')
+    """
+    return "/".join(_escape(str(key)) for key in path) if path else "array"
+
+
+def _escape(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the key {text!r} of a dict is not valid Unicode text.") from error
+    if text == "__metadata__":  # safetensors' own
+        return "%5F_metadata__"
+    return text.replace("%", "%25").replace("/", "%2F").replace(":", "%3A")
+
+
+def check_leaf(name: str, leaf: Any) -> None:
+    """Raises TypeError unless `leaf` is an array, of any dtype, saying what to do instead.
+
+    Args:
+      name: The leaf's path, for the message.
+      leaf: Anything.
+
+    Raises:
+      TypeError: If it is no array.
+
+    Example:
+      >>> check_leaf("lr", 0.1)
+      Traceback (most recent call last):
+      TypeError: leaf 'lr' is the Python number 0.1, which has no dtype: wrap it, for
+      instance as np.float32(0.1).
+    """
+    arrays = (np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
+    if isinstance(leaf, arrays) and not isinstance(leaf, np.ma.MaskedArray):
+        return
+    if isinstance(leaf, (bool, int, float, complex)):
+        raise TypeError(
+            f"leaf '{name}' is the Python number {leaf!r}, which has no dtype: wrap it, for "
+            f"instance as np.float32({leaf!r})."
+        )
+    raise TypeError(
+        f"'{name}' is of type {type(leaf).__name__}: a file holds dicts, lists, tuples, None, "
+        "arrays and QuantizedArrays. Convert it first: `nnx.to_pure_dict(state)` for nnx, "
+        "`flax.core.unfreeze(params)` for FrozenDict, `._asdict()` for a NamedTuple."
+    )
+
+
+def check_has_values(name: str, array: Any) -> None:
+    """Raises unless the values of `array` can be read in this process.
+
+    Args:
+      name: The leaf's path, for the message.
+      array: An array, possibly traced, abstract or sharded.
+
+    Raises:
+      TypeError: If it is traced or abstract.
+      ValueError: If a part of it lies on other processes.
+
+    Example:
+      >>> check_has_values("w", jax.ShapeDtypeStruct((2,), np.float32))
+      Traceback (most recent call last):
+      TypeError: leaf 'w' has no values: it is a ShapeDtypeStruct.
+    """
+    if isinstance(array, jax.ShapeDtypeStruct) or not checks.is_concrete(array):
+        raise TypeError(f"leaf '{name}' has no values: it is a {type(array).__name__}.")
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        raise ValueError(
+            f"leaf '{name}' lies partly on other processes: gather it first, for instance "
+            "with `jax.experimental.multihost_utils.process_allgather`."
+        )
+
+
+def _leaf_tensors(name: str, leaf: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of the tensors that hold a leaf."""
+    if not isinstance(leaf, QuantizedArray):
+        return [(name, _dtype_code(name, leaf.dtype), tuple(leaf.shape))]
+    leaf.check_parts(name)
+    _dtype_code(name, jnp.dtype(leaf.dtype))
+    shape = tuple(leaf.scale.shape)
+    num_bytes = num_packed_bytes(math.prod(leaf.shape), leaf.bits)
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [(f"{name}:codes", "U8", (num_bytes,))]
+    if leaf.scale_dtype == "log8":
+        tensors += [(f"{name}:scale", "U8", shape), (f"{name}:unit", "F32", ())]
+    else:
+        tensors.append((f"{name}:scale", _dtype_code(name, leaf.scale.dtype), shape))
+    if leaf.zero is not None:
+        tensors.append((f"{name}:zero", "I8", shape))
+    return tensors
+
+
+def _dtype_code(name: str, dtype: Any) -> str:
+    native = dtype if getattr(dtype, "isnative", True) else dtype.newbyteorder("=")
+    code = _DTYPE_CODES.get(native)
+    if code is None:
+        hint = ""
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            hint = " Save `jax.random.key_data(key)` instead."
+        elif jnp.issubdtype(dtype, jnp.complexfloating):
+            hint = " Save real and imaginary parts instead."
+        raise TypeError(f"leaf '{name}' has dtype {dtype}, which a file cannot hold.{hint}")
+    return code
+
+
+def _packed_chunks(name: str, leaf: QuantizedArray) -> Iterator[np.ndarray]:
+    codes = np.asarray(leaf.qvalue).reshape(-1)
+    for start in range(0, codes.size, _CHUNK):
+        chunk = codes[start : start + _CHUNK].astype(np.int8, copy=False)
+        leaf.check_codes(chunk, name)
+        yield pack_codes(chunk, leaf.bits, full_signed=leaf.full_signed)
+
+
+def _side_part(name: str, leaf: QuantizedArray, part: str) -> np.ndarray:
+    """What is stored beside the codes, as a file has it."""
+    leaf.check_values(name)
+    if part == ":zero":
+        return np.asarray(leaf.zero)
+    scale = np.asarray(leaf.scale)
+    return scale if leaf.scale_dtype != "log8" else _log8_parts(name, scale)[part]
+
+
+def _log8_parts(name: str, scale: np.ndarray) -> dict[str, np.ndarray]:
+    try:
+        codes, unit = encode_log8(scale)
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from error
+    return {":scale": codes, ":unit": unit}

@@ -1,0 +1,301 @@
+"""The header of a file: written for a plan, and read with suspicion.
+
+A header is JSON behind an 8-byte length, as in every safetensors file. Ours adds one
+metadata entry with the tree, the grids of low-bit leaves and a CRC-32 for each tensor and
+for the header itself; `docs/format.md` has it in full.
+
+What is wrong with a header raises ValueError naming the tensor; `checkpoints` adds the
+file's name.
+"""
+
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclip._core.grids import Granularity, code_range
+from jaxclip.checkpoints.format.codes import restore_leaf
+from jaxclip.checkpoints.format.headers import (
+    _CRC_PLACE,
+    _MAX_HEADER_BYTES,
+    _PREFIX,
+    _VERSIONS,
+)
+from jaxclip.checkpoints.format.layout import DEPTH_LIMIT, DTYPES, Tensor, leaf_name, plan_file
+from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.scale_formats import scale_format
+
+# --- Reading --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FileContents:
+    """What a header says a file holds.
+
+    Attributes:
+      tensors: The tensors by name.
+      checksums: CRC-32 of each tensor's bytes; empty for a file of other origin.
+      tree: The tree with shapes for arrays, or None for a file of other origin.
+      leaves: Its leaves by name, in the order of the tree.
+      codings: How the codes of its low-bit leaves are coded, by name; None if packed.
+    """
+
+    tensors: dict[str, Tensor]
+    checksums: dict[str, int]
+    tree: Any = None
+    leaves: dict[str, Any] | None = None
+    codings: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+    def restore_leaf(self, name: str, read: Callable[[Tensor], np.ndarray]) -> Any:
+        """Returns a leaf of our file, with `read` called once for each of its tensors."""
+        like = (self.leaves or {})[name]
+        if not isinstance(like, QuantizedArray):
+            return read(self.tensors[name])
+        scale, stored = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
+        zero = None if like.zero is None else read(self.tensors[f"{name}:zero"])
+        unit = read(self.tensors[f"{name}:unit"]) if like.scale_dtype == "log8" else None
+        return restore_leaf(name, like, scale, stored, self.codings[name], zero=zero, unit=unit)
+
+
+def header_length(prefix: bytes, file_size: int) -> int:
+    """Reads how long the header is behind its length prefix.
+
+    Args:
+      prefix: The first 8 bytes of a file.
+      file_size: Its size in bytes.
+
+    Returns:
+      A number of bytes that the file has.
+
+    Raises:
+      ValueError: If no header of a safetensors file can be that long.
+
+    Example:
+      >>> header_length(b"\\x02" + bytes(7), 10)
+      2
+    """
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or not 2 <= length <= file_size - 8:
+        raise ValueError("not a safetensors file, or cut short: its header is not all there.")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header is larger than {_MAX_HEADER_BYTES:,} bytes.")
+    return length
+
+
+def parse_header(raw: bytes, data_bytes: int) -> FileContents:
+    """Reads a header, ours or any safetensors header, and checks all it says.
+
+    Args:
+      raw: The header, its length prefix included.
+      data_bytes: How many bytes follow it in the file.
+
+    Returns:
+      The contents; sizes add up to `data_bytes`.
+
+    Raises:
+      ValueError: If the header is damaged, of a newer version, or contradicts itself.
+
+    Example:
+      >>> plan = plan_file([np.zeros(3, np.int8)])
+      >>> parse_header(make_header(plan), plan.data_bytes).tree
+      [ShapeDtypeStruct(shape=(3,), dtype=int8)]
+    """
+    outer = strict_json(raw[8:], "the header")
+    metadata = outer.pop("__metadata__", {}) if type(outer) is dict else None
+    if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
+        raise ValueError("the header is not that of a safetensors file.")
+    # Ours has one key. If damage renamed it, its text still tells.
+    ours = [text for key, text in metadata.items() if key == "jaxclip" or '"header_crc"' in text]
+    if not ours:
+        return FileContents(_parse_tensors(outer, data_bytes), {})
+    zeroed = bytearray(raw)
+    zeroed[_CRC_PLACE] = b"00000000"
+    checksum = f"{zlib.crc32(zeroed):08x}".encode("ascii")
+    if not raw.startswith(_PREFIX, 8) or raw[_CRC_PLACE] != checksum:
+        raise ValueError("the header is damaged or was rewritten: its checksum does not match.")
+    inner = strict_json(ours[0].encode(), "the header")
+    version = inner.get("version")
+    if version not in _VERSIONS or type(version) is not int:
+        raise ValueError(
+            f"the file has version {version!r} of the format and this jaxclip reads versions "
+            f"1 to {_VERSIONS[-1]}: a jaxclip that reads version {version!r} is needed."
+        )
+    return _parse_ours(inner, _parse_tensors(outer, data_bytes))
+
+
+def strict_json(text: bytes, name: str) -> Any:
+    """`json.loads` without duplicate keys, NaN, fractions, giant numbers or deep nesting.
+
+    Args:
+      text: UTF-8.
+      name: What to call it in errors.
+
+    Returns:
+      Dicts, lists, strings, integers, booleans and None.
+
+    Raises:
+      ValueError: If the text is not that.
+
+    Example:
+      >>> strict_json(b'{"a": 1, "a": 2}', "the header")
+      Traceback (most recent call last):
+      ValueError: the header is not valid JSON: a key occurs twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return result
+
+    def whole(number: str) -> int:
+        if len(number) > 20 or not number.lstrip("-").isdigit():
+            raise ValueError(f"{number[:20]} is not a size")
+        return int(number)
+
+    hooks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), whole)
+    try:
+        return json.loads(text.decode(), object_pairs_hook=unique, **hooks)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid JSON: {error}.") from error
+
+
+def _is_shape(value: Any) -> bool:
+    sizes = type(value) is list and len(value) <= 64  # as many as NumPy has
+    return sizes and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _parse_tensors(entries: dict[str, Any], data_bytes: int) -> dict[str, Tensor]:
+    """The header's tensors; they must fill the data without holes or overlaps."""
+    tensors = {}
+    for name, entry in entries.items():
+        if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"tensor {name!r}: its entry in the header is not valid.")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if type(dtype) is not str or dtype not in DTYPES:
+            raise ValueError(f"tensor {name!r}: its dtype {dtype!r} is not supported.")
+        if not _is_shape(shape) or not _is_shape(offsets) or len(offsets) != 2:
+            raise ValueError(f"tensor {name!r}: its shape or its place is not valid.")
+        if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+            raise ValueError(f"tensor {name!r}: its shape does not fit its size.")
+        tensors[name] = Tensor(name, dtype, tuple(shape), *offsets)
+    position = 0
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+        if tensor.start != position:
+            raise ValueError(f"tensor {tensor.name!r}: the data has a hole or an overlap there.")
+        position = tensor.stop
+    if position != data_bytes:
+        raise ValueError(
+            f"the tensors take {position} bytes by the header, but {data_bytes} bytes follow it."
+        )
+    return tensors
+
+
+def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileContents:
+    infos, checksums = inner.get("leaves"), inner.get("crc")
+    if type(infos) is not dict or type(checksums) is not dict or "tree" not in inner:
+        raise ValueError("the header has no tree, leaves or checksums.")
+
+    def shapes_of(name: str) -> Any:
+        if name in infos:
+            return _abstract_quantized(name, infos[name], inner["version"])
+        if name not in tensors:
+            raise ValueError(f"tensor {name!r}: it is missing.")
+        return jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].numpy_dtype)
+
+    codings = {name: _coding_of(name, info) for name, info in infos.items()}
+    tree = _abstract_node(inner["tree"], (), shapes_of)
+    # Laid out again, the tree must give the tensors that the file has; coded ones are smaller.
+    plan = plan_file(tree)
+    coded = {f"{name}:codes" for name, coding in codings.items() if coding is not None}
+    sizes = {t.name: t.stop - t.start for t in plan.tensors if t.name in coded}
+    smaller = {n: tensors[n].shape[0] for n in sizes if n in tensors and tensors[n].shape}
+    plan = plan.resized({name: min(sizes[name], size) for name, size in smaller.items()})
+    wanted = {t.name: (t.dtype, t.shape) for t in plan.tensors}
+    for name in {**wanted, **tensors, **checksums}:
+        tensor, crc = tensors.get(name), checksums.get(name)
+        if tensor is None or (tensor.dtype, tensor.shape) != wanted.get(name):
+            raise ValueError(f"tensor {name!r}: it does not fit the tree in the header.")
+        if type(crc) is not str or len(crc) != 8 or set(crc) - set("0123456789abcdef"):
+            raise ValueError(f"tensor {name!r}: it has no checksum.")
+    if not infos.keys() <= plan.leaves.keys():
+        raise ValueError("the header describes a leaf that is not in the tree.")
+    checksums = {name: int(crc, 16) for name, crc in checksums.items()}
+    return FileContents(tensors, checksums, tree, plan.leaves, codings)
+
+
+def _abstract_node(node: Any, path: tuple[str | int, ...], shapes_of: Callable[[str], Any]) -> Any:
+    """The tree that a header describes, with shapes for arrays."""
+    if len(path) > DEPTH_LIMIT:
+        raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT}.")
+    if node is None:
+        return None
+    if type(node) is int and node == 0:
+        return shapes_of(leaf_name(path))
+    kind, children = ("dict", node) if type(node) is dict else _split_node(node)
+    if isinstance(children, dict):
+        as_key = int if kind == "int_keys" else str
+        return {
+            as_key(key): _abstract_node(child, (*path, key), shapes_of)
+            for key, child in children.items()
+        }
+    nodes = [_abstract_node(c, (*path, i), shapes_of) for i, c in enumerate(children)]
+    return tuple(nodes) if kind == "tuple" else nodes
+
+
+def _split_node(node: Any) -> tuple[str, Any]:
+    if type(node) is list and node[:1] in (["list"], ["tuple"]):
+        return node[0], node[1:]
+    if type(node) is list and node[:1] == ["int_keys"] and len(node) == 2:
+        keys = node[1] if type(node[1]) is dict else ()
+        if keys and all(key.lstrip("-").isdecimal() and str(int(key)) == key for key in keys):
+            return node[0], node[1]
+    raise ValueError("the tree in the header is not valid.")
+
+
+def _coding_of(name: str, info: Any) -> str | None:
+    """How a leaf's codes are coded; files of version 1 do not say, theirs are packed."""
+    coding = info.get("coding") if type(info) is dict else None
+    if coding not in (None, "huffman", "ans"):
+        raise ValueError(f"tensor {name!r}: its coding {coding!r} is not known.")
+    return coding
+
+
+def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
+    keys = {"bits", "full_signed", "axis", "group_size", "shape", "dtype"}
+    keys |= {"zero_point", "scale_dtype", "coding"} if version >= 2 else set()
+    if type(info) is not dict or set(info) != keys or not _is_shape(info["shape"]):
+        raise ValueError(f"tensor {name!r}: its description in the header is not valid.")
+    axis, shape, dtype = info["axis"], tuple(info["shape"]), info["dtype"]
+    stored = DTYPES.get(dtype) if type(dtype) is str else None
+    is_float = stored is not None and jnp.issubdtype(stored, jnp.floating)
+    has_zero, scale_dtype = info.get("zero_point", False), info.get("scale_dtype", "float32")
+    if type(info["full_signed"]) is not bool or type(has_zero) is not bool or not is_float:
+        raise ValueError(f"tensor {name!r}: its grid or dtype is not valid.")
+    try:
+        if type(scale_dtype) is not str:
+            raise TypeError(f"scale_dtype must be a name, got {scale_dtype!r}.")
+        code_range(info["bits"])
+        in_memory = scale_format(scale_dtype).replace("log8", "float32")
+        granularity = Granularity(tuple(axis) if type(axis) is list else axis, info["group_size"])
+        scale_shape = granularity.scale_shape(shape)
+        qvalue: Any = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))
+        scale: Any = jax.ShapeDtypeStruct(scale_shape, jnp.dtype(in_memory))
+        return QuantizedArray(
+            qvalue=qvalue,
+            scale=scale,
+            bits=info["bits"],
+            full_signed=info["full_signed"],
+            granularity=granularity,
+            dtype=stored,
+            zero=jax.ShapeDtypeStruct(scale_shape, np.dtype(np.int8)) if has_zero else None,
+            scale_dtype=scale_dtype,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"tensor {name!r}: {error}") from error

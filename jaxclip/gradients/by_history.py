@@ -1,0 +1,339 @@
+"""Clips whose threshold is a norm, learned from the norms that came before.
+
+What they keep, and what a bad step does to it, is told in `history`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from jaxclip._core import checks
+from jaxclip._core.floats import clamp, increment, round_toward_zero
+from jaxclip._core.trees import floating_leaves, replace_floating
+from jaxclip.gradients.learning import (
+    LearningState,
+    LearningStep,
+    learning_transform,
+    norm_in_float32,
+    zero_per_leaf,
+)
+from jaxclip.norms.magnitudes import RescaledNorm
+from jaxclip.norms.of_units import rescaled_unit_norm
+from jaxclip.norms.scaling import clip_to_norm, norm_of
+from jaxclip.thresholds.values import check_number_or_schedule
+
+_MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+
+
+class AutoclipState(LearningState):
+    """State of `autoclip`; `learned` is the window, newest norm last, 0 where empty, or ()."""
+
+
+class ZclipState(LearningState):
+    """State of `zclip`; `learned` has "mean" and "std", `threshold` is `mean + z * std`."""
+
+
+class AdagcState(LearningState):
+    """State of `adagc`; `learned` is the reference of each floating leaf, in order.
+
+    `threshold` is the largest global norm that the last step could let pass.
+    """
+
+
+def autoclip(
+    quantile: ArrayLike = 0.1,
+    *,
+    window: int | None = None,
+    initial: ArrayLike | None = None,
+    learning_rate: ArrayLike = 0.05,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the global norm at a running quantile of the norms seen so far.
+
+    `t <- t * exp(learning_rate * (quantile - [norm <= t]))`, which settles where a share
+    `quantile` of the norms is below `t`; or with `window=n` the exact quantile of the last
+    `n` norms. A norm enters before the clip and unclipped, as in AutoClip.
+
+    Args:
+      quantile: Share of the steps that are not clipped, in [0, 1]. May be traced.
+      window: How many norms to remember; None for the tracker, which keeps `t` alone.
+      initial: Positive `t` to start at; None for the first norm. May be traced.
+      learning_rate: Step of the tracker's logarithm, not negative. May be traced.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transform; shapes, dtypes and weak types of the updates are kept.
+
+    Raises:
+      TypeError: If a number is of a wrong type.
+      ValueError: If an argument is out of its range, or `initial` comes with `window`.
+
+    Example:
+      >>> tx = autoclip(0.5, window=3)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in (1.0, 2.0, 900.0):
+      ...     clipped, state = tx.update(jnp.array([norm]), state)
+      >>> print(f"{clipped[0]:.3f} {state.pre_norm} {state.threshold}")
+      2.000 900.0 2.0
+
+    References:
+      Seetharaman et al., AutoClip: Adaptive Gradient Clipping for Source Separation
+      Networks, 2020, https://arxiv.org/abs/2007.14469
+      Andrew et al., Differentially Private Learning with Adaptive Clipping, 2019,
+      https://arxiv.org/abs/1905.03871
+    """
+    checks.check_decay_rate("quantile", quantile)
+    checks.check_nonnegative("learning_rate", learning_rate)
+    if window is not None:
+        checks.check_count("window", window)
+    if initial is not None:
+        checks.check_positive("initial", initial)
+        if window is not None:
+            raise ValueError("initial must be None with a window: its norms set the threshold.")
+
+    def start(params):
+        del params
+        first = jnp.array(0.0 if initial is None else clamp(initial, 0, _MAX), jnp.float32)
+        return first, () if window is None else jnp.zeros((window,), jnp.float32)
+
+    def rule(updates, state, pre_norm):
+        norm, each = norm_of(updates, pre_norm, axis_name=axis_name)
+        size = norm_in_float32(norm)
+        t, share, history = state.threshold, clamp(quantile, 0, 1), state.learned
+        if window is None:
+            is_below = (size <= t).astype(jnp.float32)
+            moved = t * jnp.exp(clamp(learning_rate, 0, _MAX) * (share - is_below))
+            t = jnp.where(t > 0, clamp(moved, _TINY, _MAX), size)
+        else:
+            history = jnp.concatenate([history[1:], size[None]])
+            t = _quantile(history, share)
+        # Decided in float32, as `t` is: the first norm is not above itself.
+        clipped, clip = clip_to_norm(updates, norm, jnp.where(size > t, t, jnp.inf))
+        return LearningStep(clipped, norm, each, clip.post_norm, clip.is_clipped, t, history)
+
+    return learning_transform(AutoclipState, start, rule, (quantile, learning_rate))
+
+
+def zclip(
+    z: ArrayLike = 2.5,
+    alpha: ArrayLike = 0.97,
+    warmup: int = 25,
+    *,
+    max_norm: Any = math.inf,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the global norm where it is a spike: more than `z` deviations above its mean.
+
+    For `s = (norm - mean) / std > z` the norm becomes `mean + z**2 / s * std`, the lower the
+    larger the spike. Then `mean <- alpha * mean + (1 - alpha) * norm` and
+    `var <- alpha * var + (1 - alpha) * (norm - mean)**2`, of the clipped norm and the new
+    mean. The mean and variance of the first `warmup` norms are the start; as published,
+    these are not clipped, and a spike among them both passes and hides later ones. A
+    `max_norm` clips them first.
+
+    Args:
+      z: Deviations above the mean that make a spike, in [0, inf]. May be traced.
+      alpha: Decay rate of the mean and variance, in [0, 1]. May be traced.
+      warmup: How many norms make the start; 0 is as 1.
+      max_norm: Bound while there is no statistic to clip by, in warm-up and until the
+        variance is not 0: number in [0, inf], traced scalar, or schedule. Best a few times
+        the usual norm: if every norm of the warm-up is above it, it stays the bound.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transform; shapes, dtypes and weak types of the updates are kept. A lasting rise
+      of the norm is followed slowly.
+
+    Raises:
+      TypeError: If `z`, `alpha` or `max_norm` is of a wrong type.
+      ValueError: If an argument is out of its range.
+
+    Example:
+      >>> tx = zclip(z=2.0, warmup=2)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in (1.0, 3.0, 10.0):  # mean 2, deviation 1: 10 is 8 above
+      ...     clipped, state = tx.update(jnp.array([norm]), state)
+      >>> print(f"{clipped[0]:.3f}")
+      2.500
+
+    References:
+      Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, 2025,
+      https://arxiv.org/abs/2504.02507
+    """
+    checks.check_threshold("z", z)
+    checks.check_decay_rate("alpha", alpha)
+    _check_warmup(warmup)
+    cap_at = _as_schedule("max_norm", max_norm)
+
+    def start(params):
+        del params
+        learned = {name: jnp.zeros((), jnp.float32) for name in ("mean", "std")}
+        return jnp.zeros((), jnp.float32), learned
+
+    def rule(updates, state, pre_norm):
+        norm, each = norm_of(updates, pre_norm, axis_name=axis_name)
+        size = norm_in_float32(norm)
+        mean, std, limit = state.learned["mean"], state.learned["std"], clamp(z, 0, jnp.inf)
+        spread, above = limit * std, size - mean
+        count = increment(state.num_learned)
+        is_warm = count <= jnp.maximum(warmup, 1)
+        has_spread = ~is_warm & (std > 0)
+        is_spike = has_spread & (above > spread)
+        bound = mean + spread * (spread / jnp.where(is_spike, above, 1))
+        bound = jnp.where(is_spike, bound, jnp.where(has_spread, jnp.inf, cap_at(state.step)))
+        clipped, clip = clip_to_norm(updates, norm, bound)
+
+        # In warm-up the plain mean and variance (Welford), then moving averages.
+        keep = jnp.where(is_warm, 1 - 1 / count.astype(jnp.float32), clamp(alpha, 0, 1))
+        change = jnp.minimum(bound, size) - mean
+        off_mean = change * jnp.where(is_warm, jnp.sqrt(keep), keep)
+        new_std = jnp.hypot(jnp.sqrt(keep) * std, jnp.sqrt(1 - keep) * off_mean)
+        mean, std = mean + (1 - keep) * change, clamp(new_std, 0, _MAX)
+        threshold = mean + jnp.where(std > 0, limit * std, 0)  # z may be inf
+        learned = {"mean": mean, "std": std}
+        post, is_clipped = clip.post_norm, clip.is_clipped
+        return LearningStep(clipped, norm, each, post, is_clipped, threshold, learned)
+
+    return learning_transform(ZclipState, start, rule, (z, alpha))
+
+
+def adagc(
+    relative: ArrayLike = 1.05,
+    beta: ArrayLike = 0.98,
+    warmup: int = 100,
+    *,
+    max_norm: Any = 1.0,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the norm of each leaf relative to the average of its own clipped norms.
+
+    `g <- g * min(1, relative * r / norm(g))` and, with the clipped norm,
+    `r <- beta * r + (1 - beta) * norm(g)`, leaf by leaf. In warm-up the global norm is
+    clipped to `max_norm` instead, and `r` is the leaf's smallest clipped norm. For any
+    optimizer, not only Adam.
+
+    Args:
+      relative: Bound on a leaf's norm in units of `r`, in [0, inf]. May be traced.
+      beta: Decay rate of the references `r`, in [0, 1]. May be traced.
+      warmup: How many steps are warm-up; with 0 a leaf starts at its first norm, unclipped.
+      max_norm: Bound in warm-up: number in [0, inf], traced scalar, or schedule.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transform; shapes, dtypes and weak types of the updates are kept.
+
+    Raises:
+      TypeError: If a number is of a wrong type.
+      ValueError: If an argument is out of its range, or leaves are missing.
+
+    Example:
+      >>> tx = adagc(warmup=0)
+      >>> state = tx.init({"w": jnp.zeros(1), "b": jnp.zeros(1)})
+      >>> for w in (2.0, 50.0):
+      ...     clipped, state = tx.update({"w": jnp.array([w]), "b": jnp.array([9.0])}, state)
+      >>> print(f"{clipped['w'][0]:.3f} {clipped['b'][0]:.3f}")
+      2.100 9.000
+
+    References:
+      Wang et al., AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
+      Clipping, 2025, https://arxiv.org/abs/2502.11034
+    """
+    checks.check_threshold("relative", relative)
+    checks.check_decay_rate("beta", beta)
+    _check_warmup(warmup)
+    cap_at = _as_schedule("max_norm", max_norm)
+
+    def rule(updates, state, pre_norm):
+        del pre_norm
+        leaves, reference = [jnp.asarray(x) for x in floating_leaves(updates)], state.learned
+        checks.check_num_leaves(leaves, reference.size)
+        norms = [rescaled_unit_norm(x, tuple(range(x.ndim)), axis_name=axis_name) for x in leaves]
+        norm = _norm_of_parts(norms)
+        is_warm, cap = state.num_learned < warmup, cap_at(state.step, norm.norm.dtype)
+        own = jnp.where(reference > 0, clamp(relative, 0, jnp.inf) * reference, jnp.inf)
+        # In warm-up one coefficient for all, that of the global norm.
+        used = [_either(is_warm, norm, n) for n in norms]
+        bounds = jnp.where(is_warm, cap, own.astype(cap.dtype))
+        pairs = zip(leaves, used, strict=True)
+        clips = [clip_to_norm(x, n, bounds[i]) for i, (x, n) in enumerate(pairs)]
+
+        sizes = _stack(map(norm_in_float32, norms))
+        coefs = _stack(clip.clip_coef for _, clip in clips)
+        passed = jnp.where(is_warm, sizes * coefs, jnp.minimum(sizes, own))
+        average = reference + (1 - clamp(beta, 0, 1)) * (passed - reference)
+        new = jnp.where(is_warm, jnp.minimum(reference, passed), average)
+        new = jnp.where(passed > 0, jnp.where(reference > 0, new, passed), reference)
+        usual = _length(clamp(own, 0, _MAX))
+        threshold = jnp.where(is_warm, jnp.minimum(cap, _MAX).astype(jnp.float32), usual)
+        rate = jnp.sum(_stack(clip.is_clipped for _, clip in clips)) / max(len(leaves), 1)
+        updates = replace_floating(updates, [x for x, _ in clips])
+        is_finite = _stack(jnp.isfinite(n.norm) for n in norms).astype(bool)
+        each = jnp.where(is_finite, sizes, jnp.nan)
+        return LearningStep(updates, norm, each, _length(passed), rate, threshold, new)
+
+    return learning_transform(AdagcState, zero_per_leaf, rule, (relative, beta))
+
+
+# --- Parts ----------------------------------------------------------------------------
+
+
+def _check_warmup(warmup: Any) -> None:
+    """Raises unless `warmup` is an integer of at least 0, or a jax array (as injected)."""
+    is_integer = isinstance(warmup, (int, np.integer)) and not isinstance(warmup, bool)
+    if not isinstance(warmup, jax.Array) and not (is_integer and warmup >= 0):
+        raise ValueError(f"warmup must be an integer of at least 0, got {warmup!r}.")
+
+
+def _as_schedule(name: str, given: Any) -> Callable[..., jax.Array]:
+    """A bound as a function of the step and a dtype; below 0 counts as 0."""
+    check_number_or_schedule(name, given)
+
+    def bound_at(step: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        bound: Any = given(step) if callable(given) else given
+        return jnp.maximum(jnp.asarray(round_toward_zero(bound, dtype)), 0)
+
+    return bound_at
+
+
+def _stack(scalars: Any) -> jax.Array:
+    scalars = [x.reshape(()) for x in scalars]
+    return jnp.stack(scalars) if scalars else jnp.zeros((0,), jnp.float32)
+
+
+def _length(vector: jax.Array) -> jax.Array:
+    """Length of a vector of no negative numbers; safe from overflow on the way."""
+    largest = jnp.max(vector, initial=0)
+    scaled = vector / jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(scaled)))
+
+
+def _either(condition: jax.Array, this: RescaledNorm, that: RescaledNorm) -> RescaledNorm:
+    """One of two norms, as scalars in the dtype of the first."""
+    pairs = zip(this, that, strict=True)
+    both = [jnp.where(condition, a, b.reshape(()).astype(a.dtype)) for a, b in pairs]
+    return RescaledNorm(*both)
+
+
+def _norm_of_parts(parts: list[RescaledNorm]) -> RescaledNorm:
+    """The norm of a tree from those of its leaves."""
+    dtype = jnp.float64 if any(p.norm.dtype == jnp.float64 for p in parts) else jnp.float32
+    norms = _stack(p.norm.astype(dtype) for p in parts)
+    rescales = _stack(p.rescale.astype(dtype) for p in parts)
+    rescale = jnp.min(rescales, initial=jnp.finfo(dtype).max)
+    # A leaf that was scaled up beside one that was not is too small to count.
+    return RescaledNorm(_length(norms * (rescale / rescales)), rescale)
+
+
+def _quantile(history: jax.Array, share: jax.Array) -> jax.Array:
+    """The quantile of the positive entries, linear between two; empty places are 0."""
+    ordered, count = jnp.sort(history), jnp.sum(history > 0, dtype=jnp.int32)
+    place = share * jnp.maximum(count - 1, 0).astype(jnp.float32)
+    low = history.size - count + jnp.floor(place).astype(jnp.int32)
+    low, high = (jnp.clip(i, 0, history.size - 1) for i in (low, low + 1))
+    return ordered[low] + (place - jnp.floor(place)) * (ordered[high] - ordered[low])

@@ -1,0 +1,216 @@
+"""Rows of weights as GGUF blocks: 32 entries, a float16 scale, codes; and codes that fit them.
+
+    Q4_0   w' = d * (q - 8)    q in 0..15     18 bytes a block
+    Q4_1   w' = d * q + m      q in 0..15     20 bytes
+    Q8_0   w' = d * q          q in int8      34 bytes
+
+d and m are float16, and d may be negative: Q4_0 and Q8_0 are full signed grids with a signed
+scale. Scales are rounded to float16 before codes are chosen, so codes fit what is stored.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxclip.lowbit.quantizer import quantize
+
+BLOCK_SIZE = 32
+BYTES_PER_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+_CODES = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-128, 127)}
+# Parts of a block's range that a start of the affine fit leaves out below and above: first
+# all pairs of these, then pairs of steps from the best of them.
+_COARSE = np.array(list(itertools.product((-0.03, 0.01, 0.06, 0.12, 0.2), repeat=2)), np.float32)
+_FINE = np.array(list(itertools.product((-0.025, -0.01, 0.01, 0.025), repeat=2)), np.float32)
+# Blocks that are encoded at once: bounds memory, and one compilation serves all chunks.
+_CHUNK = 2**14
+
+
+def encode_blocks(array: np.ndarray, kind: str) -> np.ndarray:
+    """Returns the bytes of an array's rows as GGUF blocks of little squared error.
+
+    Q4_0 and Q8_0 take the scale of `mse_optimal`, Q4_1 the best of several least-squares
+    fits. What the largest magnitude, or the least and the largest entry, give is among the
+    candidates, so no block is worse than under them.
+
+    Args:
+      array: Real, finite; rows along the last axis, a multiple of 32 long.
+      kind: "Q4_0", "Q4_1" or "Q8_0".
+
+    Returns:
+      uint8, the last axis in bytes instead of entries.
+
+    Raises:
+      ValueError: If a block is too large for a float16 scale.
+
+    Example:
+      >>> encode_blocks(np.ones((2, 64), np.float32), "Q4_0").shape
+      (2, 36)
+    """
+    blocks = np.ascontiguousarray(array, np.float32).reshape(-1, BLOCK_SIZE)
+    encode = _encode_affine if kind == "Q4_1" else functools.partial(_encode_scaled, kind=kind)
+    chunks = [encode(blocks[i : i + _CHUNK]) for i in range(0, len(blocks), _CHUNK)]
+    packed = np.concatenate([*chunks, np.empty((0, BYTES_PER_BLOCK[kind]), np.uint8)])
+    num_bytes = array.shape[-1] // BLOCK_SIZE * BYTES_PER_BLOCK[kind]
+    return packed.reshape(*array.shape[:-1], num_bytes)
+
+
+def blocks_of_codes(
+    codes: np.ndarray, scale: np.ndarray, kind: str, zeros: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns the bytes of blocks that have codes already.
+
+    Args:
+      codes: Integers in -8..7, in int8 for Q8_0; shape (blocks, 32).
+      scale: One number a block, of shape (blocks, 1); rounded to float16.
+      kind: "Q4_0" or "Q8_0", or "Q4_1" with zero points.
+      zeros: The code that stands for 0 in each block, of shape (blocks, 1), for Q4_1.
+
+    Returns:
+      uint8 of shape (blocks, bytes).
+
+    Raises:
+      ValueError: If a scale is too large for float16, or becomes 0 there.
+
+    Example:
+      >>> blocks_of_codes(np.full((1, 32), 7), np.array([[1.0]]), "Q4_0")[0, :4]
+      array([  0,  60, 255, 255], dtype=uint8)
+    """
+    d = _as_float16(scale)
+    if np.any((d == 0) & (scale != 0)):
+        smallest = np.min(np.abs(scale[d == 0]))
+        raise ValueError(f"a scale of {smallest:.3g} is 0 in float16.")
+    if zeros is None:
+        return _packed(codes, [d], kind)
+    # The offset that puts the zero code on 0, for the scale as it is stored.
+    low = _CODES["Q4_0"][0]
+    offset = _as_float16(d.astype(np.float32) * (low - zeros))
+    return _packed(codes.astype(np.int16) - low, [d, offset], kind)
+
+
+def _packed(codes: np.ndarray, header: list[np.ndarray], kind: str) -> np.ndarray:
+    """float16 headers, then codes: a byte each, or entries j and j + 16 in one byte."""
+    if kind == "Q8_0":
+        data = codes.astype(np.int8).view(np.uint8)
+    else:
+        unsigned = (codes + (8 if kind == "Q4_0" else 0)).astype(np.uint8)
+        data = unsigned[:, : BLOCK_SIZE // 2] | (unsigned[:, BLOCK_SIZE // 2 :] << 4)
+    return np.concatenate([*(h.astype("<f2").view(np.uint8) for h in header), data], axis=1)
+
+
+def _as_float16(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = x.astype(np.float16)
+    if not np.all(np.isfinite(rounded)):
+        raise ValueError(f"a scale of {np.max(np.abs(x)):.3g} is too large for float16.")
+    return rounded
+
+
+# --- Choosing scales ------------------------------------------------------------------
+
+
+def _encode_scaled(blocks: np.ndarray, kind: str) -> np.ndarray:
+    low, high = _CODES[kind]
+    searched = quantize(jnp.asarray(_padded(blocks)), 4 if kind == "Q4_0" else 8, axis=0).scale
+    searched = _as_float16(np.asarray(searched)[: len(blocks)])
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
+    candidates = [
+        searched,
+        # Rounding to float16 may have moved it to the worse side of the best scale.
+        np.nextafter(searched, np.float16(0)),
+        np.nextafter(searched, np.copysign(np.float16(65504), searched)),
+        _as_float16(largest / low),
+        _as_float16(np.abs(largest) / high),
+    ]
+    (d,), codes = _best_of(blocks, [[d] for d in candidates], low, high)
+    return _packed(codes, [d], kind)
+
+
+def _encode_affine(blocks: np.ndarray) -> np.ndarray:
+    d, m = (np.asarray(a)[: len(blocks), None] for a in _affine_fit(_padded(blocks).T))
+    lowest, highest = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
+    candidates = [[d, m], [(highest - lowest) / 15, lowest]]
+    header, codes = _best_of(
+        blocks, [[_as_float16(part) for part in pair] for pair in candidates], *_CODES["Q4_1"]
+    )
+    return _packed(codes, header, "Q4_1")
+
+
+def _best_of(
+    blocks: np.ndarray, candidates: list[list[np.ndarray]], low: int, high: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The candidate of least error of each block, [d] or [d, m], and its codes."""
+    least = np.full((len(blocks), 1), np.inf, np.float32)
+    best, best_codes = candidates[0], np.zeros_like(blocks)
+    for candidate in candidates:
+        d, *m = (part.astype(np.float32) for part in candidate)
+        offset = m[0] if m else np.float32(0)
+        codes = np.clip(np.rint((blocks - offset) / np.where(d == 0, 1, d)), low, high)
+        difference = blocks - (d * codes + offset)
+        error = np.einsum("bi,bi->b", difference, difference)[:, None]
+        is_better = error < least
+        least = np.where(is_better, error, least)
+        best_codes = np.where(is_better, codes, best_codes)
+        best = [np.where(is_better, a, b) for a, b in zip(candidate, best, strict=True)]
+    return best, best_codes
+
+
+def _padded(blocks: np.ndarray) -> np.ndarray:
+    """Blocks of zeros added up to a power of two, so that few shapes are compiled."""
+    size = max(1 << (len(blocks) - 1).bit_length(), 64)
+    return np.pad(blocks, ((0, size - len(blocks)), (0, 0)))
+
+
+class _AffineFit(NamedTuple):
+    """d and m, what they explain of the sum of squares, and the start that they came from."""
+
+    d: jax.Array
+    m: jax.Array
+    gain: jax.Array
+    below: jax.Array
+    above: jax.Array
+
+
+@jax.jit
+def _affine_fit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """d and m of `d * q + m`, q in 0..15, of little squared error over axis 0.
+
+    From every start codes are rounded once, and d and m fitted to them by least squares; the
+    best fit is refined further. The sums are written out, so that one vectorized loop
+    over the blocks computes them.
+    """
+    mean = jnp.mean(x, axis=0)
+    x = x - mean[None]
+    lowest = jnp.min(x, axis=0)
+    span = jnp.max(x, axis=0) - lowest
+
+    def refit(d: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        inverse = 1 / jnp.where(d > 0, d, 1)
+        codes, squares, products = (jnp.zeros_like(d) for _ in range(3))
+        for row in x:
+            q = jnp.clip(jnp.round((row - m) * inverse), 0, 15)
+            codes, squares, products = codes + q, squares + q * q, products + q * row
+        variance = squares - codes * codes / BLOCK_SIZE
+        d = jnp.where(variance > 0, products / jnp.where(variance > 0, variance, 1), 0)
+        return d, -d * codes / BLOCK_SIZE, d * products
+
+    def search(best: _AffineFit, starts: np.ndarray, centre: _AffineFit) -> _AffineFit:
+        def try_start(best: _AffineFit, start: jax.Array) -> tuple[_AffineFit, None]:
+            below, above = centre.below + start[0], centre.above + start[1]
+            d, m = span * (1 - below - above) / 15, lowest + span * below
+            new = _AffineFit(*refit(d, m), below, above)
+            is_better = new.gain > best.gain
+            pairs = zip(new, best, strict=True)
+            return _AffineFit(*(jnp.where(is_better, *pair) for pair in pairs)), None
+
+        return lax.scan(try_start, best, jnp.asarray(starts))[0]
+
+    nothing = _AffineFit(*(jnp.zeros_like(span) for _ in _AffineFit._fields))
+    best = search(nothing, _COARSE, nothing)
+    best = search(best, _FINE, best)
+    d, m, _ = lax.fori_loop(0, 3, lambda _, fit: refit(fit[0], fit[1]), best[:3])
+    return d, m + mean

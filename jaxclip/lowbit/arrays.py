@@ -1,0 +1,254 @@
+"""Arrays at 1 to 8 bits: thresholds to scales and codes, and back.
+
+    code = clip(round(w / scale), low, high)                   round half to even
+    w'   = scale * code
+
+`scale = threshold / high`, one for each tensor, channel or group. Inside the threshold
+`|w - w'| <= |scale| / 2`. One bit has no zero: `code = 1 if w >= 0 else -1`, and
+`scale = threshold`. A full signed grid has one level more on one side, `low = -high - 1`;
+the sign of the scale puts it where it lowers the squared error.
+
+With a zero point the grid is moved by whole codes, so 0 stays on it exactly:
+
+    code = clip(round(w / scale) + zero, low, high)            zero in low .. high
+    w'   = scale * (code - zero)
+
+The scale is rounded to its format first and the codes are made with what is stored, so that
+the bound of half a step holds for the scale that decoding uses.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxclip._core.grids import Bits, Granularity, code_range
+from jaxclip.lowbit.scale_formats import scale_format
+
+
+def _is_low_bit(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedArray)
+
+
+_CODE_DTYPES = ("int8", "int4", "int2")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("qvalue", "scale", "zero"),
+    meta_fields=("bits", "full_signed", "granularity", "dtype", "scale_dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """An array as integer codes and scales, a pytree that passes through jit and vmap.
+
+    Arrays that `quantize` made stay right when they are stacked or batched along a new first
+    axis: their channel axes are counted from the end.
+
+    jax functions take it for the array that it stands for: `x @ q`, `jnp.sin(q)`, `q[0]`; so do
+    those of NumPy, and loops.
+    What holds, and what `validate` checks, with one scale and one zero for each block:
+
+        array == scale * (qvalue - zero)                   zero None counts as 0
+        low <= qvalue <= high, low <= zero <= high         low, high = code_range(bits, ...)
+        qvalue != 0                                        for one bit, which has no zero point
+        scale != 0 and finite                              scale > 0 with a zero point
+        scale.shape == zero.shape == granularity.scale_shape(qvalue.shape)
+
+    Attributes:
+      qvalue: Codes in the array's shape: int8, or int4 or int2 after `with_code_dtype`.
+      scale: float32, float16 or bfloat16; 1 along shared axes, one a group along a grouped one.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      full_signed: Whether the level -2**(bits-1) is used.
+      granularity: Which entries share a scale; from `quantize` with negative axes.
+      dtype: Dtype of the array that was quantized, and of what `dequantize` returns.
+      zero: int8, in the shape of `scale`; None for a grid around code 0.
+      scale_dtype: Format of the scales, as in `jaxclip.scale_formats`.
+    """
+
+    qvalue: jax.Array
+    scale: jax.Array
+    bits: Bits
+    full_signed: bool
+    granularity: Granularity
+    dtype: Any
+    zero: Any = None
+    scale_dtype: str = "float32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.qvalue.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the array."""
+        return len(self.shape)
+
+    @property
+    def threshold(self) -> jax.Array:
+        """The clip threshold of each block, `|scale| * high`; float32.
+
+        With a zero point, the magnitude of the level that is farthest from 0.
+        """
+        low, high = code_range(self.bits, self.full_signed)
+        step = jnp.abs(jnp.asarray(self.scale).astype(jnp.float32))
+        if self.zero is None:
+            return step * high
+        zero = jnp.asarray(self.zero).astype(jnp.float32)
+        return step * jnp.maximum(high - zero, zero - low)
+
+    def __jax_array__(self) -> jax.Array:
+        return dequantize(self)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a QuantizedArray is computed from codes: copy=False cannot be met.")
+        return np.array(dequantize(self), dtype, copy=copy)
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return dequantize(self)[index]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(dequantize(self))
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a QuantizedArray without dimensions.")
+        return self.shape[0]
+
+    def __bool__(self) -> bool:  # else that of the length
+        return bool(dequantize(self))
+
+    def with_code_dtype(self, dtype: Any) -> "QuantizedArray":
+        """Returns the same array with its codes in int8, int4 or int2.
+
+        Args:
+          dtype: `jnp.int8`, `jnp.int4` or `jnp.int2`; int2 needs jax 0.10 or newer, since
+            older ones compute wrong numbers from it on CPU.
+
+        Returns:
+          A `QuantizedArray` that decodes to the same bits.
+
+        Raises:
+          TypeError: If `dtype` is none of these.
+          ValueError: If the codes of `bits` do not fit, or jax is too old.
+        """
+        name = jnp.dtype(dtype).name
+        if name not in _CODE_DTYPES:
+            raise TypeError(f"dtype must be one of {_CODE_DTYPES}, got {name}.")
+        if name == "int2" and jax.__version_info__ < (0, 10):
+            raise ValueError(
+                f"dtype int2 needs jax 0.10 or newer, got {jax.__version__}, which computes wrong "
+                "numbers from it on CPU. Use jnp.int4."
+            )
+        low, high = code_range(self.bits, self.full_signed)
+        half = 2 ** (int(name.removeprefix("int")) - 1)
+        if low < -half or high > half - 1:
+            raise ValueError(f"dtype {name} does not hold the codes of bits={self.bits!r}.")
+        return dataclasses.replace(self, qvalue=jnp.asarray(self.qvalue).astype(dtype))
+
+    def validate(self, name: str = "array") -> None:
+        """Raises unless all equations of the class hold.
+
+        Args:
+          name: What to call the array in errors.
+
+        Raises:
+          TypeError: If `dtype` is not floating.
+          ValueError: If a part has a wrong dtype, shape or value; names the part.
+        """
+        self.check_parts(name)
+        self.check_values(name)
+        self.check_codes(np.asarray(self.qvalue), name)
+
+    def check_parts(self, name: str) -> None:
+        """Raises unless dtypes and shapes of the parts fit; needs no values."""
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise TypeError(f"QuantizedArray '{name}' must stand for a float, got {self.dtype}.")
+        try:
+            code_range(self.bits, self.full_signed)
+            wanted = self.granularity.scale_shape(self.shape)
+            stored = scale_format(self.scale_dtype).replace("log8", "float32")
+            _check_zero_point(self.bits, self.zero is not None)
+        except ValueError as error:
+            raise ValueError(f"QuantizedArray '{name}': {error}") from error
+        if jnp.dtype(self.qvalue.dtype).name not in _CODE_DTYPES:
+            raise ValueError(
+                f"QuantizedArray '{name}' of shape {self.shape} must have codes of a dtype in "
+                f"{_CODE_DTYPES}, got {self.qvalue.dtype}."
+            )
+        parts = {"scale": (self.scale, stored)}
+        parts |= {"zero": (self.zero, "int8")} if self.zero is not None else {}
+        for part, (array, dtype) in parts.items():
+            if (array.dtype, tuple(array.shape)) != (jnp.dtype(dtype), wanted):
+                raise ValueError(
+                    f"QuantizedArray '{name}' of shape {self.shape} must have {part} of dtype "
+                    f"{dtype} and shape {wanted}, got {array.dtype} and {tuple(array.shape)}."
+                )
+
+    def check_values(self, name: str) -> None:
+        """Raises unless the values of scales and zeros are those of the class's equations."""
+        scale = np.asarray(self.scale).astype(np.float32)
+        if not np.all(np.isfinite(scale) & (scale != 0)):
+            raise ValueError(f"'{name}': scales must be finite and not 0.")
+        if self.zero is not None:
+            low, high = code_range(self.bits, self.full_signed)
+            zero = np.asarray(self.zero)
+            if not (np.all(scale > 0) and np.all((low <= zero) & (zero <= high))):
+                raise ValueError(
+                    f"'{name}': with a zero point scales must be positive and zeros in "
+                    f"[{low}, {high}]."
+                )
+
+    def check_codes(self, codes: np.ndarray, name: str) -> None:
+        """Raises unless `codes`, some of the array's, are in the range of its bits."""
+        low, high = code_range(self.bits, self.full_signed)
+        codes = codes.astype(np.int8, copy=False)
+        inside = low <= codes.min(initial=high) and codes.max(initial=low) <= high
+        if not inside or (self.bits == 1 and not codes.all()):
+            raise ValueError(f"'{name}': codes are not in the range of bits={self.bits!r}.")
+
+
+def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
+    """Returns `scale * (code - zero)`, the array that a `QuantizedArray` stands for.
+
+    Args:
+      quantized: What `quantize` returned, or a file held.
+      dtype: Floating dtype of the result; None for the dtype that was quantized.
+
+    Returns:
+      An array in the original shape, multiplied in float32 and cast once. Inside jit it
+      fuses into its consumer.
+
+    Raises:
+      ValueError: If groups do not fit the shape: codes and scales were stacked, or one was cut,
+        in an array whose channel axes are counted from the front.
+
+    Example:
+      >>> dequantize(quantize(jnp.array([0.9, -1.1, 0.25]), "ternary", threshold=0.5))
+      Array([ 0.5, -0.5,  0. ], dtype=float32)
+    """
+
+    def expanded(part: ArrayLike) -> jax.Array:
+        part = quantized.granularity.expand(jnp.asarray(part), quantized.shape)
+        return part.astype(jnp.float32)
+
+    levels = jnp.asarray(quantized.qvalue).astype(jnp.float32)
+    if quantized.zero is not None:
+        levels = levels - expanded(quantized.zero)
+    values = expanded(quantized.scale) * levels
+    dtype = quantized.dtype if dtype is None else dtype
+    # The largest code times the scale may round past the largest number of the dtype.
+    largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
+    return jnp.clip(values, -largest, largest).astype(dtype)
+
+
+def _check_zero_point(bits: Bits, zero_point: bool) -> None:
+    if zero_point and bits == 1:
+        raise ValueError("zero_point needs a grid with a code for 0, which bits=1 does not have.")

@@ -1,0 +1,265 @@
+"""Integer codes as dense bytes, and back: the same bytes from NumPy and from jax.
+
+Code i becomes the unsigned `u = code - low`; one bit is 0 for -1 and 1 for 1.
+
+    1, 2, 3, 4, 5, 6, 8 bits   bits [i * b, (i + 1) * b) of a little-endian bit stream
+    ternary                    five a byte in base 3, the first the least significant digit
+
+Two, four or eight codes fill whole bytes, eight at every width. So codes, a byte each, are read
+as words of so many bytes and pushed together: neighbours to pairs, pairs to fours, fours to
+eights. All of it is shifts and masks of whole words, and bytes move as columns.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxclip._core.grids import Bits, code_range
+
+# Codes that NumPy works on at a time, so that what lies between stays in the cache; a
+# multiple of 40, which ends on a byte at every width.
+_PIECE = 40 * 2**15
+_TRITS = np.arange(256)[:, None] // 3 ** np.arange(8) % 3 * (np.arange(8) < 5)
+_TRITS_OF_BYTE = _TRITS.astype(np.uint8).view(np.uint64)[:, 0]
+
+
+def num_packed_bytes(count: int, bits: Bits) -> int:
+    """Returns how many bytes `pack_codes` makes of `count` codes.
+
+    Args:
+      count: Number of codes.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary" (five codes a byte).
+
+    Returns:
+      A count of bytes.
+
+    Raises:
+      ValueError: If `bits` is not allowed.
+
+    Example:
+      >>> num_packed_bytes(10, "ternary"), num_packed_bytes(10, 3)
+      (2, 4)
+    """
+    code_range(bits)
+    return -(-count // 5) if bits == "ternary" else -(-count * int(bits) // 8)
+
+
+def pack_codes(codes: Any, bits: Bits, *, full_signed: bool = True) -> Any:
+    """Packs integer codes densely into bytes, as the module's docstring says.
+
+    What is left of the last byte is filled up with zeros.
+
+    Args:
+      codes: Integer array of any shape, entries in `code_range(bits, full_signed)`; taken
+        in row-major order. NumPy arrays stay NumPy; jax arrays may be traced.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      full_signed: As in `code_range`.
+
+    Returns:
+      A flat uint8 array of `num_packed_bytes(codes.size, bits)` bytes.
+
+    Raises:
+      ValueError: If `bits` is not allowed.
+
+    Example:
+      >>> pack_codes(np.array([1, -1, 0, 1, 1]), "ternary")
+      array([227], dtype=uint8)
+    """
+    low, _ = code_range(bits, full_signed)
+    if not isinstance(codes, np.ndarray):
+        return _pack(jnp.reshape(codes, (-1,)), bits, low)
+    flat, size = codes.reshape(-1), codes.size
+    packed = np.empty(num_packed_bytes(size, bits), np.uint8)
+    for start in range(0, size, _PIECE):
+        place = _bytes_of_piece(start, size, bits)
+        packed[place] = _pack(flat[start : start + _PIECE], bits, low)
+    return packed
+
+
+def unpack_codes(packed: Any, bits: Bits, count: int, *, full_signed: bool = True) -> Any:
+    """Unpacks what `pack_codes` packed.
+
+    Args:
+      packed: Flat uint8 array, NumPy or jax.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      count: How many codes were packed.
+      full_signed: As in `code_range`.
+
+    Returns:
+      A flat int8 array of `count` codes.
+
+    Raises:
+      ValueError: If `bits` is not allowed, or `packed` does not have the right length.
+
+    Example:
+      >>> unpack_codes(np.array([227], np.uint8), "ternary", 5)
+      array([ 1, -1,  0,  1,  1], dtype=int8)
+    """
+    low, _ = code_range(bits, full_signed)
+    if packed.shape != (num_packed_bytes(count, bits),):
+        raise ValueError(
+            f"packed must have {num_packed_bytes(count, bits)} bytes for {count} codes at "
+            f"bits={bits!r}, got shape {packed.shape}."
+        )
+    if not isinstance(packed, np.ndarray):
+        return _unpack(packed, bits, count, low)
+    codes = np.empty(count, np.int8)
+    for start in range(0, count, _PIECE):
+        stop = min(start + _PIECE, count)
+        piece = packed[_bytes_of_piece(start, count, bits)]
+        codes[start:stop] = _unpack(piece, bits, stop - start, low)
+    return codes
+
+
+def _bytes_of_piece(start: int, count: int, bits: Bits) -> slice:
+    stop = min(start + _PIECE, count)
+    return slice(num_packed_bytes(start, bits), num_packed_bytes(stop, bits))
+
+
+# --- A piece, in NumPy or jax ---------------------------------------------------------
+
+
+def _pack(codes: Any, bits: Bits, low: int) -> Any:
+    xp = np if isinstance(codes, np.ndarray) else jnp
+    size = codes.size
+    codes = codes if codes.dtype == np.int8 else codes.astype(np.int8)
+    unsigned = (codes + np.int8(1)) >> np.int8(1) if bits == 1 else codes - np.int8(low)
+    unsigned = _reinterpret(unsigned, np.uint8)  # wraps around, so 8 bits fit too
+    if bits == 8:
+        return unsigned
+    per_word = 5 if bits == "ternary" else 8
+    if size % per_word:
+        unsigned = xp.pad(unsigned, (0, -size % per_word))
+    if bits == "ternary":
+        digits = unsigned.reshape(-1, 5)
+        packed = digits[:, 4]
+        for i in (3, 2, 1, 0):
+            packed = packed * np.uint8(3) + digits[:, i]
+        return packed
+    packed = _join(unsigned, int(bits))
+    return packed.reshape(-1)[: num_packed_bytes(size, bits)]
+
+
+def _unpack(packed: Any, bits: Bits, count: int, low: int) -> Any:
+    xp = np if isinstance(packed, np.ndarray) else jnp
+    if bits == "ternary":
+        unsigned = _digits(packed).reshape(-1)[:count]
+    elif bits == 8:
+        unsigned = packed
+    else:
+        num_bytes = -(-count // 8) * int(bits)
+        if packed.size < num_bytes:
+            packed = xp.pad(packed, (0, num_bytes - packed.size))
+        unsigned = _split(packed, int(bits)).reshape(-1)[:count]
+    codes = _reinterpret(unsigned, np.int8)
+    return codes * np.int8(2) - np.int8(1) if bits == 1 else codes + np.int8(low)
+
+
+def _digits(packed: Any) -> Any:
+    """The five base-3 digits of each byte."""
+    if isinstance(packed, np.ndarray):
+        return _first_columns(_TRITS_OF_BYTE.take(packed).view(np.uint8).reshape(-1, 8), 5)
+    rest, digits = packed.astype(np.uint16), []
+    for _ in range(5):
+        third = rest * np.uint16(171) >> np.uint16(9)  # rest // 3, for a byte
+        digits.append((rest - third * np.uint16(3)).astype(np.uint8))
+        rest = third
+    return jnp.stack(digits, axis=1)
+
+
+def _join(unsigned: Any, bits: int) -> Any:
+    """Codes, a byte each, side by side in `bits` bits each; a row for some whole bytes."""
+    shared = math.gcd(bits, 8)
+    rows = unsigned.reshape(-1, 8 // shared)  # the fewest codes that fill whole bytes
+    if isinstance(unsigned, np.ndarray):
+        if bits == 1:
+            return np.packbits(unsigned, bitorder="little")
+        words = rows.view(f"<u{8 // shared}")
+        return _first_columns(_squeezed(words, bits).view(np.uint8), bits // shared)
+    # jax has 64-bit words on request only; of bytes XLA makes vectors by itself.
+    columns = []
+    for j in range(bits // shared):
+        byte = None
+        for i in range(8 * j // bits, -(-8 * (j + 1) // bits)):
+            place = bits * i - 8 * j  # of code i's first bit in byte j
+            code = rows[:, i]
+            code = code << np.uint8(place) if place >= 0 else code >> np.uint8(-place)
+            byte = code if byte is None else byte | code
+        columns.append(byte)
+    return jnp.stack(columns, axis=1)
+
+
+def _split(packed: Any, bits: int) -> Any:
+    """The inverse of `_join`: codes, a byte each, in rows."""
+    if isinstance(packed, np.ndarray):
+        if bits == 1:
+            return np.unpackbits(packed, bitorder="little")
+        shared = math.gcd(bits, 8)
+        packed = packed.reshape(-1, bits // shared)
+        rows = np.zeros((len(packed), 8 // shared), np.uint8)
+        for j in range(packed.shape[1]):
+            rows[:, j] = packed[:, j]
+        return _spread(rows.view(f"<u{8 // shared}"), bits).view(np.uint8)
+    packed = packed.reshape(-1, bits)
+    halves = [jnp.zeros(packed.shape[0], np.uint32)] * 2
+    for j in range(bits):
+        byte, place = packed[:, j].astype(np.uint32), 8 * j - 4 * bits
+        if place < 0:
+            halves[0] = halves[0] | byte << np.uint32(8 * j)
+        if place >= 0:
+            halves[1] = halves[1] | byte << np.uint32(place)
+        elif place > -8:
+            halves[1] = halves[1] | byte >> np.uint32(-place)
+    # A byte that both halves share leaves bits above the first, which spreading drops.
+    return jnp.concatenate(
+        [lax.bitcast_convert_type(_spread(half, bits), jnp.uint8) for half in halves], axis=1
+    )
+
+
+def _first_columns(rows: np.ndarray, count: int) -> np.ndarray:
+    """The first columns of an array. NumPy copies columns far faster than short rows."""
+    columns = np.empty((len(rows), count), rows.dtype)
+    for j in range(count):
+        columns[:, j] = rows[:, j]
+    return columns
+
+
+def _squeezed(word: np.ndarray, bits: int) -> np.ndarray:
+    """Words with a code in each byte, overwritten by the codes side by side in the lowest bits."""
+    for field, room, mask in _steps(word.dtype, bits):
+        upper = word >> (room - field)
+        upper &= mask << field
+        word &= mask
+        word |= upper
+    return word
+
+
+def _spread(word: Any, bits: int) -> Any:
+    """The inverse of `_squeezed`, also for jax; higher bits are dropped."""
+    for field, room, mask in reversed(_steps(word.dtype, bits)):
+        upper = word & mask << field
+        upper <<= room - field
+        word &= mask
+        word |= upper
+    return word
+
+
+def _steps(dtype: Any, bits: int) -> list[tuple[Any, Any, Any]]:
+    """How neighbours join: bits of a field, bits that it has room in, mask of every other."""
+    as_word = np.dtype(dtype).type
+    steps, width = [], 8 * np.dtype(dtype).itemsize
+    for room in (8, 16, 32):
+        if room < width:
+            field = bits * room // 8
+            mask = sum((1 << field) - 1 << place for place in range(0, width, 2 * room))
+            steps.append((as_word(field), as_word(room), as_word(mask)))
+    return steps
+
+
+def _reinterpret(array: Any, dtype: Any) -> Any:
+    if isinstance(array, np.ndarray):
+        return array.view(dtype)
+    return lax.bitcast_convert_type(jnp.asarray(array), dtype)

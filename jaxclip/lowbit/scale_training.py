@@ -1,0 +1,97 @@
+"""Trains the scales of low-bit leaves and the other weights, with the codes fixed."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxclip._core import trees
+from jaxclip._core.trees import is_clippable
+from jaxclip.lowbit.arrays import _is_low_bit
+from jaxclip.lowbit.scale_formats import round_scale
+
+
+def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns what a low-bit tree may still learn, and how to put it back.
+
+    The codes stay. Each low-bit leaf gives factors of its scales, ones to begin with, so that
+    one step size does for scales of all sizes; the other floating leaves, biases and norm
+    scales, are given as they are. A short training of these recovers much of what rounding
+    lost, and the file has the same size.
+
+    Args:
+      small: What `compress` returned, with at least one low-bit leaf.
+
+    Returns:
+      `parts`, a dict from path to array, and `rebuild`: `rebuild(parts)` is the low-bit tree
+      with these. It has a derivative, straight through the rounding of scales to their format,
+      and `rebuild(parts)` at once is `small` itself.
+
+    Raises:
+      TypeError: By `rebuild`, if the parts are no dict.
+      ValueError: If no leaf is low-bit, or two have the same path, as of a key with a "/"; by
+        `rebuild`, if the parts are of other paths or shapes.
+
+    Example:
+      >>> from jaxclip import decompress
+      >>> small = compress({"kernel": jnp.array([[1.0], [-2.0]])}, 1)
+      >>> parts, rebuild = trainable_parts(small)
+      >>> loss_fn = lambda parts: jnp.sum(decompress(rebuild(parts))["kernel"] ** 2)
+      >>> jax.grad(loss_fn)(parts)
+      {'kernel': Array([[9.]], dtype=float32)}
+
+    References:
+      Esser et al., Learned Step Size Quantization, 2020, https://arxiv.org/abs/1902.08153
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(small, is_leaf=_is_low_bit)
+    if not any(_is_low_bit(leaf) for _, leaf in flat):
+        raise ValueError("trainable_parts needs a tree with a low-bit leaf, as compress gives.")
+    names = _names_of([path for path, _ in flat])
+    parts = {}
+    for name, (_, leaf) in zip(names, flat, strict=True):
+        if _is_low_bit(leaf):
+            parts[name] = jnp.ones_like(leaf.scale, jnp.float32)
+        elif is_clippable(leaf):
+            parts[name] = jnp.asarray(leaf)
+    shapes = {name: part.shape for name, part in parts.items()}
+
+    def rebuild(parts: Any) -> Any:
+        if not isinstance(parts, Mapping):
+            raise TypeError(f"parts must be a dict from path to array, got {parts!r}.")
+        given = {name: np.shape(part) for name, part in parts.items()}
+        for name in sorted({*given, *shapes}, key=str):
+            if given.get(name) != shapes.get(name):
+                raise ValueError(
+                    f"parts['{name}'] must have shape {shapes.get(name)}, got {given.get(name)}."
+                )
+        pairs = zip(names, flat, strict=True)
+        return structure.unflatten([_with_part(leaf, parts.get(name)) for name, (_, leaf) in pairs])
+
+    return parts, rebuild
+
+
+def _names_of(paths: list[tuple]) -> list[str]:
+    names: dict[str, tuple] = {}
+    for path in paths:
+        other = names.setdefault(trees.path_name(path), path)
+        if other is not path:
+            one, two = jax.tree_util.keystr(other), jax.tree_util.keystr(path)
+            raise ValueError(
+                f"small must have a leaf for each path, but {one} and {two} are both called "
+                f"'{trees.path_name(path)}': rename one."
+            )
+    return list(names)
+
+
+def _with_part(leaf: Any, part: Any) -> Any:
+    if not _is_low_bit(leaf):
+        return leaf if part is None else part
+    # Factors keep the signs of scales; a negative one would break a grid with a zero point.
+    scale = leaf.scale.astype(jnp.float32) * jnp.abs(part).astype(jnp.float32)
+    rounded = round_scale(lax.stop_gradient(scale), leaf.scale_dtype)
+    straight = rounded.astype(jnp.float32) + (scale - lax.stop_gradient(scale))
+    return dataclasses.replace(leaf, scale=straight.astype(rounded.dtype))

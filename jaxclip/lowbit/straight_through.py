@@ -1,0 +1,108 @@
+"""Training through a low-bit grid: rounded values forward, a straight derivative backward.
+
+    value        dequantize(quantize(w))
+    derivative   1 where w lies on the grid's range, 0 outside
+
+The range of a block reaches from its lowest level to its highest, up to one part in a
+million, so the largest weight of `max_abs` counts as inside. The threshold itself has no
+derivative: scales and zeros are measured anew from the weights and taken as constants.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxclip._core.grids import Bits, code_range
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.quantizer import quantize
+from jaxclip.thresholds.by_error import mse_optimal
+
+_SLACK = 2.0**-20
+
+
+def fake_quantize(
+    array: ArrayLike,
+    bits: Bits = 4,
+    *,
+    threshold: Any = mse_optimal,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+    full_signed: bool = True,
+    zero_point: bool = False,
+    scale_dtype: Any = "float32",
+) -> jax.Array:
+    """Returns what an array is after quantization, with the straight-through derivative.
+
+    For training with the grid in the loop: apply it to the weights inside the loss.
+
+    Args:
+      array: Real floating array of any shape. May be traced.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      threshold: As in `quantize`: a rule, its factory, a number, or an array of one a block.
+      axis: Channel axis or axes with a scale each; None for one scale.
+      group_size: Entries that share a scale along the last non-channel axis.
+      full_signed: Whether grids of two bits or more use the level -2**(bits-1).
+      zero_point: Whether the grid may lie unevenly around 0; not for 1 bit.
+      scale_dtype: Format of the scales, as in `quantize`.
+
+    Returns:
+      An array of the shape and dtype of `array`. The derivative passes where the entry is
+      within the levels of its block (for 1 bit, within the threshold), and is 0 elsewhere.
+
+    Raises:
+      TypeError: If `array` is not real floating, or `threshold` is no threshold.
+      ValueError: If an argument is not allowed, or a concrete entry is NaN or infinite.
+
+    Example:
+      >>> w = jnp.array([0.3, 0.8, -2.0])
+      >>> round_trip = lambda w: fake_quantize(w, "ternary", threshold=1.0)
+      >>> print(round_trip(w), jax.grad(lambda w: round_trip(w).sum())(w))
+      [ 0.  1. -1.] [1. 1. 0.]
+
+    References:
+      Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons for
+      Conditional Computation, 2013, https://arxiv.org/abs/1308.3432
+    """
+    array = jnp.asarray(array)
+    quantized = quantize(
+        lax.stop_gradient(array),
+        bits,
+        threshold=threshold,
+        axis=axis,
+        group_size=group_size,
+        full_signed=full_signed,
+        zero_point=zero_point,
+        scale_dtype=scale_dtype,
+    )
+    return _straight_through(array, lax.stop_gradient(quantized))
+
+
+@jax.custom_jvp
+def _straight_through(array: jax.Array, quantized: QuantizedArray) -> jax.Array:
+    del array
+    return dequantize(quantized)
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    array, quantized = primals
+    inside = _is_inside(array, quantized)
+    tangent = tangents[0]
+    return dequantize(quantized), jnp.where(inside, tangent, jnp.zeros_like(tangent))
+
+
+def _is_inside(array: jax.Array, quantized: QuantizedArray) -> jax.Array:
+    """Whether each entry lies between the outermost levels of its block."""
+    low, high = code_range(quantized.bits, quantized.full_signed)
+    zero = 0 if quantized.zero is None else quantized.zero.astype(jnp.float32)
+    scale = quantized.scale.astype(jnp.float32) * (1 + _SLACK)
+    ends = scale * (low - zero), scale * (high - zero)  # a negative scale swaps them
+    bottom, top = (
+        quantized.granularity.expand(end, array.shape)
+        for end in (jnp.minimum(*ends), jnp.maximum(*ends))
+    )
+    x = array.astype(jnp.float32)
+    return (bottom <= x) & (x <= top)

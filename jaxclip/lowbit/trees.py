@@ -1,0 +1,210 @@
+"""Trees: which leaf is stored at how many bits."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxclip._core import checks, trees
+from jaxclip._core.grids import Bits
+from jaxclip.checkpoints.format.layout import plan_file
+from jaxclip.checkpoints.sizes import size_report
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.budgets import (
+    ALL_WIDTHS,
+    Option,
+    Target,
+    check_target,
+    choose_widths,
+    outline_of,
+)
+from jaxclip.lowbit.distortion import squared_error
+from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs
+from jaxclip.thresholds.by_error import mse_optimal
+from jaxclip.thresholds.by_tree import shared_over
+from jaxclip.thresholds.rules import ThresholdRule
+
+
+def compress(
+    params: Any,
+    bits: Bits | None = None,
+    *,
+    target_bits_per_weight: float | None = None,
+    target_bytes: int | None = None,
+    rule: Any = mse_optimal,
+    axis: int | tuple[int, ...] | None = -1,
+    group_size: int | None = None,
+    full_signed: bool = True,
+    zero_point: bool = False,
+    scale_dtype: Any = "float32",
+    bit_price: ArrayLike = 0.0,
+    policy: Policy = (),
+) -> Any:
+    """Replaces leaves of two or more dimensions by low-bit arrays.
+
+    With a target, each leaf gets the width of "ternary", 2, 3, 4, 5, 6 or 8 bits that makes
+    the squared error `sum |W - Q|^2` over all leaves small: bytes go where they lower it most,
+    as `jaxclip.allocation` says. The error counts in the weights' own units, so that leaves of
+    large weights get more bits; `policy` fixes a leaf that must not follow.
+
+    Args:
+      params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
+        stay as they are, and so do low-bit leaves.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None for 4, or for what a target chooses.
+      target_bits_per_weight: Most bits that an entry of a low-bit leaf takes on average, in
+        (0, inf): codes and scales, those of leaves whose width is fixed included. Not traced.
+      target_bytes: Most bytes of the file, `size_report(small).total_bytes`; at least 1.
+      rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
+        `max_abs`), bound here to the grid and granularity; `per_tree` of a rule, measured on
+        all leaves that become low-bit by it; or a number.
+      axis: Channel axis with a scale for each index; by default the last, an output
+        channel in flax's layouts. None for one scale a leaf.
+      group_size: Entries that share a scale along the last non-channel axis.
+      full_signed: Whether grids of two bits or more use the level -2**(bits-1).
+      zero_point: Whether grids may lie unevenly around 0, as in `quantize`; not for 1 bit.
+      scale_dtype: Format of the scales: float32, float16, bfloat16 or "log8".
+      bit_price: For files that are entropy coded: error that a bit is worth, in squared steps, as
+        `price` of `cheaper_codes`, such as 0.12; at 0 every code is the nearest. Files get
+        smaller and the error larger, more so with coarse steps. At least 0; not for 1 bit or
+        with zero points.
+      policy: Pairs `(regex, spec)`; the first whose regex matches a leaf's path decides. A spec
+        is a width, None to leave a leaf as it is, or a dict of any of `bits`, `rule`, `axis`,
+        `group_size`, `full_signed`, `zero_point`, `scale_dtype` and `bit_price`, for those
+        leaves instead of the arguments; `axis` counts for leaves of two or more dimensions.
+        Leaves that none matches, and of a dict without `bits`, follow `bits` or the target.
+        Leaves of fewer than two dimensions become low-bit only by a spec with a width.
+
+    Returns:
+      A tree of the same structure with `QuantizedArray` leaves, for `decompress`,
+      `size_report` and `checkpoints.save`. A target is never exceeded, and the error within it
+      is no larger than that of any one width for all leaves that fits.
+
+    Raises:
+      TypeError: If an argument is of a wrong type, more than one of `bits` and the targets
+        is given, or a target comes with traced weights.
+      ValueError: If `bits` or `scale_dtype` is not allowed, `zero_point` comes with 1 bit,
+        `bit_price` is negative or comes with one of these, a regex matches no leaf, a spec has
+        an unknown field or a value that is not allowed (the message names regex and field), a
+        weight is NaN or infinite (the message names leaf and index), or a target is out of
+        reach (the message has the least).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxclip.thresholds.by_magnitude import max_abs
+      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
+      >>> small = compress(params, bits="ternary")
+      >>> small["kernel"].bits, small["bias"].dtype
+      ('ternary', dtype('float32'))
+      >>> policy = [("kernel", {"bits": 8, "group_size": 4, "rule": max_abs, "axis": 0})]
+      >>> compress(params, 2, policy=policy)["kernel"].scale.shape
+      (8, 1)
+      >>> params = {"a": jnp.ones((64, 64)), "b": jax.random.normal(jax.random.key(0), (64, 64))}
+      >>> small = compress(params, target_bits_per_weight=3.5)
+      >>> small["a"].bits, small["b"].bits
+      ('ternary', 4)
+    """
+    target = check_target(bits, target_bits_per_weight, target_bytes)
+    if target is None:
+        bits = 4 if bits is None else bits
+    default = LeafSpec(
+        bits, rule, axis, group_size, full_signed, zero_point, scale_dtype, bit_price
+    )
+    flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
+    names, leaves = [trees.path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
+    specs = _with_shared_rules(leaf_specs(names, leaves, policy, default), leaves)
+
+    def quantized(i: int, width: Bits | None = None) -> QuantizedArray:
+        spec = specs[i]
+        assert spec is not None
+        return spec.quantize(leaves[i], names[i], width)
+
+    small, free = list(leaves), []
+    for i, spec in enumerate(specs):
+        if spec is not None and spec.bits is None:
+            free.append(i)
+        elif spec is not None:
+            small[i] = quantized(i)
+    if target is not None:
+        for i, width in zip(free, _widths(target, small, structure, free, quantized), strict=True):
+            small[i] = quantized(i, width)
+    return structure.unflatten(small)
+
+
+def decompress(small: Any, dtype: Any = None) -> Any:
+    """Returns the tree of arrays that a compressed tree stands for.
+
+    Args:
+      small: What `compress` returned, or `checkpoints.load` read.
+      dtype: Floating dtype for the leaves that were compressed; None for their own.
+
+    Returns:
+      The tree with every `QuantizedArray` dequantized; other leaves as they are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> decompress(compress({"kernel": jnp.ones((2, 2))}, bits="ternary"))
+      {'kernel': Array([[1., 1.],
+             [1., 1.]], dtype=float32)}
+    """
+    return jax.tree.map(
+        lambda leaf: dequantize(leaf, dtype) if _is_quantized(leaf) else leaf,
+        small,
+        is_leaf=_is_quantized,
+    )
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedArray)
+
+
+def _with_shared_rules(
+    specs: Sequence[LeafSpec | None], leaves: Sequence[Any]
+) -> list[LeafSpec | None]:
+    """The specs, with rules for a whole tree measured on all leaves that they are for."""
+
+    def is_shared(spec: LeafSpec | None) -> bool:
+        rule = None if spec is None else spec.rule
+        return isinstance(rule, ThresholdRule) and not rule.is_leafwise
+
+    together: dict[ThresholdRule, list[Any]] = {}
+    for spec, leaf in zip(specs, leaves, strict=True):
+        if spec and is_shared(spec):
+            together.setdefault(spec.rule, []).append(leaf)
+    shared = {rule: shared_over(rule, group) for rule, group in together.items()}
+    return [
+        dataclasses.replace(spec, rule=shared[spec.rule]) if spec and is_shared(spec) else spec
+        for spec in specs
+    ]
+
+
+def _widths(
+    target: Target,
+    small: list[Any],
+    structure: Any,
+    free: list[int],
+    quantized: Callable[[int, Bits], QuantizedArray],
+) -> list[Bits]:
+    """The widths of the free leaves; the others are in `small` as they will be stored."""
+    measured = [_measured(target, small[i], functools.partial(quantized, i)) for i in free]
+
+    def file_bytes(outlines: list[QuantizedArray]) -> int:
+        tree = list(small)
+        for i, outline in zip(free, outlines, strict=True):
+            tree[i] = outline
+        return size_report(structure.unflatten(tree)).total_bytes
+
+    others = [leaf for leaf in small if _is_quantized(leaf)]
+    return [ALL_WIDTHS[option] for option in choose_widths(target, measured, others, file_bytes)]
+
+
+def _measured(target: Target, leaf: Any, quantized: Callable[[Bits], Any]) -> list[Option]:
+    options = []
+    for width in ALL_WIDTHS:
+        q = quantized(width)
+        if not checks.is_concrete(q.qvalue):
+            raise TypeError(f"{target.name} needs the weights' values: compress outside of jit.")
+        options.append(Option(outline_of(q), plan_file(q).data_bytes, squared_error(leaf, q)))
+    return options

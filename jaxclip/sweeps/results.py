@@ -1,0 +1,346 @@
+"""What a sweep found: a table, the best trade-offs, a recommendation."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxclip import plots
+from jaxclip._core.grids import Bits
+from jaxclip.training.stopping import StopReason
+
+
+def pareto_front(costs: Any) -> np.ndarray:
+    """Says which points no other point beats.
+
+    A point beats another if none of its costs is larger and one is smaller.
+
+    Args:
+      costs: Array of shape (points, objectives), each objective to be small. Infinities are
+        compared as numbers.
+
+    Returns:
+      Bools of shape (points,). Equal points are all on the front or all off it; a point with
+      a NaN is off it and beats none.
+
+    Raises:
+      ValueError: If `costs` does not have two dimensions, or no objective.
+
+    Example:
+      >>> pareto_front([[1, 4], [2, 2], [3, 3], [2, 2], [float("nan"), 0]])
+      array([ True,  True, False,  True, False])
+    """
+    costs = np.asarray(costs, np.float64)
+    if costs.ndim != 2 or costs.shape[1] == 0:
+        raise ValueError(f"costs must be of shape (points, objectives), got {costs.shape}.")
+    is_known = ~np.isnan(costs).any(axis=1)
+    is_on_front = is_known.copy()
+    # Whoever beats a point comes before it in this order, and is on the front or beaten by one
+    # that is.
+    front: list[np.ndarray] = []
+    for i in np.lexsort(costs.T[::-1]):
+        if not is_known[i]:
+            continue
+        point = costs[i]
+        others = np.asarray(front).reshape(-1, costs.shape[1])
+        beaten = (others <= point).all(axis=1) & (others < point).any(axis=1)
+        is_on_front[i] = not beaten.any()
+        if is_on_front[i]:
+            front.append(point)
+    return is_on_front
+
+
+class SweepRow(NamedTuple):
+    """One setting at one width; the mean over the seeds.
+
+    Attributes:
+      step_size: Its step size.
+      threshold: The number that its box was made of; inf for none.
+      bits: Width of the weights; None for weights as they were trained.
+      metric: The metric's mean over the seeds.
+      standard_error: Of that mean: deviation over the square root of the number of seeds; NaN
+        for one seed.
+      gap: How much better the metric is on what was trained on: the generalisation gap, mean
+        over the seeds; NaN without a `train_metric`.
+      file_bytes: Bytes of the file, mean over the seeds.
+      seconds_per_step: Time of a training step of one seed, all rows of the program sharing
+        the machine.
+      weight_clip_rate: Share of the boxed weights on the bound at the end, mean over the seeds.
+      num_diverged: Seeds whose loss over the last record was not finite, or above the first
+        finite one.
+    """
+
+    step_size: float
+    threshold: float
+    bits: Bits | None
+    metric: float
+    standard_error: float
+    gap: float
+    file_bytes: float
+    seconds_per_step: float
+    weight_clip_rate: float
+    num_diverged: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SweepResult:
+    """What `sweep` returns: arrays with named axes; `print` it for a table.
+
+    Attributes:
+      step_sizes: Along the axis "step_size", float64.
+      thresholds: Along the axis "threshold", float64.
+      seeds: Along the axis "seed".
+      bits: Along the axis "bits"; None for weights as they were trained.
+      metrics: What `evaluate` gave by name, float64 of axes (step_size, threshold, seed, bits).
+      file_bytes: Bytes of the files, of the same axes.
+      loss: Mean loss over the last steps, of axes (step_size, threshold, seed).
+      weight_clip_rate: Share of boxed weights on the bound at the end, of the same axes.
+      is_diverged: As in `SweepRow`, of the same axes.
+      steps: Steps taken, of the same axes.
+      reason_codes: Why training ended, of the same axes; see `reason`.
+      seconds_per_step: As in `SweepRow`, of axes (step_size, threshold).
+      recorded_at: Steps of the history, along the axis "record".
+      history: "loss" and "weight_clip_rate" of axes (step_size, threshold, seed, record).
+      metric: Name of the metric that settings are judged by.
+      train_metric: Its name on what was trained on, or None.
+      mode: "max" if a larger metric is better, "min" if a smaller one is.
+      params: The trained parameters, leaves of axes (step_size, threshold, seed, ...), or None;
+        not part of what `to_json` writes.
+    """
+
+    step_sizes: np.ndarray
+    thresholds: np.ndarray
+    seeds: np.ndarray
+    bits: tuple[Bits | None, ...]
+    metrics: dict[str, np.ndarray]
+    file_bytes: np.ndarray
+    loss: np.ndarray
+    weight_clip_rate: np.ndarray
+    is_diverged: np.ndarray
+    steps: np.ndarray
+    reason_codes: np.ndarray
+    seconds_per_step: np.ndarray
+    recorded_at: np.ndarray
+    history: dict[str, np.ndarray]
+    metric: str
+    train_metric: str | None
+    mode: str
+    params: Any = None
+
+    AXES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "metrics": ("step_size", "threshold", "seed", "bits"),
+        "file_bytes": ("step_size", "threshold", "seed", "bits"),
+        "loss": ("step_size", "threshold", "seed"),
+        "weight_clip_rate": ("step_size", "threshold", "seed"),
+        "is_diverged": ("step_size", "threshold", "seed"),
+        "steps": ("step_size", "threshold", "seed"),
+        "reason_codes": ("step_size", "threshold", "seed"),
+        "seconds_per_step": ("step_size", "threshold"),
+        "history": ("step_size", "threshold", "seed", "record"),
+    }
+
+    def reason(self, i: int, j: int, seed: int = 0) -> StopReason:
+        """Returns why the setting of places `i` and `j` stopped training."""
+        return list(StopReason)[int(self.reason_codes[i, j, seed]) - 1]
+
+    def means(self) -> np.ndarray:
+        """Returns the metric's mean over the seeds, of axes (step_size, threshold, bits)."""
+        return self.metrics[self.metric].mean(axis=2)
+
+    def rows(self) -> list[SweepRow]:
+        """Returns a row for each setting and width, for instance for `pandas.DataFrame`."""
+        values = self.metrics[self.metric]
+        mean, error = values.mean(axis=2), _standard_error(values)
+        gap = np.full(mean.shape, np.nan)
+        if self.train_metric is not None:
+            sign = 1 if self.mode == "max" else -1
+            with np.errstate(invalid="ignore"):
+                gap = sign * (self.metrics[self.train_metric] - values).mean(axis=2)
+        return [
+            SweepRow(
+                step_size=float(self.step_sizes[i]),
+                threshold=float(self.thresholds[j]),
+                bits=self.bits[b],
+                metric=float(mean[i, j, b]),
+                standard_error=float(error[i, j, b]),
+                gap=float(gap[i, j, b]),
+                file_bytes=float(self.file_bytes[i, j, :, b].mean()),
+                seconds_per_step=float(self.seconds_per_step[i, j]),
+                weight_clip_rate=float(self.weight_clip_rate[i, j].mean()),
+                num_diverged=int(self.is_diverged[i, j].sum()),
+            )
+            for i, j, b in np.ndindex(mean.shape)
+        ]
+
+    def pareto(self) -> list[SweepRow]:
+        """Returns the rows that no other beats in both metric and bytes, smallest file first.
+
+        A setting with a diverged seed is left out.
+        """
+        rows = self._sound_rows()
+        costs = [[self._cost(row), row.file_bytes] for row in rows]
+        on_front = pareto_front(np.reshape(np.asarray(costs, np.float64), (len(rows), 2)))
+        front = [row for row, is_on in zip(rows, on_front, strict=True) if is_on]
+        return sorted(front, key=lambda row: (row.file_bytes, self._cost(row)))
+
+    def recommend(self, max_loss: float = 0.01) -> SweepRow:
+        """Returns the row of the smallest file that is nearly as good as the best row.
+
+        Of the files of that size it is the one with the best metric. The metric that chose is
+        a little too good for what it chose: keep a test set that the sweep has not seen.
+
+        Args:
+          max_loss: By how much the mean metric may be worse than the best, in its own units, to
+            the rounding of float32.
+
+        Raises:
+          ValueError: If `max_loss` is negative or NaN, each setting has a diverged seed, or the
+            mean metric of all others is NaN.
+        """
+        if not max_loss >= 0:
+            raise ValueError(f"max_loss must be at least 0, got {max_loss!r}.")
+        sound = self._sound_rows()
+        rows = [row for row in sound if not math.isnan(row.metric)]
+        if not rows:
+            of_all = f"{self.metric!r} is NaN in each row without a diverged seed"
+            of_all = of_all if sound else "each setting has a diverged seed"
+            raise ValueError(f"there is nothing to recommend: {of_all}.")
+        best = min(self._cost(row) for row in rows)
+        # Metrics are float32 as a rule: .97 and .96 must count as .01 apart.
+        worst = best + max_loss + 4 * float(np.finfo(np.float32).eps) * abs(best)
+        return min(
+            (row for row in rows if self._cost(row) <= worst),
+            key=lambda row: (row.file_bytes, self._cost(row)),
+        )
+
+    def params_of(self, row: SweepRow) -> Any:
+        """Returns the trained parameters of a row, not rounded; leaves have an axis of seeds.
+
+        Raises:
+          ValueError: If the sweep did not keep them.
+        """
+        if self.params is None:
+            raise ValueError("the parameters were not kept: sweep(..., keep_params=True).")
+        i = int(np.flatnonzero(self.step_sizes == row.step_size)[0])
+        j = int(np.flatnonzero(self.thresholds == row.threshold)[0])
+        return jax.tree.map(lambda leaf: leaf[i, j], self.params)
+
+    def _sound_rows(self) -> list[SweepRow]:
+        return [row for row in self.rows() if not row.num_diverged]
+
+    def _cost(self, row: SweepRow) -> float:
+        return -row.metric if self.mode == "max" else row.metric
+
+    # --- Out and back -----------------------------------------------------------------
+
+    def table(self) -> str:
+        """Returns all rows as a table for reading."""
+        return self._table(self.rows())
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _table(self, rows: list[SweepRow]) -> str:
+        titles = ["step size", "threshold", "bits", self.metric, "+-", "gap", "bytes"]
+        titles += ["ms/step", "on bound", "diverged"]
+        lines = [titles] + [_cells(row, len(self.seeds)) for row in rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+        return "\n".join(
+            "  ".join(f"{x:>{width}}" for x, width in zip(line, widths, strict=True))
+            for line in lines
+        )
+
+    def to_csv(self, path: str | os.PathLike | None = None) -> str:
+        """Returns the rows as CSV, a line of names first; written to `path` if there is one."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(SweepRow._fields)
+        writer.writerows(self.rows())
+        return _written(text.getvalue(), path)
+
+    def to_json(self, path: str | os.PathLike | None = None) -> str:
+        """Returns everything but the parameters as JSON; `from_json` reads it back exactly.
+
+        Numbers that JSON does not have are written as the strings "nan", "inf" and "-inf".
+        """
+        names = [f.name for f in dataclasses.fields(self) if f.name != "params"]
+        fields = {name: _as_json(getattr(self, name)) for name in names}
+        return _written(json.dumps(fields, allow_nan=False), path)
+
+    @classmethod
+    def from_json(cls, text: str) -> "SweepResult":
+        """Returns the result that `to_json` wrote.
+
+        Raises:
+          ValueError: If the text is not of a sweep.
+        """
+        fields: Any = json.loads(text)
+        names = {f.name for f in dataclasses.fields(cls)} - {"params"}
+        if not isinstance(fields, dict) or set(fields) != names:
+            raise ValueError("text must be what SweepResult.to_json wrote, with all its fields.")
+        kinds = {"seeds": np.int64, "steps": np.int64, "reason_codes": np.int64}
+        kinds |= {"recorded_at": np.int64, "is_diverged": np.bool_}
+        for name, value in fields.items():
+            if isinstance(value, dict):
+                fields[name] = {k: np.asarray(x, np.float64) for k, x in value.items()}
+            elif isinstance(value, list) and name != "bits":
+                fields[name] = np.asarray(value, np.float64).astype(kinds.get(name, np.float64))
+        fields["bits"] = tuple(fields["bits"])
+        return cls(**fields)
+
+    def plot(self, file: str | os.PathLike | None = None, *, max_loss: float = 0.01) -> Any:
+        """Draws the metric against the bytes, with the front and the recommendation.
+
+        Args:
+          file: Where to save the picture; None not to.
+          max_loss: As in `recommend`.
+
+        Returns:
+          The matplotlib figure.
+
+        Raises:
+          ImportError: If matplotlib is not installed; the message names the extra.
+        """
+        return plots.front(
+            self._sound_rows(), self.pareto(), self.recommend(max_loss), file, metric=self.metric
+        )
+
+
+def _standard_error(values: np.ndarray) -> np.ndarray:
+    num_seeds = values.shape[2]
+    if num_seeds == 1:
+        return np.full((*values.shape[:2], values.shape[3]), np.nan)
+    with np.errstate(invalid="ignore"):  # an infinite metric has none
+        return values.std(axis=2, ddof=1) / math.sqrt(num_seeds)
+
+
+def _cells(row: SweepRow, num_seeds: int) -> list[str]:
+    cells = [f"{row.step_size:.3g}", f"{row.threshold:.3g}"]
+    cells += ["as is" if row.bits is None else str(row.bits), f"{row.metric:.4f}"]
+    cells += ["" if math.isnan(x) else f"{x:.4f}" for x in (row.standard_error, row.gap)]
+    cells += [f"{row.file_bytes:,.0f}", f"{1e3 * row.seconds_per_step:.3f}"]
+    cells += [f"{row.weight_clip_rate:.0%}"]
+    return [*cells, f"{row.num_diverged}/{num_seeds}" if row.num_diverged else ""]
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_json(x) for name, x in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_as_json(x) for x in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _written(text: str, path: str | os.PathLike | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text

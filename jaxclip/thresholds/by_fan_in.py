@@ -1,0 +1,159 @@
+"""The rule that goes by what a layer is: `fan_in`, from a leaf's path and shape."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxclip._core import checks
+from jaxclip._core.grids import Granularity
+from jaxclip.thresholds.by_magnitude import max_abs
+from jaxclip.thresholds.rules import ThresholdRule
+from jaxclip.thresholds.values import (
+    as_threshold,
+    check_number_or_schedule,
+    is_threshold_leaf,
+    resolve_threshold,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FanIn(ThresholdRule):
+    kappa: Any = 1.0
+    stacked_axes: int = 0
+    out_axes: tuple[int, ...] | None = None
+    path: str = ""
+    is_blockwise: ClassVar[bool] = False  # the shape of the whole array counts
+
+    def __call__(self, array: ArrayLike) -> Any:
+        return self.for_leaf(self.path, array, jnp.zeros((), jnp.int32))
+
+    def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
+        num_inputs = self.num_inputs(path, np.shape(leaf))
+        if num_inputs is None:
+            return float("inf")
+        kappa = jnp.asarray(self.kappa(step)) if callable(self.kappa) else self.kappa
+        return as_threshold(kappa) * float(np.sqrt(2 / max(num_inputs, 1)))
+
+    def num_inputs(self, path: str, shape: tuple[int, ...]) -> int | None:
+        """The number of inputs each output sums; None for leaves that stay free."""
+        names = path.split("/")
+        shape = shape[self.stacked_axes :]
+        if len(shape) < 2 or names[-1] in ("bias", "scale"):
+            return None
+        if self.out_axes is not None:
+            outputs = _axes_within(self.out_axes, path, shape)
+            return int(np.prod([n for axis, n in enumerate(shape) if axis not in outputs]))
+        if names[-1] == "embedding":
+            return shape[-1]
+        if len(names) > 1 and names[-2] in ("query", "key", "value") and len(shape) == 3:
+            return shape[0]  # (features, heads, head_dim)
+        return int(np.prod(shape[:-1]))
+
+    def at_path(self, path: str) -> ThresholdRule:
+        return dataclasses.replace(self, path=path)
+
+    def compact(self, array: jax.Array) -> jax.Array:
+        if self.num_inputs(self.path, np.shape(array)) is None:
+            if not self.path:
+                raise ValueError(f"fan_in needs two dimensions or more, got shape {array.shape}.")
+            # A free leaf is not clipped.
+            return dataclasses.replace(max_abs(), granularity=self.granularity).compact(array)
+        return jnp.full(self.granularity.scale_shape(array.shape), self(array), jnp.float32)
+
+
+def _axes_within(axes: tuple[int, ...], path: str, shape: tuple[int, ...]) -> set[int]:
+    rank = len(shape)
+    if any(not -rank <= a < rank for a in axes):
+        raise ValueError(
+            f"out_axes must be in [{-rank}, {rank}) for '{path}' of shape {shape}, got {axes}."
+        )
+    return {a % rank for a in axes}
+
+
+def fan_in(
+    kappa: Any = 1.0, *, stacked_axes: int = 0, out_axes: int | Sequence[int] | None = None
+) -> ThresholdRule:
+    """Makes the rule `t = kappa * sqrt(2 / fan_in)`, kappa times the He standard deviation.
+
+    Fan-in is read from the shape as flax lays layers out: all axes but the last (Dense,
+    Conv HWIO and DHWIO with their groups, DenseGeneral with one output axis, the output
+    kernel of attention); the first for the query, key and value kernels of attention; the last
+    for an `embedding`. Leaves with fewer than two dimensions, and what is called `bias` or
+    `scale`, get `inf`: they stay free.
+
+    Args:
+      kappa: Number in [0, inf], a traced scalar, or a schedule `step -> number`.
+      stacked_axes: Leading axes that stack layers (scan over layers), not counted.
+      out_axes: Axis or axes of the outputs, counted without the stacked ones; the inputs are
+        the others. For what the shape does not say: `(-2, -1)` for a DenseGeneral with two
+        output axes, 0 for kernels as PyTorch lays them out. None goes by the above.
+
+    Returns:
+      A rule; on one array it gives a scalar threshold. For layers of different layout, a
+      prefix tree of rules. `compress` takes the largest weight of a leaf that stays free.
+
+    Raises:
+      TypeError: If `kappa` is not a number or a schedule.
+      ValueError: If `kappa` is negative or NaN, `stacked_axes` not a count, or `out_axes` not
+        of axes; when it is used, if an axis is out of range, with the path.
+
+    Example:
+      >>> float(fan_in(1.0)(jnp.zeros((8, 3)))), float(fan_in(1.0, out_axes=0)(jnp.zeros((8, 2))))
+      (0.5, 1.0)
+
+    References:
+      He et al., Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852
+      Elsayed et al., Weight Clipping for Deep Continual and Reinforcement Learning, 2024,
+      https://arxiv.org/abs/2407.01704
+    """
+    if out_axes is not None:
+        axes: Any = tuple(out_axes) if isinstance(out_axes, (tuple, list)) else (out_axes,)
+        are_integers = [isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in axes]
+        if not (axes and all(are_integers)):
+            raise ValueError(f"out_axes must be one or more integers, got {out_axes!r}.")
+        out_axes = tuple(int(a) for a in axes)
+    check_number_or_schedule("kappa", kappa)
+    if stacked_axes != 0:
+        checks.check_count("stacked_axes", stacked_axes)
+    return _FanIn(Granularity(), kappa, stacked_axes, out_axes)
+
+
+def fan_ins(threshold: Any, params: Any) -> Any:
+    """Returns the number of inputs that `fan_in` counts for each leaf.
+
+    Args:
+      threshold: As in `resolve_threshold`.
+      params: Pytree whose leaves are bounded.
+
+    Returns:
+      A tree with the structure of `params`: the fan-in as a float, and inf for leaves that
+      stay free or have a threshold of another kind.
+
+    Raises:
+      ValueError: As `resolve_threshold`.
+
+    Example:
+      >>> fan_ins(fan_in(2.0), {"kernel": jnp.zeros((8, 3)), "bias": jnp.zeros(3)})
+      {'bias': inf, 'kernel': 8.0}
+    """
+    counts = jax.tree.map(
+        lambda given: _NumInputs(given.granularity, given) if isinstance(given, _FanIn) else np.inf,
+        threshold,
+        is_leaf=is_threshold_leaf,
+    )
+    return resolve_threshold(counts, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NumInputs(ThresholdRule):
+    rule: _FanIn = dataclasses.field(default_factory=_FanIn)
+
+    def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
+        del step
+        num_inputs = self.rule.num_inputs(path, np.shape(leaf))
+        return float("inf") if num_inputs is None else float(num_inputs)

@@ -1,0 +1,214 @@
+"""Threshold rules that look at magnitudes alone: a maximum, a percentile, a deviation."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxclip._core import checks
+from jaxclip._core.grids import Granularity
+from jaxclip.thresholds.rules import ThresholdRule
+
+_MOST = np.finfo(np.float32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class _MaxAbs(ThresholdRule):
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        del counts
+        return jnp.max(_magnitude(blocks), axis=axes, keepdims=True, initial=0)
+
+    def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        return _largest_of(arrays)
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+    return jnp.abs(x).astype(jnp.float32)
+
+
+def _largest_of(arrays: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.maximum, [jnp.max(_magnitude(x), initial=0) for x in arrays])
+
+
+def _total(numbers: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, numbers)
+
+
+def _num_entries(arrays: Sequence[jax.Array]) -> int:
+    return max(sum(x.size for x in arrays), 1)
+
+
+def max_abs(
+    *, axis: int | tuple[int, ...] | None = None, group_size: int | None = None
+) -> ThresholdRule:
+    """Makes the rule `t = max |w|`: nothing is clipped.
+
+    Args:
+      axis: Channel axis or axes with a threshold each; None for one threshold.
+      group_size: Entries that share a threshold along the last non-channel axis.
+
+    Returns:
+      A rule: array -> float32 thresholds that broadcast against the array.
+
+    Raises:
+      TypeError: If `axis` is not an integer, a tuple of them or None.
+      ValueError: If `group_size` is not a positive integer.
+
+    Example:
+      >>> max_abs(axis=1)(jnp.array([[1.0, -4.0], [-2.0, 3.0]]))
+      Array([[2., 4.]], dtype=float32)
+    """
+    return _MaxAbs(Granularity(axis, group_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _PercentileAbs(ThresholdRule):
+    q: float = 100.0
+
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        size = _magnitude(blocks)
+        largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
+        if self.q == 100 or blocks.size == 0:
+            return largest
+
+        def count_above(bound: jax.Array) -> jax.Array:
+            return jnp.sum(size > bound, axis=axes, keepdims=True, dtype=jnp.int32)
+
+        return _least_exceeded_by(self._num_above(counts), count_above, largest)
+
+    def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        sizes, largest = [_magnitude(x) for x in arrays], _largest_of(arrays)
+        count = _num_entries(arrays)
+        if self.q == 100:
+            return largest
+        if count > np.iinfo(np.int32).max:
+            raise ValueError(f"percentile_abs counts to 2**31 - 1 entries, the tree has {count}.")
+
+        def count_above(bound: jax.Array) -> jax.Array:
+            return _total([jnp.sum(size > bound, dtype=jnp.int32) for size in sizes])
+
+        return _least_exceeded_by(self._num_above(count), count_above, largest)
+
+    def _num_above(self, counts: ArrayLike) -> np.ndarray:
+        """Weights that may lie above; counted from the top, where a group has no padding."""
+        counts = np.asarray(counts, np.float64)
+        return counts - np.ceil(counts * self.q / 100)
+
+
+def _least_exceeded_by(
+    num_above: np.ndarray, count_above: Callable[[jax.Array], jax.Array], largest: jax.Array
+) -> jax.Array:
+    """The least number that no more than `num_above` weights exceed: a weight, or 0.
+
+    Floats of one sign are in the order of their bits, so 32 halvings find it.
+    """
+    most = jnp.broadcast_to(jnp.asarray(num_above, jnp.int32), largest.shape)
+    high = lax.bitcast_convert_type(largest, jnp.int32)
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = low + (high - low) // 2
+        is_enough = count_above(lax.bitcast_convert_type(middle, jnp.float32)) <= most
+        return jnp.where(is_enough, low, middle + 1), jnp.where(is_enough, middle, high)
+
+    _, found = lax.fori_loop(0, 32, halve, (0 * high, high))
+    return lax.bitcast_convert_type(found, jnp.float32)
+
+
+def percentile_abs(
+    q: float,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+) -> ThresholdRule:
+    """Makes the rule `t = the q-th percentile of |w|`: the share `1 - q / 100` is clipped.
+
+    The least `|w|` that at least `q` percent of the entries do not exceed, exactly: one of
+    the magnitudes, as `numpy.quantile` gives with method "inverted_cdf". Found by 32 passes
+    that count, without a sort, so that it runs on sharded arrays.
+
+    Args:
+      q: Number in (0, 100]; 100 is `max_abs`.
+      axis: Channel axis or axes with a threshold each; None for one threshold.
+      group_size: Entries that share a threshold along the last non-channel axis.
+
+    Returns:
+      A rule: array -> float32 thresholds that broadcast against the array.
+
+    Raises:
+      TypeError: If `q` is not a number, or `axis` not an integer, a tuple of them or None.
+      ValueError: If `q` is not in (0, 100], or `group_size` not a positive integer.
+
+    Example:
+      >>> print(percentile_abs(75)(jnp.array([1.0, -4.0, -2.0, 3.0])))
+      [3.]
+    """
+    q = q.item() if isinstance(q, jax.Array) else q
+    checks.check_positive("q", q)
+    if not q <= 100:
+        raise ValueError(f"q must be in (0, 100], got {q!r}.")
+    return _PercentileAbs(Granularity(axis, group_size), float(q))
+
+
+@dataclasses.dataclass(frozen=True)
+class _StdMultiple(ThresholdRule):
+    k: float = 1.0
+
+    def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
+        size = _magnitude(blocks)
+        factor = _inverse_size(jnp.max(size, axis=axes, keepdims=True, initial=0))
+        mean = jnp.sum(jnp.square(size * factor), axis=axes, keepdims=True) / counts
+        return self._multiple(mean, factor)
+
+    def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        factor = _inverse_size(_largest_of(arrays))
+        sums = [jnp.sum(jnp.square(_magnitude(x) * factor)) for x in arrays]
+        return self._multiple(_total(sums) / _num_entries(arrays), factor)
+
+    def _multiple(self, mean_square: jax.Array, factor: jax.Array) -> jax.Array:
+        return jnp.minimum(np.float32(self.k) * jnp.sqrt(mean_square) / factor, _MOST)
+
+
+def _inverse_size(largest: jax.Array) -> jax.Array:
+    """A power of two near 1 over the largest weight, which keeps squares in range."""
+    _, exponent = jnp.frexp(largest)
+    return jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
+
+
+def std_multiple(
+    k: float,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+) -> ThresholdRule:
+    """Makes the rule `t = k * sqrt(mean(w**2))`, k standard deviations around zero.
+
+    The deviation is taken from 0, not from the mean, since clipping is around 0 too: it is
+    the root mean square, and weights whose mean is not 0 get a wider threshold.
+
+    Args:
+      k: Finite number above 0; 2 to 4 are usual.
+      axis: Channel axis or axes with a threshold each; None for one threshold.
+      group_size: Entries that share a threshold along the last non-channel axis.
+
+    Returns:
+      A rule: array -> float32 thresholds that broadcast against the array. Right for every
+      finite array: squares neither overflow nor vanish.
+
+    Raises:
+      TypeError: If `k` is not a number, or `axis` not an integer, a tuple of them or None.
+      ValueError: If `k` is not positive and finite, or `group_size` not a positive integer.
+
+    Example:
+      >>> print(std_multiple(2.0)(jnp.array([3.0, -3.0, 3.0, 3.0])))
+      [6.]
+    """
+    k = k.item() if isinstance(k, jax.Array) else k
+    checks.check_positive("k", k)
+    return _StdMultiple(Granularity(axis, group_size), float(k))

@@ -1,0 +1,140 @@
+"""Rules with one threshold for a whole tree: its leaves are measured together, never joined.
+
+Each leaf gives its maximum, its counts or its sums, and these are added up, so that leaves may
+be sharded each in its own way.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxclip._core import trees
+from jaxclip._core.grids import Bits, Granularity
+from jaxclip.thresholds.rules import ThresholdRule
+from jaxclip.thresholds.values import check_threshold_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerTree(ThresholdRule):
+    rule: ThresholdRule = dataclasses.field(default_factory=ThresholdRule)
+    is_blockwise: ClassVar[bool] = False
+    is_leafwise: ClassVar[bool] = False
+
+    def __call__(self, array: Any) -> jax.Array:
+        flat = jax.tree_util.tree_leaves_with_path(array)
+        named = [(trees.path_name(path), x) for path, x in flat if trees.is_clippable(x)]
+        return self._for_named(named)
+
+    def _for_named(self, leaves: Sequence[tuple[str, Any]]) -> jax.Array:
+        for path, leaf in leaves:
+            self.rule.check_leaf(path, leaf)
+        return _pooled(self.rule, [leaf for _, leaf in leaves])
+
+    def compact(self, array: jax.Array) -> jax.Array:
+        raise TypeError(
+            "per_tree looks at all leaves, but here is one array: give `compress` the tree, or "
+            "take the threshold of the tree, `per_tree(rule)(tree)`."
+        )
+
+    def for_leaves(self, leaves: Sequence[tuple[str, Any]], step: ArrayLike) -> list[Any]:
+        del step
+        return [self._for_named(leaves)] * len(leaves)
+
+    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
+        del granularity
+        return _PerTree(rule=self.rule.bind(bits, full_signed, Granularity()))
+
+
+def per_tree(rule: ThresholdRule) -> ThresholdRule:
+    """Makes a rule that chooses one threshold for all leaves together.
+
+    `t = rule(w)` for `w` the entries of all floating leaves: of the whole tree, of the part that
+    it stands for in a prefix tree, of what a mask leaves, or in `compress` of the leaves that
+    become low-bit by it. `clip_weights`, `keep_weights_within`, `make_train_step` and clips of
+    gradients leaf by leaf take it, and `compress`, where `axis=None` stores one scale a leaf.
+    What sees one leaf at a time does not: projections, `quantize`, and rewriting files.
+
+    Args:
+      rule: `max_abs`, `percentile_abs`, `std_multiple` or `mse_optimal`, without `axis`,
+        `group_size`, `exact` and `importance`.
+
+    Returns:
+      A rule: tree -> float32 scalar, 0 for a tree without entries. Leaves may have different
+      dtypes and shardings. In `compress`, each width has a threshold of its own, measured on
+      all leaves of the rule as if all had that width; with a zero point, `mse_optimal` chooses
+      it for the grid around 0.
+
+    Raises:
+      TypeError: If `rule` is no rule, or one that has no threshold for many arrays; when it is
+        used, if `mse_optimal` meets a complex leaf.
+      ValueError: If `rule` has a granularity, is `exact` or has an `importance`; when it is
+        used, if `percentile_abs` has 2**31 entries or more to count.
+
+    Example:
+      >>> from jaxclip.thresholds.by_magnitude import max_abs
+      >>> params = {"a": jnp.array([0.5, -2.0]), "b": jnp.array([[1.0]])}
+      >>> float(per_tree(max_abs())(params))
+      2.0
+    """
+    check_threshold_tree("rule", rule)
+    if not isinstance(rule, ThresholdRule) or type(rule).pool is ThresholdRule.pool:
+        raise TypeError(
+            "rule must be max_abs, percentile_abs, std_multiple or mse_optimal to have one "
+            f"threshold for many arrays, got {rule!r}."
+        )
+    if rule.granularity != Granularity():
+        raise ValueError(f"rule must have no axis and no group_size in per_tree, got {rule!r}.")
+    if getattr(rule, "exact", False) or getattr(rule, "importance", None) is not None:
+        raise ValueError("rule must not be exact and must have no importance in per_tree.")
+    return _PerTree(rule=rule)
+
+
+def shared_over(rule: Any, leaves: Sequence[Any]) -> Any:
+    """Returns a rule for single arrays with the threshold that `rule` has for some leaves.
+
+    Args:
+      rule: What `per_tree` returned.
+      leaves: Floating arrays that share the threshold.
+
+    Returns:
+      A rule, to be bound to a grid. It measures the leaves once for each width.
+
+    Example:
+      >>> from jaxclip.thresholds.by_magnitude import max_abs
+      >>> rule = shared_over(per_tree(max_abs()), [jnp.array([3.0]), jnp.array([-4.0])])
+      >>> rule.bind(4, True, Granularity(axis=0)).compact(jnp.ones((2, 5))).tolist()
+      [[4.0], [4.0]]
+    """
+    return _Shared(rule=rule.rule, leaves=tuple(leaves))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Shared(ThresholdRule):
+    rule: ThresholdRule = dataclasses.field(default_factory=ThresholdRule)
+    leaves: tuple[Any, ...] = ()
+    known: dict[ThresholdRule, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def compact(self, array: jax.Array) -> jax.Array:
+        if self.rule not in self.known:
+            self.known[self.rule] = _pooled(self.rule, self.leaves)
+        return jnp.full(self.granularity.scale_shape(array.shape), self.known[self.rule])
+
+    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
+        rule = self.rule.bind(bits, full_signed, Granularity())
+        return dataclasses.replace(self, granularity=granularity, rule=rule)
+
+
+def _pooled(rule: ThresholdRule, leaves: Sequence[Any]) -> jax.Array:
+    if not leaves:
+        return jnp.zeros((), jnp.float32)
+    return _pool(rule, [jnp.asarray(leaf) for leaf in leaves])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pool(rule: ThresholdRule, arrays: list[jax.Array]) -> jax.Array:
+    return rule.pool(arrays)
