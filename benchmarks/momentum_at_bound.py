@@ -31,7 +31,7 @@ NUM_STEPS, NUM_SEEDS, BATCH_SIZE, STEP_SIZE = 1000, 5, 64, 4e-3
 def train_all(zero_momentum_at_bound):
     """The parameters after the last step, one tree a seed."""
     rule = jaxclip.fan_in(1.0)
-    optimizer = jaxclip.constrain(
+    optimizer = jaxclip.weights.constrain(
         jaxclip.lion(optax.cosine_decay_schedule(STEP_SIZE, NUM_STEPS), weight_decay=0.0),
         jaxclip.box(rule),
         zero_momentum_at_bound=zero_momentum_at_bound,

@@ -44,16 +44,16 @@ def main():
         low, high = code_range(bits)
         codes = np.random.default_rng(0).integers(low, high + 1, args.codes).astype(np.int8)
         codes = np.where(codes == 0, np.int8(1), codes) if bits == 1 else codes
-        packed = jaxclip.pack_codes(codes, bits)
-        pack = jax.jit(lambda c, bits=bits: jaxclip.pack_codes(c, bits))
-        unpack = jax.jit(lambda p, bits=bits: jaxclip.unpack_codes(p, bits, args.codes))
+        packed = jaxclip.lowbit.pack_codes(codes, bits)
+        pack = jax.jit(lambda c, bits=bits: jaxclip.lowbit.pack_codes(c, bits))
+        unpack = jax.jit(lambda p, bits=bits: jaxclip.lowbit.unpack_codes(p, bits, args.codes))
         copy = jax.jit(lambda c: c ^ 1)  # XLA would hand back an unchanged argument
         on_device, packed_on_device = jnp.asarray(codes), jnp.asarray(packed)
         taken = medians(
             args.rounds,
             lambda codes=codes: codes.copy(),
-            lambda codes=codes, bits=bits: jaxclip.pack_codes(codes, bits),
-            lambda packed=packed, bits=bits: jaxclip.unpack_codes(packed, bits, args.codes),
+            lambda codes=codes, bits=bits: jaxclip.lowbit.pack_codes(codes, bits),
+            lambda packed=packed, bits=bits: jaxclip.lowbit.unpack_codes(packed, bits, args.codes),
             lambda copy=copy, codes=on_device: copy(codes),
             lambda pack=pack, codes=on_device: pack(codes),
             lambda unpack=unpack, packed=packed_on_device: unpack(packed),

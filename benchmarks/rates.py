@@ -64,7 +64,11 @@ def fixed(leaves, bits, group_size):
 def coded(leaves, axis=0, **goal):
     """Bits a weight (ideal, by Huffman, by ans), error, and seconds of quantizing."""
     start = time.perf_counter()
-    grid = {"threshold": jaxclip.rate_optimal(**goal), "axis": axis, "scale_dtype": "float16"}
+    grid = {
+        "threshold": jaxclip.thresholds.rate_optimal(**goal),
+        "axis": axis,
+        "scale_dtype": "float16",
+    }
     tree = jax.block_until_ready([jaxclip.quantize(leaf, 8, **grid) for leaf in leaves])
     seconds = time.perf_counter() - start
     ideal = sum(float(code_entropy(q.qvalue)) * q.qvalue.size + 16 * q.scale.size for q in tree)
@@ -75,13 +79,13 @@ def coded(leaves, axis=0, **goal):
 
 def of_rate(leaves, rate):
     """Low-bit arrays by `rate_optimal`."""
-    grid = {"threshold": jaxclip.rate_optimal(rate), "axis": 0, "scale_dtype": "float16"}
+    grid = {"threshold": jaxclip.thresholds.rate_optimal(rate), "axis": 0, "scale_dtype": "float16"}
     return [jaxclip.quantize(leaf, 8, **grid) for leaf in leaves]
 
 
 def priced(leaves, rate):
     """Error, and bits a weight of files of cheaper and of nearest codes with this error."""
-    tree = jaxclip.cheaper_codes(of_rate(leaves, rate), leaves, price=PRICE)
+    tree = jaxclip.lowbit.cheaper_codes(of_rate(leaves, rate), leaves, price=PRICE)
     error = found = relative_error(leaves, tree)
     nearest = None
     while nearest is None or abs(found / error - 1) > 1e-3:

@@ -33,13 +33,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sizes_picture
-from peers import PACKAGES as THEIRS
-from peers import peers, versions
 from rates import file_bits, relative_error
 from safetensors.numpy import load_file, save_file
 
 import jaxclip
 from jaxclip.thresholds.by_rate import code_entropy
+from peers import PACKAGES as THEIRS
+from peers import peers, versions
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -52,7 +52,7 @@ ERRORS = np.geomspace(0.2, 0.003, 7)
 
 def of_error(leaves, error):
     """Low-bit arrays by `rate_optimal`, and the error that is reached."""
-    rule = jaxclip.rate_optimal(error=error)
+    rule = jaxclip.thresholds.rate_optimal(error=error)
     grid = {"threshold": rule, "axis": 0, "scale_dtype": "float16"}
     tree = [jaxclip.quantize(x, 8, **grid) for x in leaves]
     return tree, relative_error(leaves, tree)
@@ -64,9 +64,9 @@ def chosen_leaf(leaf, error, goal):
     best = None
     for axis in (0, None):
         for _ in range(4):  # fewer bits, more error: the goal is moved until the error is met
-            grid = {"threshold": jaxclip.rate_optimal(error=goal), "axis": axis}
+            grid = {"threshold": jaxclip.thresholds.rate_optimal(error=goal), "axis": axis}
             q = jaxclip.quantize(leaf, 8, **grid, scale_dtype="log8")
-            q = jaxclip.cheaper_codes(q, leaf)
+            q = jaxclip.lowbit.cheaper_codes(q, leaf)
             reached = relative_error([leaf], [q])
             if abs(reached / error - 1) < 1e-3:
                 break

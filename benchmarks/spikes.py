@@ -48,28 +48,30 @@ def around(make: Callable, **settings: Any) -> Callable:
 
 CLIPS_OF_NORMS = {
     "clip_by_global_norm(1.0)": before(jaxclip.clip_by_global_norm, 1.0),
-    "autoclip()": before(jaxclip.autoclip),
-    "autoclip(0.5)": before(jaxclip.autoclip, 0.5),
-    "autoclip(window=100)": before(jaxclip.autoclip, window=100),
-    "autoclip(0.5, window=100)": before(jaxclip.autoclip, 0.5, window=100),
-    "zclip()": before(jaxclip.zclip),
-    "zclip(max_norm=1.0)": before(jaxclip.zclip, max_norm=1.0),
-    "adagc()": before(jaxclip.adagc),
-    "adagc(2.0, warmup=20)": before(jaxclip.adagc, 2.0, warmup=20),
-    "skip_or_clip(inf, 3 sd)": around(jaxclip.skip_or_clip, num_deviations=3.0, num_warmup=25),
+    "autoclip()": before(jaxclip.gradients.autoclip),
+    "autoclip(0.5)": before(jaxclip.gradients.autoclip, 0.5),
+    "autoclip(window=100)": before(jaxclip.gradients.autoclip, window=100),
+    "autoclip(0.5, window=100)": before(jaxclip.gradients.autoclip, 0.5, window=100),
+    "zclip()": before(jaxclip.gradients.zclip),
+    "zclip(max_norm=1.0)": before(jaxclip.gradients.zclip, max_norm=1.0),
+    "adagc()": before(jaxclip.gradients.adagc),
+    "adagc(2.0, warmup=20)": before(jaxclip.gradients.adagc, 2.0, warmup=20),
+    "skip_or_clip(inf, 3 sd)": around(
+        jaxclip.gradients.skip_or_clip, num_deviations=3.0, num_warmup=25
+    ),
     "skip_or_clip(10.0, 6 sd)": around(
-        jaxclip.skip_or_clip, drop_norm=10.0, num_deviations=6.0, num_warmup=25
+        jaxclip.gradients.skip_or_clip, drop_norm=10.0, num_deviations=6.0, num_warmup=25
     ),
 }
 METHODS = {
     "no clip": lambda inner: inner,
     **CLIPS_OF_NORMS,
     "skip_nonfinite()": around(jaxclip.skip_nonfinite),
-    "clip_spikes()": before(jaxclip.clip_spikes),
-    "clip_spikes(10.0)": before(jaxclip.clip_spikes, 10.0),
-    "clip_leaf_spikes()": before(jaxclip.clip_leaf_spikes),
+    "clip_spikes()": before(jaxclip.gradients.clip_spikes),
+    "clip_spikes(10.0)": before(jaxclip.gradients.clip_spikes, 10.0),
+    "clip_leaf_spikes()": before(jaxclip.gradients.clip_leaf_spikes),
     "   ..., autoclip(0.5)": lambda inner: optax.chain(
-        jaxclip.clip_leaf_spikes(), jaxclip.autoclip(0.5), inner
+        jaxclip.gradients.clip_leaf_spikes(), jaxclip.gradients.autoclip(0.5), inner
     ),
 }
 

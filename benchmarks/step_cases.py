@@ -197,12 +197,14 @@ def groups(num_layers, num_millions):
             gpt2,
             jnp.float32,
             {
-                "autoclip, Lion: jaxclip": lambda: ours(optax.chain(jaxclip.autoclip(), our_plain)),
+                "autoclip, Lion: jaxclip": lambda: ours(
+                    optax.chain(jaxclip.gradients.autoclip(), our_plain)
+                ),
                 "skip(autoclip, Lion): jaxclip": lambda: ours(
-                    jaxclip.skip_nonfinite(optax.chain(jaxclip.autoclip(), our_plain))
+                    jaxclip.skip_nonfinite(optax.chain(jaxclip.gradients.autoclip(), our_plain))
                 ),
                 "skip_or_clip(Lion): jaxclip": lambda: ours(
-                    jaxclip.skip_or_clip(our_plain, max_norm=1.0, num_deviations=6.0)
+                    jaxclip.gradients.skip_or_clip(our_plain, max_norm=1.0, num_deviations=6.0)
                 ),
             },
         ),

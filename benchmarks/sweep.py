@@ -73,7 +73,7 @@ def main():
     parser.add_argument("--batch", type=int, default=32, help="examples of a batch")
     parser.add_argument("--repeats", type=int, default=3, help="timings of sweep and loop")
     options = parser.parse_args()
-    batches = jaxclip.random_batches(train, options.batch)
+    batches = jaxclip.sweeps.random_batches(train, options.batch)
     size = f"{len(GRID)} settings x {len(SEEDS)} seeds, {options.steps} steps of {options.batch}"
     print(f"jax {jax.__version__}, {size} examples")
 

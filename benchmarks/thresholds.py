@@ -22,10 +22,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
 from jax import lax
 
 import jaxclip
+import peers
 from jaxclip._core.grids import code_range
 from jaxclip.thresholds.search.scale_and_zero import best_scale_and_zero
 

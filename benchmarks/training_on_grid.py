@@ -20,7 +20,7 @@ import jaxclip
 
 NETWORKS = {"digits": (64, 128, 128, 10), "Fashion-MNIST": (784, 256, 256, 10)}
 NETWORKS |= {"2 M weights": (1024, 1024, 1024)}
-RULES = {"least_squares": jaxclip.least_squares, "mse_optimal": jaxclip.mse_optimal}
+RULES = {"least_squares": jaxclip.thresholds.least_squares, "mse_optimal": jaxclip.mse_optimal}
 RULES |= {"max_abs": jaxclip.max_abs}
 
 

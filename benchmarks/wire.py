@@ -84,7 +84,7 @@ def fully_sharded(mesh):
 
 def voted(mesh, zeros="alternate"):
     optimizer = optax.chain(
-        jaxclip.scale_by_lion(), jaxclip.majority_vote("d", zeros=zeros), optax.scale(-1e-3)
+        jaxclip.scale_by_lion(), jaxclip.sign.majority_vote("d", zeros=zeros), optax.scale(-1e-3)
     )
 
     def local(params, state, x):

@@ -88,8 +88,8 @@ result = jaxclip.fit(
     jaxclip.TrainState.create(params, optimizer),
     batches,
     stop=jaxclip.max_steps(num_steps)
-    | jaxclip.reached("accuracy", TARGET)
-    | jaxclip.plateau("accuracy", patience=5, mode="max"),
+    | jaxclip.training.reached("accuracy", TARGET)
+    | jaxclip.training.plateau("accuracy", patience=5, mode="max"),
     evaluate=lambda params: {"accuracy": accuracy(params, held_out)},
     evaluate_every=EVALUATE_EVERY,
     check_every=50,

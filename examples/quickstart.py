@@ -84,7 +84,7 @@ choice = jaxclip.sweep(
     loss_fn,
     lambda key: model.init(key, images[:1]),
     lambda step_size: sign_step(step_size, 500),
-    jaxclip.random_batches((train[0][:-200], train[1][:-200]), BATCH_SIZE),
+    jaxclip.sweeps.random_batches((train[0][:-200], train[1][:-200]), BATCH_SIZE),
     step_sizes=[1e-3, 2e-3, 4e-3, 8e-3],
     thresholds=[0.5, 1.0, 2.0],  # half-widths of the box over sqrt(2 / fan_in)
     weight_threshold=jaxclip.fan_in,  # one for each matrix; biases are free

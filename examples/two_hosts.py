@@ -80,7 +80,7 @@ def vote(mesh):
     """Lion with a momentum for each worker, who then vote on the sign of every weight's step."""
     optimizer = optax.chain(
         jaxclip.scale_by_lion(),
-        jaxclip.majority_vote("workers"),
+        jaxclip.sign.majority_vote("workers"),
         optax.scale_by_learning_rate(step_size),
     )
 

@@ -1,142 +1,47 @@
-"""The public names of the package, from the rooms that they live in."""
+"""The public names of the root: the namespaces, and the names used most."""
 
-from jaxclip import checkpoints, interop, plots
-from jaxclip.checkpoints.sizes import size_report
-from jaxclip.gradients.by_history import adagc, autoclip, zclip
-from jaxclip.gradients.by_norm import clip_by_global_norm
-from jaxclip.gradients.by_singular_value import clip_by_spectral_norm
-from jaxclip.gradients.by_unit import clip_by_block_rms, clip_by_leaf_norm
-from jaxclip.gradients.by_value import clip_by_value
-from jaxclip.gradients.feedback import error_feedback
-from jaxclip.gradients.guards import skip_nonfinite, skip_or_clip
-from jaxclip.gradients.relative import adaptive_grad_clip, clip_update_relative
-from jaxclip.gradients.smooth import smooth_clip
-from jaxclip.gradients.spikes import clip_leaf_spikes, clip_spikes
-from jaxclip.lint.chain import lint_chain
-from jaxclip.lowbit.arrays import QuantizedArray, dequantize
-from jaxclip.lowbit.on_grid import keep_on_grid
-from jaxclip.lowbit.packing import pack_codes, unpack_codes
-from jaxclip.lowbit.quantizer import quantize
-from jaxclip.lowbit.rate_rounding import cheaper_codes
-from jaxclip.lowbit.scale_training import trainable_parts
-from jaxclip.lowbit.straight_through import fake_quantize
-from jaxclip.lowbit.trees import compress, decompress
-from jaxclip.norms.of_trees import global_norm
-from jaxclip.norms.of_units import leaf_norms, unit_norms
-from jaxclip.sign.caution import cautious
-from jaxclip.sign.directions import scale_by_lion, scale_by_sign, scale_by_signum
-from jaxclip.sign.kinds import scaled_sign, soft_sign, stochastic_sign
-from jaxclip.sign.optimizers import lion, sign_sgd, signum
-from jaxclip.sign.voting import majority_vote
-from jaxclip.sweeps.grid import sweep
-from jaxclip.sweeps.results import SweepResult, pareto_front
-from jaxclip.sweeps.tasks import random_batches
-from jaxclip.thresholds.by_error import least_squares, mse_optimal
-from jaxclip.thresholds.by_fan_in import fan_in
-from jaxclip.thresholds.by_magnitude import max_abs, percentile_abs, std_multiple
-from jaxclip.thresholds.by_rate import rate_optimal
-from jaxclip.thresholds.by_tree import per_tree
-from jaxclip.thresholds.values import resolve_threshold
-from jaxclip.training.loop import FitResult, fit, log_to_jsonl
-from jaxclip.training.step import StepInfo, TrainState, make_train_step
-from jaxclip.training.stochastic_rounding import apply_updates_stochastically
-from jaxclip.training.stopping import (
-    StopReason,
-    max_seconds,
-    max_steps,
-    nonfinite,
-    plateau,
-    reached,
-)
-from jaxclip.training.telemetry import clip_stats, explain
-from jaxclip.weights.boxes import box, nonnegative
-from jaxclip.weights.clipping import clip_weights, kernels_only
-from jaxclip.weights.constraints import constrain, keep_weights_within, project_weights
-from jaxclip.weights.projections import max_norm, spectral_cap, unit_norm
-
-__all__ = [
-    "FitResult",
-    "QuantizedArray",
-    "StepInfo",
-    "StopReason",
-    "SweepResult",
-    "TrainState",
-    "adagc",
-    "adaptive_grad_clip",
-    "apply_updates_stochastically",
-    "autoclip",
-    "box",
-    "cautious",
-    "cheaper_codes",
-    "checkpoints",
-    "clip_by_block_rms",
-    "clip_by_global_norm",
-    "clip_by_leaf_norm",
-    "clip_by_spectral_norm",
-    "clip_by_value",
-    "clip_leaf_spikes",
-    "clip_spikes",
-    "clip_stats",
-    "clip_update_relative",
-    "clip_weights",
-    "compress",
-    "constrain",
-    "decompress",
-    "dequantize",
-    "error_feedback",
-    "explain",
-    "fake_quantize",
-    "fan_in",
-    "fit",
-    "global_norm",
-    "interop",
-    "keep_on_grid",
-    "keep_weights_within",
-    "kernels_only",
-    "leaf_norms",
-    "least_squares",
-    "lint_chain",
-    "lion",
-    "log_to_jsonl",
-    "majority_vote",
-    "make_train_step",
-    "max_abs",
-    "max_norm",
-    "max_seconds",
-    "max_steps",
-    "mse_optimal",
-    "nonfinite",
-    "nonnegative",
-    "pack_codes",
-    "pareto_front",
-    "per_tree",
-    "percentile_abs",
-    "plateau",
-    "plots",
-    "project_weights",
-    "quantize",
-    "random_batches",
-    "rate_optimal",
-    "reached",
-    "resolve_threshold",
-    "scale_by_lion",
-    "scale_by_sign",
-    "scale_by_signum",
-    "scaled_sign",
-    "sign_sgd",
-    "signum",
-    "size_report",
-    "skip_nonfinite",
-    "skip_or_clip",
-    "smooth_clip",
-    "soft_sign",
-    "spectral_cap",
-    "std_multiple",
-    "stochastic_sign",
-    "sweep",
-    "trainable_parts",
-    "unit_norm",
-    "unit_norms",
-    "unpack_codes",
-    "zclip",
-]
+from jaxclip import checkpoints as checkpoints
+from jaxclip import gradients as gradients
+from jaxclip import interop as interop
+from jaxclip import lint as lint
+from jaxclip import lowbit as lowbit
+from jaxclip import norms as norms
+from jaxclip import plots as plots
+from jaxclip import sign as sign
+from jaxclip import sweeps as sweeps
+from jaxclip import thresholds as thresholds
+from jaxclip import training as training
+from jaxclip import weights as weights
+from jaxclip.checkpoints import size_report as size_report
+from jaxclip.gradients import adaptive_grad_clip as adaptive_grad_clip
+from jaxclip.gradients import clip_by_block_rms as clip_by_block_rms
+from jaxclip.gradients import clip_by_global_norm as clip_by_global_norm
+from jaxclip.gradients import clip_by_leaf_norm as clip_by_leaf_norm
+from jaxclip.gradients import clip_by_value as clip_by_value
+from jaxclip.gradients import skip_nonfinite as skip_nonfinite
+from jaxclip.lowbit import QuantizedArray as QuantizedArray
+from jaxclip.lowbit import compress as compress
+from jaxclip.lowbit import decompress as decompress
+from jaxclip.lowbit import dequantize as dequantize
+from jaxclip.lowbit import fake_quantize as fake_quantize
+from jaxclip.lowbit import keep_on_grid as keep_on_grid
+from jaxclip.lowbit import quantize as quantize
+from jaxclip.norms import global_norm as global_norm
+from jaxclip.sign import lion as lion
+from jaxclip.sign import scale_by_lion as scale_by_lion
+from jaxclip.sign import scale_by_sign as scale_by_sign
+from jaxclip.sign import scale_by_signum as scale_by_signum
+from jaxclip.sign import sign_sgd as sign_sgd
+from jaxclip.sign import signum as signum
+from jaxclip.sweeps import sweep as sweep
+from jaxclip.thresholds import fan_in as fan_in
+from jaxclip.thresholds import max_abs as max_abs
+from jaxclip.thresholds import mse_optimal as mse_optimal
+from jaxclip.training import TrainState as TrainState
+from jaxclip.training import clip_stats as clip_stats
+from jaxclip.training import fit as fit
+from jaxclip.training import make_train_step as make_train_step
+from jaxclip.training import max_steps as max_steps
+from jaxclip.weights import box as box
+from jaxclip.weights import clip_weights as clip_weights
+from jaxclip.weights import project_weights as project_weights

@@ -200,7 +200,7 @@ def _compress(args: argparse.Namespace) -> Any:
 
     bits, coding, rule = args.bits, args.coding, getattr(jaxclip, args.rule)
     if args.rate is not None:
-        bits, rule = 8, jaxclip.rate_optimal(args.rate)
+        bits, rule = 8, jaxclip.thresholds.rate_optimal(args.rate)
         coding = coding or "huffman"
     for _, spec in args.policy:
         if isinstance(spec, dict) and "rule" in spec:

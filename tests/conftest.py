@@ -26,7 +26,10 @@ hypothesis.settings.load_profile("jaxclip")
 
 
 # Scripts that import torch, which the tests do without; collecting doctests imports all.
-collect_ignore = ["recorded/record_torch.py", "recorded/record_compressed_tensors.py"]
+collect_ignore = [
+    "peers/recorded/record_torch.py",
+    "peers/recorded/record_compressed_tensors.py",
+]
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -32,9 +32,9 @@ def with_flips(small, rate, rng):
         if not isinstance(leaf, QuantizedArray):
             return leaf
         codes = np.asarray(leaf.qvalue)
-        packed = np.asarray(jaxclip.pack_codes(codes.ravel(), leaf.bits))
+        packed = np.asarray(jaxclip.lowbit.pack_codes(codes.ravel(), leaf.bits))
         errors = np.packbits(rng.random((packed.size, 8)) < rate)
-        back = jaxclip.unpack_codes(packed ^ errors, leaf.bits, codes.size)
+        back = jaxclip.lowbit.unpack_codes(packed ^ errors, leaf.bits, codes.size)
         return dataclasses.replace(leaf, qvalue=np.asarray(back).reshape(codes.shape))
 
     return jax.tree.map(flipped, small, is_leaf=lambda x: isinstance(x, QuantizedArray))

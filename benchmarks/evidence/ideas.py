@@ -24,7 +24,9 @@ class AbsMean(ThresholdRule):
 
 def on_grid(params, width):
     """The weights rounded, with a scale for each output channel."""
-    return jaxclip.decompress(jaxclip.compress(params, width, rule=jaxclip.least_squares))
+    return jaxclip.decompress(
+        jaxclip.compress(params, width, rule=jaxclip.thresholds.least_squares)
+    )
 
 
 def pull_to_grid(width, start, num_steps, most=0.1):
@@ -74,7 +76,7 @@ def make_ideas(num_steps, weight_decay, method, step_sizes):
         return jaxclip.lion(falling(a), weight_decay=0.0, **more)
 
     def boxed(inner, kappa=1.0):
-        return jaxclip.constrain(inner, jaxclip.box(jaxclip.fan_in(kappa)))
+        return jaxclip.weights.constrain(inner, jaxclip.box(jaxclip.fan_in(kappa)))
 
     def narrowing(kappa):
         return jaxclip.fan_in(lambda i: kappa * (4 - 3 * jnp.minimum(i / (0.75 * num_steps), 1)))

@@ -79,7 +79,7 @@ def learn_scales(task, params, bits, rule):
     Adam from .01 down to 0, in a tenth of the steps of the training.
     """
     num_steps = task.num_steps // 10
-    parts, rebuild = jaxclip.trainable_parts(jaxclip.compress(params, bits, rule=rule))
+    parts, rebuild = jaxclip.lowbit.trainable_parts(jaxclip.compress(params, bits, rule=rule))
     tx = optax.adam(optax.cosine_decay_schedule(0.01, num_steps))
 
     def step(i, carry):

@@ -77,7 +77,7 @@ def classification(sizes, train, valid, test, num_steps, batch_size, title, netw
     return Task(
         init_fn=dense_init(sizes),
         loss_fn=loss_fn,
-        batches=jaxclip.random_batches(train, batch_size),
+        batches=jaxclip.sweeps.random_batches(train, batch_size),
         evaluate=lambda params: {name: accuracy(params, x) for name, x in data.items()},
         num_steps=num_steps,
         weight_decay=0.01,
@@ -208,7 +208,7 @@ def flights(num_steps=2000):
     return Task(
         init_fn=dense_init([num_inputs, 128, 128, 1]),
         loss_fn=loss_fn,
-        batches=jaxclip.random_batches(train, 128),
+        batches=jaxclip.sweeps.random_batches(train, 128),
         evaluate=lambda params: {name: loss_fn(params, x) for name, x in shown.items()},
         num_steps=num_steps,
         weight_decay=0.01,

@@ -1,0 +1,1 @@
+"""Ground floor: checks, trees, exact float arithmetic, grids, atomic files, optional packages."""

@@ -1,0 +1,17 @@
+"""Low-bit weights: codes on a grid and the scales that give them back.
+
+w ~ scale * code, with one scale per tensor, channel or group.
+"""
+
+from jaxclip.lowbit.arrays import QuantizedArray as QuantizedArray
+from jaxclip.lowbit.arrays import dequantize as dequantize
+from jaxclip.lowbit.on_grid import keep_on_grid as keep_on_grid
+from jaxclip.lowbit.packing import pack_codes as pack_codes
+from jaxclip.lowbit.packing import unpack_codes as unpack_codes
+from jaxclip.lowbit.policies import LeafSpec as LeafSpec
+from jaxclip.lowbit.quantizer import quantize as quantize
+from jaxclip.lowbit.rate_rounding import cheaper_codes as cheaper_codes
+from jaxclip.lowbit.scale_training import trainable_parts as trainable_parts
+from jaxclip.lowbit.straight_through import fake_quantize as fake_quantize
+from jaxclip.lowbit.trees import compress as compress
+from jaxclip.lowbit.trees import decompress as decompress

@@ -19,6 +19,7 @@ the bound of half a step holds for the scale that decoding uses.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip._core.grids import Bits, Granularity, code_range
+from jaxclip.lowbit.packing import num_packed_bytes
 from jaxclip.lowbit.scale_formats import scale_format
 
 
@@ -89,6 +91,14 @@ class QuantizedArray:
     def ndim(self) -> int:
         """Number of dimensions of the array."""
         return len(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed codes, scales and zeros, as a file stores them."""
+        per_scale, unit = (1, 4) if self.scale_dtype == "log8" else (self.scale.dtype.itemsize, 0)
+        per_scale += 0 if self.zero is None else 1
+        codes = num_packed_bytes(math.prod(self.shape), self.bits)
+        return codes + math.prod(self.scale.shape) * per_scale + unit
 
     @property
     def threshold(self) -> jax.Array:

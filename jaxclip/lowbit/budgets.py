@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from jaxclip._core import checks
-from jaxclip.checkpoints.format.layout import plan_file
 from jaxclip.lowbit.arrays import QuantizedArray
 
 # What a target chooses from. One bit is left out: without a code for 0 its error tells less
@@ -95,7 +94,7 @@ def choose_widths(
     target: Target,
     measured: Sequence[Sequence[Option]],
     others: Sequence[QuantizedArray],
-    file_bytes: Callable[[list[QuantizedArray]], int],
+    file_bytes: Callable[[list[QuantizedArray]], int] | None = None,
 ) -> list[int]:
     """Returns the place in `ALL_WIDTHS` of each leaf's width, of low total error.
 
@@ -103,7 +102,7 @@ def choose_widths(
       target: What the tree may take.
       measured: For each leaf, its options in the order of `ALL_WIDTHS`.
       others: Low-bit leaves whose width is fixed; shapes suffice.
-      file_bytes: The size of the file with these outlines for the leaves.
+      file_bytes: The size of the file with these outlines for the leaves; for "target_bytes".
 
     Raises:
       ValueError: If the target is out of reach; the message has the least.
@@ -117,6 +116,7 @@ def choose_widths(
     shape = (len(measured), len(ALL_WIDTHS))  # of no leaves too
     sizes, errors = sizes.reshape(shape), errors.reshape(shape)
     if target.name == "target_bytes":
+        assert file_bytes is not None
 
         def total(options: list[int]) -> int:
             return file_bytes([m[j].outline for m, j in zip(measured, options, strict=True)])
@@ -124,7 +124,7 @@ def choose_widths(
         return _within_file(int(target.value), sizes, errors, total)
     outlines = [*others, *(leaf[0].outline for leaf in measured)]
     entries = sum(math.prod(leaf.shape) for leaf in outlines)
-    stored = sum(plan_file(leaf).data_bytes for leaf in others)
+    stored = sum(leaf.num_bytes for leaf in others)
     return _within_average(target.value, sizes, errors, stored, entries)
 
 

@@ -45,7 +45,8 @@ def cheaper_codes(small: Any, original: Any, *, price: ArrayLike = 0.12) -> Any:
         trees do not fit.
 
     Example:
-      >>> from jaxclip import quantize, rate_optimal
+      >>> from jaxclip import quantize
+      >>> from jaxclip.thresholds import rate_optimal
       >>> from jaxclip.thresholds.by_rate import code_entropy
       >>> w = jax.random.normal(jax.random.key(0), (64, 64))
       >>> q = quantize(w, 8, threshold=rate_optimal(2.0))

@@ -10,8 +10,6 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits
-from jaxclip.checkpoints.format.layout import plan_file
-from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
@@ -33,7 +31,6 @@ def compress(
     bits: Bits | None = None,
     *,
     target_bits_per_weight: float | None = None,
-    target_bytes: int | None = None,
     rule: Any = mse_optimal,
     axis: int | tuple[int, ...] | None = -1,
     group_size: int | None = None,
@@ -56,7 +53,6 @@ def compress(
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None for 4, or for what a target chooses.
       target_bits_per_weight: Most bits that an entry of a low-bit leaf takes on average, in
         (0, inf): codes and scales, those of leaves whose width is fixed included. Not traced.
-      target_bytes: Most bytes of the file, `size_report(small).total_bytes`; at least 1.
       rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
         `max_abs`), bound here to the grid and granularity; `per_tree` of a rule, measured on
         all leaves that become low-bit by it; or a number.
@@ -106,7 +102,7 @@ def compress(
       >>> small["a"].bits, small["b"].bits
       ('ternary', 4)
     """
-    target = check_target(bits, target_bits_per_weight, target_bytes)
+    target = check_target(bits, target_bits_per_weight, None)
     if target is None:
         bits = 4 if bits is None else bits
     default = LeafSpec(
@@ -128,7 +124,7 @@ def compress(
         elif spec is not None:
             small[i] = quantized(i)
     if target is not None:
-        for i, width in zip(free, _widths(target, small, structure, free, quantized), strict=True):
+        for i, width in zip(free, _widths(target, small, free, quantized), strict=True):
             small[i] = quantized(i, width)
     return structure.unflatten(small)
 
@@ -183,21 +179,13 @@ def _with_shared_rules(
 def _widths(
     target: Target,
     small: list[Any],
-    structure: Any,
     free: list[int],
     quantized: Callable[[int, Bits], QuantizedArray],
 ) -> list[Bits]:
     """The widths of the free leaves; the others are in `small` as they will be stored."""
     measured = [_measured(target, small[i], functools.partial(quantized, i)) for i in free]
-
-    def file_bytes(outlines: list[QuantizedArray]) -> int:
-        tree = list(small)
-        for i, outline in zip(free, outlines, strict=True):
-            tree[i] = outline
-        return size_report(structure.unflatten(tree)).total_bytes
-
     others = [leaf for leaf in small if _is_quantized(leaf)]
-    return [ALL_WIDTHS[option] for option in choose_widths(target, measured, others, file_bytes)]
+    return [ALL_WIDTHS[option] for option in choose_widths(target, measured, others)]
 
 
 def _measured(target: Target, leaf: Any, quantized: Callable[[Bits], Any]) -> list[Option]:
@@ -206,5 +194,5 @@ def _measured(target: Target, leaf: Any, quantized: Callable[[Bits], Any]) -> li
         q = quantized(width)
         if not checks.is_concrete(q.qvalue):
             raise TypeError(f"{target.name} needs the weights' values: compress outside of jit.")
-        options.append(Option(outline_of(q), plan_file(q).data_bytes, squared_error(leaf, q)))
+        options.append(Option(outline_of(q), q.num_bytes, squared_error(leaf, q)))
     return options

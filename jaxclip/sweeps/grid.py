@@ -65,7 +65,7 @@ def sweep(
       init_fn: `init_fn(key)` gives initial parameters.
       optimizer: `optimizer(step_size)` gives an optax transformation. The step size is traced:
         it may go into a schedule, but not into a Python `if`.
-      batches: `batches(key)` gives the batch of a step; pure. See `jaxclip.random_batches`.
+      batches: `batches(key)` gives the batch of a step; pure. See `jaxclip.sweeps.random_batches`.
       step_sizes: Positive numbers.
       thresholds: Numbers in [0, inf], each to make a box of; inf for no box.
       seeds: How many, counted from 0, or which integers.

@@ -125,7 +125,7 @@ def check_told_apart(stop: StopRule, reported: Iterable[str], evaluated: Iterabl
 
     Example:
       >>> import jaxclip
-      >>> check_told_apart(jaxclip.plateau("error", 3), ["loss"], ["loss", "error"])
+      >>> check_told_apart(jaxclip.training.plateau("error", 3), ["loss"], ["loss", "error"])
     """
     both = sorted(stop.metrics & set(reported) & set(evaluated))
     if both:

@@ -98,7 +98,7 @@ def fit(
       >>> tx = jaxclip.sign_sgd(0.25)
       >>> step = jaxclip.make_train_step(lambda w, x: jnp.sum((w - x) ** 2), tx)
       >>> state = jaxclip.TrainState.create(jnp.zeros(2), tx)
-      >>> stop = jaxclip.max_steps(100) | jaxclip.reached("loss", 0.01, mode="min")
+      >>> stop = jaxclip.max_steps(100) | jaxclip.training.reached("loss", 0.01, mode="min")
       >>> result = fit(step, state, [jnp.ones(2)] * 50, stop=stop, progress=False)
       >>> print(result.reason, result.history["loss"])
       The metric reached its target. [2.    1.125 0.5   0.125 0.   ]

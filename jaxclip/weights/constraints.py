@@ -74,7 +74,7 @@ def project_weights(
     Example:
       >>> import jaxclip
       >>> w = jnp.array([0.5, -0.5])
-      >>> tx = optax.chain(optax.sgd(1.0), project_weights(jaxclip.max_norm(1.0)))
+      >>> tx = optax.chain(optax.sgd(1.0), project_weights(jaxclip.weights.max_norm(1.0)))
       >>> updates, _ = tx.update(jnp.array([-2.5, -4.5]), tx.init(w), w)
       >>> print(jnp.linalg.norm(optax.apply_updates(w, updates)) <= 1)
       True

@@ -1,0 +1,100 @@
+"""Files of every version of the format, recorded when it was new, are read as they were saved."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxclip import checkpoints
+from jaxclip.checkpoints.sizes import size_report
+from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.trees import decompress
+from oracles import recorded_trees
+
+TREES = {1: recorded_trees.version_1, 2: recorded_trees.version_2}
+every_version = pytest.mark.parametrize("version", TREES)
+
+
+def recorded(version):
+    return recorded_trees.RECORDED / f"version_{version}.safetensors"
+
+
+@every_version
+def test_a_recorded_file_is_read_bit_for_bit(version):
+    loaded, expected = checkpoints.load(recorded(version)), TREES[version]()
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    assert all(
+        np.isfinite(x.astype(np.float64)).all()
+        for x in map(np.asarray, jax.tree.leaves(decompress(loaded)))
+    )
+
+
+@every_version
+def test_what_is_written_today_is_what_was_recorded(version, tmp_path):
+    # What version 1 can say is still written as version 1.
+    path = tmp_path / "net.safetensors"
+    checkpoints.save(path, TREES[version]())
+    assert path.read_bytes() == recorded(version).read_bytes()
+    assert size_report(TREES[version]()).total_bytes == path.stat().st_size
+
+
+def test_the_tensors_of_version_2_are_those_of_the_documented_layout():
+    """The bytes, read by another library and decoded by hand."""
+    tensors = safetensors.numpy.load_file(recorded(2))
+    tree = recorded_trees.version_2()
+    assert tensors["zeros/log8:zero"].dtype == np.int8
+    assert tensors["scales/float16:scale"].dtype == np.float16
+    unit, code = tensors["scales/log8:unit"], tensors["scales/log8:scale"].astype(int)
+    assert (unit.dtype, unit.shape) == (np.float32, ())
+    by_hand = np.where(code >= 128, -1, 1) * float(unit) * 2.0 ** (-(code % 128) / 8)
+    np.testing.assert_array_equal(by_hand, tree["scales"]["log8"].scale)
+    packed = sum(int(byte) << 8 * i for i, byte in enumerate(tensors["zeros/log8:codes"]))
+    codes = [(packed >> 3 * i) % 8 - 4 for i in range(45)]
+    assert codes == tree["zeros"]["log8"].qvalue.ravel().tolist()
+
+
+@every_version
+def test_a_recorded_file_does_not_change_when_it_is_loaded_and_saved(version, tmp_path):
+    path = tmp_path / "net.safetensors"
+    shutil.copy(recorded(version), path)
+    checkpoints.save(path, checkpoints.load(path), overwrite=True)
+    assert path.read_bytes() == recorded(version).read_bytes()
+
+
+@every_version
+def test_a_recorded_file_is_read_as_what_quantize_makes_today(version):
+    """Axes counted from the front, as files may have them, are those counted from the end."""
+
+    def spelled_from_the_end(leaf):
+        if not isinstance(leaf, QuantizedArray):
+            return leaf
+        return dataclasses.replace(leaf, granularity=leaf.granularity.from_the_end(leaf.ndim))
+
+    tree = TREES[version]()
+    is_low_bit = lambda x: isinstance(x, QuantizedArray)  # noqa: E731
+    like = jax.tree.map(spelled_from_the_end, tree, is_leaf=is_low_bit)
+    assert jax.tree.structure(like) != jax.tree.structure(tree)
+    loaded = checkpoints.load(recorded(version), like=like)
+    assert jax.tree.structure(loaded) == jax.tree.structure(like)
+    for a, b in zip(*map(jax.tree.leaves, map(decompress, (loaded, tree))), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_every_kind_of_low_bit_leaf_is_recorded():
+    leaves = [
+        leaf
+        for make in TREES.values()
+        for leaf in jax.tree.leaves(make(), is_leaf=lambda x: isinstance(x, QuantizedArray))
+        if isinstance(leaf, QuantizedArray)
+    ]
+    for leaf in leaves:
+        leaf.validate()
+    assert {leaf.bits for leaf in leaves} == {1, "ternary", 2, 3, 4, 5, 6, 8}
+    assert {leaf.scale_dtype for leaf in leaves if leaf.zero is not None} == {
+        "float32", "float16", "bfloat16", "log8",
+    }  # fmt: skip

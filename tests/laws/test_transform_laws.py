@@ -1,0 +1,460 @@
+"""One table of transforms, one list of laws, every law on every row.
+
+A new transform gets a row in `TRANSFORMS`; `test_every_public_transform_has_a_row` fails
+until it has one.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import jaxclip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A transform, and the hyper-parameter of it that is swept, traced and scheduled."""
+
+    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    parameter: str | None = None
+    value: float = 0.5
+    takes_schedule: bool = True
+    # Products of whole matrices round relative to the norm of what comes in, which a small
+    # bound makes several times the largest entry of what comes out.
+    ulps: int = 4
+
+    def make(self, value: Any = None) -> optax.GradientTransformationExtraArgs:
+        if self.parameter is None:
+            return self.factory()
+        return self.factory(**{self.parameter: self.value if value is None else value})
+
+
+# A wrapper is tried around one transform; its row bears the wrapper's name.
+
+
+def cautious(learning_rate):
+    return jaxclip.sign.cautious(jaxclip.lion(learning_rate))
+
+
+def skip_nonfinite():
+    return jaxclip.skip_nonfinite(jaxclip.lion(0.1), 3)
+
+
+def skip_or_clip(max_norm):
+    return jaxclip.gradients.skip_or_clip(optax.identity(), jnp.inf, max_norm)
+
+
+def error_feedback(max_residual):
+    return jaxclip.gradients.error_feedback(jaxclip.scale_by_sign(), max_residual=max_residual)
+
+
+def project_weights(threshold):
+    return jaxclip.project_weights(jaxclip.weights.max_norm(threshold))
+
+
+def constrain(threshold):
+    box = jaxclip.box(threshold)
+    return jaxclip.weights.constrain(jaxclip.lion(0.1), box, zero_momentum_at_bound=True)
+
+
+def keep_on_grid():
+    return jaxclip.keep_on_grid(jaxclip.lion(0.1), 1)
+
+
+def majority_vote():
+    return jaxclip.sign.majority_vote(None, ties="previous")  # of one worker
+
+
+def smooth_clip_by_value(scale):
+    return jaxclip.gradients.smooth_clip(scale, by="value")
+
+
+CONSTRAINTS = {jaxclip.weights.keep_weights_within, project_weights}  # which do not judge a step
+WRAPPERS = {cautious, skip_nonfinite, skip_or_clip, error_feedback}
+TRANSFORMS = [
+    Row(jaxclip.clip_by_value, "max_abs"),
+    Row(jaxclip.clip_by_global_norm, "max_norm"),
+    Row(jaxclip.clip_by_leaf_norm, "max_norm"),
+    Row(jaxclip.clip_by_block_rms, "threshold"),
+    Row(jaxclip.adaptive_grad_clip, "clipping"),
+    Row(jaxclip.gradients.clip_update_relative, "relative", takes_schedule=False),
+    Row(jaxclip.gradients.clip_by_spectral_norm, "max_norm", 4.0, ulps=16),
+    Row(jaxclip.gradients.smooth_clip, "scale"),
+    Row(smooth_clip_by_value, "scale"),
+    Row(jaxclip.scale_by_sign),
+    Row(jaxclip.scale_by_signum, "beta", 0.9, takes_schedule=False),
+    Row(jaxclip.scale_by_lion, "b1", 0.9, takes_schedule=False),
+    Row(jaxclip.sign_sgd, "learning_rate", 0.01),
+    Row(jaxclip.signum, "learning_rate", 0.01),
+    Row(jaxclip.lion, "learning_rate", 0.01),
+    Row(jaxclip.weights.keep_weights_within, "threshold"),
+    Row(project_weights, "threshold"),
+    Row(constrain, "threshold", takes_schedule=False),  # its momentum remembers the bounds
+    Row(jaxclip.gradients.autoclip, "quantile", 0.5, takes_schedule=False),
+    Row(jaxclip.gradients.zclip, "z", 2.5, takes_schedule=False),
+    Row(jaxclip.gradients.adagc, "max_norm", 1.0),
+    Row(jaxclip.gradients.clip_spikes, "theta", 4.0, takes_schedule=False),
+    Row(jaxclip.gradients.clip_leaf_spikes, "decay", 0.9, takes_schedule=False),
+    Row(cautious, "learning_rate", 0.01),
+    Row(majority_vote),
+    Row(keep_on_grid),
+    Row(skip_nonfinite),
+    Row(skip_or_clip, "max_norm"),
+    Row(error_feedback, "max_residual", takes_schedule=False),
+]
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16] + [jnp.float64] * jax.config.jax_enable_x64
+every_transform = pytest.mark.parametrize("row", TRANSFORMS, ids=lambda r: r.factory.__name__)
+with_parameter = pytest.mark.parametrize(
+    "row", [r for r in TRANSFORMS if r.parameter], ids=lambda r: r.factory.__name__
+)
+with_schedule = pytest.mark.parametrize(
+    "row",
+    [r for r in TRANSFORMS if r.parameter and r.takes_schedule],
+    ids=lambda r: r.factory.__name__,
+)
+
+
+def make_params(dtype: Any = jnp.float32) -> Any:
+    k = jax.random.split(jax.random.key(1), 2)
+    return {
+        "dense": {
+            "kernel": (0.3 * jax.random.normal(k[0], (16, 8), jnp.float32)).astype(dtype),
+            "bias": (0.3 * jax.random.normal(k[1], (8,), jnp.float32)).astype(dtype),
+        },
+        "scale": jnp.asarray(0.25, dtype),
+    }
+
+
+def make_grads(params: Any, seed: int = 2) -> Any:
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    grads = [
+        jax.random.normal(k, p.shape, jnp.float32).astype(p.dtype)
+        for k, p in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, grads)
+
+
+def run(tx: Any, params: Any, num_steps: int = 3, update: Any = None) -> tuple[Any, Any]:
+    """Updates of the last of a few steps, and the state after them."""
+    update = tx.update if update is None else update
+    state = tx.init(params)
+    for i in range(num_steps):
+        updates, state = update(make_grads(params, i), state, params)
+    return updates, state
+
+
+def floating_pairs(actual: Any, expected: Any) -> list[tuple[Any, Any]]:
+    """The floating leaves of trees of one structure and dtypes, whose other leaves are equal."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = []
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        if jnp.issubdtype(a.dtype, jnp.inexact):
+            pairs.append((a, e))
+        else:
+            np.testing.assert_array_equal(a, e)
+    return pairs
+
+
+def assert_close(actual: Any, expected: Any, ulps: int = 4) -> None:
+    """Equal trees, to a few units in the last place of the largest entry of each leaf."""
+    for a, e in floating_pairs(actual, expected):
+        a, e, eps = np.asarray(a, np.float64), np.asarray(e, np.float64), jnp.finfo(a.dtype).eps
+        np.testing.assert_allclose(
+            a, e, atol=ulps * float(eps) * max(np.abs(e).max(initial=0), 1e-30)
+        )
+
+
+def signature(tree: Any) -> list[tuple]:
+    """Structure, shape, dtype and weak type of every leaf."""
+    leaves = [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in jax.tree.leaves(tree)]
+    return [str(jax.tree.structure(tree)), *leaves]
+
+
+def test_every_public_transform_has_a_row():
+    made = {r.factory.__name__ for r in TRANSFORMS}
+    functions = {n: getattr(jaxclip, n) for n in jaxclip.__all__}
+    transforms = {
+        name
+        for name, fn in functions.items()
+        if inspect.isfunction(fn)
+        and inspect.signature(fn).return_annotation is optax.GradientTransformationExtraArgs
+    }
+    assert transforms == made - {"smooth_clip_by_value"}  # a second kind of one transform
+
+
+@every_transform
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_jit_equals_eager(row: Row, dtype: Any):
+    tx, params = row.make(), make_params(dtype)
+    assert_close(run(tx, params, update=jax.jit(tx.update)), run(tx, params))
+
+
+@every_transform
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_updates_keep_structure_shape_and_dtype(row: Row, dtype: Any):
+    params = make_params(dtype)
+    updates, _ = run(row.make(), params)
+    assert signature(updates) == signature(make_grads(params))
+
+
+@every_transform
+def test_weak_types_are_kept(row: Row):
+    params = {"w": jnp.asarray(0.5), "v": jnp.ones(3)}
+    assert params["w"].weak_type
+    grads = {"w": jnp.asarray(0.25), "v": jnp.ones(3)}
+    tx = row.make()
+    state = tx.init(params)
+    updates, new_state = tx.update(grads, state, params)
+    assert signature(updates) == signature(grads)
+    assert signature(new_state) == signature(state)
+
+
+@every_transform
+def test_init_needs_only_shapes(row: Row):
+    tx, params = row.make(), make_params()
+    shapes = jax.eval_shape(lambda: params)
+    assert signature(tx.init(shapes)) == signature(tx.init(params))
+    assert signature(jax.eval_shape(tx.init, params)) == signature(tx.init(params))
+
+
+@every_transform
+def test_state_is_arrays_of_constant_structure(row: Row):
+    tx, params = row.make(), make_params(jnp.bfloat16)
+    first, (_, last) = tx.init(params), run(tx, params)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(last))
+    assert signature(first) == signature(last)
+
+
+@every_transform
+def test_state_can_be_donated(row: Row):
+    # XLA refuses a buffer that is given twice, so no two fields may be the same array.
+    tx, params = row.make(), make_params()
+    update = jax.jit(tx.update, donate_argnums=1)
+    assert_close(run(tx, params, update=update)[0], run(tx, params)[0])
+
+
+@every_transform
+def test_scan_equals_a_loop(row: Row):
+    tx, params = row.make(), make_params()
+    grads = jax.tree.map(lambda *g: jnp.stack(g), *[make_grads(params, i) for i in range(3)])
+
+    def body(state: Any, g: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(g, state, params)
+        return state, updates
+
+    state, updates = jax.lax.scan(body, tx.init(params), grads)
+    assert_close((jax.tree.map(lambda u: u[-1], updates), state), run(tx, params))
+
+
+@with_parameter
+def test_hyper_parameters_change_without_recompiling(row: Row):
+    params, traces = make_params(), []
+
+    @jax.jit
+    def update(value: jax.Array, grads: Any, state: Any) -> Any:
+        traces.append(1)
+        return row.make(value).update(grads, state, params)
+
+    state = row.make().init(params)
+    for i in range(3):
+        _, state = update(jnp.float32(row.value / (i + 1)), make_grads(params, i), state)
+    assert len(traces) == 1
+
+
+@with_parameter
+def test_vmap_over_the_hyper_parameter_equals_a_loop(row: Row):
+    params, values = make_params(), np.float32([row.value, row.value / 2, row.value / 8])
+
+    def last_updates(value: Any) -> Any:
+        return run(row.make(value), params)[0]
+
+    batched = jax.jit(jax.vmap(last_updates))(jnp.asarray(values))
+    for i, value in enumerate(values):
+        one = jax.tree.map(lambda u, i=i: u[i], batched)
+        assert_close(one, last_updates(jnp.asarray(value)), ulps=row.ulps)
+
+
+@with_parameter
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_inject_hyperparams_under_jit_keeps_the_dtype(row: Row, dtype: Any):
+    params = make_params(dtype)
+    tx = optax.inject_hyperparams(row.factory, hyperparam_dtype=jnp.float32)(
+        **{row.parameter: row.value}
+    )
+    updates, state = run(tx, params, update=jax.jit(tx.update))
+    assert signature(updates) == signature(make_grads(params))
+    assert_close(updates, run(row.make(), params)[0])
+    stats = jaxclip.clip_stats(state)
+    assert set(stats) == set(jaxclip.clip_stats(row.make().init(params)))
+
+
+@with_schedule
+def test_a_schedule_equals_the_values_it_takes(row: Row):
+    params = make_params()
+    values = [row.value, row.value / 2, row.value / 4]
+    scheduled = run(row.make(lambda step: row.value / 2.0**step), params)[0]
+    assert_close(scheduled, run(row.make(values[-1]), params)[0])
+
+
+@with_schedule
+@pytest.mark.parametrize("bad", [0.0, np.inf, -1.0, np.nan])
+def test_a_schedule_that_goes_wrong_poisons_nothing(row: Row, bad: float):
+    params = make_params()
+    value = jnp.asarray([row.value, bad, row.value], jnp.float32)
+    updates, state = run(row.make(lambda step: value[jnp.minimum(step, 2)]), params)
+    for x in jax.tree.leaves((updates, state)):
+        assert np.isfinite(np.asarray(x, np.float64)).all()
+
+
+@every_transform
+def test_leaves_that_are_not_floating_pass_through(row: Row):
+    params = {
+        "w": jnp.ones((2, 2)),
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "step": jnp.arange(3),
+        "flag": jnp.array(True),
+        "key": jax.random.key(3),
+        "float0": np.zeros((2,), jax.dtypes.float0),
+    }
+    grads = params | {"w": jnp.full((2, 2), 3.0)}
+    tx = row.make()
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    for name in ("step", "flag", "key", "float0"):
+        assert updates[name] is grads[name]
+    with_all = row.make().update({"w": grads["w"]}, tx.init({"w": params["w"]}), {"w": params["w"]})
+    assert_close(updates["w"], with_all[0]["w"])
+    assert jaxclip.clip_stats(state) == jaxclip.clip_stats(with_all[1])
+
+
+@every_transform
+@pytest.mark.parametrize("params", [{}, {"a": jnp.zeros((0, 3))}, {"a": jnp.asarray(1.0)}, (None,)])
+def test_empty_trees_and_odd_shapes_work(row: Row, params: Any):
+    updates, state = run(row.make(), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    for x in jax.tree.leaves(state):
+        assert np.isfinite(np.asarray(x, np.float64)).all()
+
+
+@every_transform
+@pytest.mark.parametrize("leaf", [0.5, np.float64(0.5), np.full((3,), 0.5)])
+def test_python_and_numpy_leaves_are_accepted(row: Row, leaf: Any):
+    tx, params = row.make(), {"w": leaf}
+    updates, _ = tx.update({"w": leaf}, tx.init(params), params)
+    assert np.shape(updates["w"]) == np.shape(leaf)
+    assert jnp.asarray(updates["w"]).dtype == jnp.asarray(leaf).dtype
+
+
+@every_transform
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("magnitude", ["smallest", "tiny", "one", "largest"])
+def test_finite_in_finite_out(row: Row, dtype: Any, magnitude: str):
+    info = jnp.finfo(dtype)
+    size = {
+        "smallest": info.smallest_subnormal,
+        "tiny": info.tiny,
+        "one": 1,
+        "largest": info.max,
+    }[magnitude]
+    params = jax.tree.map(lambda p: jnp.full_like(p, size), make_params(dtype))
+    signs = jax.tree.map(jnp.sign, make_grads(make_params(dtype)))
+    grads = jax.tree.map(lambda s, p: s * p, signs, params)
+    if row.factory is jaxclip.weights.keep_weights_within:  # w + u is not finite in itself
+        params = make_params(dtype)
+    tx = row.make()
+    updates, state = tx.update(grads, tx.init(params), params)
+    for x in jax.tree.leaves((updates, state.mu if hasattr(state, "mu") else ())):
+        assert np.isfinite(np.asarray(x, np.float64)).all()
+
+
+@every_transform
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_gradient_never_enters_the_state(row: Row, bad: float):
+    tx, params = row.make(), make_params()
+    _, state = run(tx, params)
+    grads = make_grads(params)
+    grads["dense"]["kernel"] = grads["dense"]["kernel"].at[3, 4].set(bad)
+    _, state = tx.update(grads, state, params)
+    for x in jax.tree.leaves(state):
+        assert np.isfinite(np.asarray(x, np.float64)).all()
+    counters = [v for k, v in jaxclip.clip_stats(state).items() if k.endswith("num_nonfinite")]
+    if row.factory in WRAPPERS:  # whose inner transform may not have seen it at all
+        counters = counters[:1]
+    assert all(int(c) == 1 for c in counters)
+    assert counters or row.factory in CONSTRAINTS
+
+
+@every_transform
+def test_extra_arguments_are_accepted(row: Row):
+    tx, params = row.make(), make_params()
+    updates, _ = tx.update(make_grads(params), tx.init(params), params, value=1.0, step=3)
+    assert_close(updates, tx.update(make_grads(params), tx.init(params), params)[0])
+
+
+@every_transform
+@pytest.mark.parametrize("wrapper", ["chain", "masked", "partition", "multi_steps", "named_chain"])
+def test_optax_wrappers_work_under_jit(row: Row, wrapper: str):
+    params = make_params()
+    mask = {"dense": {"kernel": True, "bias": False}, "scale": True}
+    labels = jax.tree.map(lambda m: "a" if m else "b", mask)
+    tx = {
+        "chain": lambda: optax.chain(row.make(), optax.identity()),
+        "masked": lambda: optax.masked(row.make(), mask),
+        "partition": lambda: optax.partition({"a": row.make(), "b": optax.identity()}, labels),
+        "multi_steps": lambda: optax.MultiSteps(row.make(), 2),
+        "named_chain": lambda: optax.named_chain(("only", row.make())),
+    }[wrapper]()
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides floats by integers
+        updates, state = run(tx, params, num_steps=4, update=jax.jit(tx.update))
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    if wrapper in ("masked", "partition"):
+        np.testing.assert_array_equal(
+            updates["dense"]["bias"], make_grads(params, 3)["dense"]["bias"]
+        )
+    assert set(jaxclip.clip_stats(state)) == set(jaxclip.clip_stats(row.make().init(params)))
+
+
+@every_transform
+def test_paths_of_init_and_update_may_differ_by_nnx_value(row: Row):
+    from flax import nnx
+
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, row.make(), wrt=nnx.Param)
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4), jnp.float32)) ** 2))(model)
+    optimizer.update(model, grads)
+    assert np.isfinite(np.asarray(model.kernel[...])).all()
+
+
+@every_transform
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_eight_devices_equal_one_and_sharding_is_kept(row: Row, kind: AxisType):
+    tx, params = row.make(), make_params()
+    mesh = Mesh(np.array(jax.devices()[:8]), ("x",), axis_types=(kind,))
+
+    def shard(path: tuple, leaf: jax.Array) -> jax.Array:
+        spec = PartitionSpec("x") if leaf.ndim else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    place = functools.partial(jax.tree_util.tree_map_with_path, shard)
+    one = run(tx, params)
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+        sharded, state = place(params), None
+        update = jax.jit(tx.update)
+        state = tx.init(sharded)
+        for i in range(3):
+            updates, state = update(place(make_grads(params, i)), state, sharded)
+    assert_close(jax.device_get(updates), jax.device_get(one[0]), ulps=8)
+    kernel = updates["dense"]["kernel"]
+    assert kernel.sharding.is_equivalent_to(sharded["dense"]["kernel"].sharding, kernel.ndim)

@@ -1,0 +1,113 @@
+"""Codes chosen for their cost: never a worse trade, against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxclip
+from jaxclip.lowbit.rate_rounding import cheaper_codes
+from jaxclip.thresholds.by_rate import code_entropy
+
+RNG = np.random.default_rng(0)
+SHAPES = {
+    "gauss": RNG.normal(size=(64, 48)),
+    "laplace": RNG.laplace(size=(64, 48)),
+    "boxed": np.clip(RNG.normal(size=(64, 48)), -0.7, 0.7),
+    "outlier": np.where(RNG.random((64, 48)) < 1e-3, 300, RNG.normal(size=(64, 48))),
+    "tiny": 1e-25 * RNG.normal(size=(64, 48)),
+    "huge": 1e30 * RNG.normal(size=(64, 48)),
+}
+GRIDS = {
+    "coded": {"bits": 8, "threshold": jaxclip.thresholds.rate_optimal(2.0)},
+    "coded by row": {"bits": 8, "threshold": jaxclip.thresholds.rate_optimal(1.5), "axis": 0},
+    "4 bits": {"bits": 4, "threshold": jaxclip.mse_optimal, "axis": 1},
+    "groups": {"bits": 3, "threshold": jaxclip.mse_optimal, "axis": 0, "group_size": 20},
+}
+
+
+def cost(w, q, price):
+    """Squared error and the price of all bits, in float64."""
+    scale = np.asarray(q.scale, np.float64)
+    value = np.asarray(jnp.broadcast_to(q.granularity.expand(q.scale, q.shape), q.shape))
+    decoded = value.astype(np.float64) * np.asarray(q.qvalue)
+    _, counts = np.unique(np.asarray(q.qvalue), return_counts=True)
+    bits = -(counts * np.log2(counts / counts.sum())).sum()
+    return np.square(w.astype(np.float64) - decoded).sum() + price * np.square(scale).mean() * bits
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_cost_is_no_larger_and_each_code_is_the_nearest_or_one_nearer_to_0(shape, grid):
+    w = SHAPES[shape].astype(np.float32)
+    arguments = dict(GRIDS[grid])
+    q = jaxclip.quantize(w, arguments.pop("bits"), **arguments)
+    for price in (0.12, 0.5):
+        found = cheaper_codes(q, w, price=price)
+        found.validate()
+        before, after = np.asarray(q.qvalue, int), np.asarray(found.qvalue, int)
+        assert ((after == before) | (after == before - np.sign(before))).all()
+        assert cost(w, found, price) <= cost(w, q, price) * (1 + 1e-5)
+        np.testing.assert_array_equal(found.scale, q.scale)
+
+
+def test_at_the_same_error_fewer_bits_are_needed():
+    w = RNG.normal(size=(256, 256)).astype(np.float32)
+
+    def bits_and_error(rate, is_chosen):
+        q = jaxclip.quantize(w, 8, threshold=jaxclip.thresholds.rate_optimal(rate))
+        q = cheaper_codes(q, w) if is_chosen else q
+        error = np.square(w - np.asarray(jaxclip.dequantize(q), np.float64)).mean()
+        return float(code_entropy(q.qvalue)), error
+
+    bits, error = bits_and_error(1.8, True)
+    rates = np.linspace(1.2, 2.0, 17)
+    plain = np.asarray([bits_and_error(rate, False) for rate in rates])
+    needed = np.interp(-error, -plain[:, 1], plain[:, 0])
+    assert bits < 0.97 * needed
+
+
+def test_without_a_price_nothing_moves():
+    w = SHAPES["gauss"].astype(np.float32)
+    q = jaxclip.quantize(w, 8, threshold=jaxclip.thresholds.rate_optimal(2.0))
+    np.testing.assert_array_equal(cheaper_codes(q, w, price=0.0).qvalue, q.qvalue)
+
+
+def test_a_program_with_a_traced_price_gives_the_same_codes():
+    w = SHAPES["gauss"].astype(np.float32)
+    q = jaxclip.quantize(w, 8, threshold=jaxclip.thresholds.rate_optimal(2.0))
+    jitted = jax.jit(lambda q, w, price: cheaper_codes(q, w, price=price))
+    np.testing.assert_array_equal(jitted(q, w, 0.12).qvalue, cheaper_codes(q, w).qvalue)
+
+
+def test_a_tree_keeps_what_is_not_low_bit_and_makes_a_smaller_file(tmp_path):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (96, 64)), "bias": jnp.ones(64)}
+    small = jaxclip.compress(params, 8, rule=jaxclip.thresholds.rate_optimal(1.8))
+    chosen = cheaper_codes(small, params)
+    assert chosen["bias"] is small["bias"]
+    sizes = []
+    for name, tree in (("plain", small), ("chosen", chosen)):
+        file = tmp_path / f"{name}.safetensors"
+        jaxclip.checkpoints.save(file, tree, coding="huffman")
+        loaded = jaxclip.checkpoints.load(file)
+        np.testing.assert_array_equal(loaded["kernel"].qvalue, tree["kernel"].qvalue)
+        sizes.append(file.stat().st_size)
+    assert sizes[1] < 0.95 * sizes[0]
+
+
+@pytest.mark.parametrize("w", [np.zeros((4, 3), np.float32), np.zeros((0, 3), np.float32)])
+def test_zeros_and_nothing_stay(w):
+    q = jaxclip.quantize(w, 4)
+    np.testing.assert_array_equal(cheaper_codes(q, w).qvalue, q.qvalue)
+
+
+def test_bad_input_is_named():
+    w = jnp.ones((4, 4))
+    with pytest.raises(ValueError, match="price"):
+        cheaper_codes(jaxclip.quantize(w, 4), w, price=-1.0)
+    with pytest.raises(ValueError, match="got one bit"):
+        cheaper_codes(jaxclip.quantize(w, 1), w)
+    with pytest.raises(ValueError, match=r"small at 'a' must .* got a zero point"):
+        cheaper_codes({"a": jaxclip.quantize(w, 4, zero_point=True)}, {"a": w})
+    with pytest.raises(ValueError, match=r"original at 'a' must have shape \(4, 4\), got \(2, 2\)"):
+        cheaper_codes({"a": jaxclip.quantize(w, 4)}, {"a": jnp.ones((2, 2))})

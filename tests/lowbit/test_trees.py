@@ -1,0 +1,478 @@
+"""Which leaves of a tree become low-bit, and what the errors name."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxclip
+from jaxclip import QuantizedArray, checkpoints, compress, decompress
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
+    return {
+        "embed": {"embedding": draw(11, 6)},
+        "dense": {"kernel": draw(6, 5), "bias": draw(5)},
+        "half": {"kernel": draw(4, 6).astype(jnp.bfloat16), "scale": draw(4)},
+        "step": jnp.arange(4),
+        "rotation": draw(2, 2).astype(jnp.complex64),
+        "none": None,
+        "temperature": draw(),
+    }
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_real_floating_leaves_of_two_dimensions_become_low_bit_and_the_others_stay(bits):
+    params = make_params()
+    small = compress(params, bits)
+    for name in ("embed/embedding", "dense/kernel", "half/kernel"):
+        group, leaf = name.split("/")
+        q = small[group][leaf]
+        assert isinstance(q, QuantizedArray)
+        assert q.bits == bits
+        assert q.scale.shape == (1, params[group][leaf].shape[1])  # an output channel each
+    assert small["dense"]["bias"] is params["dense"]["bias"]
+    for name in ("step", "rotation", "none", "temperature"):
+        assert small[name] is params[name]
+
+
+@pytest.mark.parametrize("bits", [1, "ternary", 4])
+def test_decompressing_restores_structure_shapes_and_dtypes_within_half_a_step(bits):
+    params = make_params()
+    small = compress(params, bits, rule=jaxclip.max_abs)
+    back = decompress(small)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    kernel, q = np.asarray(params["dense"]["kernel"], np.float64), small["dense"]["kernel"]
+    error = np.abs(kernel - np.asarray(back["dense"]["kernel"], np.float64))
+    step = np.abs(np.asarray(q.scale, np.float64))
+    assert np.all(error <= step * (1.0 if bits == 1 else 0.5) * (1 + 1e-5))
+
+
+def test_decompressing_into_another_dtype_casts_only_what_was_compressed():
+    back = decompress(compress(make_params(), 4), jnp.bfloat16)
+    assert back["dense"]["kernel"].dtype == jnp.bfloat16
+    assert back["dense"]["bias"].dtype == jnp.float32
+
+
+def test_each_leaf_equals_quantizing_it_alone():
+    params = make_params()
+    params = {"dense": {"kernel": params["dense"]["kernel"]}}
+    for options in (
+        {},
+        {"axis": 0},
+        {"axis": None},
+        {"group_size": 4},
+        {"full_signed": False},
+        {"zero_point": True, "scale_dtype": "log8"},
+    ):
+        q = compress(params, 3, **options)["dense"]["kernel"]
+        alone = jaxclip.quantize(params["dense"]["kernel"], 3, **{"axis": -1, **options})
+        assert np.array_equal(q.qvalue, alone.qvalue)
+        assert np.array_equal(q.scale, alone.scale)
+        assert q.granularity == alone.granularity
+        assert (q.zero is None) == (alone.zero is None)
+        assert q.zero is None or np.array_equal(q.zero, alone.zero)
+        assert q.scale_dtype == alone.scale_dtype
+
+
+def test_compressing_twice_gives_the_same_codes():
+    for a, b in zip(
+        jax.tree.leaves(compress(make_params(), 4)),
+        jax.tree.leaves(compress(make_params(), 4)),
+        strict=True,
+    ):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_low_bit_leaves_are_never_compressed_again():
+    small = compress(make_params(), 4)
+    try:
+        again = compress(small, 4)
+    except (TypeError, ValueError) as error:
+        assert "dense/kernel" in str(error) or "embed/embedding" in str(error)  # noqa: PT017
+    else:
+        assert np.array_equal(
+            decompress(again)["dense"]["kernel"], decompress(small)["dense"]["kernel"]
+        )
+
+
+def test_compress_and_decompress_run_under_jit():
+    params = make_params()
+    back = jax.jit(lambda p: decompress(compress(p, "ternary")))(params)
+    eager = decompress(compress(params, "ternary"))
+    np.testing.assert_allclose(back["dense"]["kernel"], eager["dense"]["kernel"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("params", [{}, None, (), {"b": jnp.ones(3)}, [None]], ids=repr)
+def test_trees_without_kernels_come_back_as_they_are(params):
+    assert jax.tree.structure(compress(params)) == jax.tree.structure(params)
+    assert jax.tree.structure(decompress(compress(params))) == jax.tree.structure(params)
+
+
+# --- Policy ----------------------------------------------------------------------------
+
+
+def test_the_first_pattern_that_matches_decides_the_width():
+    small = compress(
+        make_params(),
+        "ternary",
+        policy=[("^embed/", 8), ("half", None), ("kernel", 3), ("bias", 6)],
+    )
+    assert small["embed"]["embedding"].bits == 8
+    assert not isinstance(small["half"]["kernel"], QuantizedArray)
+    assert small["dense"]["kernel"].bits == 3
+    assert small["dense"]["bias"].bits == 6
+    assert small["dense"]["bias"].scale.shape == (1,)
+    assert not isinstance(small["temperature"], QuantizedArray)
+
+
+def test_a_pattern_that_matches_no_leaf_is_refused_by_name():
+    with pytest.raises(ValueError, match="attention"):
+        compress(make_params(), 4, policy=[("kernel", 4), ("attention", 8)])
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused_by_name():
+    with pytest.raises((TypeError, ValueError), match="policy"):
+        compress(make_params(), 4, policy=[("(", 4)])
+    with pytest.raises((TypeError, ValueError), match="policy"):
+        compress(make_params(), 4, policy=["kernel"])
+
+
+def test_a_spec_replaces_the_arguments_that_it_names():
+    spec = {
+        "bits": 2,
+        "rule": jaxclip.max_abs,
+        "axis": 0,
+        "group_size": 3,
+        "scale_dtype": "float16",
+    }
+    policy = [("embed", spec), ("half", {"full_signed": False, "zero_point": True}), ("bias", {})]
+    params = make_params()
+    small = compress(params, 5, rule=0.5, policy=policy)
+    grid = {k: v for k, v in spec.items() if k not in ("bits", "rule")}
+    alone = jaxclip.quantize(params["embed"]["embedding"], 2, threshold=jaxclip.max_abs, **grid)
+    assert jax.tree.structure(small["embed"]["embedding"]) == jax.tree.structure(alone)
+    assert np.array_equal(small["embed"]["embedding"].qvalue, alone.qvalue)
+    assert np.array_equal(small["embed"]["embedding"].scale, alone.scale)
+    half = small["half"]["kernel"]
+    assert (half.bits, half.full_signed, half.zero is not None) == (5, False, True)
+    assert small["dense"]["kernel"].threshold.max() == 0.5
+    assert small["dense"]["bias"] is params["dense"]["bias"]  # no width is given
+
+
+def test_a_spec_without_a_width_leaves_it_to_the_target():
+    policy = [("large", {"scale_dtype": "float16"}), ("easy", {"bits": 3})]
+    small = squeeze(uneven_params(), target_bits_per_weight=5.5, policy=policy)
+    assert small["large"].scale_dtype == "float16"
+    assert small["large"].bits in WIDTHS
+    assert small["easy"].bits == 3
+    assert jaxclip.size_report(small).bits_per_weight <= 5.5
+
+
+def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
+    params = uneven_params()
+    plain = squeeze(params, 4)
+    price = jnp.asarray(0.5)
+    priced = squeeze(params, 4, bit_price=0.5, policy=[("small", {"bit_price": 0.0})])
+    traced = jax.jit(lambda p, price: squeeze(p, 4, bit_price=price))(params, price)
+    chosen = jaxclip.lowbit.cheaper_codes(plain["large"], params["large"], price=0.5)
+    for found in (priced, traced):
+        assert np.array_equal(found["large"].qvalue, chosen.qvalue)
+    assert not np.array_equal(chosen.qvalue, plain["large"].qvalue)
+    assert np.array_equal(priced["small"].qvalue, plain["small"].qvalue)
+    assert not np.array_equal(traced["small"].qvalue, plain["small"].qvalue)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"width": 4}, "'width', which is none of"),
+        ({"bits": 7}, "bits must be one of"),
+        ({"bits": None}, "bits=None"),
+        ({"group_size": 0}, "group_size must be"),
+        ({"axis": "last"}, "axis must be an integer"),
+        ({"axis": 5}, r"kernel.*axis must be in \[-2, 2\)"),
+        ({"scale_dtype": "int8"}, "scale_dtype must be one of"),
+        ({"rule": "mse"}, "rule must be"),
+        ({"zero_point": 1}, "zero_point must be True or False"),
+        ({"bits": 1, "zero_point": True}, "zero_point needs a grid"),
+        ({"bits": 4, "rule": jaxclip.thresholds.rate_optimal(2.0)}, "rate_optimal needs bits=8"),
+        ({"bit_price": -0.1}, "bit_price must be finite and not negative"),
+        ({"bit_price": "low"}, "bit_price must be a non-negative number"),
+        ({"bits": 1, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
+        ({"zero_point": True, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_spec_is_refused_by_its_rule_and_field(spec, message):
+    with pytest.raises((TypeError, ValueError), match=rf"policy 'dense/k'.*{message}"):
+        compress(make_params(), 4, rule=jaxclip.max_abs, policy=[("dense/k", spec)])
+
+
+# --- Targets ---------------------------------------------------------------------------
+
+WIDTHS = ["ternary", 2, 3, 4, 5, 6, 8]
+squeeze = functools.partial(compress, rule=jaxclip.max_abs)  # which compiles fast
+
+
+@functools.cache
+def uneven_params():
+    """Leaves that one width does not suit: small and large weights, easy and hard ones."""
+    rng = np.random.default_rng(1)
+    draw = lambda size: jnp.asarray((size * rng.normal(size=(24, 16))).astype(np.float32))  # noqa: E731
+    easy = jnp.asarray(rng.choice([-1.0, 0.0, 1.0], (24, 16)).astype(np.float32))
+    return {"large": draw(3.0), "small": draw(0.1), "easy": easy, "bias": jnp.ones(16)}
+
+
+def widths(small):
+    return {k: v.bits for k, v in small.items() if isinstance(v, QuantizedArray)}
+
+
+def error_of(small):
+    params = uneven_params()
+    return sum(
+        np.sum((np.asarray(params[k], np.float64) - np.asarray(v, np.float64)) ** 2)
+        for k, v in decompress(small).items()
+    )
+
+
+def squeeze_file(folder, params=None, **options):
+    """The same by way of a file, which alone has a size in bytes."""
+    source, target = folder / "net.safetensors", folder / "small.safetensors"
+    jaxclip.checkpoints.save(source, params or uneven_params(), overwrite=True)
+    jaxclip.checkpoints.compress_checkpoint(
+        source, target, rule=jaxclip.max_abs, axis=-1, overwrite=True, progress=False, **options
+    )
+    return jaxclip.checkpoints.load(target)
+
+
+@functools.cache
+def at_every_width():
+    """(bits an entry, bytes of the file, error) of each width for all leaves."""
+    trees = [squeeze(uneven_params(), width) for width in WIDTHS]
+    reports = [jaxclip.size_report(small) for small in trees]
+    return [
+        (r.bits_per_weight, r.total_bytes, error_of(small))
+        for r, small in zip(reports, trees, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("target", [3.0, 4.5, 5.3333333, 7.0, 20.0])
+def test_a_target_of_bits_holds_and_beats_every_one_width_that_fits(target):
+    small = squeeze(uneven_params(), target_bits_per_weight=target)
+    low_bit = [v for v in small.values() if isinstance(v, QuantizedArray)]
+    assert len(low_bit) == 3
+    assert small["bias"] is uneven_params()["bias"]
+    packed = [jaxclip.lowbit.pack_codes(np.asarray(q.qvalue), q.bits).size for q in low_bit]
+    spent = sum(packed) + sum(4 * q.scale.size for q in low_bit)
+    assert 8 * spent / sum(q.qvalue.size for q in low_bit) <= target
+    uniform = [error for bits, _, error in at_every_width() if bits <= target]
+    assert error_of(small) <= min(uniform) * (1 + 1e-9)
+
+
+def test_bits_go_to_large_weights_and_not_to_those_that_are_exact_already():
+    small = squeeze(uneven_params(), target_bits_per_weight=4.5)
+    assert widths(small)["large"] > 4
+    assert widths(small)["small"] == "ternary"
+    assert widths(small)["easy"] == "ternary"
+    assert error_of(small) < 0.5 * min(e for bits, _, e in at_every_width() if bits <= 4.5)
+
+
+def test_a_target_of_bytes_holds_for_the_file_and_beats_every_one_width_that_fits(tmp_path):
+    for _, target, error in at_every_width():
+        for slack in (0, 7, 100):
+            small = squeeze_file(tmp_path, target_bytes=target + slack)
+            assert (tmp_path / "small.safetensors").stat().st_size <= target + slack
+            assert error_of(small) <= error * (1 + 1e-9)
+
+
+def test_leaves_of_a_target_equal_quantizing_them_at_the_chosen_width():
+    options = {"group_size": 8, "scale_dtype": "float16", "axis": 0}
+    small = squeeze(uneven_params(), target_bits_per_weight=6.0, **options)
+    for name, width in widths(small).items():
+        alone = jaxclip.quantize(uneven_params()[name], width, threshold=jaxclip.max_abs, **options)
+        assert np.array_equal(small[name].qvalue, alone.qvalue)
+        assert np.array_equal(small[name].scale, alone.scale)
+
+
+def test_a_policy_fixes_widths_and_their_bytes_count():
+    policy = [("large", 2), ("easy", None)]
+    small = squeeze(uneven_params(), target_bits_per_weight=5.5, policy=policy)
+    assert small["large"].bits == 2
+    assert small["easy"] is uneven_params()["easy"]
+    assert small["small"].bits in (6, 8)
+    assert jaxclip.size_report(small).bits_per_weight <= 5.5
+    again = squeeze({**small, "easy": uneven_params()["easy"]}, target_bits_per_weight=5.5)
+    assert again["large"] is small["large"]  # low-bit leaves stay, and count
+    assert again["easy"].bits in WIDTHS
+    assert jaxclip.size_report(again).bits_per_weight <= 5.5
+
+
+def test_without_bits_and_target_the_width_is_4():
+    assert set(widths(compress(uneven_params(), rule=jaxclip.max_abs)).values()) == {4}
+    assert set(widths(squeeze(uneven_params(), None)).values()) == {4}
+
+
+def test_trees_without_kernels_meet_a_target_as_they_are(tmp_path):
+    params = {"bias": jnp.ones(3), "none": None}
+    assert compress(params, target_bits_per_weight=2.0)["bias"] is params["bias"]
+    total = jaxclip.size_report(params).total_bytes
+    small = squeeze_file(tmp_path, params, target_bytes=total)
+    np.testing.assert_array_equal(small["bias"], params["bias"])
+    with pytest.raises(ValueError, match=rf"the least is {total}"):
+        squeeze_file(tmp_path, params, target_bytes=total - 1)
+
+
+def test_a_target_out_of_reach_says_the_least_which_is_in_reach(tmp_path):
+    with pytest.raises(ValueError, match=r"target_bits_per_weight=1\.5.*the least is") as caught:
+        squeeze(uneven_params(), target_bits_per_weight=1.5)
+    least = float(str(caught.value).rstrip(".").rpartition(" ")[2])
+    small = squeeze(uneven_params(), target_bits_per_weight=least)
+    assert set(widths(small).values()) == {"ternary"}
+    with pytest.raises(ValueError, match=r"target_bytes=100 .*the least is") as caught:
+        squeeze_file(tmp_path, target_bytes=100)
+    least = int(str(caught.value).rstrip(".").rpartition(" ")[2].replace(",", ""))
+    small = squeeze_file(tmp_path, target_bytes=least)
+    assert jaxclip.size_report(small).total_bytes == least
+    with pytest.raises(ValueError, match=f"target_bytes={least - 1:,} "):
+        squeeze_file(tmp_path, target_bytes=least - 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4, "target_bytes": 9999},
+        {"bits": "ternary", "target_bits_per_weight": 3.0},
+        {"target_bytes": 9999, "target_bits_per_weight": 3.0},
+    ],
+)
+def test_more_than_one_goal_is_refused(tmp_path, options):
+    with pytest.raises(TypeError, match="only one of bits and the targets"):
+        squeeze_file(tmp_path, **options)
+
+
+def test_a_rule_of_one_width_is_refused_with_a_target():
+    with pytest.raises(ValueError, match="needs bits=8"):
+        compress(
+            uneven_params(), target_bits_per_weight=3, rule=jaxclip.thresholds.rate_optimal(2.5)
+        )
+
+
+@pytest.mark.parametrize("value", [0, -1.0, np.nan, np.inf, True, "3"], ids=repr)
+def test_targets_that_are_no_sizes_are_refused_by_name(tmp_path, value):
+    for name in ("target_bits_per_weight", "target_bytes"):
+        with pytest.raises((TypeError, ValueError), match=name):
+            squeeze_file(tmp_path, **{name: value})
+    with pytest.raises((TypeError, ValueError), match="target_bits_per_weight"):
+        compress({}, target_bits_per_weight=value)
+
+
+def test_a_target_under_jit_is_refused():
+    with pytest.raises(TypeError, match="target_bits_per_weight needs the weights' values"):
+        jax.eval_shape(lambda p: squeeze(p, target_bits_per_weight=3), uneven_params())
+    with pytest.raises(TypeError, match="target_bits_per_weight needs the weights' values"):
+        jax.eval_shape(lambda: squeeze(uneven_params(), target_bits_per_weight=3))
+
+
+# --- Bad input -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [0, 9, 2.5, True, "2"], ids=repr)
+def test_unknown_bits_are_refused_even_if_no_leaf_would_use_them(bits):
+    with pytest.raises(ValueError, match="bits must be one of"):
+        compress({}, bits)
+    with pytest.raises(ValueError, match="bits must be one of"):
+        compress(make_params(), 4, policy=[("kernel", bits)])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_named_with_leaf_and_index(bad):
+    params = make_params()
+    params["dense"]["kernel"] = params["dense"]["kernel"].at[4, 1].set(bad)
+    with pytest.raises(ValueError, match=rf"dense/kernel.*{bad}.*\(4, 1\)"):
+        compress(params, 4)
+    small = compress(params, 4, policy=[("dense/kernel", None)])
+    assert not np.isfinite(small["dense"]["kernel"][4, 1])
+
+
+@pytest.mark.parametrize("rule", ["mse", None, True, 1j, -1.0, np.nan, np.ones((7, 7))], ids=repr)
+def test_a_rule_that_is_no_threshold_is_refused(rule):
+    with pytest.raises((TypeError, ValueError), match=r"threshold|rule"):
+        compress(make_params(), 4, rule=rule)
+
+
+def test_rows_that_are_hard_stay_finite_in_a_whole_tree():
+    rows = np.zeros((4, 8), np.float32)
+    rows[1], rows[2, 3], rows[3] = 0.7, 1e6, 1e-42
+    for bits in (1, "ternary", 8):
+        for rule in (jaxclip.mse_optimal, jaxclip.max_abs):
+            small = compress({"w": jnp.asarray(rows)}, bits, rule=rule, axis=0)
+            assert np.all(np.isfinite(np.asarray(small["w"].scale)))
+            assert np.all(np.asarray(small["w"].scale) != 0)
+            back = np.asarray(decompress(small)["w"])
+            np.testing.assert_allclose(back[1], rows[1], rtol=1e-6)
+            assert np.all(np.isfinite(back))
+
+
+# --- fan_in, by the paths of leaves -----------------------------------------------------
+
+
+def flax_like_params():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {
+        "embed/embedding": (40, 6),
+        "attention/query/kernel": (12, 4, 8),
+        "attention/query/bias": (4, 8),
+        "dense/kernel": (12, 5),
+    }
+    tree: dict[str, Any] = {}
+    for key, (path, shape) in zip(keys, shapes.items(), strict=True):
+        *folders, name = path.split("/")
+        branch = tree
+        for folder in folders:
+            branch = branch.setdefault(folder, {})
+        branch[name] = 0.3 * jax.random.normal(key, shape)
+    return tree
+
+
+def test_fan_in_has_the_thresholds_that_clip_weights_takes(tmp_path):
+    params, rule = flax_like_params(), jaxclip.fan_in(1.0)
+    bounds = jaxclip.thresholds.resolve_threshold(rule, params)
+    small = jaxclip.compress(params, 8, rule=rule)
+    checkpoints.save(tmp_path / "net.safetensors", params)
+    checkpoints.compress_checkpoint(
+        tmp_path / "net.safetensors", tmp_path / "small.safetensors", 8, rule=rule, axis=-1
+    )
+    from_file = checkpoints.load(tmp_path / "small.safetensors", like=small)
+    for found in (small, from_file):
+        for path in (("embed", "embedding"), ("attention", "query", "kernel"), ("dense", "kernel")):
+            leaf, bound = found, bounds
+            for key in path:
+                leaf, bound = leaf[key], bound[key]
+            np.testing.assert_allclose(leaf.threshold, float(bound), rtol=1e-6)
+        # What stays free is not clipped.
+        bias = params["attention"]["query"]["bias"]
+        np.testing.assert_allclose(
+            found["attention"]["query"]["bias"].threshold,
+            jnp.max(jnp.abs(bias), axis=0, keepdims=True),
+            rtol=1e-6,
+        )
+
+
+def test_wrong_thresholds_are_called_rules_and_leaves_are_named():
+    params = {"a": {"w": jnp.ones((3, 4))}}
+    with pytest.raises(ValueError, match=r"^rule must be positive and finite, got 0.0"):
+        jaxclip.compress(params, 4, rule=0.0)
+    with pytest.raises(ValueError, match=r"^params at 'a/w': rule must broadcast .* got \(3,\)"):
+        jaxclip.compress(params, 4, rule=np.ones(3))
+    with pytest.raises(ValueError, match=r"^policy 'a/w': rule must be positive"):
+        jaxclip.compress(params, 4, policy=[("a/w", {"rule": 0})])
+    with pytest.raises(ValueError, match=r"^policy 'a', params at 'a/w': rule must broadcast"):
+        jaxclip.compress(params, 4, policy=[("a", {"rule": np.ones(3)})])

@@ -1,0 +1,85 @@
+"""Trees whose files were recorded once, `recorded/version_*.safetensors`; made by formula.
+
+A file of an old version is never written again. `python tests/oracles/recorded_trees.py FILE` shows
+what the code of today writes for the newest one.
+"""
+
+import pathlib
+import sys
+
+import ml_dtypes
+import numpy as np
+
+from jaxclip import checkpoints
+from jaxclip._core.grids import Granularity, code_range
+from jaxclip.lowbit.arrays import QuantizedArray
+
+RECORDED = pathlib.Path(__file__).parents[1] / "peers" / "recorded"
+
+
+def codes_of(shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+    """Codes that run through the whole grid, in an order that is not sorted."""
+    return (np.arange(np.prod(shape, dtype=int)) * 7 % (high - low + 1) + low).reshape(shape)
+
+
+def version_1() -> dict:
+    """Every width, granularity and kind of node, and plain arrays of some dtypes."""
+
+    def low_bit(bits, shape, axis=None, group_size=None, full_signed=True, dtype=np.float32):
+        low, high = code_range(bits, full_signed)
+        codes = codes_of(shape, low, high)
+        codes = np.where(codes == 0, 1, codes) if bits == 1 else codes
+        granularity = Granularity(axis, group_size)
+        scale_shape = granularity.scale_shape(shape)
+        scale = np.arange(1, 1 + np.prod(scale_shape, dtype=int)).reshape(scale_shape) * 0.1
+        return QuantizedArray(
+            codes.astype(np.int8),
+            (scale * np.where(full_signed and bits == 4, -1, 1)).astype(np.float32),
+            bits, full_signed, granularity, np.dtype(dtype),
+        )  # fmt: skip
+
+    widths = (1, "ternary", 2, 3, 4, 5, 6, 8)
+    return {
+        "full": {str(b): low_bit(b, (7, 11), axis=-1) for b in widths},
+        "narrow": {str(b): low_bit(b, (41,), full_signed=False) for b in widths},
+        "grouped": [low_bit(b, (3, 10), -2, 4, dtype=ml_dtypes.bfloat16) for b in (2, 3)],
+        "channels": (low_bit(4, (2, 3, 4), axis=(0, 2), dtype=np.float16), None),
+        "single": low_bit(4, ()),
+        "empty": low_bit("ternary", (0, 3), axis=1),
+        "plain": {0: np.arange(5, dtype=np.int16), -1: np.full((2, 2), 1.5, ml_dtypes.bfloat16)},
+        "a/b:c%": np.float32(0.1),
+    }
+
+
+def version_2() -> dict:
+    """Zero points, and scales in every format, alone and together."""
+
+    def low_bit(bits, scale_dtype, has_zero, shape=(5, 9), axis=-1, group_size=None):
+        low, high = code_range(bits)
+        granularity = Granularity(axis, group_size)
+        scale_shape = granularity.scale_shape(shape)
+        places = np.arange(np.prod(scale_shape, dtype=int)).reshape(scale_shape)
+        scale = 0.5 * 2.0 ** -np.minimum(places, 15)  # exact in every format
+        sign = np.where(has_zero | (places % 2 == 0), 1, -1)
+        in_memory = {"log8": "float32", "bfloat16": ml_dtypes.bfloat16}.get(
+            scale_dtype, scale_dtype
+        )
+        return QuantizedArray(
+            codes_of(shape, low, high).astype(np.int8), (scale * sign).astype(in_memory),
+            bits, True, granularity, np.dtype(np.float32),
+            codes_of(scale_shape, low, high).astype(np.int8) if has_zero else None, scale_dtype,
+        )  # fmt: skip
+
+    formats = ("float32", "float16", "bfloat16", "log8")
+    return {
+        "scales": {name: low_bit(4, name, False) for name in formats},
+        "zeros": {name: low_bit(3, name, True) for name in formats},
+        "ternary": low_bit("ternary", "log8", True, shape=(4, 7), axis=0, group_size=3),
+        "8": low_bit(8, "float32", True, shape=(300,), axis=None, group_size=100),
+        "empty": low_bit(2, "log8", True, shape=(0, 3)),
+        "plain": [np.arange(3.0), None],
+    }
+
+
+if __name__ == "__main__":
+    checkpoints.save(sys.argv[1], version_2())

@@ -1,0 +1,626 @@
+"""The box: exact projection, and the same as the last link of a chain."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import jaxclip
+from jaxclip.weights.clipping import (
+    clip_weights,
+    kernels_only,
+    weight_clip_rate,
+    weight_outside_rate,
+)
+from jaxclip.weights.constraints import keep_weights_within
+
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+eager_and_jit = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+TINY = 2.0**-126
+
+
+def floor_in(t: float, dtype) -> float:
+    """The largest number of a dtype that is not above t, in NumPy."""
+    if t > float(ml_dtypes.finfo(dtype).max):
+        return np.inf
+    near = np.asarray(t, np.float64).astype(dtype)
+    return float(near if float(near) <= t else np.nextafter(near, np.zeros((), dtype)))
+
+
+def weights_of_any_size(dtype, size=8):
+    """Finite numbers by their bits, from subnormals to the largest."""
+    unsigned = np.dtype(f"uint{8 * np.dtype(dtype).itemsize}")
+    largest = float(ml_dtypes.finfo(dtype).max)
+
+    def finite(bits):
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            x = bits.view(dtype).astype(np.float64)
+        return np.nan_to_num(x, nan=1.0, posinf=largest, neginf=-largest).astype(dtype)
+
+    return hnp.arrays(unsigned, size).map(finite)
+
+
+def float64(x) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+# --- clip_weights ----------------------------------------------------------------------
+
+jitted_clip = jax.jit(clip_weights)
+
+
+@every_dtype
+@given(data=st.data(), power=st.integers(-24, 15), mantissa=st.floats(1, 2))
+def test_clipped_entries_sit_on_the_bound_exactly_and_the_others_are_untouched(
+    dtype, data, power, mantissa
+):
+    w, t = data.draw(weights_of_any_size(dtype)), mantissa * 2.0**power
+    bound = floor_in(t, dtype)
+    got = clip_weights(jnp.asarray(w), t)
+    assert got.dtype == dtype
+    got = float64(got)
+    assert np.all(np.abs(got) <= t)
+    expected = np.clip(float64(w), -bound, bound)
+    flushed = np.abs(expected) < TINY
+    assert np.array_equal(np.where(flushed, 0, got), np.where(flushed, 0, expected))
+
+
+@every_dtype
+@given(data=st.data(), t=st.floats(0, 2.0**15, width=32, allow_subnormal=False))
+def test_a_traced_threshold_bounds_as_given_in_every_dtype(dtype, data, t):
+    w = data.draw(weights_of_any_size(dtype))
+    bound = floor_in(t, dtype)
+    got = float64(jitted_clip(jnp.asarray(w), jnp.float32(t)))
+    assert np.all(np.abs(got) <= t)
+    expected = np.clip(float64(w), -bound, bound)
+    flushed = np.abs(expected) < TINY
+    assert np.array_equal(np.where(flushed, 0, got), np.where(flushed, 0, expected))
+
+
+@pytest.mark.parametrize("kind", ["number", "numpy", "jax"])
+def test_float64_weights_are_bounded_as_given(kind):
+    with enable_x64(True):
+        t = {"number": 0.1, "numpy": np.float64(0.1), "jax": jnp.asarray(0.1, jnp.float64)}[kind]
+        got = clip_weights(jnp.asarray([-1.0, 0.05, 3.0]), t)
+        assert got.dtype == jnp.float64
+        assert np.all(np.abs(np.asarray(got)) <= 0.1)
+
+
+@given(
+    parts=hnp.arrays(np.float32, (2, 8), elements=st.floats(-2, 2, width=32)),
+    t=st.sampled_from([0.0, 0.1, 0.5, 1.0, 1e-20]),
+)
+def test_complex_weights_are_scaled_to_modulus_at_most_the_threshold(parts, t):
+    z = (parts[0] + 1j * parts[1]).astype(np.complex64)
+    for f in (clip_weights, jitted_clip):
+        got = np.asarray(f(jnp.asarray(z), t)).astype(np.complex128)
+        assert np.all(np.abs(got) <= t)
+        far = np.abs(z) > 1.001 * t
+        unit = z[far] / np.abs(z[far].astype(np.complex128))
+        np.testing.assert_allclose(got[far], unit * t, rtol=2e-5, atol=2e-6 * t)
+
+
+@eager_and_jit
+def test_a_complex_weight_an_ulp_above_the_threshold_is_brought_in(wrap):
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 4096)
+    z = (0.5 * (np.cos(angle) + 1j * np.sin(angle))).astype(np.complex64)
+    got = np.asarray(wrap(clip_weights)(jnp.asarray(z), 0.5)).astype(np.complex128)
+    assert np.all(np.abs(got) <= 0.5)
+
+
+def test_structure_dtypes_weak_types_and_other_leaves_are_kept():
+    params = {
+        "w": jnp.full((2, 3), 2.0, jnp.bfloat16),
+        "weak": jnp.asarray(2.0),
+        "python": 2.0,
+        "numpy": np.full(3, 2.0, np.float32),
+        "n": jnp.arange(5),
+        "flag": True,
+        "none": None,
+        "key": jax.random.key(0),
+        "empty": jnp.zeros((0, 2)),
+    }
+    got = clip_weights(params, 0.5)
+    assert jax.tree.structure(got) == jax.tree.structure(params)
+    assert got["w"].dtype == jnp.bfloat16
+    assert got["weak"].weak_type
+    assert [float(np.max(got[k])) for k in ("w", "weak", "python", "numpy")] == [0.5] * 4
+    assert got["n"] is params["n"]
+    assert got["flag"] is True
+    assert got["key"] is params["key"]
+    assert got["empty"].shape == (0, 2)
+    assert clip_weights({}, 0.5) == {}
+    assert clip_weights(None, 0.5) is None
+
+
+def test_an_infinite_threshold_changes_no_bit_and_zero_gives_zeros():
+    w = jnp.asarray([1.0, -jnp.inf, 3e38, -0.0, jnp.nan])
+    for t in (np.inf, jnp.inf, jnp.asarray(np.inf)):
+        got = np.asarray(clip_weights(w, t))
+        assert np.array_equal(got.view(np.uint32), np.asarray(w).view(np.uint32))
+    assert np.array_equal(np.abs(clip_weights(w[:4], 0.0)), np.zeros(4))
+    assert np.array_equal(np.abs(clip_weights(w[:4], jnp.float32(-1))), np.zeros(4))
+
+
+def test_nan_stays_nan_and_infinite_weights_go_to_the_bound():
+    got = clip_weights(jnp.asarray([np.nan, np.inf, -np.inf]), 0.5)
+    assert np.array_equal(got, [np.nan, 0.5, -0.5], equal_nan=True)
+
+
+@eager_and_jit
+def test_a_traced_nan_threshold_never_poisons_the_weights(wrap):
+    w = jnp.asarray([0.5, -2.0])
+    got = wrap(clip_weights)(w, jnp.float32(np.nan))
+    assert np.all(np.isfinite(got))
+    scheduled = wrap(lambda w: clip_weights(w, lambda step: jnp.float32(np.nan)))(w)
+    assert np.all(np.isfinite(scheduled))
+    assert float(wrap(weight_clip_rate)(w, jnp.float32(np.nan))) == 0
+    assert float(wrap(weight_outside_rate)(w, jnp.float32(np.nan))) == 0
+
+
+@eager_and_jit
+@pytest.mark.parametrize(
+    ("threshold", "on_bound", "outside"),
+    [(0.5, 3, 2), (0.0, 4, 3), (np.inf, 0, 0), (np.array([0.5, np.inf, 0.0, 0.25]), 3, 1)],
+)
+def test_the_rates_count_weights_on_the_bound_and_outside(wrap, threshold, on_bound, outside):
+    w = jnp.asarray([0.5, -2.0, 0.0, 0.75])
+    boxed = max(np.sum(np.isfinite(np.broadcast_to(threshold, 4))), 1)
+    for traced in (threshold, jnp.asarray(threshold, jnp.float32)):
+        assert float(wrap(weight_clip_rate)(w, traced)) == np.float32(on_bound / boxed)
+        assert float(wrap(weight_outside_rate)(w, traced)) == np.float32(outside / boxed)
+
+
+@eager_and_jit
+@pytest.mark.parametrize("dtype", [*DTYPES, np.complex64, np.float64])
+def test_a_weight_that_is_nan_is_neither_on_the_bound_nor_outside(wrap, dtype):
+    with enable_x64(dtype is np.float64):
+        tail = np.resize(np.asarray([np.nan, -np.nan, 1.0, np.inf, -0.5, 0.1]), 6 * 40)
+        w = jnp.asarray(tail.astype(dtype))
+        for t in (0.5, np.full(w.size, 0.5, np.float32)):  # one for all, one for each
+            assert float(wrap(weight_clip_rate)(w, t)) == np.float32(3 / 6)
+            assert float(wrap(weight_outside_rate)(w, t)) == np.float32(2 / 6)
+        for rate in (weight_clip_rate, weight_outside_rate):
+            assert float(wrap(rate)(jnp.full(3, np.nan, dtype), 0.0)) == 0
+
+
+def test_masks_schedules_prefixes_and_fan_in_say_which_leaves_are_boxed():
+    params = {"kernel": jnp.full((8, 2), 3.0), "bias": jnp.full(2, 3.0)}
+
+    def largest(threshold, mask=None, **kwargs):
+        got = clip_weights(params, threshold, mask, **kwargs)
+        return float(got["kernel"].max()), float(got["bias"].max())
+
+    assert largest(0.5) == (0.5, 0.5)
+    assert largest(0.5, kernels_only) == (0.5, 3.0)
+    assert largest(0.5, {"kernel": False, "bias": True}) == (3.0, 0.5)
+    assert largest(0.5, False) == (3.0, 3.0)
+    assert largest({"kernel": 0.25, "bias": np.inf}) == (0.25, 3.0)
+    assert largest(jaxclip.fan_in(1.0)) == (0.5, 3.0)
+    assert largest(lambda step: 1.0 / (1 + step), step=jnp.float32(3)) == (0.25, 0.25)
+    assert kernels_only(params) == {"kernel": True, "bias": False}
+
+
+def test_a_rule_bounds_each_channel_and_its_thresholds_can_be_passed_themselves():
+    w = np.random.default_rng(1).standard_t(2, (64, 3)).astype(np.float32)
+    rule = jaxclip.mse_optimal("ternary", axis=1)
+    t = np.asarray(rule(jnp.asarray(w)), np.float64)
+    expected = np.clip(w, -t, t)
+    np.testing.assert_allclose(clip_weights(jnp.asarray(w), rule), expected, rtol=1e-6)
+    # "Calls that users will type" of the design: t = rule(w); clip_weights(w, t).
+    np.testing.assert_allclose(
+        clip_weights(jnp.asarray(w), rule(jnp.asarray(w))), expected, rtol=1e-6
+    )
+
+
+BAD = ["0.5", None, True, 1j, -1.0, np.nan, -np.inf, np.full(2, -1.0), jaxclip.fan_in]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda b: getattr(b, "__name__", repr(b)))
+def test_what_is_no_threshold_is_refused_by_name(bad):
+    params = {"w": jnp.ones((4, 2))}
+    for call in (
+        lambda: clip_weights(params, bad),
+        lambda: weight_clip_rate(params, bad),
+        lambda: keep_weights_within(bad),
+        lambda: clip_weights(params, {"w": bad}),
+    ):
+        with pytest.raises((TypeError, ValueError), match="threshold"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1, 1), (5, 2)])
+def test_an_array_of_the_wrong_shape_is_refused_with_the_path(shape):
+    params = {"layer": {"w": jnp.ones((4, 2))}}
+    tx = keep_weights_within(jnp.ones(shape))
+    for call in (
+        lambda: clip_weights(params, jnp.ones(shape)),
+        lambda: weight_clip_rate(params, np.ones(shape)),
+        lambda: tx.update(params, tx.init(params), params),
+    ):
+        with pytest.raises(ValueError, match=r"threshold.*layer/w"):
+            call()
+
+
+def test_a_threshold_tree_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="prefix"):
+        clip_weights({"w": jnp.ones(2)}, {"v": 1.0})
+
+
+# --- weight_clip_rate ------------------------------------------------------------------
+
+
+def test_the_clip_rate_is_the_share_of_boxed_weights_on_the_bound():
+    params = {
+        "w": jnp.asarray([[0.5, -0.5, 0.1, 0.49]]),
+        "b": jnp.asarray([9.0]),
+        "n": jnp.arange(9),
+    }
+    assert float(weight_clip_rate(params, 0.5)) == pytest.approx(3 / 5)
+    assert float(weight_clip_rate(params, 0.5, kernels_only)) == 0.5
+    assert float(weight_clip_rate(params, {"w": np.inf, "b": 1.0, "n": 1.0})) == 1.0
+    assert float(weight_clip_rate(params, np.inf)) == 0.0
+    assert float(weight_clip_rate({}, 0.5)) == 0.0
+    assert float(jax.jit(weight_clip_rate)(params, 0.5)) == pytest.approx(3 / 5)
+
+
+@every_dtype
+def test_all_clipped_weights_count_even_where_the_threshold_is_not_representable(dtype):
+    w = clip_weights(jnp.asarray([1.0, -1.0, 0.0, 0.01]).astype(dtype), 0.1)
+    for rate in (weight_clip_rate, jax.jit(weight_clip_rate, static_argnums=1)):
+        assert float(rate(w, 0.1)) == 0.5
+    z = clip_weights(jnp.asarray([3 + 4j, 0.01j], jnp.complex64), 0.1)
+    assert float(weight_clip_rate(z, 0.1)) == 0.5
+
+
+def test_the_clip_rate_of_a_large_leaf_does_not_stall():
+    assert float(weight_clip_rate(jnp.ones(2**25, jnp.float16), 1.0)) == 1.0
+
+
+# --- keep_weights_within ---------------------------------------------------------------
+
+
+def make_step(wrap):
+    def step(w, u, t):
+        tx = keep_weights_within(t)
+        updates, _ = tx.update(u, tx.init(w), w)
+        with jax.numpy_dtype_promotion("standard"):
+            return updates, optax.apply_updates(w, updates)
+
+    return wrap(step)
+
+
+STEPS = {"eager": make_step(lambda f: f), "jit": make_step(jax.jit)}
+every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+
+
+@every_dtype
+@pytest.mark.parametrize("update_dtype", DTYPES)
+@every_step
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**32 - 1), power=st.integers(-8, 4), t=st.floats(0.5, 1, width=32))
+def test_from_inside_no_weight_is_ever_outside_after_apply_updates(
+    dtype, update_dtype, step, seed, power, t
+):
+    t = float(np.float32(t * 2.0**power))
+    rng = np.random.default_rng(seed)
+    w = float64(clip_weights(jnp.asarray((rng.normal(size=64) * t).astype(dtype)), t)).astype(dtype)
+    u = (rng.normal(size=64) * t * 10.0 ** rng.integers(-3, 3, 64)).astype(update_dtype)
+    updates, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(t))
+    assert updates.dtype == update_dtype
+    assert after.dtype == dtype
+    assert np.all(np.abs(float64(after)) <= t)
+
+
+@every_dtype
+@every_step
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), power=st.integers(-8, 4), t=st.floats(0.5, 1, width=32))
+def test_weights_that_start_outside_are_brought_in_by_the_first_step(dtype, step, seed, power, t):
+    t = float(np.float32(t * 2.0**power))
+    rng = np.random.default_rng(seed)
+    w = (rng.normal(size=64) * t * 10.0 ** rng.integers(-2, 4, 64)).astype(dtype)
+    u = (rng.normal(size=64) * t * 10.0 ** rng.integers(-3, 3, 64)).astype(dtype)
+    w = np.where(np.isfinite(w), w, dtype(1000)).astype(dtype)
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(t))
+    assert np.all(np.abs(float64(after)) <= t)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "update_dtype"),
+    [(np.float32, ml_dtypes.bfloat16), (np.float32, np.float16), (np.float16, ml_dtypes.bfloat16)],
+)
+@every_step
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_weights_a_little_outside_are_brought_in_by_coarser_updates_too(
+    dtype, update_dtype, step, seed
+):
+    # Up to 30 times the threshold, where the box is wider than the spacing of the update.
+    rng = np.random.default_rng(seed)
+    w, u = (rng.uniform(-3, 3, 64)).astype(dtype), rng.normal(size=64).astype(update_dtype)
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(0.1))
+    assert np.all(np.abs(float64(after)) <= float(np.float32(0.1)))
+
+
+@pytest.mark.parametrize("update_dtype", [ml_dtypes.bfloat16, np.float16])
+@every_step
+def test_where_no_update_leads_into_the_box_weights_end_as_near_as_one_can_bring_them(
+    step, update_dtype
+):
+    w = np.asarray([2.0041, -2.0041, 1.0, 3.03, 700.3, -1e5, 0.0], np.float32)
+    u, t = jnp.zeros(w.size, update_dtype), np.float32(1e-3)
+    after = np.abs(float64(step(jnp.asarray(w), u, jnp.asarray(t))[1]))
+    # Every update that there is: those by bits, without NaN and infinities.
+    every = np.arange(2**16, dtype=np.uint16).view(update_dtype).astype(np.float32)
+    sums = w[:, None] + every[np.isfinite(every)]
+    nearest = np.min(np.maximum(np.abs(sums.astype(np.float64)), t), axis=1)
+    assert np.array_equal(np.maximum(after, t), nearest)
+    assert np.sum(after > t) >= 2
+    for _ in range(3):  # the next steps bring them in
+        w = step(jnp.asarray(w), u, jnp.asarray(t))[1]
+    assert np.all(np.abs(float64(w)) <= t)
+
+
+@every_dtype
+@every_step
+@settings(max_examples=20)
+@given(data=st.data())
+def test_no_finite_weight_and_update_leave_the_box_whatever_their_size(dtype, step, data):
+    w, u = data.draw(weights_of_any_size(dtype)), data.draw(weights_of_any_size(dtype))
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(0.1))
+    assert np.all(np.abs(float64(after)) <= float(np.float32(0.1)))
+
+
+@every_dtype
+@every_step
+def test_inside_the_box_the_step_is_the_one_that_was_asked_for(dtype, step):
+    rng = np.random.default_rng(3)
+    w, u = (0.1 * rng.normal(size=256)).astype(dtype), (0.01 * rng.normal(size=256)).astype(dtype)
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(100.0))
+    expected = (w.astype(np.float32) + u.astype(np.float32)).astype(dtype)
+    spacing = np.abs(np.spacing(float64(expected).astype(np.float32))) * 2.0 ** (
+        23 - ml_dtypes.finfo(dtype).nmant
+    )
+    assert np.all(np.abs(float64(after) - float64(expected)) <= spacing)
+
+
+@every_dtype
+def test_weights_driven_to_the_bound_end_within_an_ulp_of_it(dtype):
+    w = (np.random.default_rng(4).uniform(-0.3, 0.3, 256)).astype(dtype)
+    _, after = STEPS["jit"](jnp.asarray(w), jnp.ones(256, dtype), jnp.float32(0.3))
+    bound = floor_in(float(np.float32(0.3)), dtype)
+    assert np.all(float64(after) >= bound * (1 - 2 * float(ml_dtypes.finfo(dtype).eps)))
+
+
+def test_float64_weights_stay_within_the_threshold_as_given():
+    with enable_x64(True):
+        tx = keep_weights_within(0.1)
+        w = jnp.asarray(np.random.default_rng(5).uniform(-0.2, 0.2, 256))
+        u = jnp.asarray(np.random.default_rng(6).normal(size=256))
+        updates, _ = jax.jit(tx.update)(u, tx.init(w), w)
+        assert updates.dtype == jnp.float64
+        assert np.all(np.abs(np.asarray(optax.apply_updates(w, updates))) <= 0.1)
+
+
+@every_step
+def test_complex_weights_stay_within_the_modulus(step):
+    rng = np.random.default_rng(7)
+    w, u = rng.normal(size=(2, 2, 2048)).astype(np.float32)
+    w, u = (0.2 * (x[0] + 1j * x[1]) for x in (w, u))
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(0.1))
+    assert np.all(np.abs(np.asarray(after).astype(np.complex128)) <= float(np.float32(0.1)))
+
+
+@every_step
+@pytest.mark.parametrize("t", [np.nan, -1.0, 0.0, np.inf])
+def test_a_traced_nonsense_threshold_never_poisons_the_weights(step, t):
+    w, u = jnp.asarray([0.5, -2.0, 0.0]), jnp.asarray([1.0, 1.0, -1.0])
+    _, after = step(w, u, jnp.float32(t))
+    assert np.all(np.isfinite(after))
+    if t <= 0:
+        assert np.array_equal(np.abs(after), np.zeros(3))
+    if t == np.inf:
+        assert np.array_equal(after, w + u)
+
+
+# --- Wrapped by optax ------------------------------------------------------------------
+
+BOX = 0.1
+INNER = {"a": jnp.full((4, 3), 0.05), "b": jnp.full((3,), 5.0)}
+
+
+def train(tx, params, num_steps=5, wrap=jax.jit):
+    state = tx.init(params)
+    update = wrap(tx.update)
+    for i in range(num_steps):
+        grads = jax.tree.map(lambda p: jnp.full_like(p, (-1.0) ** i * 3.0), params)
+        with jax.numpy_dtype_promotion("standard"):  # adamw and MultiSteps promote
+            updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def largest(tree) -> float:
+    return max(float(np.max(np.abs(float64(x)))) for x in jax.tree.leaves(tree))
+
+
+def test_the_box_holds_as_the_last_link_of_a_chain():
+    tx = optax.chain(optax.adamw(0.5), keep_weights_within(BOX))
+    assert largest(train(tx, INNER)) <= BOX
+
+
+@eager_and_jit
+def test_under_masked_the_box_holds_for_the_masked_leaves_only(wrap):
+    box = optax.masked(keep_weights_within(BOX), {"a": True, "b": False})
+    got = train(optax.chain(optax.sgd(1.0), box), INNER, num_steps=3, wrap=wrap)
+    assert largest(got["a"]) <= BOX
+    assert np.array_equal(got["b"], np.full(3, 5.0 - 3.0))
+
+
+@eager_and_jit
+def test_under_partition_each_group_has_its_own_box(wrap):
+    tx = optax.partition(
+        {
+            "kernel": optax.chain(optax.sgd(1.0), keep_weights_within(BOX)),
+            "bias": optax.chain(optax.sgd(1.0), keep_weights_within(2 * BOX)),
+        },
+        {"a": "kernel", "b": "bias"},
+    )
+    got = train(tx, INNER, wrap=wrap)
+    assert largest(got["a"]) <= BOX
+    assert BOX < largest(got["b"]) <= 2 * BOX
+
+
+def test_under_multi_steps_the_box_holds_after_every_real_update():
+    tx = optax.MultiSteps(optax.chain(optax.sgd(1.0), keep_weights_within(BOX)), 2)
+    assert largest(train(tx, INNER, num_steps=2)) <= BOX
+    assert largest(train(tx, INNER, num_steps=5)) <= BOX
+
+
+@eager_and_jit
+def test_under_inject_hyperparams_the_threshold_can_be_read_and_changed(wrap):
+    tx = optax.inject_hyperparams(keep_weights_within)(threshold=BOX)
+    state = tx.init(INNER)
+    assert float(state.hyperparams["threshold"]) == pytest.approx(BOX)
+    state.hyperparams["threshold"] = jnp.float32(0.02)
+    updates, _ = wrap(tx.update)(jax.tree.map(jnp.ones_like, INNER), state, INNER)
+    assert largest(optax.apply_updates(INNER, updates)) <= float(np.float32(0.02))
+
+
+def test_vmap_over_the_threshold_equals_a_loop():
+    thresholds = jnp.asarray([0.0, 0.02, 0.1, np.inf], jnp.float32)
+
+    def run(t):
+        return train(optax.chain(optax.sgd(1.0), keep_weights_within(t)), INNER, 3, lambda f: f)
+
+    mapped = jax.jit(jax.vmap(run))(thresholds)
+    for i, t in enumerate(thresholds):
+        alone = run(t)
+        assert largest(alone) <= float(t)
+        for key in INNER:
+            np.testing.assert_allclose(mapped[key][i], alone[key], rtol=1e-6)
+
+
+def test_a_schedule_counts_the_steps_of_the_transform():
+    tx = keep_weights_within(lambda step: 1.0 / (1 + step.astype(jnp.float32)))
+    w = jnp.asarray([5.0])
+    state = tx.init(w)
+    for expected in (1.0, 0.5, 1 / 3):
+        updates, state = jax.jit(tx.update)(jnp.zeros(1), state, w)
+        w = optax.apply_updates(w, updates)
+        np.testing.assert_allclose(w, [expected], rtol=1e-6)
+
+
+def test_updates_keep_dtype_and_weak_type_and_other_leaves_pass_through():
+    params = {"w": jnp.ones(2), "weak": jnp.asarray(2.0), "n": jnp.arange(3), "none": None}
+    updates = {
+        "w": jnp.ones(2, jnp.bfloat16),
+        "weak": jnp.asarray(1.0),
+        "n": np.zeros(3, jax.dtypes.float0),
+        "none": None,
+    }
+    tx = keep_weights_within(0.5)
+    got, _ = tx.update(updates, tx.init(params), params)
+    assert got["w"].dtype == jnp.bfloat16
+    assert got["weak"].weak_type
+    assert got["n"] is updates["n"]
+    assert got["none"] is None
+
+
+def test_parameters_are_asked_for():
+    tx = keep_weights_within(0.5)
+    with pytest.raises(ValueError, match=r"keep_weights_within needs the parameters"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("updates", "path"),
+    [
+        ({"layer": {"v": jnp.ones(2)}}, "layer/v"),
+        ({"layer": {"w": jnp.ones(3)}}, "layer/w"),
+        ({"layer": {"w": jnp.ones(2)}, "tail": jnp.ones(1)}, "tail"),
+        ({"layer": {}}, "layer/w"),
+    ],
+)
+def test_updates_that_do_not_fit_the_parameters_are_refused_with_the_path(updates, path):
+    params = {"layer": {"w": jnp.ones(2)}}
+    tx = keep_weights_within(0.5)
+    with pytest.raises(ValueError, match=path):
+        tx.update(updates, tx.init(params), params)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_complex_weights_far_outside_end_inside(wrap):
+    # The step is as large as the weight, and rounded as coarsely.
+    rng = np.random.default_rng(4)
+    w = jnp.asarray((rng.normal(size=99) + 1j * rng.normal(size=99)) * 30, jnp.complex64)
+    tx = keep_weights_within(jnp.float32(1.0))
+    after = wrap(lambda w: optax.apply_updates(w, tx.update(0 * w, tx.init(w), w)[0]))(w)
+    modulus = np.abs(np.asarray(after, np.complex128))
+    assert np.all(modulus <= 1)
+    np.testing.assert_allclose(modulus, 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_a_traced_infinite_box_leaves_updates_as_they_are(dtype):
+    w = jnp.array([3e38, 0.1, -1e-3]).astype(dtype)
+    u = jnp.array([3e38, 1e-9, 0.7]).astype(dtype)
+    tx = keep_weights_within(jnp.asarray(jnp.inf))
+    updates, _ = tx.update(u, tx.init(w), w)
+    np.testing.assert_array_equal(updates, u)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_clip_rate_counts_what_is_on_the_bound_to_the_ulp(dtype, wrap):
+    rng = np.random.default_rng(0)
+    rate = wrap(lambda w, t: weight_clip_rate(w, t))
+    for t in [0.0, 1.0, 1.9990234375, 0.3, 2.0**-14, *rng.uniform(0.5, 2, 20)]:
+        t = np.asarray(t, dtype)
+        below = np.nextafter(t, np.zeros((), dtype)) if t > 0 else t
+        above = np.nextafter(t, np.asarray(9, dtype))
+        w = np.resize(np.asarray([t, -t, below, -below, above, 0, t / 2], dtype), 7 * 700)
+        expected = np.mean(np.abs(w.astype(np.float64)) >= float(t))
+        np.testing.assert_allclose(rate(jnp.asarray(w), jnp.asarray(t)), expected, rtol=1e-6)
+
+
+# --- Masks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ("kernel", TypeError, "mask must be True or False, got 'kernel'"),
+        ({"a": "yes", "b": True}, TypeError, "mask must be True or False at 'a', got 'yes'"),
+        ({"a": 1, "b": True}, TypeError, "mask must be True or False at 'a', got 1"),
+        (lambda params: params, TypeError, "mask must be True or False at 'a'"),
+        ({"c": True}, ValueError, "mask must be a prefix tree of the parameters"),
+        ({"a": {"x": True}, "b": True}, ValueError, "mask must be a prefix tree"),
+    ],
+)
+def test_a_mask_that_is_none_is_refused(mask, error, message):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(error, match=message):
+        jaxclip.clip_weights(params, 0.1, mask)
+    within = jaxclip.weights.keep_weights_within(0.1, mask=mask)
+    projected = jaxclip.project_weights(jaxclip.box(0.1), mask=mask)
+    with pytest.raises(error, match=message):
+        within.update(params, within.init(params), params)
+    with pytest.raises(error, match=message):
+        projected.update(params, jaxclip.project_weights(jaxclip.box(0.1)).init(params), params)
+
+
+@pytest.mark.parametrize("yes", [True, np.True_, np.asarray(True), jnp.asarray(True)], ids=repr)
+def test_a_mask_of_any_kind_of_truth_value_chooses_leaves(yes):
+    params = {"a": {"x": jnp.ones(2), "y": jnp.ones(3)}, "b": jnp.ones(2)}
+    clipped = jaxclip.clip_weights(params, 0.5, {"a": yes, "b": False})
+    assert [float(x[0]) for x in jax.tree.leaves(clipped)] == [0.5, 0.5, 1.0]
