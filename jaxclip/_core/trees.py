@@ -1,15 +1,16 @@
 """Leaves of a tree: which of them are clipped, and by which path they are named."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+PyTree: TypeAlias = Any  # of arrays, unless its docstring says more
 # Which leaves are meant: a tree of bools (a prefix will do), or a function that gives one.
-Mask = Any | Callable[[Any], Any]
+Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
 
 
 def path_name(path: tuple) -> str:
