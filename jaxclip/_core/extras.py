@@ -17,15 +17,7 @@ def import_extra(module: str, extra: str) -> Any:
 
 
 def rich_progress(is_wanted: bool) -> Any:
-    """Returns the module `rich.progress`, or None if no bar can or should be shown.
-
-    Args:
-      is_wanted: Whether the user wants one.
-
-    Example:
-      >>> rich_progress(False) is None
-      True
-    """
+    """Returns the module `rich.progress`, or None where no bar is wanted or can be shown."""
     if not is_wanted:
         return None
     try:
@@ -37,25 +29,17 @@ def rich_progress(is_wanted: bool) -> Any:
 
 
 @contextlib.contextmanager
-def byte_bar(total: int, is_wanted: bool) -> Iterator[Callable[[int], None]]:
-    """Shows how many bytes are done, and how many come in a second.
-
-    Args:
-      total: Bytes in all.
-      is_wanted: Whether the user wants a bar.
-
-    Returns:
-      A context that gives a function: call it with the bytes that were done since.
-
-    Example:
-      >>> with byte_bar(10, False) as advance:
-      ...     advance(10)
-    """
+def progress_bar(
+    total: int, is_wanted: bool, *, is_in_bytes: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Shows a bar while the context lasts; call its function with the progress since the last."""
     rich = rich_progress(is_wanted)
     if rich is None:
         yield lambda _: None
         return
-    columns = (rich.BarColumn(), rich.DownloadColumn(), rich.TransferSpeedColumn())
-    with rich.Progress(*columns, rich.TimeRemainingColumn()) as bar:
+    counts = [rich.MofNCompleteColumn()]
+    if is_in_bytes:
+        counts = [rich.DownloadColumn(), rich.TransferSpeedColumn()]
+    with rich.Progress(rich.BarColumn(), *counts, rich.TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=total)
-        yield lambda num_bytes: bar.update(task, advance=num_bytes)
+        yield lambda amount: bar.update(task, advance=amount)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclip._core.extras import byte_bar
+from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
 from jaxclip.checkpoints.reading import open_source
 from jaxclip.checkpoints.sizes import FileReport, report_source
@@ -151,7 +151,8 @@ def verify_file(path: str | os.PathLike, progress: bool = True) -> FileReport:
       FileNotFoundError: there is no file 'net.safetensors'.
     """
     with open_source(Path(path)) as source:
-        with byte_bar(sum(source.num_bytes.values()), progress) as advance:
+        total = sum(source.num_bytes.values())
+        with progress_bar(total, progress, is_in_bytes=True) as advance:
             for name, num_bytes in source.num_bytes.items():
                 source.read(name)
                 advance(num_bytes)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxclip._core.atomic import check_destination, replacing
-from jaxclip._core.extras import byte_bar
+from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
 from jaxclip.checkpoints.format.headers import header_size
 from jaxclip.checkpoints.format.layout import leaf_name, plan_file
@@ -307,7 +307,8 @@ def _rewrite(
         needs_no_weights = dry_run and coding is None
         num_passes -= needs_no_weights
         num_bytes = num_passes * sum(source.num_bytes.values())
-        advance = stack.enter_context(byte_bar(num_bytes, progress and num_passes > 0))
+        bar = progress_bar(num_bytes, progress and num_passes > 0, is_in_bytes=True)
+        advance = stack.enter_context(bar)
 
         def read(name: str) -> Any:
             leaf = source.read(name)

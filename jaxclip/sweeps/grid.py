@@ -7,17 +7,16 @@ Every setting is trained with every seed, compressed at every width, and evaluat
 of the file would see it.
 """
 
-import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxclip._core import checks
-from jaxclip._core.extras import rich_progress
+from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
 from jaxclip.lowbit.trees import compress as compress_tree
 from jaxclip.sweeps.chunks import ChunkStore, Shipper, Trainer
@@ -173,7 +172,7 @@ def sweep(
         store = ChunkStore(directory, identity)
 
     chunks = []
-    with _bar(len(settings), progress) as advance:
+    with progress_bar(len(settings), progress) as advance:
         for start in range(0, len(settings), chunk_size):
             part = settings[start : start + chunk_size]
             chunk = store.load(start) if store else None
@@ -238,16 +237,3 @@ def _widths(bits: Sequence[Bits | None]) -> list[Bits | None]:
     if isinstance(bits, (int, str)):
         raise TypeError(f"bits must be widths, such as (None, 4, 'ternary'), got {bits!r}.")
     return [int(width) if isinstance(width, np.integer) else width for width in bits]
-
-
-@contextlib.contextmanager
-def _bar(total: int, is_wanted: bool) -> Iterator[Callable[[int], None]]:
-    rich = rich_progress(is_wanted)
-    if rich is None:
-        yield lambda _: None
-        return
-    with rich.Progress(
-        rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
-    ) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda num_settings: bar.update(task, advance=num_settings)

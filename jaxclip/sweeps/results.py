@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxclip import plots
 from jaxclip._core.grids import Bits
+from jaxclip._core.reports import format_table, to_json
 from jaxclip.training.stopping import StopReason
 
 
@@ -251,11 +252,7 @@ class SweepResult:
         titles = ["step size", "threshold", "bits", self.metric, "+-", "gap", "bytes"]
         titles += ["ms/step", "on bound", "diverged"]
         lines = [titles] + [_cells(row, len(self.seeds)) for row in rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-        return "\n".join(
-            "  ".join(f"{x:>{width}}" for x, width in zip(line, widths, strict=True))
-            for line in lines
-        )
+        return format_table(lines, num_left=0)
 
     def to_csv(self, path: str | os.PathLike | None = None) -> str:
         """Returns the rows as CSV, a line of names first; written to `path` if there is one."""
@@ -271,7 +268,7 @@ class SweepResult:
         Numbers that JSON does not have are written as the strings "nan", "inf" and "-inf".
         """
         names = [f.name for f in dataclasses.fields(self) if f.name != "params"]
-        fields = {name: _as_json(getattr(self, name)) for name in names}
+        fields = {name: to_json(getattr(self, name)) for name in names}
         return _written(json.dumps(fields, allow_nan=False), path)
 
     @classmethod
@@ -328,16 +325,6 @@ def _cells(row: SweepRow, num_seeds: int) -> list[str]:
     cells += [f"{row.file_bytes:,.0f}", f"{1e3 * row.seconds_per_step:.3f}"]
     cells += [f"{row.weight_clip_rate:.0%}"]
     return [*cells, f"{row.num_diverged}/{num_seeds}" if row.num_diverged else ""]
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _as_json(x) for name, x in value.items()}
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_as_json(x) for x in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _written(text: str, path: str | os.PathLike | None) -> str:
