@@ -110,10 +110,11 @@ def check_choice(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"{name} must be one of {list(allowed)}, {_describe(value)}.")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, {_describe(value)}.")
+def check_count(name: str, value: Any, at_least: int = 1) -> None:
+    """Raises unless `value` is an integer of at least `at_least`; arrays of jax are none."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, {_describe(value)}.")
 
 
 def check_params_given(name: str, params: Any) -> None:

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core.trees import floating_leaves, is_clippable
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)  # the least normal number
 
 
 def is_sharded(x: jax.Array) -> bool:
@@ -22,6 +25,16 @@ def is_sharded(x: jax.Array) -> bool:
 def clamp(value: Any, low: Any, high: Any) -> jax.Array:
     """`value` in float32 and in [low, high]; NaN stays NaN."""
     return jnp.clip(jnp.asarray(value, jnp.float32), low, high)
+
+
+def saturate(x: jax.Array, dtype: DTypeLike, fraction: float = 1.0) -> jax.Array:
+    """Clips to a fraction of the finite range of `dtype`, real and imaginary parts apart."""
+    if jnp.iscomplexobj(x):
+        parts = (saturate(part, dtype, fraction) for part in (jnp.real(x), jnp.imag(x)))
+        return lax.complex(*parts)
+    # A Python number: the largest of a wider `dtype` would overflow in that of `x`.
+    largest = fraction * min(float(jnp.finfo(dtype).max), float(jnp.finfo(x.dtype).max))
+    return jnp.clip(x, -largest, largest)
 
 
 def exceeds(x: jax.Array, bound: jax.Array) -> jax.Array:
@@ -137,7 +150,7 @@ def not_folded(leaves: Any) -> Any:
     return lax.optimization_barrier(leaves)
 
 
-def unit_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+def phase_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns `z / |z|` and `|z|` of complex numbers, without overflow or underflow.
 
     Args:
@@ -148,7 +161,7 @@ def unit_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:
       dtype (inf where it exceeds the dtype).
 
     Example:
-      >>> unit, modulus = unit_and_modulus(jnp.array([3e38 + 3e38j, 0]))
+      >>> unit, modulus = phase_and_modulus(jnp.array([3e38 + 3e38j, 0]))
       >>> print(jnp.round(unit, 3), modulus)
       [0.707+0.707j 0.   +0.j   ] [inf  0.]
     """
@@ -222,8 +235,8 @@ def _round_concrete(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 @jax.custom_jvp
 def _to_float32(value: jax.Array) -> jax.Array:
     """Float64 rounded towards zero."""
-    largest = float(jnp.finfo(jnp.float32).max)
-    bounded = jnp.where(jnp.isinf(value), value, jnp.clip(value, -largest, largest))
+    finite = jnp.clip(value, -FLOAT32_MAX, FLOAT32_MAX)
+    bounded = jnp.where(jnp.isinf(value), value, finite)
     rounded = bounded.astype(jnp.float32)
     grew = jnp.abs(rounded.astype(value.dtype)) > jnp.abs(value)
     return jnp.where(grew, jnp.nextafter(rounded, jnp.zeros_like(rounded)), rounded)

@@ -15,19 +15,19 @@ from jaxclip._core.floats import (
     compute_dtype,
     exceeds,
     keep_weak_type,
+    phase_and_modulus,
     round_toward_zero,
-    unit_and_modulus,
 )
 
 
-def is_free(bound: Any) -> bool:
+def is_unbounded(bound: Any) -> bool:
     """Returns whether a resolved threshold bounds nothing, and is known to.
 
     Args:
       bound: A leaf of what `resolve_threshold` returns.
 
     Example:
-      >>> is_free(float("inf")), is_free(2.0)
+      >>> is_unbounded(float("inf")), is_unbounded(2.0)
       (True, False)
     """
     return isinstance(bound, float) and bound == float("inf")
@@ -62,11 +62,11 @@ def clip_modulus(w: jax.Array, bound: Any) -> jax.Array:
       >>> clip_modulus(jnp.array([-2.0, 0.3]), 0.5)
       Array([-0.5,  0.3], dtype=float32)
     """
-    if is_free(bound):
+    if is_unbounded(bound):
         return w
     bound = bound_in(bound, w)
     if jnp.iscomplexobj(w):
-        unit, modulus = unit_and_modulus(w)
+        unit, modulus = phase_and_modulus(w)
         eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
         inside = (bound * (1 - 4 * eps)).astype(w.dtype)
         is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
@@ -91,7 +91,7 @@ def update_within(u: jax.Array, w: Any, bound: Any) -> jax.Array:
       >>> update_within(jnp.array([1.0, 0.125]), jnp.array([0.25, 0.25]), 0.5)
       Array([0.25 , 0.125], dtype=float32)
     """
-    if is_free(bound):
+    if is_unbounded(bound):
         return u
     w = jnp.asarray(w)
     bound = bound_in(bound, w)
@@ -167,11 +167,11 @@ def _complex_update(u: jax.Array, w: jax.Array, bound: jax.Array) -> jax.Array:
     """An update to a point as far inside the circle as its sum with `w` may be rounded."""
     wide = compute_dtype(w.dtype, u.dtype)
     moved = w.astype(wide) + u.astype(wide)
-    unit, modulus = unit_and_modulus(moved)
+    unit, modulus = phase_and_modulus(moved)
     half = w.astype(wide) * 0.5 + u.astype(wide) * 0.5  # in case the sum overflows
-    unit = jnp.where(jnp.isfinite(moved), unit, unit_and_modulus(half)[0])
+    unit = jnp.where(jnp.isfinite(moved), unit, phase_and_modulus(half)[0])
     eps = max(float(jnp.finfo(w.dtype).eps), float(jnp.finfo(u.dtype).eps))
-    radius = bound * (1 - 4 * eps) - unit_and_modulus(w)[1] * (2 * eps)
+    radius = bound * (1 - 4 * eps) - phase_and_modulus(w)[1] * (2 * eps)
     radius = jnp.maximum(radius, 0).astype(modulus.dtype)
     target = jnp.where(modulus > radius, unit * radius.astype(wide), moved)
     return (target - w.astype(wide)).astype(u.dtype)

@@ -9,12 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import clamp, increment, round_toward_zero
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    FLOAT32_TINY,
+    clamp,
+    increment,
+    round_toward_zero,
+)
 from jaxclip._core.trees import floating_leaves, replace_floating
 from jaxclip.gradients.learning import (
     LearningState,
@@ -27,8 +32,6 @@ from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.of_units import rescaled_unit_norm
 from jaxclip.norms.scaling import clip_to_norm, norm_of
 from jaxclip.thresholds.values import check_number_or_schedule
-
-_MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 class AutoclipState(LearningState):
@@ -99,7 +102,7 @@ def autoclip(
 
     def start(params):
         del params
-        first = jnp.array(0.0 if initial is None else clamp(initial, 0, _MAX), jnp.float32)
+        first = jnp.array(0.0 if initial is None else clamp(initial, 0, FLOAT32_MAX), jnp.float32)
         return first, () if window is None else jnp.zeros((window,), jnp.float32)
 
     def rule(updates, state, pre_norm):
@@ -108,8 +111,8 @@ def autoclip(
         t, share, history = state.threshold, clamp(quantile, 0, 1), state.learned
         if window is None:
             is_below = (size <= t).astype(jnp.float32)
-            moved = t * jnp.exp(clamp(learning_rate, 0, _MAX) * (share - is_below))
-            t = jnp.where(t > 0, clamp(moved, _TINY, _MAX), size)
+            moved = t * jnp.exp(clamp(learning_rate, 0, FLOAT32_MAX) * (share - is_below))
+            t = jnp.where(t > 0, clamp(moved, FLOAT32_TINY, FLOAT32_MAX), size)
         else:
             history = jnp.concatenate([history[1:], size[None]])
             t = _quantile(history, share)
@@ -168,7 +171,8 @@ def zclip(
     """
     checks.check_threshold("z", z)
     checks.check_decay_rate("alpha", alpha)
-    _check_warmup(warmup)
+    if not isinstance(warmup, jax.Array):  # as `inject_hyperparams` gives it
+        checks.check_count("warmup", warmup, at_least=0)
     cap_at = _as_schedule("max_norm", max_norm)
 
     def start(params):
@@ -194,7 +198,7 @@ def zclip(
         change = jnp.minimum(bound, size) - mean
         off_mean = change * jnp.where(is_warm, jnp.sqrt(keep), keep)
         new_std = jnp.hypot(jnp.sqrt(keep) * std, jnp.sqrt(1 - keep) * off_mean)
-        mean, std = mean + (1 - keep) * change, clamp(new_std, 0, _MAX)
+        mean, std = mean + (1 - keep) * change, clamp(new_std, 0, FLOAT32_MAX)
         threshold = mean + jnp.where(std > 0, limit * std, 0)  # z may be inf
         learned = {"mean": mean, "std": std}
         post, is_clipped = clip.post_norm, clip.is_clipped
@@ -246,7 +250,8 @@ def adagc(
     """
     checks.check_threshold("relative", relative)
     checks.check_decay_rate("beta", beta)
-    _check_warmup(warmup)
+    if not isinstance(warmup, jax.Array):  # as `inject_hyperparams` gives it
+        checks.check_count("warmup", warmup, at_least=0)
     cap_at = _as_schedule("max_norm", max_norm)
 
     def rule(updates, state, pre_norm):
@@ -269,8 +274,8 @@ def adagc(
         average = reference + (1 - clamp(beta, 0, 1)) * (passed - reference)
         new = jnp.where(is_warm, jnp.minimum(reference, passed), average)
         new = jnp.where(passed > 0, jnp.where(reference > 0, new, passed), reference)
-        usual = _length(clamp(own, 0, _MAX))
-        threshold = jnp.where(is_warm, jnp.minimum(cap, _MAX).astype(jnp.float32), usual)
+        usual = _length(clamp(own, 0, FLOAT32_MAX))
+        threshold = jnp.where(is_warm, jnp.minimum(cap, FLOAT32_MAX).astype(jnp.float32), usual)
         rate = jnp.sum(_stack(clip.is_clipped for _, clip in clips)) / max(len(leaves), 1)
         updates = replace_floating(updates, [x for x, _ in clips])
         is_finite = _stack(jnp.isfinite(n.norm) for n in norms).astype(bool)
@@ -281,13 +286,6 @@ def adagc(
 
 
 # --- Parts ----------------------------------------------------------------------------
-
-
-def _check_warmup(warmup: Any) -> None:
-    """Raises unless `warmup` is an integer of at least 0, or a jax array (as injected)."""
-    is_integer = isinstance(warmup, (int, np.integer)) and not isinstance(warmup, bool)
-    if not isinstance(warmup, jax.Array) and not (is_integer and warmup >= 0):
-        raise ValueError(f"warmup must be an integer of at least 0, got {warmup!r}.")
 
 
 def _as_schedule(name: str, given: Any) -> Callable[..., jax.Array]:

@@ -16,7 +16,12 @@ import optax
 from jax import lax
 
 from jaxclip._core import checks, trees
-from jaxclip._core.floats import compute_dtype, increment, round_toward_zero
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    compute_dtype,
+    increment,
+    round_toward_zero,
+)
 from jaxclip._core.trees import floating_leaves, replace_floating
 from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.of_trees import rescaled_global_norm
@@ -255,7 +260,7 @@ def _leaf_norms(norm: RescaledNorm, sizes: jax.Array, counts: np.ndarray) -> jax
     largest = jnp.maximum(largest, 0)  # of a leaf without units
     scaled = sizes / jnp.where(largest > 0, largest, 1)[leaf]
     norms = largest * jnp.sqrt(add_up(scaled * scaled, leaf))
-    norms = jnp.minimum(norms, float(jnp.finfo(jnp.float32).max))
+    norms = jnp.minimum(norms, FLOAT32_MAX)
     is_nan = add_up(jnp.isnan(sizes).astype(jnp.float32), leaf) > 0
     return jnp.where(is_nan, jnp.nan, norms)
 
@@ -263,7 +268,7 @@ def _leaf_norms(norm: RescaledNorm, sizes: jax.Array, counts: np.ndarray) -> jax
 def _length(norms: jax.Array) -> jax.Array:
     """Norm of a vector of norms, at most the largest float32."""
     norm = rescaled_global_norm(norms).value()
-    return jnp.minimum(norm, float(jnp.finfo(jnp.float32).max))
+    return jnp.minimum(norm, FLOAT32_MAX)
 
 
 def _all_axes(shape: tuple[int, ...]) -> tuple[int, ...]:

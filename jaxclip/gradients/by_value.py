@@ -13,8 +13,8 @@ from jaxclip._core.floats import (
     increment,
     keep_weak_type,
     not_folded,
+    phase_and_modulus,
     round_toward_zero,
-    unit_and_modulus,
 )
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
@@ -100,7 +100,7 @@ def _clip_entries(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]
     """
     if jnp.iscomplexobj(g):
         num_clipped = jnp.sum(jnp.abs(g) > bound, dtype=jnp.float32) + floats.zero_or_nan(g)
-        unit, modulus = unit_and_modulus(g)
+        unit, modulus = phase_and_modulus(g)
         eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
         inside = (bound * (1 - 4 * eps)).astype(g.dtype)
         is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)

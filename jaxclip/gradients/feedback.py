@@ -6,10 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from jaxclip._core import checks, trees
-from jaxclip._core.floats import compute_dtype, increment, keep_weak_type
+from jaxclip._core.floats import (
+    compute_dtype,
+    increment,
+    keep_weak_type,
+    saturate,
+)
 from jaxclip._core.trees import map_clippable
 from jaxclip.gradients.by_value import ClipByValueState, clip_by_value
 from jaxclip.gradients.guards import skip_nonfinite
@@ -110,19 +114,11 @@ def error_feedback(
 # --- Parts ----------------------------------------------------------------------------
 
 
-def _saturate(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x` within the finite range of `dtype`, in its own."""
-    if jnp.iscomplexobj(x):
-        return lax.complex(_saturate(jnp.real(x), dtype), _saturate(jnp.imag(x), dtype))
-    largest = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
-    return jnp.clip(x, -largest, largest)
-
-
 def _owed(g: jax.Array, e: jax.Array) -> jax.Array:
     wide = compute_dtype(g.dtype, e.dtype)
-    return _saturate(g.astype(wide) + e.astype(wide), g.dtype)
+    return saturate(g.astype(wide) + e.astype(wide), g.dtype)
 
 
 def _unpaid(e: jax.Array, owed: jax.Array, update: jax.Array) -> jax.Array:
-    unpaid = _saturate(owed - jnp.asarray(update).astype(owed.dtype), e.dtype)
+    unpaid = saturate(owed - jnp.asarray(update).astype(owed.dtype), e.dtype)
     return keep_weak_type(unpaid.astype(e.dtype), e)

@@ -22,7 +22,13 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
-from jaxclip._core.floats import increment, keep_weak_type, round_toward_zero
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    FLOAT32_TINY,
+    increment,
+    keep_weak_type,
+    round_toward_zero,
+)
 from jaxclip._core.trees import map_clippable
 from jaxclip.norms.of_trees import is_nonfinite
 from jaxclip.norms.scaling import clip_to_norm, norm_of
@@ -230,7 +236,7 @@ def skip_or_clip(
             post_norm=jnp.zeros((), jnp.float32),
             clip_coef=jnp.ones((), jnp.float32),
             clip_rate=jnp.zeros((), jnp.float32),
-            threshold=jnp.full((), _LARGEST, jnp.float32),
+            threshold=jnp.full((), FLOAT32_MAX, jnp.float32),
             norm_mean=jnp.zeros((), jnp.float32),
             norm_deviation=jnp.zeros((), jnp.float32),
             num_consecutive=jnp.zeros((), jnp.int32),
@@ -244,7 +250,7 @@ def skip_or_clip(
         dtype = norm.norm.dtype
         num_accepted = state.step - state.num_skipped
         # Not 0 times an infinite number of deviations, which would be NaN.
-        deviation = jnp.maximum(state.norm_deviation, jnp.finfo(jnp.float32).tiny)
+        deviation = jnp.maximum(state.norm_deviation, FLOAT32_TINY)
         limit = _bound_at(num_deviations, state.step, jnp.float32) * deviation + state.norm_mean
         limit = jnp.where(num_accepted >= num_warmup, limit, jnp.inf)
         threshold = jnp.minimum(_bound_at(drop_norm, state.step, dtype), limit.astype(dtype))
@@ -260,7 +266,7 @@ def skip_or_clip(
         updates, inner_state = _unless(is_skipped, state.inner_state, *new)
 
         pre_norm = jnp.where(is_bad, state.pre_norm, clip.pre_norm)
-        threshold32 = jnp.minimum(threshold, _LARGEST).astype(jnp.float32)
+        threshold32 = jnp.minimum(threshold, FLOAT32_MAX).astype(jnp.float32)
         change = pre_norm - state.norm_mean
         # Of the deviation, not the variance: squares of large norms overflow.
         deviation = jnp.hypot(state.norm_deviation, jnp.sqrt(weight) * change)
@@ -288,8 +294,6 @@ def skip_or_clip(
 
 
 # --- Parts ----------------------------------------------------------------------------
-
-_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 def _as_limit(name: str, given: Any) -> Any:

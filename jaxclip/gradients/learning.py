@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from jaxclip._core.floats import clamp, increment, keep_weak_type
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    FLOAT32_TINY,
+    clamp,
+    increment,
+    keep_weak_type,
+)
 from jaxclip._core.trees import floating_leaves, map_clippable
 from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.state import LeafReport
-
-_MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 class LearningState(NamedTuple):
@@ -144,7 +147,7 @@ def learning_transform(
             clip_coef=jnp.where(is_bad, 0, coef),
             clip_rate=state.clip_rate + (rate - state.clip_rate) / step.astype(jnp.float32),
             num_nonfinite=increment(state.num_nonfinite, is_bad),
-            threshold=keep(clamp(threshold, 0, _MAX), state.threshold),
+            threshold=keep(clamp(threshold, 0, FLOAT32_MAX), state.threshold),
             num_learned=increment(state.num_learned, enters),
             learned=keep(learned, state.learned),
             leaves=state.leaves.update(each, is_bad),
@@ -167,9 +170,9 @@ def norm_in_float32(norm: RescaledNorm) -> jax.Array:
       >>> bool(norm_in_float32(norm) == jnp.finfo(jnp.float32).max)
       True
     """
-    size = jnp.minimum(norm.norm / norm.rescale, _MAX)
+    size = jnp.minimum(norm.norm / norm.rescale, FLOAT32_MAX)
     # A float64 norm, too: a subnormal float32 is 0 to one operation and not to the next.
-    return jnp.where(size < _TINY, 0, size).astype(jnp.float32)
+    return jnp.where(size < FLOAT32_TINY, 0, size).astype(jnp.float32)
 
 
 def zero_per_leaf(params: Any) -> tuple[jax.Array, jax.Array]:

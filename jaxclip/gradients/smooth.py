@@ -14,11 +14,12 @@ import optax
 
 from jaxclip._core import checks, floats
 from jaxclip._core.floats import (
+    FLOAT32_MAX,
     compute_dtype,
     increment,
     keep_weak_type,
+    phase_and_modulus,
     round_toward_zero,
-    unit_and_modulus,
 )
 from jaxclip._core.trees import map_clippable
 from jaxclip.norms.magnitudes import RescaledNorm
@@ -188,7 +189,7 @@ def _limit_entries(g: jax.Array, limit: Any) -> jax.Array:
     limit = jnp.maximum(jnp.asarray(round_toward_zero(limit, jnp.finfo(dtype).dtype)), 0)
     if jnp.iscomplexobj(g):
         # Of a quarter, for the modulus of finite parts may exceed the dtype.
-        unit, modulus = unit_and_modulus(g * jnp.asarray(0.25, g.dtype))
+        unit, modulus = phase_and_modulus(g * jnp.asarray(0.25, g.dtype))
         # The parts of a unit are rounded: its modulus can be above 1 by as much as this.
         limit = limit * 0.25 * (1 - 4 * jnp.finfo(limit.dtype).eps)
         limited = unit * (4 * _limit_magnitude(modulus, limit)).astype(dtype)
@@ -238,4 +239,4 @@ def _ratio(x: jax.Array, limit: jax.Array) -> jax.Array:
 def _largest(tree: Any) -> jax.Array:
     """The largest modulus in a tree, at most the largest float32."""
     largest = rescaled_global_norm(tree, ord=float("inf")).norm.astype(jnp.float32)
-    return jnp.minimum(largest, jnp.finfo(jnp.float32).max)
+    return jnp.minimum(largest, FLOAT32_MAX)

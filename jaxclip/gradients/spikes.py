@@ -14,13 +14,14 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import (
+    FLOAT32_MAX,
     clamp,
     compute_dtype,
     exceeds,
     keep_weak_type,
+    phase_and_modulus,
     quotient,
     round_toward_zero,
-    unit_and_modulus,
 )
 from jaxclip._core.trees import floating_leaves, is_clippable, replace_floating
 from jaxclip.gradients.learning import (
@@ -33,7 +34,6 @@ from jaxclip.gradients.learning import (
 from jaxclip.norms.of_trees import rescaled_global_norm
 from jaxclip.norms.scaling import norm_of
 
-_MAX = float(np.finfo(np.float32).max)
 # Covers the rounding of a coefficient and of the products with it.
 _MARGIN = 1 - 4 * float(np.finfo(np.float32).eps)
 
@@ -107,7 +107,7 @@ def clip_spikes(
             clip, passed = _clip_entries(g, jnp.where(rms > 0, root * rms, jnp.inf))
             average = jnp.hypot(old_part * rms, new_part * passed)
             clips.append(clip)
-            new.append(jnp.minimum(average, _MAX))
+            new.append(jnp.minimum(average, FLOAT32_MAX))
         learned = replace_floating(updates, new, state.learned)
         return _learning_step(updates, pre_norm, clips, root, learned, axis_name)
 
@@ -175,13 +175,13 @@ def _average_weight(decay: ArrayLike, state: Any) -> jax.Array:
 
 def _modulus(g: jax.Array) -> jax.Array:
     """|g| in float32 (float64 for float64)."""
-    modulus = unit_and_modulus(g)[1] if jnp.iscomplexobj(g) else jnp.abs(g)
+    modulus = phase_and_modulus(g)[1] if jnp.iscomplexobj(g) else jnp.abs(g)
     return modulus.astype(jnp.finfo(compute_dtype(g.dtype)).dtype)
 
 
 def _largest(moduli: list[jax.Array], axis_name: str | None) -> jax.Array:
     """The largest of each leaf, on all devices of the axis, as a vector."""
-    tops = [jnp.minimum(jnp.max(x, initial=0), _MAX).astype(jnp.float32) for x in moduli]
+    tops = [jnp.minimum(jnp.max(x, initial=0), FLOAT32_MAX).astype(jnp.float32) for x in moduli]
     largest = jnp.stack(tops) if tops else jnp.zeros((0,), jnp.float32)
     return largest if axis_name is None else lax.pmax(largest, axis_name)
 
@@ -200,13 +200,15 @@ def _clip_entries(g: jax.Array, bound: jax.Array) -> tuple[_EntryClip, jax.Array
     bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(g.dtype).dtype))
     if jnp.iscomplexobj(g):
         is_above = _is_above(g, modulus, bound)
-        clipped = jnp.where(is_above, unit_and_modulus(g)[0] * (bound * _MARGIN).astype(g.dtype), g)
+        clipped = jnp.where(
+            is_above, phase_and_modulus(g)[0] * (bound * _MARGIN).astype(g.dtype), g
+        )
     else:
         # Not as a minimum and a maximum: those flush subnormals inside the bound to zero.
         is_above = exceeds(g, bound)
         clipped = jnp.where(is_above, jnp.where(g < 0, -bound, bound), g)
     num_clipped = jnp.sum(is_above, dtype=jnp.float32)
-    passed = clamp(jnp.minimum(passed, _MAX), 0, _MAX)  # in its own dtype first
+    passed = clamp(jnp.minimum(passed, FLOAT32_MAX), 0, FLOAT32_MAX)  # in its own dtype first
     return _EntryClip(keep_weak_type(clipped, g), num_clipped), passed
 
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxclip._core.floats import saturate
 from jaxclip._core.grids import Bits, Granularity, code_range
 from jaxclip.lowbit.packing import num_packed_bytes
 from jaxclip.lowbit.scale_formats import scale_format
@@ -255,8 +256,7 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
     values = expanded(quantized.scale) * levels
     dtype = quantized.dtype if dtype is None else dtype
     # The largest code times the scale may round past the largest number of the dtype.
-    largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
-    return jnp.clip(values, -largest, largest).astype(dtype)
+    return saturate(values, dtype).astype(dtype)
 
 
 def _check_zero_point(bits: Bits, zero_point: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxclip._core.floats import FLOAT32_MAX
 from jaxclip._core.grids import code_range
 from jaxclip.lowbit.arrays import QuantizedArray
 
@@ -174,7 +175,7 @@ def _values(array: Any) -> Callable[[Any], np.ndarray]:
         return np.asarray(array).__getitem__
     codes, scale = np.asarray(array.qvalue), _expanded(array, np.asarray(array.scale))
     zero = None if array.zero is None else _expanded(array, np.asarray(array.zero))
-    largest = min(float(jnp.finfo(array.dtype).max), float(np.finfo(np.float32).max))
+    largest = min(float(jnp.finfo(array.dtype).max), FLOAT32_MAX)
 
     def decoded(rows: Any) -> np.ndarray:
         levels = codes[rows].astype(np.float32)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -157,12 +156,9 @@ def keep_on_grid(
 
 
 def _check_start_step(value: Any) -> None:
-    if isinstance(value, jax.Array):
-        is_right = value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
-    else:
-        is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        is_right = is_whole and value >= 0
-    if not is_right:
+    if not isinstance(value, jax.Array):
+        checks.check_count("start_step", value, at_least=0)
+    elif value.ndim or not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(f"start_step must be an integer of at least 0, got {value!r}.")
 
 

@@ -9,7 +9,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import quotient
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    FLOAT32_TINY,
+    quotient,
+)
 from jaxclip._core.grids import Bits, Granularity, code_range
 from jaxclip.lowbit.arrays import QuantizedArray, _check_zero_point
 from jaxclip.lowbit.scale_formats import round_scale, scale_format
@@ -144,8 +148,8 @@ def _encode(
 ) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of a grid around 0."""
     low, high = code_range(bits, full_signed)
-    x, info = array.astype(jnp.float32), jnp.finfo(jnp.float32)
-    stored = round_scale(jnp.clip(t / high, info.tiny, info.max), scale_dtype)
+    x = array.astype(jnp.float32)
+    stored = round_scale(jnp.clip(t / high, FLOAT32_TINY, FLOAT32_MAX), scale_dtype)
     if bits == 1:
         return jnp.where(x < 0, -1, 1).astype(jnp.int8), stored
     scale = stored.astype(jnp.float32)
@@ -180,7 +184,7 @@ def _encode_with_zero(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes, scales and zeros; without a threshold both ends are searched for."""
     low, high = code_range(bits, full_signed)
-    x, info = array.astype(jnp.float32), jnp.finfo(jnp.float32)
+    x = array.astype(jnp.float32)
     search = best_scale_and_zero if t is None else _range_scale
     if t is not None:
         bound = granularity.expand(t, x.shape)
@@ -190,7 +194,7 @@ def _encode_with_zero(
     scale, zero = (
         granularity.compact(part, x.ndim) for part in search(blocks, axes, counts, low, high)
     )
-    stored = round_scale(jnp.clip(scale, info.tiny, info.max), scale_dtype)
+    stored = round_scale(jnp.clip(scale, FLOAT32_TINY, FLOAT32_MAX), scale_dtype)
     codes = jnp.round(_ratio(x, stored.astype(jnp.float32), granularity))
     codes = jnp.clip(codes + granularity.expand(zero, x.shape), low, high)
     return codes.astype(jnp.int8), stored, zero.astype(jnp.int8)
@@ -203,7 +207,7 @@ def _range_scale(
     del counts
     top = jnp.max(blocks, axis=axes, keepdims=True, initial=0)
     bottom = jnp.min(blocks, axis=axes, keepdims=True, initial=0)
-    scale = jnp.maximum(top / (high - low) - bottom / (high - low), jnp.finfo(jnp.float32).tiny)
+    scale = jnp.maximum(top / (high - low) - bottom / (high - low), FLOAT32_TINY)
     zero = jnp.clip(low - jnp.round(quotient(bottom, scale)), low, high)
     return scale, zero
 

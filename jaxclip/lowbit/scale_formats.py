@@ -25,6 +25,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
+from jaxclip._core.floats import (
+    FLOAT32_TINY,
+)
 
 _FORMATS = ("float32", "float16", "bfloat16", "log8")
 _STEPS = 8  # of log8, for a factor of two
@@ -107,7 +110,7 @@ def encode_log8(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       (array([  0, 136], dtype=uint8), array(0.5, dtype=float32))
     """
     unit = np.asarray(_unit(scale, np), np.float32)
-    size = np.maximum(np.abs(scale.astype(np.float64)), np.finfo(np.float32).tiny)
+    size = np.maximum(np.abs(scale.astype(np.float64)), FLOAT32_TINY)
     index = np.clip(np.round(_STEPS * np.log2(unit / size)), 0, _LARGEST_CODE)
     codes = (index + 128 * np.signbit(scale)).astype(np.uint8)
     if not np.array_equal(decode_log8(codes, unit), scale):

@@ -23,7 +23,11 @@ import numpy as np
 from jax import lax
 
 from jaxclip._core.checks import check_choice
-from jaxclip._core.floats import has_nonfinite, power_of_two
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    has_nonfinite,
+    power_of_two,
+)
 from jaxclip._core.trees import is_clippable
 from jaxclip.norms.magnitudes import (
     _ORDERS,
@@ -169,7 +173,7 @@ def _tree_norm(
         return RescaledNorm(jnp.zeros((), dtype), jnp.ones((), dtype)), jnp.zeros((0,), jnp.float32)
     zeros = jnp.zeros((len(leaves),), dtype) + _zero_that_varies(leaves, dtype, axis_name)
     totals, exponent = _in_two_rounds(totals_at, exponent_for, zeros)
-    rescale, largest = power_of_two(exponent, dtype), jnp.asarray(jnp.finfo(jnp.float32).max, dtype)
+    rescale, largest = power_of_two(exponent, dtype), jnp.asarray(FLOAT32_MAX, dtype)
     each = jnp.minimum(_root(totals, ord) / rescale, largest)
     each = jnp.where(jnp.isfinite(totals), each, totals).astype(jnp.float32)
     return RescaledNorm(_root(_add_up(totals, ord), ord), rescale), each

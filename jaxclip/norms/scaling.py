@@ -19,7 +19,12 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import trees
-from jaxclip._core.floats import compute_dtype, keep_weak_type, round_toward_zero
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    compute_dtype,
+    keep_weak_type,
+    round_toward_zero,
+)
 from jaxclip._core.trees import map_clippable
 from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.of_trees import MeasuredNorm, measure_norm, rescaled_global_norm
@@ -97,10 +102,9 @@ def scaling_to(norm: RescaledNorm, bound: Any, eps: ArrayLike = 0.0) -> tuple[Sc
     coef, rest = jnp.where(is_normal, coef, margin / divisor), jnp.where(is_normal, 1, bound)
     scaling = Scaling(is_scaled=is_above, rescale=rescale, coef=coef, rest=rest)
 
-    largest = float(jnp.finfo(jnp.float32).max)
-    pre_norm = jnp.minimum(size / rescale, largest)
+    pre_norm = jnp.minimum(size / rescale, FLOAT32_MAX)
     post_norm = bound * (size / divisor * margin)
-    post_norm = jnp.minimum(jnp.where(is_above, post_norm, pre_norm), largest)
+    post_norm = jnp.minimum(jnp.where(is_above, post_norm, pre_norm), FLOAT32_MAX)
     clip_coef = jnp.where(is_above, rescale * coef * rest, jnp.ones_like(size))
     return scaling, NormClip(
         pre_norm=pre_norm.astype(jnp.float32),

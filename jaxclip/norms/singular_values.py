@@ -30,7 +30,12 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
-from jaxclip._core.floats import compute_dtype, keep_weak_type, round_toward_zero
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    compute_dtype,
+    keep_weak_type,
+    round_toward_zero,
+)
 
 # Rounds of each matrix sign.
 _DEFAULT_STEPS = 12
@@ -177,7 +182,7 @@ def _cap(g: jax.Array, cap: ArrayLike, steps: int, num_stacked: int) -> Capped:
     choice = is_above.reshape(*stack, *(1 for _ in g.shape[num_stacked:]))
     return Capped(
         capped=jnp.where(choice, capped.astype(g.dtype), g),
-        norm=jnp.minimum(norm, jnp.finfo(jnp.float32).max),
+        norm=jnp.minimum(norm, FLOAT32_MAX),
         num_clipped=jnp.sum(is_above, dtype=jnp.float32),
     )
 

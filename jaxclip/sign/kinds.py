@@ -23,7 +23,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, unit_and_modulus
+from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, phase_and_modulus
 from jaxclip._core.trees import map_clippable
 from jaxclip.thresholds.values import check_number_or_schedule
 
@@ -44,7 +44,7 @@ def sign_and_modulus(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       [-1.  0.  0.] [ 2.  0. nan]
     """
     if jnp.iscomplexobj(x):
-        return unit_and_modulus(x)
+        return phase_and_modulus(x)
     return jnp.where(jnp.isnan(x), jnp.zeros_like(x), jnp.sign(x)), jnp.abs(x)
 
 

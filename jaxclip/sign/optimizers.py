@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import compute_dtype, increment, keep_weak_type
+from jaxclip._core.floats import (
+    compute_dtype,
+    increment,
+    keep_weak_type,
+    saturate,
+)
 from jaxclip._core.trees import map_clippable
 from jaxclip.sign.directions import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign.kinds import SignKind, sign_and_modulus
@@ -179,12 +183,8 @@ def _alignment(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _saturate(x: jax.Array, dtype: Any) -> jax.Array:
     """`x` in `dtype`, within its finite range, in modulus, too; NaN stays NaN."""
-    # As a Python number: the largest of a wider `dtype` would overflow in that of `x`.
-    largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(x.dtype).max))
-    if jnp.iscomplexobj(x):
-        parts = [jnp.clip(p, -0.7 * largest, 0.7 * largest) for p in (jnp.real(x), jnp.imag(x))]
-        return lax.complex(*parts).astype(dtype)
-    return jnp.clip(x, -largest, largest).astype(dtype)
+    fraction = 0.7 if jnp.iscomplexobj(x) else 1.0  # of each part, so that the modulus is finite
+    return saturate(x, dtype, fraction).astype(dtype)
 
 
 class _StepState(NamedTuple):

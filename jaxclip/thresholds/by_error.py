@@ -15,8 +15,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+)
 from jaxclip._core.grids import Bits, Granularity, code_range
-from jaxclip.thresholds.by_magnitude import _MOST, _inverse_size, _magnitude, _num_entries, _total
+from jaxclip.thresholds.by_magnitude import _inverse_size, _magnitude, _num_entries, _total
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.exact import optimal_scale
 from jaxclip.thresholds.search.scale import best_common_scale, best_scale
@@ -216,7 +219,7 @@ class _LeastSquares(ThresholdRule):
             step = jnp.where(other_gain > gain, other, step)
         for _ in range(self.num_refits - 1):
             step, _ = refit(step)
-        return jnp.minimum(step * np.float32(high) / factor, _MOST)
+        return jnp.minimum(step * np.float32(high) / factor, FLOAT32_MAX)
 
     def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
         return dataclasses.replace(
@@ -274,6 +277,5 @@ def least_squares(
     """
     if bits is not None:
         code_range(bits, full_signed)
-    if num_refits != 0:
-        checks.check_count("num_refits", num_refits)
+    checks.check_count("num_refits", num_refits, at_least=0)
     return _LeastSquares(Granularity(axis, group_size), bits, full_signed, int(num_refits))

@@ -12,10 +12,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+)
 from jaxclip._core.grids import Granularity
 from jaxclip.thresholds.rules import ThresholdRule
-
-_MOST = np.finfo(np.float32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,7 @@ class _StdMultiple(ThresholdRule):
         return self._multiple(_total(sums) / _num_entries(arrays), factor)
 
     def _multiple(self, mean_square: jax.Array, factor: jax.Array) -> jax.Array:
-        return jnp.minimum(np.float32(self.k) * jnp.sqrt(mean_square) / factor, _MOST)
+        return jnp.minimum(np.float32(self.k) * jnp.sqrt(mean_square) / factor, FLOAT32_MAX)
 
 
 def _inverse_size(largest: jax.Array) -> jax.Array:

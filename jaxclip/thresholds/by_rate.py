@@ -29,6 +29,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, floats
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+)
 from jaxclip._core.grids import Bits, Granularity, code_range
 from jaxclip.thresholds.rules import ThresholdRule
 
@@ -111,7 +114,7 @@ class _RateOptimal(ThresholdRule):
         target = jnp.asarray(self.target, jnp.float32)
         num_weights = min(num_weights, blocks.size)
         step = _best_step(blocks, axes, num_weights, self.goal, target)
-        return jnp.minimum(step * _LARGEST_CODE, jnp.finfo(jnp.float32).max)
+        return jnp.minimum(step * _LARGEST_CODE, FLOAT32_MAX)
 
     def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
         if bits != _BITS:

@@ -11,11 +11,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import keep_weak_type, round_toward_zero, unit_and_modulus
+from jaxclip._core.floats import keep_weak_type, phase_and_modulus, round_toward_zero
 from jaxclip._core.updates import (
     bound_in,
     clip_modulus,
-    is_free,
+    is_unbounded,
     rounded_sum,
     update_between,
     update_within,
@@ -119,12 +119,12 @@ class _Modulus(Box):
 
     def side(self, path: str, u: jax.Array, w: jax.Array, step: ArrayLike) -> jax.Array:
         bound, moved = self._bound(path, w, step), rounded_sum(w, u)
-        if is_free(bound):
+        if is_unbounded(bound):
             return jnp.zeros_like(w)
         bound = bound_in(bound, w)
         if not jnp.iscomplexobj(w):
             return jnp.where(jnp.abs(moved) >= bound, jnp.sign(moved), jnp.zeros_like(w))
-        unit, modulus = unit_and_modulus(moved)
+        unit, modulus = phase_and_modulus(moved)
         near = bound * (1 - 8 * jnp.finfo(bound.dtype).eps)
         return jnp.where(modulus >= near, unit, jnp.zeros_like(unit))
 

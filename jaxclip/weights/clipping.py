@@ -18,7 +18,7 @@ import optax
 from jaxclip._core import trees
 from jaxclip._core.floats import compute_dtype, not_folded
 from jaxclip._core.trees import Mask, map_clippable
-from jaxclip._core.updates import bound_in, clip_modulus, is_free
+from jaxclip._core.updates import bound_in, clip_modulus, is_unbounded
 from jaxclip.thresholds.values import resolve_threshold
 
 
@@ -131,7 +131,7 @@ def _share_of_boxed(count: Callable[..., jax.Array], params: Any, bounds: Any) -
     """What is counted in each leaf that has a box, over the entries that have one."""
     counted = boxed = jnp.zeros((), jnp.float32)
     for w, t in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
-        if not trees.is_clippable(w) or is_free(t):
+        if not trees.is_clippable(w) or is_unbounded(t):
             continue
         w = jnp.asarray(w)
         t = bound_in(t, w)

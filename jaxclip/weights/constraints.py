@@ -12,7 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
-from jaxclip._core.floats import increment, unit_and_modulus
+from jaxclip._core.floats import increment, phase_and_modulus
 from jaxclip._core.trees import Mask, is_clippable, map_clippable, path_name
 from jaxclip._core.updates import update_within
 from jaxclip.thresholds.values import check_threshold_tree
@@ -258,7 +258,7 @@ def _without_push(state: Any, sides: Any) -> Any:
             return m
         m = jnp.asarray(m)
         is_complex = jnp.iscomplexobj(m) or jnp.iscomplexobj(side)
-        unit = unit_and_modulus(m)[0] if is_complex else jnp.sign(m)
+        unit = phase_and_modulus(m)[0] if is_complex else jnp.sign(m)
         push = jnp.real(jnp.conj(unit) * side.astype(unit.dtype))
         # Weights move against an average of gradients.
         return jnp.where(push < 0, jnp.zeros_like(m), m)

@@ -19,8 +19,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
-from jaxclip._core.floats import compute_dtype, keep_weak_type, round_toward_zero, unit_and_modulus
-from jaxclip._core.updates import is_free, rounded_sum, update_to, update_within
+from jaxclip._core.floats import compute_dtype, keep_weak_type, phase_and_modulus, round_toward_zero
+from jaxclip._core.updates import is_unbounded, rounded_sum, update_to, update_within
 from jaxclip.norms.magnitudes import accumulator
 from jaxclip.norms.of_units import rescaled_unit_norm, unit_axes
 from jaxclip.norms.scaling import Scaling, scale_leaf, scaling_to
@@ -187,11 +187,11 @@ class _MaxNorm(Projection):
 
     def project(self, path: str, w: jax.Array, step: ArrayLike) -> jax.Array:
         bound, axes = self._given(path, w, step)
-        return w if is_free(bound) else keep_weak_type(_to_norm(w, bound, axes), w)
+        return w if is_unbounded(bound) else keep_weak_type(_to_norm(w, bound, axes), w)
 
     def correct(self, path: str, u: jax.Array, w: jax.Array, step: ArrayLike) -> jax.Array:
         bound, axes = self._given(path, w, step)
-        return u if is_free(bound) else keep_weak_type(_update_to_norm(u, w, bound, axes), u)
+        return u if is_unbounded(bound) else keep_weak_type(_update_to_norm(u, w, bound, axes), u)
 
     def _given(self, path: str, w: jax.Array, step: ArrayLike) -> tuple[Any, tuple[int, ...]]:
         """The bound of each unit, and the axes of a unit."""
@@ -202,7 +202,7 @@ class _MaxNorm(Projection):
                 f"max_norm must have one value a unit; at '{path}' it has shape "
                 f"{np.shape(bound)} for norms over the axes {axes} of {w.shape}."
             )
-        is_number = is_free(bound) or isinstance(bound, jax.Array)
+        is_number = is_unbounded(bound) or isinstance(bound, jax.Array)
         return bound if is_number else round_toward_zero(bound, accumulator([w])), axes
 
 
@@ -221,7 +221,7 @@ def _update_to_norm(
     moved = rounded_sum(w, u)
     scaling = _scaling(moved, bound, axes)
     target = _scaled(moved, scaling)
-    size = unit_and_modulus(target)[1] if jnp.iscomplexobj(target) else jnp.abs(target)
+    size = phase_and_modulus(target)[1] if jnp.iscomplexobj(target) else jnp.abs(target)
     # No entry is larger than that of the projection, so neither is a norm.
     return update_within(u, w, jnp.where(scaling.is_scaled, size, jnp.inf))
 
@@ -257,7 +257,7 @@ class _SpectralCap(Projection):
 
     def project(self, path: str, w: jax.Array, step: ArrayLike) -> jax.Array:
         cap = resolve_threshold(self.max_singular_value, {path: w}, step)[path]
-        if is_free(cap):
+        if is_unbounded(cap):
             return w
         return cap_leaf("max_singular_value", path, w, cap, self.steps, self.num_stacked).capped
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip._core.floats import unit_and_modulus
+from jaxclip._core.floats import phase_and_modulus
 from jaxclip.norms.of_trees import global_norm, measure_norm, rescaled_global_norm
 from jaxclip.norms.of_units import leaf_norms, unit_norms
 
@@ -261,7 +261,7 @@ def test_the_root_exports_the_norm():
 def test_units_of_complex_numbers_are_right_at_every_magnitude(wrap, scale):
     rng = np.random.default_rng(6)
     z = ((rng.uniform(-1, 1, 64) + 1j * rng.uniform(-1, 1, 64)) * scale).astype(np.complex64)
-    unit, modulus = wrap(unit_and_modulus)(jnp.asarray(z))
+    unit, modulus = wrap(phase_and_modulus)(jnp.asarray(z))
     exact = z.astype(np.complex128)
     np.testing.assert_allclose(unit, exact / np.abs(exact), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(modulus, np.abs(exact), rtol=1e-6)
@@ -269,7 +269,7 @@ def test_units_of_complex_numbers_are_right_at_every_magnitude(wrap, scale):
 
 def test_units_of_zero_and_of_what_is_not_finite_are_zero():
     z = np.asarray([0, np.inf, complex(1, -np.inf), complex(np.nan, 1)], np.complex64)
-    unit, modulus = unit_and_modulus(jnp.asarray(z))
+    unit, modulus = phase_and_modulus(jnp.asarray(z))
     assert np.array_equal(unit, np.zeros(4))
     assert float(modulus[0]) == 0
     assert np.array_equal(modulus[1:3], [np.inf, np.inf])
@@ -353,6 +353,6 @@ def test_a_constant_leaf_of_a_program_does_not_spoil_its_norm(size):
 def test_complex_numbers_beyond_the_largest_modulus_have_a_unit_under_jit():
     largest = float(np.finfo(np.float32).max)
     z = jax.lax.complex(*(jnp.full(2, x, jnp.float32) for x in (largest, -largest)))
-    unit, modulus = jax.jit(unit_and_modulus)(z)
+    unit, modulus = jax.jit(phase_and_modulus)(z)
     np.testing.assert_allclose(unit, [np.sqrt(0.5) * (1 - 1j)] * 2, rtol=1e-6)
     assert np.all(np.isinf(modulus))
