@@ -1,49 +1,42 @@
-"""Weights as they lie on disk: what is there, and each leaf on its own when asked for.
+"""Weights on disk: every leaf is known by name and shape, and read alone when asked for.
 
-    .safetensors   one file, ours with its tree, others' flat
-    a folder       shards by `model.safetensors.index.json`, or one `model.safetensors`
-    .npz, .npy     NumPy's own
+    .safetensors   one file: ours holds a tree, one of another library a flat dict
+    a folder       shards listed by `model.safetensors.index.json`, or one `model.safetensors`
+    .npz, .npy     NumPy's formats
 
-What is wrong with a file is a `CheckpointError` that names it; the rooms that read parts of
-files raise ValueError, which becomes one here.
+Modules that parse a part of a file raise ValueError. Here it becomes a `CheckpointError` that
+names the file.
 """
 
 import contextlib
 import dataclasses
+import io
 import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files, shards
-from jaxclip.checkpoints.format import layout, parsing
+from jaxclip.checkpoints.format import parsing
+from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, Tensor, native_dtype
 from jaxclip.lowbit.arrays import QuantizedArray
 
 ALLOWED_SUFFIXES = ".safetensors, .npz or .npy"
 
 
 class CheckpointError(ValueError):
-    """A file is damaged, of a foreign kind or of a newer version; names file and tensor."""
+    """Error of a file that is damaged, foreign or of a newer version; names file and tensor."""
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turns what is wrong with a file into a `CheckpointError` with its name.
-
-    Args:
-      path: The file.
-
-    Example:
-      >>> with naming(Path("net.npy")):
-      ...     raise ValueError("it is damaged.")
-      Traceback (most recent call last):
-      jaxclip.sources.CheckpointError: net.npy: it is damaged.
-    """
+def checkpoint_errors(path: Path) -> Iterator[None]:
+    """Turns ValueErrors into `CheckpointError`s that name the file."""
     try:
         yield
     except (ValueError, OverflowError) as error:
@@ -52,48 +45,33 @@ def naming(path: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Leaves on disk, while the files are open.
+    """Leaves on disk, readable while the files are open.
 
     Attributes:
-      leaves: Every leaf by name: `jax.ShapeDtypeStruct`, or a `QuantizedArray` of them.
-      read: Reads one leaf by its name, as NumPy arrays, and checks it.
+      leaves: Shape and dtype of every leaf, by name.
+      read: Reads and checks one leaf, by name.
       num_bytes: Bytes that each leaf takes on disk, by name.
       files: The files that are read.
-      structure: The structure of the tree whose leaves these are, in this order; None for a
-        flat dict.
-      folder: The folder that is read, by its own name or its index; None if one file is.
+      structure: The tree whose leaves these are, in this order; None for a flat dict.
+      folder: The folder that is read, by its own name or its index; None for a single file.
     """
 
-    leaves: dict[str, Any]
-    read: Callable[[str], Any]
+    leaves: dict[str, Leaf]
+    read: Callable[[str], StoredLeaf]
     num_bytes: dict[str, int]
     files: tuple[Path, ...] = ()
     structure: Any = None
     folder: Path | None = None
 
-    def restore(self, read: Callable[[str], Any]) -> Any:
+    def restore(self, read: Callable[[str], PyTree]) -> PyTree:
         """Returns the tree, or flat dict, with `read` called once a leaf."""
         values = {name: read(name) for name in self.leaves}
         if self.structure is None:
             return values
         return jax.tree.unflatten(self.structure, values.values())
 
-    def check_unharmed_by(self, dst: Path) -> None:
-        """Raises if something new at `dst` would be one of the files, or part of the folder.
-
-        Args:
-          dst: A file or folder that is to be written.
-
-        Raises:
-          FileExistsError: If it is one of the files that are read, under any name.
-          ValueError: If it lies in the folder that is read and has the name of a part.
-
-        Example:
-          >>> Source({}, str, {}, folder=Path(".")).check_unharmed_by(Path("model.safetensors"))
-          Traceback (most recent call last):
-          ValueError: 'model.safetensors' would change what the folder '.' holds, which is read:
-          take another name.
-        """
+    def check_unchanged_by(self, dst: Path) -> None:
+        """Raises if a new file or folder `dst` would change what is read."""
         if any(dst.exists() and dst.samefile(file) for file in self.files):
             raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
         if self.folder is None or not shards.is_part_of_folder(dst.name):
@@ -107,41 +85,22 @@ class Source:
 
 @contextlib.contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Opens a file or folder of weights; leaves are read one by one while it is open.
-
-    Args:
-      path: A `.safetensors`, `.npz` or `.npy` file, an index of shards, or a folder.
-
-    Returns:
-      A context manager that gives a `Source`.
-
-    Raises:
-      CheckpointError: If it is not what its name says, or damaged; `read` raises it too.
-      FileNotFoundError: If there is nothing at `path`.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     np.save(folder + "/w.npy", np.ones(3))
-      ...     with open_source(Path(folder + "/w.npy")) as source:
-      ...         print(source.leaves["array"].shape, source.read("array"))
-      (3,) [1. 1. 1.]
-    """
+    """Opens a file, an index of shards or a folder; leaves can be read in this context."""
     with contextlib.ExitStack() as stack:
-        with naming(path):
+        with checkpoint_errors(path):
             source = _open(stack, path)
 
-        def read(name: str) -> Any:
-            with naming(path):
+        def read(name: str) -> StoredLeaf:
+            with checkpoint_errors(path):
                 return source.read(name)
 
         yield dataclasses.replace(source, read=read)
 
 
 def _open(stack: contextlib.ExitStack, path: Path) -> Source:
-    folder = None
-    if path.is_dir():
-        folder, path = path, shards.find_shards(path) or path / "model.safetensors"
+    folder = path if path.is_dir() else None
+    if folder is not None:
+        path = shards.find_weights(folder)
     file = stack.enter_context(_open_regular(path))
     size = os.fstat(file.fileno()).st_size
     if path.name.endswith(".safetensors.index.json"):
@@ -151,12 +110,12 @@ def _open(stack: contextlib.ExitStack, path: Path) -> Source:
     return dataclasses.replace(_OPENERS[path.suffix](file, size), files=(path,), folder=folder)
 
 
-def _open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file; others are refused unopened, as opening may wait or act."""
+def _open_regular(path: Path) -> io.BufferedIOBase:
+    """Opens a regular file; refuses others unopened, because opening them may wait or act."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a regular file.")
-        # Should it become a FIFO now, opening still does not wait.
+        # Not blocking: if the file becomes a FIFO just now, opening it still does not wait.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         file = os.fdopen(os.open(path, flags), "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -167,15 +126,12 @@ def _open_regular(path: Path) -> BinaryIO:
     return file
 
 
-# --- safetensors ------------------------------------------------------------------------
-
-
-def _open_safetensors(file: BinaryIO, file_size: int) -> Source:
+def _open_safetensors(file: io.BufferedIOBase, file_size: int) -> Source:
     prefix = file.read(8)
     length = parsing.header_length(prefix, file_size)
     contents = parsing.parse_header(prefix + file.read(length), file_size - 8 - length)
 
-    def read_tensor(tensor: layout.Tensor) -> np.ndarray:
+    def read_tensor(tensor: Tensor) -> np.ndarray:
         file.seek(8 + length + tensor.start)
         try:
             array = numpy_files.read_array(file, tensor.numpy_dtype, tensor.shape)
@@ -186,14 +142,16 @@ def _open_safetensors(file: BinaryIO, file_size: int) -> Source:
             raise ValueError(f"tensor {tensor.name!r}: it is damaged, its checksum differs.")
         return array
 
+    tensors = contents.tensors
     if contents.leaves is None:
-        tensors = contents.tensors
-        leaves = {n: jax.ShapeDtypeStruct(t.shape, t.numpy_dtype) for n, t in tensors.items()}
-        sizes = {name: t.stop - t.start for name, t in tensors.items()}
-        return Source(leaves, lambda name: read_tensor(tensors[name]), sizes)
+        return Source(
+            leaves={n: jax.ShapeDtypeStruct(t.shape, t.numpy_dtype) for n, t in tensors.items()},
+            read=lambda name: read_tensor(tensors[name]),
+            num_bytes={name: tensor.num_bytes for name, tensor in tensors.items()},
+        )
     sizes = dict.fromkeys(contents.leaves, 0)
-    for tensor in contents.tensors.values():
-        sizes[tensor.leaf] += tensor.stop - tensor.start
+    for tensor in tensors.values():
+        sizes[tensor.leaf] += tensor.num_bytes
     return Source(
         leaves=contents.leaves,
         read=lambda name: contents.restore_leaf(name, read_tensor),
@@ -210,7 +168,7 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
     opened: dict[str, Source] = {}
     for shard in sorted(set(weight_map.values())):
         file = stack.enter_context(_open_regular(folder / shard))
-        with _in_shard(shard):
+        with _shard_errors(shard):
             source = _open_safetensors(file, os.fstat(file.fileno()).st_size)
             if source.structure is not None:
                 raise ValueError("a shard must be a plain file of tensors, not one of a tree.")
@@ -222,8 +180,8 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
         if name not in opened[shard].leaves:
             raise ValueError(f"tensor {name!r} is missing in its shard {shard!r}.")
 
-    def read(name: str) -> np.ndarray:
-        with _in_shard(weight_map[name]):
+    def read(name: str) -> StoredLeaf:
+        with _shard_errors(weight_map[name]):
             return opened[weight_map[name]].read(name)
 
     sizes = {name: opened[shard].num_bytes[name] for name, shard in weight_map.items()}
@@ -234,42 +192,37 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
 
 
 @contextlib.contextmanager
-def _in_shard(shard: str) -> Iterator[None]:
+def _shard_errors(shard: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         raise ValueError(f"shard {shard!r}: {error}") from error
 
 
-# --- NumPy's ----------------------------------------------------------------------------
-#
-# Files of either byte order are read; in memory it is the machine's, the only one jax takes.
+def _open_npz(file: io.BufferedIOBase, file_size: int) -> Source:
+    arrays = numpy_files.open_npz(file, file_size)
+    return Source(
+        leaves={n: jax.ShapeDtypeStruct(a.shape, native_dtype(a.dtype)) for n, a in arrays.items()},
+        read=lambda name: _in_native_order(arrays[name].read()),
+        num_bytes={name: array.num_bytes for name, array in arrays.items()},
+    )
 
 
-def _open_npz(file: BinaryIO, file_size: int) -> Source:
-    members = numpy_files.open_npz(file, file_size)
-    leaves = {n: jax.ShapeDtypeStruct(m.shape, _native(m.dtype)) for n, m in members.items()}
-    sizes = {name: m.num_bytes for name, m in members.items()}
-    return Source(leaves, lambda name: _in_native_order(members[name].read()), sizes)
-
-
-def _open_npy(file: BinaryIO, file_size: int) -> Source:
-    member = numpy_files.open_npy(file, file_size)
-    leaves = {"array": jax.ShapeDtypeStruct(member.shape, _native(member.dtype))}
-    structure = jax.tree.structure(0)
-    sizes = {"array": member.num_bytes}
-    return Source(leaves, lambda _: _in_native_order(member.read()), sizes, structure=structure)
-
-
-def _native(dtype: np.dtype) -> np.dtype:
-    return dtype if dtype.isnative else dtype.newbyteorder("=")
+def _open_npy(file: io.BufferedIOBase, file_size: int) -> Source:
+    array = numpy_files.open_npy(file, file_size)
+    return Source(
+        leaves={"array": jax.ShapeDtypeStruct(array.shape, native_dtype(array.dtype))},
+        read=lambda _: _in_native_order(array.read()),
+        num_bytes={"array": array.num_bytes},
+        structure=jax.tree.structure(0),
+    )
 
 
 def _in_native_order(array: np.ndarray) -> np.ndarray:
-    return array.astype(_native(array.dtype), copy=False)
+    return array.astype(native_dtype(array.dtype), copy=False)
 
 
-_OPENERS: dict[str, Callable[[BinaryIO, int], Source]] = {
+_OPENERS: dict[str, Callable[[io.BufferedIOBase, int], Source]] = {
     ".safetensors": _open_safetensors,
     ".npz": _open_npz,
     ".npy": _open_npy,

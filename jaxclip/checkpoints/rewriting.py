@@ -301,7 +301,7 @@ def _rewrite(
         raise ValueError(f"dst must end in .safetensors, got {str(dst)!r}.")
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_source(src))
-        source.check_unharmed_by(dst)
+        source.check_unchanged_by(dst)
         if not dry_run:
             check_destination(dst, overwrite)
         needs_no_weights = dry_run and coding is None

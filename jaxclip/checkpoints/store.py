@@ -26,7 +26,7 @@ from jaxclip.checkpoints import numpy_files
 from jaxclip.checkpoints.format.headers import header_size
 from jaxclip.checkpoints.format.layout import check_has_values, leaf_name, plan_file
 from jaxclip.checkpoints.format.writing import write_tree
-from jaxclip.checkpoints.reading import ALLOWED_SUFFIXES, Source, naming, open_source
+from jaxclip.checkpoints.reading import ALLOWED_SUFFIXES, Source, checkpoint_errors, open_source
 from jaxclip.checkpoints.sizes import FileReport, report_source
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.entropy_coding import check_coding
@@ -115,7 +115,7 @@ def load(path: str | os.PathLike, *, like: Any = None, device: Any = None) -> An
       FileNotFoundError: there is no file 'net.safetensors'.
     """
     with open_source(Path(path)) as source:
-        with naming(Path(path)):
+        with checkpoint_errors(Path(path)):
             names = None if like is None else match_leaves(like, source)
 
         def read(name: str) -> Any:

@@ -92,7 +92,7 @@ def export_checkpoint(
                 raise ValueError(f"{name} is for safetensors, {to} is one file.")
     companions = () if model_files is None else _companions(Path(model_files))
     with open_source(Path(src)) as source:
-        source.check_unharmed_by(Path(dst))
+        source.check_unchanged_by(Path(dst))
         leaves = stored_leaves(source, separator)
         if to in BYTES_PER_BLOCK:
             return write_gguf(dst, leaves, architecture, to, metadata or {}, overwrite)

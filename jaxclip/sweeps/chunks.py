@@ -12,7 +12,7 @@ import numpy as np
 from jaxclip._core.atomic import replacing
 from jaxclip._core.grids import Bits, code_range
 from jaxclip.checkpoints import store
-from jaxclip.checkpoints.reading import naming
+from jaxclip.checkpoints.reading import checkpoint_errors
 from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.entropy_coding import check_coding
 from jaxclip.lowbit.trees import decompress
@@ -187,7 +187,7 @@ class ChunkStore:
         if not file.exists():
             with replacing(file) as out:
                 out.write(json.dumps(identity).encode())
-        with naming(file):
+        with checkpoint_errors(file):
             found = json.loads(file.read_bytes())
             if not isinstance(found, dict):
                 raise ValueError("it is not the description of a sweep.")

@@ -165,7 +165,7 @@ def test_packing_in_chunks_equals_packing_at_once(bits, count, monkeypatch):
     plan = layout.plan_file(array)
     codes = next(tensor for tensor in plan.tensors if tensor.name == "array:codes")
     whole = b"".join(chunk.tobytes() for chunk in plan.chunks(codes))
-    monkeypatch.setattr(layout, "_CHUNK", 40)
+    monkeypatch.setattr(layout, "CODES_PER_CHUNK", 40)
     pieces = [chunk.tobytes() for chunk in plan.chunks(codes)]
     assert b"".join(pieces) == whole
     assert len(pieces) == math.ceil(count / 40)
@@ -422,6 +422,6 @@ def test_a_header_larger_than_safetensors_allows_is_not_read():
 
 
 def test_too_many_leaves_for_a_header_are_refused_when_saving(monkeypatch):
-    monkeypatch.setattr(headers, "_MAX_HEADER_BYTES", 1000)
+    monkeypatch.setattr(headers, "MAX_HEADER_BYTES", 1000)
     with pytest.raises(ValueError, match="100 leaves"):
         size_report([np.zeros(1)] * 100)

@@ -473,7 +473,7 @@ def test_too_many_tensors_for_a_header_are_refused_when_saving(tmp_path, target,
 
 def limited(limit: int, prefix: bytes, file_size: int) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxclip.checkpoints.format.parsing._MAX_HEADER_BYTES", limit)
+        patch.setattr("jaxclip.checkpoints.format.parsing.MAX_HEADER_BYTES", limit)
         return header_length(prefix, file_size)
 
 

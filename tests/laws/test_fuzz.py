@@ -66,7 +66,7 @@ def read(data: bytes, allocations: list[int]) -> Any:
     """The tree in a file of ours or the flat dict in another's; None if it is refused."""
     allocations.clear()
     try:
-        with reading.naming(PATH):
+        with reading.checkpoint_errors(PATH):
             source = reading._open_safetensors(io.BytesIO(data), len(data))
             tree = source.restore(source.read)
     except CheckpointError:

@@ -1,1 +1,4 @@
-"""The file format: a layout, a header, and the codes between; see `docs/format.md`."""
+"""The file format, byte by byte as in `docs/format.md`: layout, codes and header.
+
+`file = length + header + tensors`; a plan of it follows from shapes and dtypes alone.
+"""

@@ -1,54 +1,35 @@
-"""Codes of a low-bit leaf: packed or entropy coded on the way out, decoded on the way in."""
+"""The codes of a low-bit leaf: packed or entropy coded when written, decoded when read.
+
+`codes = unpack(bytes)` is exact, and bytes that no writer makes are refused.
+"""
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
-from jaxclip.checkpoints.format.layout import _CHUNK, Tensor, _log8_parts
+from jaxclip.checkpoints.format.layout import CODES_PER_CHUNK, Leaf, Tensor, log8_parts
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.entropy_coding import codings_tried, decode_codes, encode_codes
 from jaxclip.lowbit.packing import num_packed_bytes, pack_codes, unpack_codes
 from jaxclip.lowbit.scale_formats import decode_log8
 
 
-def coded_tensor(tensor: Tensor, leaf: Any, coding: str | None) -> tuple[str, np.ndarray] | None:
-    """Returns the codes of a low-bit array entropy coded, if that is smaller than packed.
-
-    Args:
-      tensor: A tensor of the plan.
-      leaf: The leaf that it belongs to.
-      coding: As in `checkpoints.save`; None codes nothing.
-
-    Returns:
-      The coding that gives the fewest bytes of those tried, and these. None if the tensor does
-      not hold codes, is not smaller when they are coded, or so much smaller that no reader would
-      believe it.
-
-    Raises:
-      ValueError: If a code is outside the grid.
-
-    Example:
-      >>> from jaxclip.lowbit.quantizer import quantize
-      >>> plan = plan_file({"w": quantize(jnp.zeros(10_000))})
-      >>> coding, data = coded_tensor(plan.tensors[1], plan.leaves["w"], "huffman")
-      >>> coding, data.size < 200
-      ('huffman', True)
-    """
-    if coding is None or tensor.name != f"{tensor.leaf}:codes":
+def coded_tensor(tensor: Tensor, leaf: Leaf, coding: str | None) -> tuple[str, np.ndarray] | None:
+    """Returns coding and bytes of a leaf's codes, or None where packed codes are no larger."""
+    if coding is None or not isinstance(leaf, QuantizedArray):
+        return None
+    if tensor.name != f"{tensor.leaf}:codes":
         return None
     codes = np.asarray(leaf.qvalue).reshape(-1).astype(np.int8, copy=False)
     leaf.check_codes(codes, tensor.leaf)
-    least, smallest = tensor.stop - tensor.start, None
+    num_bytes, smallest = tensor.num_bytes, None
     for tried in codings_tried(coding):
+        # None where the codes get so small that no reader would believe it.
         coded = encode_codes(codes, tried)
-        if coded is not None and len(coded) < least:
-            least, smallest = len(coded), (tried, np.frombuffer(coded, np.uint8))
+        if coded is not None and len(coded) < num_bytes:
+            num_bytes, smallest = len(coded), (tried, np.frombuffer(coded, np.uint8))
     return smallest
-
-
-# --- Reading --------------------------------------------------------------------------
 
 
 def restore_leaf(
@@ -61,31 +42,7 @@ def restore_leaf(
     zero: np.ndarray | None = None,
     unit: np.ndarray | None = None,
 ) -> QuantizedArray:
-    """Returns a low-bit array from the tensors that a file has for it.
-
-    Args:
-      name: The leaf's path, for messages.
-      like: The same with shapes for arrays.
-      scale: Scales, in the shape of `like.scale`; for log8 their bytes.
-      stored: Codes as `pack_codes` packs them, or as `coded_tensor` codes them.
-      coding: How they are coded; None if they are packed.
-      zero: Zeros, if it has them.
-      unit: The unit of log8 scales.
-
-    Returns:
-      A `QuantizedArray` of NumPy arrays.
-
-    Raises:
-      ValueError: If a scale is 0 or not finite, a code or zero is outside the grid, or codes
-        or scales are not packed or coded as the format says.
-      ImportError: If `coding` is "ans" and constriction is not installed.
-
-    Example:
-      >>> from jaxclip.lowbit.quantizer import quantize
-      >>> q = jax.eval_shape(lambda: quantize(jnp.array([0.5, -0.5]), 1))
-      >>> restore_leaf("w", q, np.array([0.5], np.float32), np.array([1], np.uint8)).qvalue
-      array([ 1, -1], dtype=int8)
-    """
+    """Returns a low-bit array from its tensors; `like` has shapes for arrays."""
     if unit is not None:
         scale = _decoded_log8(name, scale, unit)
     q = dataclasses.replace(like, scale=scale, zero=zero)
@@ -98,10 +55,10 @@ def restore_leaf(
 
 
 def _decoded_log8(name: str, codes: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """The scales of log8; a unit that `round_scale` never makes is refused."""
+    """Returns log8 scales; refuses bytes and units that `round_scale` never makes."""
     with np.errstate(over="ignore", invalid="ignore"):
         scale = decode_log8(codes, unit)
-        parts = _log8_parts(name, scale)
+        parts = log8_parts(name, scale)
     if parts[":unit"] != unit or not np.array_equal(parts[":scale"], codes):
         raise ValueError(f"'{name}': scales are not encoded as the format says.")
     return scale
@@ -117,17 +74,18 @@ def _decoded(name: str, stored: np.ndarray, like: QuantizedArray, coding: str) -
 
 
 def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray:
-    """The codes in `packed`; bytes that `pack_codes` never makes are refused."""
+    """Returns the codes in `packed`; refuses bytes that `pack_codes` never makes."""
     count, bits, full_signed = math.prod(like.shape), like.bits, like.full_signed
     codes = np.empty(count, np.int8)
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
-        piece = packed[num_packed_bytes(start, bits) : num_packed_bytes(stop, bits)]
-        codes[start:stop] = unpack_codes(piece, bits, stop - start, full_signed=full_signed)
+    for start in range(0, count, CODES_PER_CHUNK):
+        stop = min(start + CODES_PER_CHUNK, count)
+        part = packed[num_packed_bytes(start, bits) : num_packed_bytes(stop, bits)]
+        codes[start:stop] = unpack_codes(part, bits, stop - start, full_signed=full_signed)
         like.check_codes(codes[start:stop], name)
+    # Codes before the tail end on a byte at every width: only the tail may have padding.
     tail = count - count % 40
     padded = pack_codes(codes[tail:], bits, full_signed=full_signed)
-    too_big = bits == "ternary" and packed.max(initial=0) > 242
-    if too_big or not np.array_equal(padded, packed[num_packed_bytes(tail, bits) :]):
+    is_too_large = bits == "ternary" and packed.max(initial=0) > 242
+    if is_too_large or not np.array_equal(padded, packed[num_packed_bytes(tail, bits) :]):
         raise ValueError(f"'{name}': codes are not packed as the format says.")
     return codes

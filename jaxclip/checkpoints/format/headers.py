@@ -1,4 +1,8 @@
-"""The header of a file, written for a plan; `docs/format.md` has it in full."""
+"""The header of a file, made for a plan: JSON behind an 8-byte length.
+
+To the safetensors header it adds one metadata entry with the tree, the grids of low-bit leaves
+and a CRC-32 for each tensor and for the header. `docs/format.md` has every key.
+"""
 
 import json
 import struct
@@ -7,16 +11,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxclip.checkpoints.format.layout import DTYPES, FilePlan
+from jaxclip.checkpoints.format.layout import DTYPE_CODES, FilePlan
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.entropy_coding import codings_tried
 
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
-_VERSIONS = (1, 2)
-# Every version begins like this, so that the header's checksum has a fixed place.
-_PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
-_CRC_PLACE = slice(8 + len(_PREFIX), 16 + len(_PREFIX))
-_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
+VERSIONS = (1, 2)
+# Every version begins like this, so the header's checksum has a fixed place.
+PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
+CRC_PLACE = slice(8 + len(PREFIX), 16 + len(PREFIX))
 
 
 def make_header(
@@ -25,23 +28,10 @@ def make_header(
     codings: dict[str, str | None] | None = None,
     min_bytes: int = 0,
 ) -> bytes:
-    """Returns a file's header, its length prefix included.
+    """Returns length and header of a file, filled up with spaces to `min_bytes`.
 
-    Args:
-      plan: What `plan_file` returned.
-      checksums: CRC-32 of each tensor's bytes; None for zeros, as the size is the same.
-      codings: How the codes of low-bit leaves are coded, by name; packed if not there.
-      min_bytes: Spaces fill up the header to this size, a multiple of 8.
-
-    Returns:
-      Bytes that depend on nothing else; a multiple of 8, so that tensors are aligned.
-
-    Raises:
-      ValueError: If the tree has too many leaves for a header.
-
-    Example:
-      >>> len(make_header(plan_file(None))), make_header(plan_file(None))[8:36]
-      (128, b'{"__metadata__":{"jaxclip":"')
+    Without checksums, zeros stand for them: the size is the same. Codes are packed unless
+    `codings` has the name of their leaf.
     """
     crc = {t.name: f"{checksums[t.name] if checksums else 0:08x}" for t in plan.tensors}
     quantized = {n: leaf for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray)}
@@ -63,33 +53,19 @@ def make_header(
         outer[t.name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
     text = _to_json(outer).encode("ascii")
     text += b" " * max(-len(text) % 8, min_bytes - 8 - len(text))
-    if len(text) > _MAX_HEADER_BYTES:
+    if len(text) > MAX_HEADER_BYTES:
         raise ValueError(
             f"the tree has {len(plan.leaves):,} leaves, whose names and shapes take {len(text):,} "
-            f"bytes; a safetensors header may have {_MAX_HEADER_BYTES:,}."
+            f"bytes; a safetensors header may have {MAX_HEADER_BYTES:,}."
         )
     raw = bytearray(struct.pack("<Q", len(text)) + text)
-    raw[_CRC_PLACE] = f"{zlib.crc32(raw):08x}".encode("ascii")
+    raw[CRC_PLACE] = f"{zlib.crc32(raw):08x}".encode("ascii")
     return bytes(raw)
 
 
 def header_size(plan: FilePlan, coding: str | None) -> int:
-    """Returns the bytes kept for a header: the most that it takes, whatever coding comes to.
-
-    The offsets are those of packed codes, and every low-bit leaf has the longest name of a coding
-    that is tried.
-
-    Args:
-      plan: What `plan_file` returned.
-      coding: What is asked for; None for packed codes.
-
-    Returns:
-      A multiple of 8.
-
-    Example:
-      >>> header_size(plan_file(None), None)
-      128
-    """
+    """Returns the bytes kept for a header: the most it takes, however small coded codes get."""
+    # The offsets are those of packed codes, and each leaf has the longest name of a coding.
     quantized = (n for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray))
     longest = max(codings_tried(coding), key=len, default=None)
     return len(make_header(plan, codings=dict.fromkeys(quantized, longest)))
@@ -100,12 +76,12 @@ def _to_json(value: Any) -> str:
 
 
 def _version_for(quantized: dict[str, QuantizedArray], codings: dict[str, str | None]) -> int:
-    """The lowest version that can say it all, so that older readers understand what they can."""
-    is_new = any(
+    """Returns the lowest version that holds all leaves: older readers read it if they can."""
+    needs_version_2 = any(
         leaf.zero is not None or leaf.scale_dtype != "float32" or codings.get(name) is not None
         for name, leaf in quantized.items()
     )
-    return 2 if is_new else 1
+    return 2 if needs_version_2 else 1
 
 
 def _quantized_info(leaf: QuantizedArray, version: int, coding: str | None) -> dict[str, Any]:
@@ -116,7 +92,7 @@ def _quantized_info(leaf: QuantizedArray, version: int, coding: str | None) -> d
         "axis": [int(a) for a in axis] if isinstance(axis, tuple) else _int_or_none(axis),
         "group_size": _int_or_none(group_size),
         "shape": list(leaf.shape),
-        "dtype": _DTYPE_CODES[jnp.dtype(leaf.dtype)],
+        "dtype": DTYPE_CODES[jnp.dtype(leaf.dtype)],
     }
     if version >= 2:
         info |= {"zero_point": leaf.zero is not None, "scale_dtype": leaf.scale_dtype}

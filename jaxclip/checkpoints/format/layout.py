@@ -1,26 +1,28 @@
-"""The layout of a file: a tree as named tensors, and the bytes of each.
+"""The layout of a file: which tensors hold a tree, where they lie, and their bytes.
 
-All of it follows from shapes and dtypes, so the size of a file is known before any data is
-touched, or without any data. `headers` writes down what is planned here; `docs/format.md`
-has the format byte by byte.
-
-What is wrong with a tree raises TypeError or ValueError naming the leaf; `checkpoints` adds
-the file's name.
+The layout follows from shapes and dtypes alone, so the size of a file is known before any value
+is: `data_bytes = sum(tensor.stop - tensor.start)`. `docs/format.md` has the format byte by byte.
+What a file cannot hold raises TypeError or ValueError naming the leaf.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxclip._core import checks
+from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.packing import num_packed_bytes, pack_codes
 from jaxclip.lowbit.scale_formats import encode_log8
+
+Array: TypeAlias = np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct
+Leaf: TypeAlias = Array | QuantizedArray
+StoredLeaf: TypeAlias = np.ndarray | QuantizedArray
 
 DEPTH_LIMIT = 64  # of nested nodes
 DTYPES = {
@@ -31,10 +33,9 @@ DTYPES = {
     "F8_E4M3": jnp.dtype(jnp.float8_e4m3fn),
     "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
 }
-_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Codes packed at once: bounds memory; a multiple of 40 ends on a byte at every width.
-_CHUNK = 40 * 2**15
-# --- Writing --------------------------------------------------------------------------
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Bounds the memory of packing. A multiple of 40 codes ends on a byte at every width.
+CODES_PER_CHUNK = 40 * 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Tensor:
     """A tensor in a file.
 
     Attributes:
-      name: Its name in the container.
-      dtype: safetensors' code for its dtype, such as "F32".
+      name: Its name in the file.
+      dtype: Its dtype as safetensors writes it, such as "F32".
       shape: Its shape.
       start: Its first byte, counted from the end of the header.
       stop: The byte after its last.
@@ -57,13 +58,18 @@ class Tensor:
 
     @property
     def leaf(self) -> str:
-        """The name of the leaf that it holds, or holds a part of."""
+        """The name of the leaf that it holds, whole or in part."""
         return self.name.partition(":")[0]
 
     @property
     def numpy_dtype(self) -> np.dtype:
         """The dtype that `dtype` stands for."""
         return DTYPES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes."""
+        return self.stop - self.start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,68 +79,61 @@ class FilePlan:
     Attributes:
       tensors: The tensors, in the order of the file.
       leaves: The tree's leaves by name, in the order of the tree.
-      tree: The tree's structure, as the header stores it.
+      tree: The tree's structure in JSON, as the header stores it.
     """
 
     tensors: tuple[Tensor, ...]
-    leaves: dict[str, Any]
+    leaves: dict[str, Leaf]
     tree: Any
 
     @property
     def data_bytes(self) -> int:
-        """Size of all tensors."""
+        """Bytes of all tensors."""
         return self.tensors[-1].stop if self.tensors else 0
 
     def resized(self, num_bytes: dict[str, int]) -> "FilePlan":
-        """The plan when some tensors, of bytes and by name, turned out to be of other sizes."""
+        """Returns the plan with other sizes for some of the one-byte tensors, by name."""
         parts = [
             (t.name, t.dtype, (num_bytes[t.name],) if t.name in num_bytes else t.shape)
             for t in self.tensors
         ]
         return dataclasses.replace(self, tensors=_placed(parts))
 
-    def chunks(self, tensor: Tensor, leaf: Any = None) -> Iterator[np.ndarray]:
-        """Yields the bytes of one tensor, of the plan's leaf or of one like it."""
+    def chunks(self, tensor: Tensor, leaf: Leaf | None = None) -> Iterator[np.ndarray]:
+        """Yields the bytes of a tensor: those of `leaf`, or of the plan's own leaf."""
         name, part = tensor.leaf, tensor.name.removeprefix(tensor.leaf)
         leaf = self.leaves[name] if leaf is None else leaf
-        if part == ":codes":
+        if not isinstance(leaf, QuantizedArray):
+            yield raw_bytes(np.asarray(leaf))
+        elif part == ":codes":
             yield from _packed_chunks(name, leaf)
-            return
-        array = _side_part(name, leaf, part) if part else np.asarray(leaf)
-        if not array.dtype.isnative:
-            array = array.astype(array.dtype.newbyteorder("="))
-        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        else:
+            yield raw_bytes(_side_part(name, leaf, part))
 
 
-def plan_file(tree: Any) -> FilePlan:
-    """Lays out a tree as a file.
+def native_dtype(dtype: np.dtype) -> np.dtype:
+    """Returns a dtype in the machine's byte order, the only one that jax and files take."""
+    # Not newbyteorder alone: the dtypes of random keys do not have it.
+    return dtype if getattr(dtype, "isnative", True) else dtype.newbyteorder("=")
 
-    Args:
-      tree: Nested dicts (keys all strings or all integers), lists, tuples and None, with
-        arrays and `QuantizedArray` as leaves; `jax.ShapeDtypeStruct` may stand for an array.
 
-    Returns:
-      The plan. Equal structures, shapes and dtypes make equal plans.
+def raw_bytes(array: np.ndarray) -> np.ndarray:
+    """Returns the bytes of an array, row-major, as a flat array of uint8."""
+    native = array.astype(native_dtype(array.dtype), copy=False)
+    return np.ascontiguousarray(native).reshape(-1).view(np.uint8)
 
-    Raises:
-      TypeError: If a node or leaf is of a kind that a file cannot hold.
-      ValueError: If the tree is too deep or has too many leaves, a key is not valid text,
-        or the parts of a `QuantizedArray` do not fit together.
 
-    Example:
-      >>> plan = plan_file({"layer": {"kernel": np.zeros((2, 3), np.float16)}})
-      >>> [(t.name, t.dtype, t.shape) for t in plan.tensors], plan.data_bytes
-      ([('layer/kernel', 'F16', (2, 3))], 12)
-    """
-    leaves: dict[str, Any] = {}
+def plan_file(tree: PyTree) -> FilePlan:
+    """Lays out a tree as a file; equal structures, shapes and dtypes make equal plans."""
+    leaves: dict[str, Leaf] = {}
     skeleton = _skeleton(tree, (), leaves)
     parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf)]
-    parts.sort(key=lambda part: (-DTYPES[part[1]].itemsize, part[0]))  # aligned, no holes
+    parts.sort(key=lambda part: (-DTYPES[part[1]].itemsize, part[0]))  # aligned without gaps
     return FilePlan(_placed(parts), leaves, skeleton)
 
 
 def _placed(parts: list[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]:
-    """Tensors one behind the other."""
+    """Returns tensors that follow each other without gaps."""
     tensors, start = [], 0
     for name, dtype, shape in parts:
         stop = start + math.prod(shape) * DTYPES[dtype].itemsize
@@ -143,8 +142,8 @@ def _placed(parts: list[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]
     return tuple(tensors)
 
 
-def _skeleton(node: Any, path: tuple[str | int, ...], leaves: dict[str, Any]) -> Any:
-    """The structure of `node` as JSON, 0 for a leaf; its leaves go into `leaves` by name."""
+def _skeleton(node: PyTree, path: tuple[str | int, ...], leaves: dict[str, Leaf]) -> Any:
+    """Returns the structure of `node` in JSON, 0 for a leaf; adds its leaves to `leaves`."""
     name = leaf_name(path)
     if len(path) > DEPTH_LIMIT:
         raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT} at '{name[:60]}...'.")
@@ -168,21 +167,7 @@ def _skeleton(node: Any, path: tuple[str | int, ...], leaves: dict[str, Any]) ->
 
 
 def leaf_name(path: tuple[str | int, ...]) -> str:
-    """Returns the name of the leaf at a path; different paths have different names.
-
-    Args:
-      path: Keys of dicts and positions in lists and tuples, from the root.
-
-    Returns:
-      The keys joined by "/", with "%", "/" and ":" in a key written as in a URL.
-
-    Raises:
-      ValueError: If a key is not valid Unicode text.
-
-    Example:
-      >>> leaf_name(("layers", 0, "a/b")), leaf_name(())
-      ('layers/0/a%2Fb', 'array')
-    """
+    """Returns the name of the leaf at a path; different paths have different names."""
     return "/".join(_escape(str(key)) for key in path) if path else "array"
 
 
@@ -191,27 +176,13 @@ def _escape(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the key {text!r} of a dict is not valid Unicode text.") from error
-    if text == "__metadata__":  # safetensors' own
+    if text == "__metadata__":  # the key that safetensors keeps for itself
         return "%5F_metadata__"
     return text.replace("%", "%25").replace("/", "%2F").replace(":", "%3A")
 
 
 def check_leaf(name: str, leaf: Any) -> None:
-    """Raises TypeError unless `leaf` is an array, of any dtype, saying what to do instead.
-
-    Args:
-      name: The leaf's path, for the message.
-      leaf: Anything.
-
-    Raises:
-      TypeError: If it is no array.
-
-    Example:
-      >>> check_leaf("lr", 0.1)
-      Traceback (most recent call last):
-      TypeError: leaf 'lr' is the Python number 0.1, which has no dtype: wrap it, for
-      instance as np.float32(0.1).
-    """
+    """Raises TypeError unless `leaf` is an array of any dtype; the message says what to do."""
     arrays = (np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
     if isinstance(leaf, arrays) and not isinstance(leaf, np.ma.MaskedArray):
         return
@@ -227,22 +198,8 @@ def check_leaf(name: str, leaf: Any) -> None:
     )
 
 
-def check_has_values(name: str, array: Any) -> None:
-    """Raises unless the values of `array` can be read in this process.
-
-    Args:
-      name: The leaf's path, for the message.
-      array: An array, possibly traced, abstract or sharded.
-
-    Raises:
-      TypeError: If it is traced or abstract.
-      ValueError: If a part of it lies on other processes.
-
-    Example:
-      >>> check_has_values("w", jax.ShapeDtypeStruct((2,), np.float32))
-      Traceback (most recent call last):
-      TypeError: leaf 'w' has no values: it is a ShapeDtypeStruct.
-    """
+def check_has_values(name: str, array: Array) -> None:
+    """Raises unless the values of an array can be read in this process."""
     if isinstance(array, jax.ShapeDtypeStruct) or not checks.is_concrete(array):
         raise TypeError(f"leaf '{name}' has no values: it is a {type(array).__name__}.")
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
@@ -252,8 +209,8 @@ def check_has_values(name: str, array: Any) -> None:
         )
 
 
-def _leaf_tensors(name: str, leaf: Any) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of the tensors that hold a leaf."""
+def _leaf_tensors(name: str, leaf: Leaf) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Returns name, dtype and shape of the tensors that hold a leaf."""
     if not isinstance(leaf, QuantizedArray):
         return [(name, _dtype_code(name, leaf.dtype), tuple(leaf.shape))]
     leaf.check_parts(name)
@@ -271,8 +228,7 @@ def _leaf_tensors(name: str, leaf: Any) -> list[tuple[str, str, tuple[int, ...]]
 
 
 def _dtype_code(name: str, dtype: Any) -> str:
-    native = dtype if getattr(dtype, "isnative", True) else dtype.newbyteorder("=")
-    code = _DTYPE_CODES.get(native)
+    code = DTYPE_CODES.get(native_dtype(dtype))
     if code is None:
         hint = ""
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
@@ -285,22 +241,23 @@ def _dtype_code(name: str, dtype: Any) -> str:
 
 def _packed_chunks(name: str, leaf: QuantizedArray) -> Iterator[np.ndarray]:
     codes = np.asarray(leaf.qvalue).reshape(-1)
-    for start in range(0, codes.size, _CHUNK):
-        chunk = codes[start : start + _CHUNK].astype(np.int8, copy=False)
+    for start in range(0, codes.size, CODES_PER_CHUNK):
+        chunk = codes[start : start + CODES_PER_CHUNK].astype(np.int8, copy=False)
         leaf.check_codes(chunk, name)
         yield pack_codes(chunk, leaf.bits, full_signed=leaf.full_signed)
 
 
 def _side_part(name: str, leaf: QuantizedArray, part: str) -> np.ndarray:
-    """What is stored beside the codes, as a file has it."""
+    """Returns scale, unit or zero of a low-bit leaf as a file holds it."""
     leaf.check_values(name)
     if part == ":zero":
         return np.asarray(leaf.zero)
     scale = np.asarray(leaf.scale)
-    return scale if leaf.scale_dtype != "log8" else _log8_parts(name, scale)[part]
+    return scale if leaf.scale_dtype != "log8" else log8_parts(name, scale)[part]
 
 
-def _log8_parts(name: str, scale: np.ndarray) -> dict[str, np.ndarray]:
+def log8_parts(name: str, scale: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the bytes and the unit that a file holds for log8 scales."""
     try:
         codes, unit = encode_log8(scale)
     except ValueError as error:

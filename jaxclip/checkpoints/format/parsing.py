@@ -1,11 +1,8 @@
-"""The header of a file: written for a plan, and read with suspicion.
+"""The header of a file, read with suspicion: anyone can compute a checksum.
 
-A header is JSON behind an 8-byte length, as in every safetensors file. Ours adds one
-metadata entry with the tree, the grids of low-bit leaves and a CRC-32 for each tensor and
-for the header itself; `docs/format.md` has it in full.
-
-What is wrong with a header raises ValueError naming the tensor; `checkpoints` adds the
-file's name.
+Everything it says is checked before a byte of data is read. The tree that it describes, laid out
+again, must give exactly the tensors that it lists. Errors are ValueErrors that name the tensor;
+`reading` adds the file's name.
 """
 
 import dataclasses
@@ -20,40 +17,47 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip._core.grids import Granularity, code_range
+from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format.codes import restore_leaf
 from jaxclip.checkpoints.format.headers import (
-    _CRC_PLACE,
-    _MAX_HEADER_BYTES,
-    _PREFIX,
-    _VERSIONS,
+    CRC_PLACE,
+    MAX_HEADER_BYTES,
+    PREFIX,
+    VERSIONS,
 )
-from jaxclip.checkpoints.format.layout import DEPTH_LIMIT, DTYPES, Tensor, leaf_name, plan_file
+from jaxclip.checkpoints.format.layout import (
+    DEPTH_LIMIT,
+    DTYPES,
+    Leaf,
+    StoredLeaf,
+    Tensor,
+    leaf_name,
+    plan_file,
+)
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.scale_formats import scale_format
-
-# --- Reading --------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class FileContents:
-    """What a header says a file holds.
+    """Contents of a file, as its header tells them.
 
     Attributes:
       tensors: The tensors by name.
-      checksums: CRC-32 of each tensor's bytes; empty for a file of other origin.
-      tree: The tree with shapes for arrays, or None for a file of other origin.
-      leaves: Its leaves by name, in the order of the tree.
-      codings: How the codes of its low-bit leaves are coded, by name; None if packed.
+      checksums: CRC-32 of each tensor's bytes; empty for a file of another library.
+      tree: The tree with shapes for arrays; None for a file of another library.
+      leaves: The tree's leaves by name, in its order.
+      codings: How the codes of low-bit leaves are coded, by name; None for packed codes.
     """
 
     tensors: dict[str, Tensor]
     checksums: dict[str, int]
-    tree: Any = None
-    leaves: dict[str, Any] | None = None
+    tree: PyTree = None
+    leaves: dict[str, Leaf] | None = None
     codings: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
-    def restore_leaf(self, name: str, read: Callable[[Tensor], np.ndarray]) -> Any:
-        """Returns a leaf of our file, with `read` called once for each of its tensors."""
+    def restore_leaf(self, name: str, read: Callable[[Tensor], np.ndarray]) -> StoredLeaf:
+        """Returns a leaf of the tree, with `read` called once for each of its tensors."""
         like = (self.leaves or {})[name]
         if not isinstance(like, QuantizedArray):
             return read(self.tensors[name])
@@ -64,115 +68,72 @@ class FileContents:
 
 
 def header_length(prefix: bytes, file_size: int) -> int:
-    """Reads how long the header is behind its length prefix.
-
-    Args:
-      prefix: The first 8 bytes of a file.
-      file_size: Its size in bytes.
-
-    Returns:
-      A number of bytes that the file has.
-
-    Raises:
-      ValueError: If no header of a safetensors file can be that long.
-
-    Example:
-      >>> header_length(b"\\x02" + bytes(7), 10)
-      2
-    """
+    """Returns the header's length in bytes, read from the first 8 bytes of a file."""
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= file_size - 8:
         raise ValueError("not a safetensors file, or cut short: its header is not all there.")
-    if length > _MAX_HEADER_BYTES:
-        raise ValueError(f"its header is larger than {_MAX_HEADER_BYTES:,} bytes.")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"its header is larger than {MAX_HEADER_BYTES:,} bytes.")
     return length
 
 
 def parse_header(raw: bytes, data_bytes: int) -> FileContents:
-    """Reads a header, ours or any safetensors header, and checks all it says.
+    """Parses and checks a header with its length, ours or another library's.
 
-    Args:
-      raw: The header, its length prefix included.
-      data_bytes: How many bytes follow it in the file.
-
-    Returns:
-      The contents; sizes add up to `data_bytes`.
-
-    Raises:
-      ValueError: If the header is damaged, of a newer version, or contradicts itself.
-
-    Example:
-      >>> plan = plan_file([np.zeros(3, np.int8)])
-      >>> parse_header(make_header(plan), plan.data_bytes).tree
-      [ShapeDtypeStruct(shape=(3,), dtype=int8)]
+    `data_bytes` is the number of bytes that follow it in the file.
     """
     outer = strict_json(raw[8:], "the header")
     metadata = outer.pop("__metadata__", {}) if type(outer) is dict else None
     if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
         raise ValueError("the header is not that of a safetensors file.")
-    # Ours has one key. If damage renamed it, its text still tells.
+    # Our metadata has one key. If damage renamed it, the text still shows that it is ours.
     ours = [text for key, text in metadata.items() if key == "jaxclip" or '"header_crc"' in text]
     if not ours:
         return FileContents(_parse_tensors(outer, data_bytes), {})
     zeroed = bytearray(raw)
-    zeroed[_CRC_PLACE] = b"00000000"
+    zeroed[CRC_PLACE] = b"00000000"
     checksum = f"{zlib.crc32(zeroed):08x}".encode("ascii")
-    if not raw.startswith(_PREFIX, 8) or raw[_CRC_PLACE] != checksum:
+    if not raw.startswith(PREFIX, 8) or raw[CRC_PLACE] != checksum:
         raise ValueError("the header is damaged or was rewritten: its checksum does not match.")
     inner = strict_json(ours[0].encode(), "the header")
     version = inner.get("version")
-    if version not in _VERSIONS or type(version) is not int:
+    if version not in VERSIONS or type(version) is not int:
         raise ValueError(
             f"the file has version {version!r} of the format and this jaxclip reads versions "
-            f"1 to {_VERSIONS[-1]}: a jaxclip that reads version {version!r} is needed."
+            f"1 to {VERSIONS[-1]}: a jaxclip that reads version {version!r} is needed."
         )
     return _parse_ours(inner, _parse_tensors(outer, data_bytes))
 
 
 def strict_json(text: bytes, name: str) -> Any:
-    """`json.loads` without duplicate keys, NaN, fractions, giant numbers or deep nesting.
+    """Parses JSON without repeated keys, NaN, fractions, giant numbers or deep nesting."""
 
-    Args:
-      text: UTF-8.
-      name: What to call it in errors.
-
-    Returns:
-      Dicts, lists, strings, integers, booleans and None.
-
-    Raises:
-      ValueError: If the text is not that.
-
-    Example:
-      >>> strict_json(b'{"a": 1, "a": 2}', "the header")
-      Traceback (most recent call last):
-      ValueError: the header is not valid JSON: a key occurs twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def dict_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             raise ValueError("a key occurs twice")
         return result
 
-    def whole(number: str) -> int:
+    def integer_of(number: str) -> int:
         if len(number) > 20 or not number.lstrip("-").isdigit():
             raise ValueError(f"{number[:20]} is not a size")
         return int(number)
 
-    hooks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), whole)
+    numbers = ("parse_int", "parse_float", "parse_constant")
+    hooks: dict[str, Any] = dict.fromkeys(numbers, integer_of)
     try:
-        return json.loads(text.decode(), object_pairs_hook=unique, **hooks)
+        return json.loads(text.decode(), object_pairs_hook=dict_of, **hooks)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON: {error}.") from error
 
 
 def _is_shape(value: Any) -> bool:
-    sizes = type(value) is list and len(value) <= 64  # as many as NumPy has
-    return sizes and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    is_list = type(value) is list and len(value) <= 64  # NumPy's limit of dimensions
+    return is_list and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def _parse_tensors(entries: dict[str, Any], data_bytes: int) -> dict[str, Tensor]:
-    """The header's tensors; they must fill the data without holes or overlaps."""
+    """Returns the tensors of a header; they must fill the data without holes or overlaps."""
     tensors = {}
     for name, entry in entries.items():
         if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -202,7 +163,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
     if type(infos) is not dict or type(checksums) is not dict or "tree" not in inner:
         raise ValueError("the header has no tree, leaves or checksums.")
 
-    def shapes_of(name: str) -> Any:
+    def shapes_of(name: str) -> Leaf:
         if name in infos:
             return _abstract_quantized(name, infos[name], inner["version"])
         if name not in tensors:
@@ -211,12 +172,16 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
 
     codings = {name: _coding_of(name, info) for name, info in infos.items()}
     tree = _abstract_node(inner["tree"], (), shapes_of)
-    # Laid out again, the tree must give the tensors that the file has; coded ones are smaller.
+    # Laid out again, the tree must give the tensors that the file has. Coded codes take the bytes
+    # that the file says, but never more than packed ones.
     plan = plan_file(tree)
     coded = {f"{name}:codes" for name, coding in codings.items() if coding is not None}
-    sizes = {t.name: t.stop - t.start for t in plan.tensors if t.name in coded}
-    smaller = {n: tensors[n].shape[0] for n in sizes if n in tensors and tensors[n].shape}
-    plan = plan.resized({name: min(sizes[name], size) for name, size in smaller.items()})
+    sizes = {}
+    for tensor in plan.tensors:
+        stored = tensors.get(tensor.name)
+        if tensor.name in coded and stored is not None and stored.shape:
+            sizes[tensor.name] = min(tensor.num_bytes, stored.shape[0])
+    plan = plan.resized(sizes)
     wanted = {t.name: (t.dtype, t.shape) for t in plan.tensors}
     for name in {**wanted, **tensors, **checksums}:
         tensor, crc = tensors.get(name), checksums.get(name)
@@ -230,8 +195,10 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
     return FileContents(tensors, checksums, tree, plan.leaves, codings)
 
 
-def _abstract_node(node: Any, path: tuple[str | int, ...], shapes_of: Callable[[str], Any]) -> Any:
-    """The tree that a header describes, with shapes for arrays."""
+def _abstract_node(
+    node: Any, path: tuple[str | int, ...], shapes_of: Callable[[str], Leaf]
+) -> PyTree:
+    """Returns the tree that a header describes, with shapes for arrays."""
     if len(path) > DEPTH_LIMIT:
         raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT}.")
     if node is None:
@@ -260,7 +227,7 @@ def _split_node(node: Any) -> tuple[str, Any]:
 
 
 def _coding_of(name: str, info: Any) -> str | None:
-    """How a leaf's codes are coded; files of version 1 do not say, theirs are packed."""
+    """Returns the coding of a leaf's codes, None in version 1, which has packed codes only."""
     coding = info.get("coding") if type(info) is dict else None
     if coding not in (None, "huffman", "ans"):
         raise ValueError(f"tensor {name!r}: its coding {coding!r} is not known.")

@@ -1,14 +1,14 @@
-"""Writing safetensors files leaf by leaf: a tree of ours, or plain tensors for other readers.
+"""Files written leaf by leaf: a tree of ours, or plain tensors for other readers.
 
-In a file of ours the header comes before the data it describes, so a place is kept for it. It is
-as large as the header can get: how small coded tensors turn out is known only when they are
-written.
+Memory is bounded by one leaf. The header of a tree stands before the data that it describes, so
+bytes are kept for the largest header possible: the size of coded codes is known only when they
+are written.
 """
 
 import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import jax
@@ -16,59 +16,48 @@ import numpy as np
 
 from jaxclip.checkpoints.format.codes import coded_tensor
 from jaxclip.checkpoints.format.headers import header_size, make_header
-from jaxclip.checkpoints.format.layout import DTYPES, FilePlan, Tensor, plan_file
+from jaxclip.checkpoints.format.layout import (
+    DTYPES,
+    FilePlan,
+    Leaf,
+    Tensor,
+    native_dtype,
+    plan_file,
+    raw_bytes,
+)
 from jaxclip.checkpoints.format.parsing import header_length
 
 
 def write_tree(
-    file: BinaryIO, plan: FilePlan, produce: Callable[[str], Any], coding: str | None
+    file: BinaryIO, plan: FilePlan, produce: Callable[[str], Leaf], coding: str | None
 ) -> FilePlan:
-    """Writes a tree to an empty file.
+    """Writes a tree to an empty file; returns its plan with the sizes of coded codes.
 
-    Args:
-      file: Binary file, to be written and sought in.
-      plan: The plan of the tree, which needs no values.
-      produce: Gives a leaf by name; called once a leaf, and the leaf is let go before the
-        next, so that memory is bounded by one leaf.
-      coding: How codes are coded where that makes them smaller; None to pack them.
-
-    Returns:
-      The plan with the sizes that coded tensors turned out to have.
-
-    Raises:
-      ValueError: If a code or scale is not valid; the message names the leaf.
-
-    Example:
-      >>> import io
-      >>> tree = {"w": np.zeros(3, np.int8)}
-      >>> file = io.BytesIO()
-      >>> _ = write_tree(file, plan_file(tree), tree.get, None)
-      >>> file.getvalue()[-3:]
-      b'\\x00\\x00\\x00'
+    `produce` gives a leaf by name. It is called once a leaf, and the leaf is dropped before the
+    next one.
     """
     reserved = header_size(plan, coding)
     file.write(bytes(reserved))
     checksums: dict[str, int] = {}
     coded_sizes: dict[str, int] = {}
     codings: dict[str, str | None] = {}
-    byte_position = min((t.start for t in plan.tensors if _is_bytes(t)), default=0)
-    for name, tensors in _by_leaf(plan).items():
+    # Where the next one-byte tensor starts: coded ones are smaller than planned.
+    byte_start = min((t.start for t in plan.tensors if _is_of_bytes(t)), default=0)
+    for name, tensors in _tensors_by_leaf(plan).items():
         leaf = produce(name)
         for tensor in tensors:
+            chunks = plan.chunks(tensor, leaf)
             coded = coded_tensor(tensor, leaf, coding)
             if coded is not None:
                 codings[name], data = coded
                 coded_sizes[tensor.name] = data.size
-            checksum = size = 0
-            file.seek(reserved + (byte_position if _is_bytes(tensor) else tensor.start))
-            for chunk in [coded[1]] if coded is not None else plan.chunks(tensor, leaf):
-                checksum = zlib.crc32(chunk.data, checksum)
-                file.write(chunk.data)
-                size += chunk.size
-            if coded is None and size != tensor.stop - tensor.start:
+                chunks = iter([data])
+            file.seek(reserved + (byte_start if _is_of_bytes(tensor) else tensor.start))
+            size, checksums[tensor.name] = _write_chunks(file, chunks)
+            if coded is None and size != tensor.num_bytes:
                 raise ValueError(f"leaf '{name}' is not of the shape and dtype that were planned.")
-            byte_position += size if _is_bytes(tensor) else 0
-            checksums[tensor.name] = checksum
+            if _is_of_bytes(tensor):
+                byte_start += size
         del leaf
     final = plan.resized(coded_sizes)
     file.seek(0)
@@ -76,13 +65,23 @@ def write_tree(
     return final
 
 
-def _is_bytes(tensor: Tensor) -> bool:
-    """Whether it is among the tensors of single bytes, the last ones and the coded ones."""
+def _write_chunks(file: BinaryIO, chunks: Iterator[np.ndarray]) -> tuple[int, int]:
+    """Writes chunks of bytes; returns their size and CRC-32."""
+    size = checksum = 0
+    for chunk in chunks:
+        checksum = zlib.crc32(chunk.data, checksum)
+        file.write(chunk.data)
+        size += chunk.size
+    return size, checksum
+
+
+def _is_of_bytes(tensor: Tensor) -> bool:
+    """Returns True for tensors of single bytes: the last ones, coded ones among them."""
     return DTYPES[tensor.dtype].itemsize == 1
 
 
-def _by_leaf(plan: FilePlan) -> dict[str, list[Tensor]]:
-    """The tensors of each leaf, in an order in which those of single bytes follow each other."""
+def _tensors_by_leaf(plan: FilePlan) -> dict[str, list[Tensor]]:
+    """Returns the tensors of each leaf, ordered so that one-byte tensors follow each other."""
     tensors: dict[str, list[Tensor]] = {}
     for tensor in reversed(plan.tensors):
         tensors.setdefault(tensor.leaf, []).insert(0, tensor)
@@ -92,35 +91,13 @@ def _by_leaf(plan: FilePlan) -> dict[str, list[Tensor]]:
 def write_plain(
     file: BinaryIO, specs: dict[str, jax.ShapeDtypeStruct], produce: Callable[[str], np.ndarray]
 ) -> int:
-    """Writes tensors under their names as they are, without anything of ours.
-
-    Args:
-      file: Binary file, to be written.
-      specs: Shape and dtype of each tensor, by name.
-      produce: Gives a tensor by name; called once each.
-
-    Returns:
-      The bytes of the header.
-
-    Raises:
-      TypeError: If safetensors has not the dtype of a tensor.
-      ValueError: If a name is "__metadata__", there are too many of them for a header, or a
-        tensor is not of its shape and dtype.
-
-    Example:
-      >>> import io
-      >>> file = io.BytesIO()
-      >>> specs = {"a/b": jax.ShapeDtypeStruct((2,), np.int8)}
-      >>> _ = write_plain(file, specs, lambda name: np.array([1, 2], np.int8))
-      >>> b'"a/b"' in file.getvalue(), file.getvalue()[-2:]
-      (True, b'\\x01\\x02')
-    """
+    """Writes tensors under their own names, for other readers; returns the bytes of the header."""
     if "__metadata__" in specs:
         raise ValueError("a leaf has the name '__metadata__', which safetensors keeps.")
     plan = plan_file(specs)
-    # A plan escapes names, here they are written as they are; both are sorted.
+    # A plan escapes names, but here they stay as they are. Both are sorted alike.
     names = dict(zip(plan.leaves, sorted(specs), strict=True))
-    # transformers wants to be told for which framework weights were saved.
+    # transformers refuses files that do not say for which framework they were saved.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for t in plan.tensors:
         offsets = [t.start, t.stop]
@@ -128,14 +105,12 @@ def write_plain(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     prefix = struct.pack("<Q", len(text))
-    header_length(prefix, 8 + len(text))  # no reader takes a longer one
+    header_length(prefix, 8 + len(text))  # raises if it is longer than any reader takes
     file.write(prefix + text)
     for t in plan.tensors:
         array = np.asarray(produce(names[t.name]))
-        if not array.dtype.isnative:
-            array = array.astype(array.dtype.newbyteorder("="))
-        if (array.shape, array.dtype) != (t.shape, t.numpy_dtype):
+        if (array.shape, native_dtype(array.dtype)) != (t.shape, t.numpy_dtype):
             raise ValueError(f"tensor '{names[t.name]}' is not of its shape and dtype.")
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.write(raw_bytes(array).data)
         del array
     return 8 + len(text)
