@@ -1,6 +1,7 @@
-"""Sweeps: step sizes, thresholds, bits and seeds compared in one compiled program.
+"""Sweeps: step sizes, boxes, widths and seeds of one task compared in one compiled program.
 
-Each row is trained, compressed and measured; the result knows its Pareto front.
+Each setting is trained, compressed and measured; the result knows which settings no other
+beats in both metric and bytes.
 """
 
 from jaxclip.sweeps.grid import sweep as sweep

@@ -1,9 +1,8 @@
-"""Many settings trained at once: one compiled program for a grid of step sizes and boxes.
+"""Many settings trained at once, in one compiled program.
 
-Rows are the pairs of a setting and a seed; whatever belongs to a row has the leading axes
-(settings, seeds). A step of all rows is two `vmap`s of one train step. All settings of a seed
-see the same batches and start from the same parameters. A row that has stopped is frozen: its
-parameters no longer change, whatever the others do.
+A row is a pair of a setting and a seed; its arrays have the leading axes (settings, seeds). A
+step of all rows is two `vmap`s of one train step. All settings of a seed see the same batches
+and start from the same parameters. A row that has stopped no longer changes.
 """
 
 import functools
@@ -19,13 +18,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jaxclip.sweeps.tasks import STEP_NUMBERS, Task, check_told_apart
+from jaxclip.sweeps.tasks import STEP_METRICS, Task, check_unambiguous
 from jaxclip.training.step import StepInfo, TrainState, make_train_step
 from jaxclip.training.stopping import Seen
 
 
 class _Row(NamedTuple):
-    """A row under way; `code` is that of the stop rule, 0 as long as it goes on."""
+    """A row in training; `code` is that of the stop rule, 0 while the row goes on."""
 
     state: TrainState
     memory: Any
@@ -37,17 +36,16 @@ class _Row(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Rows as they ended, each with leading axes (settings, seeds).
+    """Trained rows, all arrays with leading axes (settings, seeds).
 
     Attributes:
       params: The parameters.
       code: The stop rule's code, int32.
       steps: Steps taken, int32.
       first_loss: The first finite loss, float32; not finite where there was none.
-      history: For "loss", the mean since the record before, and "weight_clip_rate", what was
-        recorded: float32 of shape (settings, seeds, records). A row that has stopped repeats
-        its last record.
-      seconds: Time of the training, without compiling.
+      history: "loss", its mean since the previous record, and "weight_clip_rate": float32 of
+        shape (settings, seeds, records). A row that has stopped repeats its last record.
+      seconds: Time of the training, without compilation.
     """
 
     params: Any
@@ -59,24 +57,14 @@ class Trained(NamedTuple):
 
 
 class Program:
-    """The compiled program for a number of settings; made once, run for each chunk of them.
-
-    Args:
-      task: What is trained.
-      num_settings: Settings that are trained at once; a multiple of the number of devices.
-      seeds: Integers.
-      devices: Where: the settings are shared out among them.
-      loop: "compiled" for a loop inside the program, "host" for one outside it, or None:
-        outside where XLA's loops on CPU are slow, which is for convolutions.
-      record_every: After how many steps the history gets a record.
-    """
+    """A compiled program for a number of settings, made once and run for each chunk of them."""
 
     def __init__(
         self,
         task: Task,
         num_settings: int,
         seeds: Sequence[int],
-        devices: Sequence[Any],
+        devices: Sequence[jax.Device],
         loop: str | None,
         record_every: int,
     ):
@@ -109,23 +97,23 @@ class Program:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What is the same for the same training on the same data."""
+        """Digest of the training and its data, equal in all processes."""
         return fingerprint(self._start.trace(self._numbers, self._seed_keys), self._traced)
 
     def bytes_needed(self) -> int | None:
         """Bytes that each device holds while the program runs; None where XLA does not say."""
-        found = self._compiled.memory_analysis()
-        if found is None:
+        sizes = self._compiled.memory_analysis()
+        if sizes is None:
             return None
-        return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
 
     def run(self, step_sizes: np.ndarray, thresholds: np.ndarray) -> Trained:
-        """Trains the settings, as many as the program was made for."""
+        """Trains as many settings as the program was made for."""
         numbers = [np.asarray(x, np.float32) for x in (step_sizes, thresholds)]
         numbers = [jax.device_put(x, self._by_setting) for x in numbers]
         rows = jax.block_until_ready(self._start(numbers[0], self._seed_keys))
         records: list[dict[str, np.ndarray]] = []
-        begun = time.monotonic()
+        start = time.monotonic()
         for end in self.recorded_at:
             if records and np.all(np.asarray(rows.code) > 0):
                 records.append(records[-1])
@@ -145,7 +133,7 @@ class Program:
             steps=np.asarray(rows.state.step),
             first_loss=np.asarray(rows.first_loss),
             history={k: np.stack([r[k] for r in records], axis=-1) for k in records[0]},
-            seconds=time.monotonic() - begun,
+            seconds=time.monotonic() - start,
         )
 
     # --- Inside the program -----------------------------------------------------------
@@ -170,23 +158,23 @@ class Program:
         return lax.fori_loop(first, end, body, rows)
 
     def _advance(
-        self, rows: _Row, step_sizes: Any, thresholds: Any, seed_keys: Any, i: Any, after: Any
+        self, rows: _Row, step_sizes: Any, thresholds: Any, seed_keys: Any, i: Any, num_steps: Any
     ) -> _Row:
-        """All rows after one step, the `after`-th."""
+        """Returns all rows after step `i`, which makes `num_steps` steps in all."""
         keys = jax.vmap(lambda keys: jax.random.fold_in(keys[1], i))(seed_keys)
         batches = jax.vmap(self._task.batches)(keys)
         step = _over_rows(self._step, (0, 0, 0, None), (None, None, 0, 0))
         states, infos = step(step_sizes, thresholds, rows.state, batches)
         is_due, metrics = jnp.zeros((), bool), {}
         if self._task.evaluate_every is not None:
-            is_due = after % self._task.evaluate_every == 0
+            is_due = num_steps % self._task.evaluate_every == 0
             evaluate = _over_rows(self._task.evaluate, (0,), (0,))
-            nothing = jax.tree.map(
+            zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, states.params)
             )
-            metrics = lax.cond(is_due, evaluate, lambda _: nothing, states.params)
-        look = functools.partial(self._look, is_due)
-        return _over_rows(look, (0, 0, 0, 0), (0, 0, 0, 0))(rows, states, infos, metrics)
+            metrics = lax.cond(is_due, evaluate, lambda _: zeros, states.params)
+        next_row = functools.partial(self._next_row, is_due)
+        return _over_rows(next_row, (0, 0, 0, 0), (0, 0, 0, 0))(rows, states, infos, metrics)
 
     def _step(
         self, step_size: jax.Array, threshold: jax.Array, state: TrainState, batch: Any
@@ -199,23 +187,26 @@ class Program:
         )
         return step(state, batch)
 
-    def _look(
+    def _next_row(
         self, is_due: jax.Array, row: _Row, state: TrainState, info: StepInfo, metrics: Any
     ) -> _Row:
-        """The row after a step, unless it has stopped: then as it was."""
-        numbers = {n: getattr(info, n) for n in STEP_NUMBERS}
+        """Returns the row after a step, or as it was if it has stopped."""
+        numbers = {name: getattr(info, name) for name in STEP_METRICS}
         numbers |= info.stats
         unknown = sorted(self._task.stop.metrics - {*numbers, *metrics})
         if unknown:
             known = sorted({*numbers, *metrics})
             raise ValueError(f"stop looks at {unknown}, which is not among {known}.")
-        check_told_apart(self._task.stop, numbers, metrics)
+        check_unambiguous(self._task.stop, numbers, metrics)
         seen = Seen(state.step, 0.0, info.num_skipped, numbers)
         memory, code = self._task.stop.update(row.memory, seen)
         if metrics:
             seen = seen._replace(metrics={**seen.metrics, **metrics})
-            found = self._task.stop.update(row.memory, seen)
-            memory, code = jax.tree.map(functools.partial(jnp.where, is_due), found, (memory, code))
+            # The rule is updated once a step: on due steps with the metrics, instead of without.
+            if_due = self._task.stop.update(row.memory, seen)
+            memory, code = jax.tree.map(
+                functools.partial(jnp.where, is_due), if_due, (memory, code)
+            )
         loss = info.loss.astype(jnp.float32)
         new = _Row(
             state=state,
@@ -229,9 +220,9 @@ class Program:
         return jax.tree.map(functools.partial(jnp.where, row.code == 0), new, row)
 
 
-def _shardings(devices: Sequence[Any]) -> tuple[Sharding, Sharding]:
-    """For what has an axis of settings, and for what has none."""
-    if len(devices) == 1:  # without a mesh, for jax 0.7 has no batches of convolutions on one
+def _shardings(devices: Sequence[jax.Device]) -> tuple[Sharding, Sharding]:
+    """Returns the shardings of arrays with an axis of settings, and without."""
+    if len(devices) == 1:  # without a mesh: jax 0.7 cannot vmap convolutions on a mesh of one
         return SingleDeviceSharding(devices[0]), SingleDeviceSharding(devices[0])
     mesh = Mesh(np.asarray(devices), ("settings",))
     return NamedSharding(mesh, PartitionSpec("settings")), NamedSharding(mesh, PartitionSpec())
@@ -243,36 +234,28 @@ def _without_losses(rows: _Row) -> _Row:
     )
 
 
-def _record(rows: _Row, before: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What has been seen since the last record; of a row that had stopped, that one again."""
+def _record(rows: _Row, earlier: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns the metrics since the last record; a row that had stopped repeats that record."""
     num_losses = np.asarray(rows.num_losses)
     loss = np.asarray(rows.loss_sum) / np.maximum(num_losses, 1).astype(np.float32)
     record = {"loss": loss, "weight_clip_rate": np.asarray(rows.weight_clip_rate)}
-    if before:
-        record = {k: np.where(num_losses > 0, x, before[-1][k]) for k, x in record.items()}
+    if earlier:
+        record = {k: np.where(num_losses > 0, x, earlier[-1][k]) for k, x in record.items()}
     return record
 
 
 def _over_rows(function: Callable[..., Any], by_setting: tuple, by_seed: tuple) -> Any:
+    """Returns a function vectorized over settings and seeds; the tuples are its `in_axes`."""
     return jax.vmap(jax.vmap(function, by_seed), by_setting)
 
 
 def fingerprint(*programs: Any) -> str:
-    """Returns what is the same for the same programs on the same data, in another process too.
-
-    Args:
-      programs: Traced functions, as `jax.jit(function).trace(...)` gives them.
-
-    Example:
-      >>> double, triple = (jax.jit(lambda x, n=n: n * x).trace(1.0) for n in (2, 3))
-      >>> fingerprint(double) == fingerprint(triple)
-      False
-    """
+    """Digest of traced functions and their data, equal in all processes."""
     digest = hashlib.sha256()
     for program in programs:
-        # Names are in the structure alone, for a jaxpr knows its outputs by their places.
+        # The structure has the names: a jaxpr knows its outputs by position only.
         text = f"{program.jaxpr} {jax.tree.structure(program.out_info)}"
-        digest.update(re.sub(r"0x[0-9a-f]+", "", text).encode())  # places in memory
+        digest.update(re.sub(r"0x[0-9a-f]+", "", text).encode())  # addresses in memory
         for constant in _constants(program.jaxpr):
             if jnp.issubdtype(getattr(constant, "dtype", np.float32), jax.dtypes.prng_key):
                 constant = jax.random.key_data(constant)
@@ -281,11 +264,9 @@ def fingerprint(*programs: Any) -> str:
 
 
 def _constants(jaxpr: Any) -> Iterator[Any]:
-    """Yields what the text of a jaxpr does not show: its data, and that of all jaxprs in it.
-
-    Jaxprs are known by what they have, for `jax.extend.core` takes long to import.
-    """
-    yield from getattr(jaxpr, "consts", ())  # an open one has none
+    """Yields the data of a jaxpr and of all jaxprs in it, which its text does not show."""
+    # Jaxprs are recognized by their attributes, because `jax.extend.core` is slow to import.
+    yield from getattr(jaxpr, "consts", ())  # an open jaxpr has none
     for equation in jaxpr.eqns:
         yield from (x.val for x in equation.invars if hasattr(x, "val"))
         for x in jax.tree.leaves(equation.params):

@@ -1,4 +1,7 @@
-"""What a sweep found: a table, the best trade-offs, a recommendation."""
+"""The result of a sweep: a table, the best trade-offs, a recommendation.
+
+A row beats another if neither its metric nor its bytes are worse, and one of them is better.
+"""
 
 import csv
 import dataclasses
@@ -7,25 +10,27 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxclip import plots
 from jaxclip._core.grids import Bits
 from jaxclip._core.reports import format_table, to_json
+from jaxclip._core.trees import PyTree
 from jaxclip.training.stopping import StopReason
 
 
-def pareto_front(costs: Any) -> np.ndarray:
-    """Says which points no other point beats.
+def pareto_front(costs: ArrayLike) -> np.ndarray:
+    """Returns True for the points that no other point beats.
 
     A point beats another if none of its costs is larger and one is smaller.
 
     Args:
-      costs: Array of shape (points, objectives), each objective to be small. Infinities are
-        compared as numbers.
+      costs: Array of shape (points, objectives); smaller is better. Infinities are compared as
+        numbers.
 
     Returns:
       Bools of shape (points,). Equal points are all on the front or all off it; a point with
@@ -43,8 +48,7 @@ def pareto_front(costs: Any) -> np.ndarray:
         raise ValueError(f"costs must be of shape (points, objectives), got {costs.shape}.")
     is_known = ~np.isnan(costs).any(axis=1)
     is_on_front = is_known.copy()
-    # Whoever beats a point comes before it in this order, and is on the front or beaten by one
-    # that is.
+    # In this order a point comes after all that beat it, so a comparison with the front suffices.
     front: list[np.ndarray] = []
     for i in np.lexsort(costs.T[::-1]):
         if not is_known[i]:
@@ -59,23 +63,23 @@ def pareto_front(costs: Any) -> np.ndarray:
 
 
 class SweepRow(NamedTuple):
-    """One setting at one width; the mean over the seeds.
+    """One setting at one width, averaged over the seeds.
 
     Attributes:
-      step_size: Its step size.
-      threshold: The number that its box was made of; inf for none.
+      step_size: The step size.
+      threshold: The number from which the box was made; inf for no box.
       bits: Width of the weights; None for weights as they were trained.
-      metric: The metric's mean over the seeds.
-      standard_error: Of that mean: deviation over the square root of the number of seeds; NaN
-        for one seed.
-      gap: How much better the metric is on what was trained on: the generalisation gap, mean
-        over the seeds; NaN without a `train_metric`.
-      file_bytes: Bytes of the file, mean over the seeds.
-      seconds_per_step: Time of a training step of one seed, all rows of the program sharing
-        the machine.
-      weight_clip_rate: Share of the boxed weights on the bound at the end, mean over the seeds.
-      num_diverged: Seeds whose loss over the last record was not finite, or above the first
-        finite one.
+      metric: Mean of the metric over the seeds.
+      standard_error: Standard deviation of the metric over the square root of the number of
+        seeds; NaN for one seed.
+      gap: Generalization gap, by which the metric is better on the training data; NaN without
+        a `train_metric`.
+      file_bytes: Mean size of the file in bytes.
+      seconds_per_step: Time of a training step of one seed, while all rows of the program
+        share the machine.
+      weight_clip_rate: Mean fraction of the boxed weights that end on the bound, in [0, 1].
+      num_diverged: Number of seeds whose mean loss over the last record is not finite, or above
+        their first finite loss.
     """
 
     step_size: float
@@ -92,28 +96,30 @@ class SweepRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SweepResult:
-    """What `sweep` returns: arrays with named axes; `print` it for a table.
+    """Arrays of a sweep with named axes; `print` shows a table.
 
     Attributes:
-      step_sizes: Along the axis "step_size", float64.
-      thresholds: Along the axis "threshold", float64.
-      seeds: Along the axis "seed".
-      bits: Along the axis "bits"; None for weights as they were trained.
-      metrics: What `evaluate` gave by name, float64 of axes (step_size, threshold, seed, bits).
-      file_bytes: Bytes of the files, of the same axes.
-      loss: Mean loss over the last steps, of axes (step_size, threshold, seed).
-      weight_clip_rate: Share of boxed weights on the bound at the end, of the same axes.
-      is_diverged: As in `SweepRow`, of the same axes.
-      steps: Steps taken, of the same axes.
-      reason_codes: Why training ended, of the same axes; see `reason`.
-      seconds_per_step: As in `SweepRow`, of axes (step_size, threshold).
+      step_sizes: Float64, along the axis "step_size".
+      thresholds: Float64, along the axis "threshold".
+      seeds: Int64, along the axis "seed".
+      bits: Widths along the axis "bits"; None for weights as they were trained.
+      metrics: Scalars of `evaluate` by name, float64 of axes (step_size, threshold, seed, bits).
+      file_bytes: Sizes of the files, float64 of axes (step_size, threshold, seed, bits).
+      loss: Mean loss over the steps of the last record, of axes (step_size, threshold, seed).
+      weight_clip_rate: Fraction of the boxed weights that end on the bound, of axes
+        (step_size, threshold, seed).
+      is_diverged: True where `loss` is not finite or above the first finite loss, of axes
+        (step_size, threshold, seed).
+      steps: Steps taken, of axes (step_size, threshold, seed).
+      reason_codes: Codes of `StopReason`, of axes (step_size, threshold, seed); see `reason`.
+      seconds_per_step: Time of a training step of one seed, of axes (step_size, threshold).
       recorded_at: Steps of the history, along the axis "record".
       history: "loss" and "weight_clip_rate" of axes (step_size, threshold, seed, record).
-      metric: Name of the metric that settings are judged by.
-      train_metric: Its name on what was trained on, or None.
+      metric: Name of the metric by which settings are judged.
+      train_metric: Its name on the training data, or None.
       mode: "max" if a larger metric is better, "min" if a smaller one is.
-      params: The trained parameters, leaves of axes (step_size, threshold, seed, ...), or None;
-        not part of what `to_json` writes.
+      params: Trained parameters with leaves of axes (step_size, threshold, seed, ...), or None;
+        `to_json` leaves them out.
     """
 
     step_sizes: np.ndarray
@@ -133,30 +139,18 @@ class SweepResult:
     metric: str
     train_metric: str | None
     mode: str
-    params: Any = None
-
-    AXES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "metrics": ("step_size", "threshold", "seed", "bits"),
-        "file_bytes": ("step_size", "threshold", "seed", "bits"),
-        "loss": ("step_size", "threshold", "seed"),
-        "weight_clip_rate": ("step_size", "threshold", "seed"),
-        "is_diverged": ("step_size", "threshold", "seed"),
-        "steps": ("step_size", "threshold", "seed"),
-        "reason_codes": ("step_size", "threshold", "seed"),
-        "seconds_per_step": ("step_size", "threshold"),
-        "history": ("step_size", "threshold", "seed", "record"),
-    }
+    params: PyTree = None
 
     def reason(self, i: int, j: int, seed: int = 0) -> StopReason:
-        """Returns why the setting of places `i` and `j` stopped training."""
+        """Returns why step size `i` and threshold `j` stopped training; indices, as `seed` is."""
         return list(StopReason)[int(self.reason_codes[i, j, seed]) - 1]
 
     def means(self) -> np.ndarray:
-        """Returns the metric's mean over the seeds, of axes (step_size, threshold, bits)."""
+        """Returns the mean metric over the seeds, of axes (step_size, threshold, bits)."""
         return self.metrics[self.metric].mean(axis=2)
 
     def rows(self) -> list[SweepRow]:
-        """Returns a row for each setting and width, for instance for `pandas.DataFrame`."""
+        """Returns a row for each setting and width, as `pandas.DataFrame` takes them."""
         values = self.metrics[self.metric]
         mean, error = values.mean(axis=2), _standard_error(values)
         gap = np.full(mean.shape, np.nan)
@@ -192,14 +186,17 @@ class SweepResult:
         return sorted(front, key=lambda row: (row.file_bytes, self._cost(row)))
 
     def recommend(self, max_loss: float = 0.01) -> SweepRow:
-        """Returns the row of the smallest file that is nearly as good as the best row.
+        """Returns the row with the smallest file among those nearly as good as the best row.
 
-        Of the files of that size it is the one with the best metric. The metric that chose is
-        a little too good for what it chose: keep a test set that the sweep has not seen.
+        Of files of one size it takes the one with the best metric. Its metric is too optimistic,
+        because it was chosen by it: keep a test set that the sweep has not seen.
 
         Args:
-          max_loss: By how much the mean metric may be worse than the best, in its own units, to
+          max_loss: Largest difference of the mean metric to the best, in its own units, up to
             the rounding of float32.
+
+        Returns:
+          A `SweepRow`.
 
         Raises:
           ValueError: If `max_loss` is negative or NaN, each setting has a diverged seed, or the
@@ -210,9 +207,10 @@ class SweepResult:
         sound = self._sound_rows()
         rows = [row for row in sound if not math.isnan(row.metric)]
         if not rows:
-            of_all = f"{self.metric!r} is NaN in each row without a diverged seed"
-            of_all = of_all if sound else "each setting has a diverged seed"
-            raise ValueError(f"there is nothing to recommend: {of_all}.")
+            reason = "each setting has a diverged seed"
+            if sound:
+                reason = f"{self.metric!r} is NaN in each row without a diverged seed"
+            raise ValueError(f"there is nothing to recommend: {reason}.")
         best = min(self._cost(row) for row in rows)
         # Metrics are float32 as a rule: .97 and .96 must count as .01 apart.
         worst = best + max_loss + 4 * float(np.finfo(np.float32).eps) * abs(best)
@@ -221,11 +219,11 @@ class SweepResult:
             key=lambda row: (row.file_bytes, self._cost(row)),
         )
 
-    def params_of(self, row: SweepRow) -> Any:
-        """Returns the trained parameters of a row, not rounded; leaves have an axis of seeds.
+    def params_of(self, row: SweepRow) -> PyTree:
+        """Returns the trained parameters of a row before rounding; leaves have an axis of seeds.
 
         Raises:
-          ValueError: If the sweep did not keep them.
+          ValueError: If the sweep did not keep the parameters.
         """
         if self.params is None:
             raise ValueError("the parameters were not kept: sweep(..., keep_params=True).")
@@ -239,23 +237,20 @@ class SweepResult:
     def _cost(self, row: SweepRow) -> float:
         return -row.metric if self.mode == "max" else row.metric
 
-    # --- Out and back -----------------------------------------------------------------
+    # --- Text and files ---------------------------------------------------------------
 
     def table(self) -> str:
-        """Returns all rows as a table for reading."""
-        return self._table(self.rows())
+        """Returns all rows as a text table, a line for each setting and width."""
+        titles = ["step size", "threshold", "bits", self.metric, "+-", "gap", "bytes"]
+        titles += ["ms/step", "on bound", "diverged"]
+        lines = [titles] + [_cells(row, len(self.seeds)) for row in self.rows()]
+        return format_table(lines, num_left=0)
 
     def __str__(self) -> str:
         return self.table()
 
-    def _table(self, rows: list[SweepRow]) -> str:
-        titles = ["step size", "threshold", "bits", self.metric, "+-", "gap", "bytes"]
-        titles += ["ms/step", "on bound", "diverged"]
-        lines = [titles] + [_cells(row, len(self.seeds)) for row in rows]
-        return format_table(lines, num_left=0)
-
     def to_csv(self, path: str | os.PathLike | None = None) -> str:
-        """Returns the rows as CSV, a line of names first; written to `path` if there is one."""
+        """Returns the rows as CSV with a header, and writes it to `path` if that is given."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(SweepRow._fields)
@@ -263,9 +258,10 @@ class SweepResult:
         return _written(text.getvalue(), path)
 
     def to_json(self, path: str | os.PathLike | None = None) -> str:
-        """Returns everything but the parameters as JSON; `from_json` reads it back exactly.
+        """Returns all but the parameters as JSON, and writes it to `path` if that is given.
 
-        Numbers that JSON does not have are written as the strings "nan", "inf" and "-inf".
+        `from_json` reads it back exactly: NaN and infinities, which JSON lacks, become the
+        strings "nan", "inf" and "-inf".
         """
         names = [f.name for f in dataclasses.fields(self) if f.name != "params"]
         fields = {name: to_json(getattr(self, name)) for name in names}
@@ -276,9 +272,9 @@ class SweepResult:
         """Returns the result that `to_json` wrote.
 
         Raises:
-          ValueError: If the text is not of a sweep.
+          ValueError: If `text` is not JSON of a sweep.
         """
-        fields: Any = json.loads(text)
+        fields = json.loads(text)
         names = {f.name for f in dataclasses.fields(cls)} - {"params"}
         if not isinstance(fields, dict) or set(fields) != names:
             raise ValueError("text must be what SweepResult.to_json wrote, with all its fields.")
@@ -296,11 +292,11 @@ class SweepResult:
         """Draws the metric against the bytes, with the front and the recommendation.
 
         Args:
-          file: Where to save the picture; None not to.
-          max_loss: As in `recommend`.
+          file: Path to save the picture to, or None.
+          max_loss: Largest loss of the recommendation, see `recommend`.
 
         Returns:
-          The matplotlib figure.
+          A matplotlib figure.
 
         Raises:
           ImportError: If matplotlib is not installed; the message names the extra.
