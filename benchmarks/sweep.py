@@ -82,9 +82,10 @@ def main():
         init_fn,
         jaxclip.lion,
         batches,
-        jaxclip.fan_in,
-        lambda params: {"loss": loss_fn(params, train)},
-        jaxclip.max_steps(options.steps),
+        weight_threshold=jaxclip.fan_in,
+        stop=jaxclip.max_steps(options.steps),
+        evaluate=lambda params: {"loss": loss_fn(params, train)},
+        metric="loss",
     )
     begun = time.perf_counter()
     program = Program(task, len(GRID), SEEDS, jax.devices(), None, options.steps)

@@ -80,18 +80,21 @@ def sign_step(step_size, num_steps=NUM_STEPS):
 
 # --- Step size and box: a sweep of shorter runs, judged by 200 digits held out of training --
 held_out = train[0][-200:], train[1][-200:]
-choice = jaxclip.sweep(
+task = jaxclip.sweeps.Task(
     loss_fn,
     lambda key: model.init(key, images[:1]),
     lambda step_size: sign_step(step_size, 500),
     jaxclip.sweeps.random_batches((train[0][:-200], train[1][:-200]), BATCH_SIZE),
-    step_sizes=[1e-3, 2e-3, 4e-3, 8e-3],
-    thresholds=[0.5, 1.0, 2.0],  # half-widths of the box over sqrt(2 / fan_in)
     weight_threshold=jaxclip.fan_in,  # one for each matrix; biases are free
-    seeds=2,
     stop=jaxclip.max_steps(500),
     evaluate=lambda params: {"accuracy": accuracy(params, held_out)},
     metric="accuracy",
+)
+choice = jaxclip.sweep(
+    task,
+    step_sizes=[1e-3, 2e-3, 4e-3, 8e-3],
+    thresholds=[0.5, 1.0, 2.0],  # half-widths of the box over sqrt(2 / fan_in)
+    seeds=2,
     bits=(None, "ternary", 1),
 ).recommend(max_loss=0.01)  # the smallest file within a point of the best
 print(f"recommended: step size {choice.step_size:g}, box {choice.threshold:g} x sqrt(2 / fan_in)")

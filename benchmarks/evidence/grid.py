@@ -22,20 +22,23 @@ def main():
     parser.add_argument("--picture", type=pathlib.Path, help="where to draw the maps")
     options = parser.parse_args()
     task = TASKS[options.task]()
-    result = jaxclip.sweep(
+    swept = jaxclip.sweeps.Task(
         task.loss_fn,
         task.init_fn,
         make_methods(task.num_steps, 0.0)["Lion in a box"].optimizer,
         task.batches,
-        step_sizes=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
-        thresholds=[0.5, 1.0, 2.0, np.inf],
         weight_threshold=jaxclip.fan_in,
-        seeds=task.seeds,
         stop=jaxclip.max_steps(task.num_steps),
         evaluate=task.evaluate,
         metric="test",
         train_metric="train",
         mode=task.mode,
+    )
+    result = jaxclip.sweep(
+        swept,
+        step_sizes=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+        thresholds=[0.5, 1.0, 2.0, np.inf],
+        seeds=task.seeds,
         progress=False,
     )
     print(f"{task.title}, {task.num_steps} steps, {task.seeds} seeds: {task.metric}")

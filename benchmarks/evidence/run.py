@@ -20,7 +20,7 @@ from methods import low_bit, make_methods, prune, through_grid
 from tasks import TASKS
 
 import jaxclip
-from jaxclip.sweeps.chunks import Shipper
+from jaxclip.sweeps.chunks import Compressor
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 WIDTHS = (None, 4, 3, 2, "ternary", 1)
@@ -32,19 +32,22 @@ def trained(task, method, step_sizes, seeds, *, judged_at=None, **more):
     """A sweep over step sizes; of quantization-aware training, at its own width."""
     is_aware = method.width is not None
     loss_fn = task.loss_fn if method.width is None else through_grid(task.loss_fn, method.width)
-    return jaxclip.sweep(
+    swept = jaxclip.sweeps.Task(
         loss_fn,
         task.init_fn,
         method.optimizer,
         task.batches,
-        step_sizes=step_sizes,
-        thresholds=[np.inf if method.box is None else method.box],
         weight_threshold=method.threshold,
-        seeds=seeds,
         stop=jaxclip.max_steps(task.num_steps),
         evaluate=task.evaluate,
         metric="valid",
         mode=task.mode,
+    )
+    return jaxclip.sweep(
+        swept,
+        step_sizes=step_sizes,
+        thresholds=[np.inf if method.box is None else method.box],
+        seeds=seeds,
         bits=(method.width if is_aware else judged_at,),
         compress=low_bit if is_aware else jaxclip.compress,
         progress=False,
@@ -104,15 +107,15 @@ class Rounder:
         self._rules = {
             "mse_optimal": (
                 WIDTHS,
-                Shipper(evaluate, compress_by(jaxclip.mse_optimal), None, WIDTHS),
+                Compressor(evaluate, compress_by(jaxclip.mse_optimal), None, WIDTHS),
             ),
             "max_abs": (
                 WIDTHS[1:],
-                Shipper(evaluate, compress_by(jaxclip.max_abs), None, WIDTHS[1:]),
+                Compressor(evaluate, compress_by(jaxclip.max_abs), None, WIDTHS[1:]),
             ),
         }
         self._trained_at = {
-            width: Shipper(evaluate, low_bit, None, [width]) for width in (4, "ternary", 1)
+            width: Compressor(evaluate, low_bit, None, [width]) for width in (4, "ternary", 1)
         }
         self._learned = jax.jit(
             lambda params, bits, rule: jax.vmap(
@@ -136,8 +139,8 @@ class Rounder:
             sizes = np.asarray(sparse_bytes(in_half(sparse), num_seeds))[:, None]
             yield f"pruned, density {density:g}", "float16", metrics, sizes
         if method.density is None:
-            for rule, (widths, ship) in self._rules.items():
-                metrics, sizes = ship(params)
+            for rule, (widths, compressor) in self._rules.items():
+                metrics, sizes = compressor(params)
                 for i, width in enumerate(widths):
                     if method.ends_at and (rule, width) != ("max_abs", method.ends_at):
                         continue  # the weights are on that grid

@@ -60,16 +60,22 @@ def momentum(step_size):
 
 
 BATCHES = random_batches((INPUTS, TARGETS), 16)
+TASK = Task(
+    loss_fn,
+    init_fn,
+    momentum,
+    BATCHES,
+    stop=jaxclip.max_steps(STEPS),
+    evaluate=evaluate,
+    metric="test",
+    train_metric="train",
+    mode="min",
+    weight_threshold=jaxclip.fan_in,
+)
 COMMON = {
     "step_sizes": [0.3, 0.03],
     "thresholds": [0.5, 1.0, np.inf],
     "seeds": 2,
-    "stop": jaxclip.max_steps(STEPS),
-    "evaluate": evaluate,
-    "metric": "test",
-    "train_metric": "train",
-    "mode": "min",
-    "weight_threshold": jaxclip.fan_in,
     "bits": (None, 4),
     "devices": jax.devices()[:1],
     "keep_params": True,
@@ -77,8 +83,11 @@ COMMON = {
 }
 
 
-def run(loss=loss_fn, init=init_fn, optimizer=momentum, batches=BATCHES, **changes):
-    return sweep(loss, init, optimizer, batches, **(COMMON | changes))
+def run(**changes):
+    """A sweep of `TASK` and `COMMON`, with changes of either."""
+    of_task = {f.name for f in dataclasses.fields(Task)} & changes.keys()
+    task = dataclasses.replace(TASK, **{name: changes.pop(name) for name in of_task})
+    return sweep(task, **(COMMON | changes))
 
 
 GOAL = np.linspace(-0.3, 0.5, 4).astype(np.float32)
@@ -87,7 +96,7 @@ GOAL = np.linspace(-0.3, 0.5, 4).astype(np.float32)
 def run_small(name="w", names=("error", "norm"), shifted=None, **changes):
     """The least there is to sweep, in compiled functions that have their data inside."""
     functions = {
-        "loss": lambda data, p, noise: jnp.mean((p[name] - data - noise) ** 2),
+        "loss_fn": lambda data, p, noise: jnp.mean((p[name] - data - noise) ** 2),
         "batches": lambda data, key: 0.1 * jax.random.normal(key, (4,)) + data,
         "evaluate": lambda data, p: dict(
             zip(names, (jnp.mean((p[name] - data) ** 2), jnp.mean(p[name] ** 2)), strict=True)
@@ -99,7 +108,7 @@ def run_small(name="w", names=("error", "norm"), shifted=None, **changes):
     small = {"step_sizes": [0.1], "thresholds": [1.0], "seeds": 1, "bits": (None,)}
     small |= {"metric": "error", "train_metric": None, "weight_threshold": None}
     small |= {"stop": jaxclip.max_steps(2), "optimizer": optax.sgd}
-    return run(init=lambda key: {name: jnp.zeros(4)}, **functions, **(small | changes))
+    return run(init_fn=lambda key: {name: jnp.zeros(4)}, **functions, **(small | changes))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +185,7 @@ def test_the_program_is_traced_once_for_any_number_of_settings_and_chunks():
             count += 1
             return loss_fn(params, batch)
 
-        run(loss=counted, bits=(None,), seeds=1, **changes)
+        run(loss_fn=counted, bits=(None,), seeds=1, **changes)
         return count
 
     few = traces(step_sizes=[0.1], thresholds=[1.0])
@@ -225,7 +234,7 @@ def test_settings_are_shared_out_over_devices(result):
 
 
 def test_the_settings_of_a_program_are_on_all_of_its_devices():
-    task = Task(loss_fn, init_fn, momentum, BATCHES, jaxclip.fan_in, evaluate, jaxclip.max_steps(2))
+    task = dataclasses.replace(TASK, stop=jaxclip.max_steps(2))
     program = programs.Program(task, 16, [0], jax.devices(), None, 1)
     trained = program.run(np.full(16, 0.1), np.full(16, 1.0))
     leaf = trained.params["hidden"]["kernel"]
@@ -244,9 +253,9 @@ def test_convolutions_on_cpu_get_a_loop_outside_of_the_program():
         lambda key: {"kernel": jax.random.normal(key, (2, 2, 2, 2))},
         optax.sgd,
         lambda key: (jnp.ones((2, 8)),),
-        lambda t: t,
-        evaluate,
-        jaxclip.max_steps(2),
+        stop=jaxclip.max_steps(2),
+        evaluate=evaluate,
+        metric="test",
     )
     assert programs.Program(task, 1, [0], jax.devices()[:1], None, 1).loop == "host"
 
@@ -269,7 +278,7 @@ def test_a_nan_loss_marks_its_row():
     def loss(params, batch):
         return jnp.where(jnp.abs(params["out"]["bias"][0]) > 0.02, jnp.nan, loss_fn(params, batch))
 
-    found = run(loss=loss, step_sizes=[1e-4, 0.3], thresholds=[np.inf], seeds=1, bits=(None,))
+    found = run(loss_fn=loss, step_sizes=[1e-4, 0.3], thresholds=[np.inf], seeds=1, bits=(None,))
     assert found.is_diverged[:, 0, 0].tolist() == [False, True]
     assert np.isfinite(found.metrics["test"]).all()
 
@@ -288,8 +297,8 @@ def test_a_row_whose_first_losses_are_not_finite_is_judged_by_the_first_that_is(
         return jnp.where(is_it.any(), jnp.asarray(values)[jnp.argmax(is_it)], 1.0)
 
     found = run(
-        loss=lambda w, batch: jnp.sum((w - batch) ** 2),
-        init=lambda key: jnp.zeros(2),
+        loss_fn=lambda w, batch: jnp.sum((w - batch) ** 2),
+        init_fn=lambda key: jnp.zeros(2),
         optimizer=optax.sgd,
         batches=batches,
         evaluate=lambda w: {"test": jnp.sum(w)},
@@ -394,24 +403,24 @@ CHANGES = {
 def test_chunks_of_another_sweep_are_refused(tmp_path):
     small = {"thresholds": [1.0], "chunk_size": 1, "bits": (None,)}
     run(**small, directory=tmp_path)
-    for what, change in CHANGES.items():
-        with pytest.raises(ValueError, match=f"chunks of another sweep: .*{what}"):
+    for field, change in CHANGES.items():
+        with pytest.raises(ValueError, match=f"chunks of another sweep: .*{field}"):
             run(
                 **(small | change | {"chunk_size": change.get("chunk_size", 1)}),
                 directory=tmp_path,
             )
-    for what, change in {
-        "program": {"loss": lambda p, b: 2 * loss_fn(p, b)},
-        "program differ": {"init": lambda key: jax.tree.map(lambda x: 2 * x, init_fn(key))},
+    for field, change in {
+        "program": {"loss_fn": lambda p, b: 2 * loss_fn(p, b)},
+        "program differ": {"init_fn": lambda key: jax.tree.map(lambda x: 2 * x, init_fn(key))},
         "evaluation": {"evaluate": lambda p: {k: 2 * x for k, x in evaluate(p).items()}},
     }.items():
-        with pytest.raises(ValueError, match=f"another sweep: {what}"):
+        with pytest.raises(ValueError, match=f"another sweep: {field}"):
             run(**(small | change), directory=tmp_path)
 
 
 def test_data_inside_of_compiled_functions_are_data_of_the_sweep(tmp_path):
     same(run_small(directory=tmp_path), run_small(directory=tmp_path))
-    for which, differs in {"loss": "program", "batches": "program", "evaluate": "eval"}.items():
+    for which, differs in {"loss_fn": "program", "batches": "program", "evaluate": "eval"}.items():
         with pytest.raises(ValueError, match=f"another sweep: {differs}[a-z]* differ"):
             run_small(shifted=which, directory=tmp_path)
 
@@ -463,17 +472,19 @@ def test_a_damaged_chunk_is_an_error(tmp_path):
 def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
     script = textwrap.dedent("""
         import signal, sys, jax, jax.numpy as jnp, jaxclip
-        from jaxclip.sweeps.grid import sweep
+        from jaxclip.sweeps import Task
         # A shell starts its background jobs with the signal ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sweep(
+        task = Task(
             lambda w, x: jnp.mean((w @ x - 1) ** 2),
             lambda key: jax.random.normal(key, (64, 64)),
             jaxclip.sign_sgd, lambda key: jax.random.normal(key, (64, 64)),
-            step_sizes=[0.001 * k for k in range(1, 41)], seeds=2, chunk_size=1,
             stop=jaxclip.max_steps(int(sys.argv[2])),
-            evaluate=lambda w: {"norm": jnp.sum(w**2)}, metric="norm", bits=(None,),
-            directory=sys.argv[1],
+            evaluate=lambda w: {"norm": jnp.sum(w**2)}, metric="norm",
+        )
+        jaxclip.sweep(
+            task, step_sizes=[0.001 * k for k in range(1, 41)], seeds=2, chunk_size=1,
+            bits=(None,), directory=sys.argv[1],
         )
     """)
     env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="")
@@ -498,10 +509,7 @@ def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
 
 
 def test_a_memory_budget_makes_chunks_and_one_too_small_is_refused(result, tmp_path):
-    task = Task(
-        loss_fn, init_fn, momentum, BATCHES, jaxclip.fan_in, evaluate, jaxclip.max_steps(STEPS)
-    )
-    needed = programs.Program(task, 6, [0, 1], jax.devices()[:1], None, 1).bytes_needed()
+    needed = programs.Program(TASK, 6, [0, 1], jax.devices()[:1], None, 1).bytes_needed()
     chunked = run(memory_budget=int(0.7 * needed), directory=tmp_path, bits=(None,))
     assert 2 <= len(list(tmp_path.glob("*.safetensors"))) <= 3
     for mine, one in zip(
@@ -533,10 +541,12 @@ BAD = [
         r"scalars, 'bias' has shape \(3,\)",
     ),
     ({"bits": (7,)}, ValueError, "bits"),
-    ({"metric": "accuracy"}, ValueError, r"\['test', 'train'\], and no 'accuracy'"),
+    ({"metric": "accuracy"}, ValueError, r"\['test', 'train'\], but no 'accuracy'"),
     ({"train_metric": "x"}, ValueError, "no 'x'"),
     ({"mode": "best"}, ValueError, "mode"),
     ({"loop": "for"}, ValueError, "loop"),
+    ({"evaluate_every": 0}, ValueError, "evaluate_every"),
+    ({"record_every": 0}, ValueError, "record_every"),
     ({"evaluate": lambda p: p["out"]["bias"]}, TypeError, "evaluate must return a dict"),
     ({"stop": 5}, TypeError, "stop must be a stop rule"),
     ({"stop": jaxclip.training.plateau("loss", 3)}, ValueError, "last step"),
