@@ -82,7 +82,7 @@ class Trainer:
         seeds: Sequence[int],
         compressor: Compressor,
         *,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
         loop: str | None = None,
         record_every: int | None = None,
         memory_budget: int | None = None,

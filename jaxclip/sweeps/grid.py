@@ -51,7 +51,7 @@ def sweep(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     directory: str | os.PathLike | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     keep_params: bool = False,
     progress: bool = True,
 ) -> SweepResult:
@@ -243,7 +243,7 @@ def _widths(bits: Sequence[Bits | None]) -> list[Bits | None]:
 
 def _check_run(
     loop: str | None,
-    devices: Sequence[jax.Device] | None,
+    devices: Sequence[Any] | None,
     record_every: int | None,
     chunk_size: int | None,
     memory_budget: int | None,

@@ -64,7 +64,7 @@ class Program:
         task: Task,
         num_settings: int,
         seeds: Sequence[int],
-        devices: Sequence[jax.Device],
+        devices: Sequence[Any],
         loop: str | None,
         record_every: int,
     ):
@@ -220,7 +220,7 @@ class Program:
         return jax.tree.map(functools.partial(jnp.where, row.code == 0), new, row)
 
 
-def _shardings(devices: Sequence[jax.Device]) -> tuple[Sharding, Sharding]:
+def _shardings(devices: Sequence[Any]) -> tuple[Sharding, Sharding]:
     """Returns the shardings of arrays with an axis of settings, and without."""
     if len(devices) == 1:  # without a mesh: jax 0.7 cannot vmap convolutions on a mesh of one
         return SingleDeviceSharding(devices[0]), SingleDeviceSharding(devices[0])

@@ -43,10 +43,10 @@ def pareto_front(costs: ArrayLike) -> np.ndarray:
       >>> pareto_front([[1, 4], [2, 2], [3, 3], [2, 2], [float("nan"), 0]])
       array([ True,  True, False,  True, False])
     """
-    costs = np.asarray(costs, np.float64)
+    costs = np.array(costs, np.float64)
     if costs.ndim != 2 or costs.shape[1] == 0:
         raise ValueError(f"costs must be of shape (points, objectives), got {costs.shape}.")
-    is_known = ~np.isnan(costs).any(axis=1)
+    is_known = ~np.any(np.isnan(costs), axis=1)
     is_on_front = is_known.copy()
     # In this order a point comes after all that beat it, so a comparison with the front suffices.
     front: list[np.ndarray] = []
