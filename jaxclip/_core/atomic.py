@@ -1,7 +1,7 @@
 """Files and folders that appear under their name whole or not at all.
 
-They are written beside their place under a temporary name, synced and renamed. After a crash
-at any moment the name holds what it held before, or what is new.
+They are written next to their destination under a temporary name, synced and renamed. After
+a crash at any moment the name holds either the old content or the new.
 """
 
 import contextlib
@@ -17,39 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# What is temporary and nobody has written to for this long belongs to nobody.
+# A temporary file that nobody has written to for this long was abandoned.
 _STALE_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """Opens a file for writing that gets its name when the block ends without an error.
-
-    A temporary file that a killed writer of the same path left is removed first.
-
-    Args:
-      path: Where to.
-      overwrite: Whether an existing file may be replaced; its permissions are kept.
-
-    Returns:
-      A context that gives a binary file, to be written and sought in; `file.name` is its
-      temporary path, which another library may write to as well.
-
-    Raises:
-      FileExistsError: If `path` exists and `overwrite` is False, or is not a regular file
-        (a directory, symlink, FIFO or device is never replaced).
-      FileNotFoundError: If the directory does not exist.
-      OSError: If the disk is full or refuses. The old file is intact.
-
-    Example:
-      >>> import tempfile
-      >>> folder = tempfile.TemporaryDirectory()
-      >>> with replacing(folder.name + "/notes.txt") as file:
-      ...     _ = file.write(b"whole")
-      >>> Path(folder.name, "notes.txt").read_bytes()
-      b'whole'
-      >>> folder.cleanup()
-    """
+    """Opens a binary file that gets its name when the block ends without an error."""
+    # `file.name` is the temporary path, which another library may write to as well.
     path = Path(path)
     mode = check_destination(path, overwrite)
     _remove_stale(path)
@@ -72,33 +47,10 @@ def replacing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bina
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Makes a folder that gets its name when the block ends without an error.
-
-    What a killed writer of the same path left is removed first.
-
-    Args:
-      path: Where to; nothing may be there.
-
-    Returns:
-      A context that gives the folder under a temporary name, for files to be written into:
-      they must be closed, and synced, when the block ends.
-
-    Raises:
-      FileExistsError: If there is something at `path`: folders are never replaced.
-      FileNotFoundError: If the directory does not exist.
-      OSError: If the disk is full or refuses. Then there is no folder.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as parent:
-      ...     with new_folder(parent + "/net") as folder:
-      ...         _ = (folder / "notes.txt").write_bytes(b"whole")
-      ...     os.listdir(parent), os.listdir(parent + "/net")
-      (['net'], ['notes.txt'])
-    """
+    """Makes a folder that gets its name when the block ends; its files must be synced by then."""
     path = Path(path)
     _check_new(path)
-    # The working directory may change meanwhile. A ".." behind a link is the system's to follow.
+    # Absolute, because the working directory may change. `realpath` also follows ".." after a link.
     path = Path(os.path.realpath(path.parent), path.name)
     _remove_stale(path)
     temporary = _temporary(path)
@@ -128,21 +80,7 @@ def _temporary(path: Path) -> Path:
 
 
 def check_destination(path: Path, overwrite: bool) -> int | None:
-    """Raises unless `path` may be written, as `replacing` does: before work that is long.
-
-    Args:
-      path: Where to.
-      overwrite: Whether an existing file may be replaced.
-
-    Returns:
-      The permissions of the file that would be replaced; None if there is none.
-
-    Example:
-      >>> check_destination(Path("/no/such/folder/net.safetensors"), False)
-      Traceback (most recent call last):
-      FileNotFoundError: there is no directory '/no/such/folder' to save
-      '/no/such/folder/net.safetensors' in.
-    """
+    """Raises unless `path` may be written; returns the permissions of a file to be replaced."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory '{path.parent}' to save '{path}' in.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -159,7 +97,7 @@ def check_destination(path: Path, overwrite: bool) -> int | None:
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Gives the finished file its name; without `overwrite` only if nobody has it yet."""
+    """Gives the finished file its name; without `overwrite` only if the name is free."""
     if overwrite:
         check_destination(path, overwrite)
         os.replace(temporary, path)
@@ -169,11 +107,11 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
     except FileExistsError:
         check_destination(path, overwrite)
         raise
-    except OSError:  # a file system without hard links: a check and a rename must do
+    except OSError:  # a file system without hard links: check, then rename
         check_destination(path, overwrite)
         os.replace(temporary, path)
     else:
-        with contextlib.suppress(OSError):  # published already; the next save tidies up
+        with contextlib.suppress(OSError):  # published already; the next save removes it
             temporary.unlink()
 
 
@@ -193,7 +131,7 @@ def _host() -> str:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes what writers of the same path left when they were killed."""
+    """Removes temporary files that killed writers of the same path left."""
     ours = re.compile(
         rf"\.{re.escape(path.name)}\.([0-9a-f]{{8}})-([0-9]{{1,10}})-[0-9a-f]{{8}}\.jaxclip-tmp"
     )
@@ -214,7 +152,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 is not a mere question
+    if os.name != "posix":  # elsewhere `os.kill(pid, 0)` ends the process
         return True
     try:
         os.kill(pid, 0)

@@ -1,8 +1,8 @@
-"""Eager checks of what users pass in, the tree paths their messages name, and which leaves count.
+"""Eager checks of arguments, with errors that name the argument, the rule and the value.
 
-Only Python and NumPy numbers are checked by value. A jax array may be traced, so of any jax
-array only shape and dtype are checked: its value meets a stated policy inside the
-transform, the same in eager and jitted code.
+Only Python and NumPy numbers are checked by value. A jax array may be traced, so only its
+shape and dtype are checked. The transform then treats a bad value by a documented policy,
+the same in eager and jitted code.
 """
 
 import math
@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxclip._core.trees import is_clippable, path_name
+from jaxclip._core.trees import PyTree, is_clippable, path_name
 
 
-def is_concrete(value: Any) -> bool:
-    """True unless `value` is being traced by jax."""
+def is_concrete(value: object) -> bool:
+    """Returns True unless `value` is being traced by jax."""
     return not isinstance(value, jax.core.Tracer)
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     return f"got {value!r} of type {type(value).__name__}"
 
 
@@ -40,7 +40,7 @@ def _check_real(name: str, value: Any, rule: str) -> None:
 
 
 def _concrete_scalar(name: str, value: Any, rule: str) -> float | None:
-    """`value` as a Python float; None for a jax array. Raises TypeError or ValueError."""
+    """Returns `value` as a Python float, or None if it is a jax array."""
     _check_real(name, value, rule)
     if np.shape(value) != ():
         raise ValueError(f"{name} must be {rule}, got an array of shape {np.shape(value)}.")
@@ -104,20 +104,19 @@ def check_decay_rate(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in [0, 1], {_describe(value)}.")
 
 
-def check_choice(name: str, value: Any, allowed: tuple) -> None:
+def check_choice(name: str, value: object, allowed: tuple) -> None:
     """Raises unless `value` is one of `allowed`, of the same type."""
     if not any(type(value) is type(a) and value == a for a in allowed):
         raise ValueError(f"{name} must be one of {list(allowed)}, {_describe(value)}.")
 
 
-def check_count(name: str, value: Any, at_least: int = 1) -> None:
-    """Raises unless `value` is an integer of at least `at_least`; arrays of jax are none."""
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_integer or value < at_least:
+def check_count(name: str, value: object, at_least: int = 1) -> None:
+    """Raises unless `value` is a Python or NumPy integer of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, {_describe(value)}.")
 
 
-def check_params_given(name: str, params: Any) -> None:
+def check_params_given(name: str, params: optax.Params | None) -> None:
     """Raises if a transform that reads the parameters was not given them."""
     if params is None:
         raise ValueError(
@@ -125,8 +124,8 @@ def check_params_given(name: str, params: Any) -> None:
         )
 
 
-def check_same_structure(name: str, updates: Any, other_name: str, other: Any) -> None:
-    """Raises naming the first path at which two trees differ in structure or shape."""
+def check_same_structure(name: str, updates: PyTree, other_name: str, other: PyTree) -> None:
+    """Raises if two trees differ, and names the first path where structure or shape differs."""
     left = jax.tree_util.tree_leaves_with_path(updates)
     right = jax.tree_util.tree_leaves_with_path(other)
     for (path, a), (other_path, b) in zip(left, right, strict=False):
@@ -148,17 +147,17 @@ def check_same_structure(name: str, updates: Any, other_name: str, other: Any) -
         )
 
 
-def check_num_leaves(leaves: list[Any], expected: int) -> None:
-    """Raises unless the updates have as many floating leaves as the parameters had."""
+def check_num_leaves(leaves: list[jax.Array], expected: int) -> None:
+    """Raises unless the updates have as many floating leaves as the parameters had at init."""
     if len(leaves) != expected:
         raise ValueError(
-            f"updates must have the floating leaves that the parameters had at init, "
-            f"{expected} of them, got {len(leaves)}."
+            f"updates must have as many floating leaves as the parameters had at init, "
+            f"{expected}, got {len(leaves)}."
         )
 
 
 def check_transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
-    """`value` as a transform that accepts extra arguments. Raises TypeError if it is none."""
+    """Returns `value` as a transform that accepts extra arguments; raises if it is none."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(f"{name} must be an optax transformation, got {value!r}.")
     return optax.with_extra_args_support(value)

@@ -1,4 +1,4 @@
-"""Optional packages: imported on use, and progress bars where rich is there."""
+"""Optional packages, imported on use, and progress bars where rich is installed."""
 
 import contextlib
 import importlib
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """Imports an optional module, or raises ImportError naming the extra that has it."""
+    """Imports an optional module; the ImportError names the extra that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

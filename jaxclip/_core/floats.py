@@ -1,6 +1,11 @@
-"""Exact arithmetic on floats: rounding towards zero, quotients that do not flush, bad values."""
+"""Exact arithmetic on floats: rounding towards zero, rescaling by powers of two, bad values.
+
+XLA may fuse, reassociate, flush subnormals and keep excess precision. Each function here
+gives the documented number in spite of that.
+"""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,19 +16,19 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxclip._core.trees import floating_leaves, is_clippable
+from jaxclip._core.trees import PyTree, floating_leaves, is_clippable
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)  # the least normal number
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Whether an axis is split over an explicit mesh: then it must not be reshaped."""
+    """Returns True if an axis is split over an explicit mesh, so that it must not be reshaped."""
     return any(s is not None for s in getattr(jax.typeof(x).sharding, "spec", ()))
 
 
-def clamp(value: Any, low: Any, high: Any) -> jax.Array:
-    """`value` in float32 and in [low, high]; NaN stays NaN."""
+def clamp(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> jax.Array:
+    """Returns `value` in float32, clipped to [low, high]; NaN stays NaN."""
     return jnp.clip(jnp.asarray(value, jnp.float32), low, high)
 
 
@@ -38,55 +43,51 @@ def saturate(x: jax.Array, dtype: DTypeLike, fraction: float = 1.0) -> jax.Array
 
 
 def exceeds(x: jax.Array, bound: jax.Array) -> jax.Array:
-    """`|x| > bound` for real `x`, or the bound is 0; False for NaN.
-
-    Compares bits, which order like magnitudes: XLA on CPU takes subnormals for zero (also
-    where it turns a comparison of bits with 0 into one of numbers).
-    """
+    """Returns True where `|x| > bound` or the bound is 0, for real `x`; False for NaN."""
+    # Compares bits, which order like magnitudes, because XLA on CPU takes subnormals for zero.
+    # A bound of 0 is apart: XLA turns a comparison of bits with 0 into one of numbers.
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     no_sign = jnp.asarray(jnp.iinfo(unsigned).max >> 1, unsigned)
     magnitude, limit = (lax.bitcast_convert_type(a, unsigned) & no_sign for a in (x, bound))
     return ((magnitude > limit) | (limit == 0)) & ~jnp.isnan(x)
 
 
-def increment(count: jax.Array, condition: Any = True) -> jax.Array:
-    """`count + 1` where `condition` holds, stopping at the largest integer."""
+def increment(count: jax.Array, condition: ArrayLike = True) -> jax.Array:
+    """Returns `count + 1` where `condition` holds, but never beyond the largest integer."""
     return jnp.where(condition, jnp.asarray(optax.safe_increment(count)), count)
 
 
-def has_nonfinite(tree: Any) -> jax.Array:
-    """Whether a floating entry is not finite."""
-    # Stacked as they are: a chain of 1,000 conditions is slow to compile.
+def has_nonfinite(tree: PyTree) -> jax.Array:
+    """Returns True if a floating entry is not finite."""
+    # Stacked, because a chain of 1,000 conditions is slow to compile.
     leaves = [zero_or_nan(jnp.asarray(x)) for x in floating_leaves(tree)]
     return jnp.any(jnp.isnan(jnp.stack(leaves))) if leaves else jnp.zeros((), bool)
 
 
-@jax.jit
+@jax.jit  # leaves of one shape share one trace
 def zero_or_nan(x: jax.Array) -> jax.Array:
-    """Float32 0, or NaN if an entry is not finite.
-
-    A sum, for XLA on CPU writes out the conditions of which it takes the conjunction. Jitted,
-    so that leaves of one shape share one trace.
-    """
+    """Returns 0 in float32, or NaN if an entry is not finite."""
+    # A sum, because XLA on CPU writes a conjunction's conditions to memory.
     if jnp.iscomplexobj(x):
         return zero_or_nan(jnp.real(x)) + zero_or_nan(jnp.imag(x))
     return jnp.sum((x - x).astype(jnp.float32))
 
 
-def is_bad_step(updates: Any, bounds: Any) -> jax.Array:
-    """Whether a floating entry of `updates` is not finite, or a bound (one a leaf) NaN."""
+def is_bad_step(updates: optax.Updates, bounds: PyTree) -> jax.Array:
+    """Returns True if a floating entry is not finite, or the bound of a floating leaf is NaN."""
     pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(bounds), strict=True)
     return has_nonfinite(updates) | has_nan([b for g, b in pairs if is_clippable(g)])
 
 
-def has_nan(bounds: list[Any]) -> jax.Array:
-    """Whether a bound is NaN; numbers are not: they were checked when the transform was made."""
+def has_nan(bounds: Sequence[ArrayLike]) -> jax.Array:
+    """Returns True if a bound is NaN."""
+    # Python numbers are not NaN: they were checked when the transform was made.
     nan = [jnp.any(jnp.isnan(bound)) for bound in bounds if isinstance(bound, jax.Array)]
     return jnp.any(jnp.stack(nan)) if nan else jnp.zeros((), bool)
 
 
-def compute_dtype(*dtypes: Any) -> Any:
-    """Float32, or wider or complex if one of `dtypes` is: what leaf functions compute in."""
+def compute_dtype(*dtypes: DTypeLike) -> type[np.generic]:
+    """Returns the dtype that leaf functions compute in: float32, or wider or complex if one is."""
     is_wide = any(jnp.finfo(d).bits == 64 for d in dtypes)
     if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
         return jnp.complex128 if is_wide else jnp.complex64
@@ -94,128 +95,59 @@ def compute_dtype(*dtypes: Any) -> Any:
 
 
 def keep_weak_type(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x`, weakly typed if `like` is; both have the same shape and dtype."""
+    """Returns `x`, weakly typed if `like` is; both must have the same shape and dtype."""
     if like.weak_type and not x.weak_type:
         return like.at[...].set(x)
     return x
 
 
-def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """Returns the rescale for an exponent's sign, and 1 for 0.
-
-    It brings the largest and the smallest magnitudes to squares that neither overflow (for
-    up to 2**50 entries) nor sink below the normal range.
-
-    Args:
-      exponent: Integers.
-      dtype: Float32 or float64.
-
-    Example:
-      >>> float(power_of_two(jnp.int32(-1), jnp.float32)) == 2.0**-90
-      True
-    """
+def power_of_two(exponent: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns a small, a large or no power of two (1), by the sign of an exponent."""
+    # Times this, the largest and smallest magnitudes have squares that neither overflow (for up
+    # to 2**50 entries) nor sink below the normal range.
     power = 540 if dtype == jnp.float64 else 90
     rescale = jnp.where(exponent < 0, 2.0**-power, jnp.ones((), dtype))
     return jnp.where(exponent > 0, 2.0**power, rescale)
 
 
 def rescale_for(largest: jax.Array) -> jax.Array:
-    """Returns the power of two that suits numbers of which the largest is known.
-
-    Args:
-      largest: Float32 or float64, not negative.
-
-    Example:
-      >>> print(rescale_for(jnp.array([1.0, 0.0, 1e30])) > 1)
-      [False  True False]
-    """
+    """Returns the power of two that keeps squares in range, given the largest magnitude."""
     exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))
     return power_of_two(exponent, largest.dtype)
 
 
-def not_folded(leaves: Any) -> Any:
-    """Returns the leaves as they are, about which XLA then knows nothing.
-
-    Of a constant one, as the gradient of an unused parameter is, it would square the rescale
-    by itself, and 0 * inf is NaN. And a scalar that many arrays of one shape are compared or
-    multiplied with is kept apart for each: shared, it would be written to memory in that shape.
-
-    Args:
-      leaves: Pytree of arrays.
-
-    Example:
-      >>> not_folded([jnp.zeros(2)])
-      [Array([0., 0.], dtype=float32)]
-    """
+def not_folded(leaves: PyTree) -> PyTree:
+    """Returns the leaves unchanged, but hides from XLA that they are constant or shared."""
+    # If a leaf is constant (the gradient of an unused parameter), XLA would square the rescale
+    # by itself, and 0 * inf is NaN. If many arrays of one shape share a scalar, it would write
+    # that scalar to memory in the arrays' shape.
     return lax.optimization_barrier(leaves)
 
 
 def phase_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns `z / |z|` and `|z|` of complex numbers, without overflow or underflow.
-
-    Args:
-      z: Complex array.
-
-    Returns:
-      `z / |z|` in the dtype of `z` (0 where z is 0 or not finite), and `|z|` in the real
-      dtype (inf where it exceeds the dtype).
-
-    Example:
-      >>> unit, modulus = phase_and_modulus(jnp.array([3e38 + 3e38j, 0]))
-      >>> print(jnp.round(unit, 3), modulus)
-      [0.707+0.707j 0.   +0.j   ] [inf  0.]
-    """
+    """Returns `z / |z|` (0 where z is 0 or not finite) and `|z|` (inf beyond the real dtype)."""
     largest = jnp.maximum(jnp.abs(jnp.real(z)), jnp.abs(jnp.imag(z)))
     # A power of two: XLA would merge two divisions into one by a product that overflows.
     rescale = rescale_for(largest)
     real, imag = jnp.real(z) * rescale, jnp.imag(z) * rescale
-    ordinary = (largest > 0) & jnp.isfinite(largest)
-    length = jnp.sqrt(jnp.where(ordinary, real * real + imag * imag, jnp.ones_like(real)))
-    unit = jnp.where(ordinary, lax.complex(real / length, imag / length), jnp.zeros_like(z))
-    return unit, jnp.where(ordinary, length / rescale, largest)
+    is_ordinary = (largest > 0) & jnp.isfinite(largest)
+    length = jnp.sqrt(jnp.where(is_ordinary, real * real + imag * imag, jnp.ones_like(real)))
+    phase = jnp.where(is_ordinary, lax.complex(real / length, imag / length), jnp.zeros_like(z))
+    return phase, jnp.where(is_ordinary, length / rescale, largest)
 
 
 def quotient(x: jax.Array, by: jax.Array) -> jax.Array:
-    """Returns `x / by` where XLA may multiply by a reciprocal instead.
-
-    Above 2**126 the reciprocal of a float32 is subnormal, and flushed to 0.
-
-    Args:
-      x: float32 array.
-      by: float32 array that broadcasts, not 0.
-
-    Returns:
-      A float32 array.
-
-    Example:
-      >>> print(quotient(jnp.array([3e38]), jnp.array([3e38])))
-      [1.]
-    """
-    room = jnp.where(jnp.abs(by) > 1, jnp.float32(0.25), jnp.float32(1))
-    return (x * room) / (by * room)
+    """Returns `x / by` in float32, right even if XLA multiplies by the reciprocal instead."""
+    # The reciprocal of a float32 above 2**126 is subnormal, and flushed to 0.
+    rescale = jnp.where(jnp.abs(by) > 1, jnp.float32(0.25), jnp.float32(1))
+    return (x * rescale) / (by * rescale)
 
 
-# --- Thresholds as given --------------------------------------------------------------
-
-
-def round_toward_zero(value: ArrayLike, dtype: Any) -> Any:
-    """Returns `value` in `dtype`, never larger in magnitude than it was given.
-
-    Args:
-      value: Real number or floating array. May be traced.
-      dtype: A real floating dtype.
-
-    Returns:
-      An array of `dtype`: NumPy's if `value` is a Python or NumPy number, else jax's.
-      Infinities stay. A Python or NumPy number beyond the dtype becomes inf (it bounds
-      nothing there), an entry of a jax array its largest finite value. Derivatives are
-      those of a cast.
-
-    Example:
-      >>> round_toward_zero(0.1, jnp.bfloat16)
-      array(0.0996094, dtype=bfloat16)
-    """
+def round_toward_zero(value: ArrayLike, dtype: DTypeLike) -> Any:
+    """Returns `value` in a real `dtype`, never larger in magnitude; derivatives are a cast's."""
     dtype = jnp.dtype(dtype)
+    # Numbers of Python and NumPy become NumPy arrays. Beyond the dtype they become inf, because
+    # they bound nothing there; entries of a jax array become the largest finite number.
     if isinstance(value, (int, float, np.ndarray, np.generic)):
         return _round_concrete(np.asarray(value, np.float64), dtype)
     value = jnp.asarray(value)
@@ -234,7 +166,7 @@ def _round_concrete(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @jax.custom_jvp
 def _to_float32(value: jax.Array) -> jax.Array:
-    """Float64 rounded towards zero."""
+    """Rounds float64 towards zero."""
     finite = jnp.clip(value, -FLOAT32_MAX, FLOAT32_MAX)
     bounded = jnp.where(jnp.isinf(value), value, finite)
     rounded = bounded.astype(jnp.float32)
@@ -243,7 +175,9 @@ def _to_float32(value: jax.Array) -> jax.Array:
 
 
 @_to_float32.defjvp
-def _to_float32_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _to_float32_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     return _to_float32(*primals), tangents[0].astype(jnp.float32)
 
 

@@ -1,26 +1,27 @@
 """Leaves of a tree: which of them are clipped, and by which path they are named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 PyTree: TypeAlias = Any  # of arrays, unless its docstring says more
-# Which leaves are meant: a tree of bools (a prefix will do), or a function that gives one.
+# Selects leaves: a tree of bools (a prefix is enough), or a function that returns one.
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
 
 
 def path_name(path: tuple) -> str:
-    """A tree path as `layer/kernel`; flax nnx's trailing `.value` is left out."""
+    """Returns a tree path as `layer/kernel`, without flax nnx's trailing `.value`."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.removesuffix("/value").removesuffix("/.value")
 
 
-def is_clippable(leaf: Any) -> bool:
-    """True for real and complex floating leaves; all others pass through transforms."""
+def is_clippable(leaf: object) -> bool:
+    """Returns True for real and complex floating leaves; all others pass through transforms."""
     if isinstance(leaf, (bool, int)):
         return False
     if isinstance(leaf, (float, complex)):
@@ -29,7 +30,7 @@ def is_clippable(leaf: Any) -> bool:
     return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
-def map_clippable(fn: Any, tree: Any, *rest: Any) -> Any:
+def map_clippable(fn: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
     """Maps over the floating leaves, as jax arrays; the other leaves of `tree` pass through."""
 
     def apply(x: Any, *others: Any) -> Any:
@@ -38,8 +39,8 @@ def map_clippable(fn: Any, tree: Any, *rest: Any) -> Any:
     return jax.tree.map(apply, tree, *rest)
 
 
-def masked(mask: Mask | None, params: Any, tree: Any, otherwise: Any) -> Any:
-    """`tree`, of the structure of `params`, with `otherwise` for the leaves not in the mask."""
+def masked(mask: Mask | None, params: PyTree, tree: PyTree, otherwise: object) -> PyTree:
+    """Returns `tree` with `otherwise` at the leaves that the mask over `params` leaves out."""
     if mask is None:
         return tree
     chosen = mask(params) if callable(mask) else mask
@@ -64,12 +65,14 @@ def masked(mask: Mask | None, params: Any, tree: Any, otherwise: Any) -> Any:
     return structure.unflatten(kept)
 
 
-def floating_leaves(tree: Any) -> list[Any]:
-    """The leaves that count, in order."""
+def floating_leaves(tree: PyTree) -> list[Any]:
+    """Returns the floating leaves, in order."""
     return [x for x in jax.tree.leaves(tree) if is_clippable(x)]
 
 
-def replace_floating(updates: Any, leaves: list[jax.Array], rest: Any = None) -> Any:
-    """`rest`, or `updates` itself, with what is floating in `updates` replaced in order."""
+def replace_floating(
+    updates: optax.Updates, leaves: Sequence[jax.Array], rest: PyTree = None
+) -> optax.Updates:
+    """Returns `rest`, or `updates` itself, with the floating leaves of `updates` replaced."""
     new, rest = iter(leaves), updates if rest is None else rest
     return jax.tree.map(lambda x, r: next(new) if is_clippable(x) else r, updates, rest)
