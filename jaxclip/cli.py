@@ -175,7 +175,7 @@ class _Inspection:
         titles = ("max", "rms", "outliers", "t, 4 bits", "t, 3 bits", "t, 2 bits", "t, ternary")
         lines = [f"{'leaf':<{width}} {'-max ... max':<16}" + _columns(titles)]
         for name, s in self.statistics.items():
-            numbers = [f"{s.max_abs:.4g}", f"{s.rms:.4g}", f"{s.outlier_share:.3%}"]
+            numbers = [f"{s.max_abs:.4g}", f"{s.rms:.4g}", f"{s.outlier_rate:.3%}"]
             numbers += [f"{t:.4g}" for t in s.thresholds.values()]
             note = f"  {s.num_nonfinite:,} not finite" if s.num_nonfinite else ""
             lines.append(f"{name:<{width}} {s.sparkline}{_columns(numbers)}{note}")

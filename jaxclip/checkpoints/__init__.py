@@ -1,4 +1,4 @@
-"""Files of trees: saved whole or not at all, read with suspicion, rewritten leaf by leaf.
+"""Files of trees: saved whole or not at all, checked when read, rewritten leaf by leaf.
 
 .safetensors   any tree, `QuantizedArray` leaves included; a checksum for every byte
 .npz           (nested) dicts of arrays; names joined by "/"

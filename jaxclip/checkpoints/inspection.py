@@ -1,4 +1,8 @@
-"""What weights look like, in memory and in files, and which thresholds they suggest."""
+"""Statistics of weights in a file, and a check of all its bytes.
+
+The weights are read leaf by leaf and looked at in pieces, so memory is bounded by the largest
+leaf: `rms = sqrt(mean(w**2))`, and an outlier is an entry beyond some multiple of it.
+"""
 
 import dataclasses
 import functools
@@ -19,9 +23,9 @@ from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.thresholds.by_error import mse_optimal
 
 _CHUNK = 2**20
-"""Entries looked at in one piece: bounds the memory."""
+"""Entries looked at in one piece, which bounds the memory."""
 _SAMPLE = 2**16
-"""Entries that suggest thresholds: one shape, so that the search compiles once a width."""
+"""Entries that suggest thresholds: always as many, so the search compiles once a width."""
 _NUM_BINS = 16
 _SUGGESTED: tuple[Bits, ...] = (4, 3, 2, "ternary")
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -29,52 +33,39 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 @dataclasses.dataclass(frozen=True)
 class WeightStatistics:
-    """How the entries of one array are spread.
+    """Statistics of the entries of one array.
 
     Attributes:
       num_entries: Number of entries.
-      num_nonfinite: How many of them are NaN or infinite; they are left out of the rest.
+      num_nonfinite: Number of NaNs and infinities, which the other numbers leave out.
       max_abs: Largest magnitude.
       rms: Root mean square.
-      outlier_share: Share of entries beyond `outlier` times the rms.
-      outlier: That number.
+      outlier_rate: Fraction of entries beyond `outlier` times the rms, in [0, 1].
+      outlier: That multiple.
       histogram: Counts of 16 equal bins of [-max_abs, max_abs].
-      thresholds: The clip threshold of least squared error for one scale, by bit width; from
-        2**16 entries, evenly spaced, of a larger array.
+      thresholds: Clip threshold of least squared error for one scale, by bit width. A larger
+        array is represented by 2**16 entries, evenly spaced.
     """
 
     num_entries: int
     num_nonfinite: int
     max_abs: float
     rms: float
-    outlier_share: float
+    outlier_rate: float
     outlier: float
     histogram: tuple[int, ...]
     thresholds: dict[Bits, float]
 
     @property
     def sparkline(self) -> str:
-        """The histogram as a line of 16 bars; anything but nothing is visible."""
+        """The histogram as a line of 16 bars; every bin that is not empty is visible."""
         top = max(self.histogram, default=0) or 1
         steps = len(_BARS) - 1
         return "".join(_BARS[math.ceil(steps * count / top)] for count in self.histogram)
 
 
 def describe_weights(array: np.ndarray, outlier: float = 3.0) -> WeightStatistics:
-    """Returns how the entries of an array are spread, in bounded memory.
-
-    Args:
-      array: Real array of any shape; not traced.
-      outlier: From how many times the rms on an entry is counted as an outlier.
-
-    Returns:
-      A `WeightStatistics`; sums are in float64.
-
-    Example:
-      >>> s = describe_weights(np.array([0.1, -0.1, 0.1, -2.0], np.float32), outlier=1.5)
-      >>> s.max_abs, round(s.rms, 3), s.outlier_share, s.sparkline
-      (2.0, 1.004, 0.25, '▄      ▄█       ')
-    """
+    """Returns the statistics of a real array, with sums in float64 and bounded memory."""
     flat = np.asarray(array).reshape(-1)
     num_finite, squares, largest = 0, 0.0, 0.0
     for chunk in _finite_chunks(flat):
@@ -93,57 +84,59 @@ def describe_weights(array: np.ndarray, outlier: float = 3.0) -> WeightStatistic
         num_nonfinite=flat.size - num_finite,
         max_abs=largest,
         rms=rms,
-        outlier_share=num_beyond / max(num_finite, 1),
+        outlier_rate=num_beyond / max(num_finite, 1),
         outlier=outlier,
         histogram=tuple(histogram.tolist()),
-        thresholds=_suggested(flat),
+        thresholds=_suggested_thresholds(flat),
     )
 
 
 def describe_file(path: str | os.PathLike, outlier: float = 3.0) -> dict[str, WeightStatistics]:
-    """Returns how the floating leaves of a file or folder are spread, read one by one.
+    """Returns statistics of the floating leaves of a file or folder, read one by one.
 
     Args:
-      path: As in `checkpoints.load`.
-      outlier: As in `describe_weights`.
+      path: A file or folder that `checkpoints.load` takes.
+      outlier: Multiple of the rms beyond which an entry counts as an outlier.
 
     Returns:
-      A `WeightStatistics` for each floating leaf, by name; of the values that low-bit leaves
-      stand for.
+      A `WeightStatistics` for each floating leaf, by name. Those of a low-bit leaf are of the
+      weights that it stands for.
 
     Raises:
-      CheckpointError: As in `checkpoints.load`.
+      CheckpointError: If the file is damaged, foreign or of a newer version.
+      FileNotFoundError: If there is no file.
 
     Example:
       >>> describe_file("net.safetensors")
       Traceback (most recent call last):
       FileNotFoundError: there is no file 'net.safetensors'.
     """
-    found = {}
+    statistics = {}
     with open_source(Path(path)) as source:
         for name, like in source.leaves.items():
             if jnp.issubdtype(like.dtype, jnp.floating):
                 leaf = source.read(name)
                 array = dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf
-                found[name] = describe_weights(np.asarray(array), outlier)
-    return found
+                statistics[name] = describe_weights(np.asarray(array), outlier)
+    return statistics
 
 
 def verify_file(path: str | os.PathLike, progress: bool = True) -> FileReport:
     """Reads a whole file or folder and checks all that can be checked.
 
-    Files of ours have a checksum for every byte. Others' have none: for them shapes, sizes
-    and names are checked.
+    Files of `checkpoints.save` have a checksum for every byte. Those of other libraries have
+    none: names, shapes and sizes are checked.
 
     Args:
-      path: As in `checkpoints.load`.
-      progress: Whether to show a bar where there is a terminal or a notebook, and rich.
+      path: A file or folder that `checkpoints.load` takes.
+      progress: True to show a bar on a terminal or in a notebook, if rich is installed.
 
     Returns:
-      What `checkpoints.inspect` returns.
+      The report of `checkpoints.inspect`.
 
     Raises:
       CheckpointError: If anything is wrong.
+      FileNotFoundError: If there is no file.
 
     Example:
       >>> verify_file("net.safetensors")
@@ -165,7 +158,7 @@ def _finite_chunks(flat: np.ndarray) -> Iterator[np.ndarray]:
         yield chunk[np.isfinite(chunk)]
 
 
-def _suggested(flat: np.ndarray) -> dict[Bits, float]:
+def _suggested_thresholds(flat: np.ndarray) -> dict[Bits, float]:
     sample = flat[:: -(-flat.size // _SAMPLE) or 1].astype(np.float32)
     sample = np.pad(np.where(np.isfinite(sample), sample, 0), (0, _SAMPLE - sample.size))
     return {bits: float(_threshold(sample, bits)) for bits in _SUGGESTED}
