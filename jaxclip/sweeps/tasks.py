@@ -12,7 +12,7 @@ from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
 from jaxclip.training.stopping import StopRule
 
-STEP_METRICS = ("loss", "weight_clip_rate", "weight_outside_rate", "num_skipped")
+STEP_METRICS = ("loss", "weight_clip_rate", "num_skipped")
 
 
 @dataclasses.dataclass(frozen=True)

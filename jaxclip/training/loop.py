@@ -219,7 +219,7 @@ class _Log:
 
 
 def _numbers(info: StepInfo) -> dict[str, float]:
-    names = ("loss", "weight_clip_rate", "weight_outside_rate", "num_skipped")
+    names = ("loss", "weight_clip_rate", "num_skipped")
     named = {name: getattr(info, name) for name in names} | info.stats
     return {name: float(x) for name, x in jax.device_get(named).items()}
 

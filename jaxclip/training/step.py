@@ -7,9 +7,7 @@ neither parameters nor optimizer state: it is skipped and counted.
 """
 
 import functools
-import importlib
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,18 +17,20 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import keep_weak_type
+from jaxclip._core.trees import Mask, PyTree
 from jaxclip.norms.of_trees import measure_norm
 from jaxclip.thresholds.values import check_threshold_tree
 from jaxclip.training.stochastic_rounding import apply_updates_stochastically
 from jaxclip.training.telemetry import clip_stats
-from jaxclip.weights.clipping import clip_weights, weight_clip_rate, weight_outside_rate
+from jaxclip.weights.clipping import clip_weights, weight_clip_rate
 
 
 class TrainState(NamedTuple):
-    """What the next step needs; a plain pytree.
+    """State of training between two steps; a plain pytree.
 
     Attributes:
       step: Scalar int32, steps taken, skipped ones included.
@@ -59,14 +59,14 @@ class TrainState(NamedTuple):
         Args:
           params: Initial parameters. They are copied, so a step that donates its state
             leaves the caller's arrays alone.
-          optimizer: The transformation that `make_train_step` gets too.
+          optimizer: The transformation that is also given to `make_train_step`.
           key: PRNG key, for losses `(params, batch, key)` and for stochastic rounding.
 
         Returns:
           A `TrainState` at step 0.
         """
-        # Copies throughout: some optimizers keep the parameters in their state, and a buffer
-        # that is there twice cannot be donated.
+        # Everything is copied: some optimizers keep the parameters in their state, and a
+        # buffer that occurs twice cannot be donated.
         params, opt_state, key = jax.tree.map(jnp.copy, (params, optimizer.init(params), key))
         state = cls(
             step=jnp.zeros((), jnp.int32),
@@ -79,127 +79,44 @@ class TrainState(NamedTuple):
 
 
 def _on_one_mesh(state: TrainState) -> TrainState:
-    """The state with what lies on one device, as counters do, on all those of the parameters.
-
-    The step returns it there, and would be compiled a second time for its own result.
-    """
+    """Replicates leaves on a single device, such as counters, over the parameters' mesh."""
+    # The step returns them there, and would be compiled a second time for its own result.
     leaves = [x for x in jax.tree.leaves(state.params) if checks.is_concrete(x)]
     meshes = {x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding)}
     if len(meshes) != 1:
         return state
-    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    replicated = NamedSharding(meshes.pop(), PartitionSpec())
 
     def place(x: jax.Array) -> jax.Array:
         if not (checks.is_concrete(x) and isinstance(x.sharding, SingleDeviceSharding)):
             return x
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # as such they stay in their process
-            data = jax.device_put(jax.random.key_data(x), everywhere)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            # By their data: device_put does not take a key array to other processes.
+            data = jax.device_put(jax.random.key_data(x), replicated)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        return jax.device_put(x, everywhere)
+        return jax.device_put(x, replicated)
 
     return jax.tree.map(place, state)
 
 
 class StepInfo(NamedTuple):
-    """What a reader of the step wants to know; all of it is on the device.
+    """Report of one step; all of it is on the device.
 
     Attributes:
       loss: Scalar, the loss before the step.
-      aux: What the loss returned beside it, or None.
+      aux: The auxiliary output of the loss with `has_aux`, or None.
       stats: `clip_stats` of the optimizer; the first clip of the chain also under its bare
         names, such as `stats["pre_norm"]`.
-      weight_clip_rate: Scalar float32, share of the boxed weights that are on the bound; 0
-        without a box.
-      weight_outside_rate: Scalar float32, share of the boxed weights that the first step found
-        outside the box, as pretrained ones may be; 0 at the other steps, and from a program
-        that was lowered and compiled by hand.
+      weight_clip_rate: Scalar float32, fraction of the boxed weights that are on the bound;
+        0 without a box.
       num_skipped: Scalar int32, steps skipped so far.
     """
 
     loss: jax.Array
-    aux: Any
+    aux: PyTree
     stats: dict[str, jax.Array]
     weight_clip_rate: jax.Array
-    weight_outside_rate: jax.Array
     num_skipped: jax.Array
-
-
-def _find_trace_state() -> Callable[..., Any]:
-    """jax's `get_opaque_trace_state`, preferably from its old home.
-
-    The new one, `jax.extend.core`, takes as long to import as all of jaxclip.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        found = getattr(jax.core, "get_opaque_trace_state", None)
-    return found or importlib.import_module("jax.extend.core").get_opaque_trace_state
-
-
-_trace_state_of = _find_trace_state()
-
-
-def _trace_state() -> Any:
-    """Which transformation, if any, is tracing right now; to be compared only."""
-    return _trace_state_of(convention="flax")
-
-
-_TOP_LEVEL = _trace_state()
-
-
-class TrainStep:
-    """A train step `(state, batch) -> (state, info)`, compiled on first use.
-
-    Called with arrays it runs as one jitted program; inside another `jit`, `vmap` or
-    `scan` it is the plain function, to be compiled with the rest.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[TrainState, Any], tuple[TrainState, StepInfo]],
-        outside_rate: Callable[[TrainState], jax.Array] | None,
-        donate: bool,
-        compiler_options: Mapping[str, Any] | None,
-    ):
-        self._function = function
-        self._outside_rate = outside_rate
-        self._donate = donate
-        self._compiler_options = compiler_options
-        self._last_step = None
-
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
-        """Returns the state after one step, and what happened in it."""
-        if _trace_state() != _TOP_LEVEL:
-            return self.__wrapped__(state, batch)
-        # A program of its own: within the step, XLA would copy the parameters for it. And a
-        # state that this step gave is not the first; to read its counter would be to wait.
-        outside = None
-        if self._outside_rate and state.step is not self._last_step and int(state.step) == 0:
-            outside = jax.jit(self._outside_rate)(state)
-        state, info = self._jitted(state, batch)
-        self._last_step = state.step
-        return state, info if outside is None else info._replace(weight_outside_rate=outside)
-
-    def __wrapped__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
-        """The plain function, for a program that has more in it than the step."""
-        new_state, info = self._function(state, batch)
-        if self._outside_rate:
-            # At every step, which costs less than the copies that a condition would.
-            outside = jnp.where(state.step == 0, self._outside_rate(state), 0)
-            info = info._replace(weight_outside_rate=outside)
-        return new_state, info
-
-    def lower(self, state: TrainState, batch: Any) -> Any:
-        """Returns the lowered program, as `jax.jit(...).lower` does."""
-        return self._jitted.lower(state, batch)
-
-    @functools.cached_property
-    def _jitted(self) -> Any:
-        options = _backend_options() | dict(self._compiler_options or {})
-        return jax.jit(
-            self._function,
-            donate_argnums=(0,) if self._donate and _donation_is_safe() else (),
-            compiler_options=options or None,
-        )
 
 
 def make_train_step(
@@ -207,16 +124,16 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     weight_threshold: Any = None,
-    mask: Any = None,
+    mask: Mask | None = None,
     has_aux: bool = False,
     stochastic_rounding: bool = False,
     donate: bool = True,
-    compiler_options: Mapping[str, Any] | None = None,
-) -> TrainStep:
+    compiler_options: Mapping[str, bool | int | str] | None = None,
+) -> jax.stages.Wrapped:
     """Makes the jitted step: gradients, optimizer, apply, projection onto the box.
 
     Args:
-      loss_fn: `(params, batch) -> loss` or `(params, batch, key) -> loss`; a third required
+      loss_fn: `(params, batch) -> loss` or `(params, batch, key) -> loss`. A third required
         parameter, or a keyword-only `key`, gets a fresh PRNG key each step. With `has_aux`
         it returns `(loss, aux)`.
       optimizer: Any optax transformation; it is also given `value=loss` and
@@ -230,14 +147,16 @@ def make_train_step(
         `apply_updates_stochastically`, so that steps below half the distance to their next
         number are not lost. Takes a fresh key from the state each step.
       donate: Whether the step may reuse the memory of the state it is given; that state
-        can then not be used again. On CPU with jax before 0.9 it never does, for there XLA
-        may overwrite donated matrices before they are read, and compute wrong numbers.
+        can then not be used again. On CPU with jax before 0.9 it never does, because XLA
+        may there overwrite donated matrices before they are read, and compute wrong numbers.
       compiler_options: Options for XLA, over those set here. On CPU the step sets
         `xla_cpu_copy_insertion_use_region_analysis`, without which XLA copies every
         momentum before updating it in place.
 
     Returns:
-      `step(state, batch) -> (state, info)`, a `TrainStep`. If the loss or a gradient is
+      `step(state, batch) -> (state, info)`, compiled by `jax.jit` on the first call; with
+      `lower`, `trace`, and the plain function as `__wrapped__`. Called with a traced state,
+      as inside `scan` or `vmap`, it is that plain function. If the loss or a gradient is
       not finite, parameters and optimizer state come back bit-identical and `num_skipped`
       goes up by one.
 
@@ -259,21 +178,13 @@ def make_train_step(
     if weight_threshold is not None:
         check_threshold_tree("weight_threshold", weight_threshold)
     elif mask is not None:
-        raise ValueError("mask says which weights are boxed; it needs a weight_threshold.")
+        raise ValueError("mask says which weights are boxed: it needs a weight_threshold.")
     checks.check_choice("stochastic_rounding", stochastic_rounding, (False, True))
     optimizer = optax.with_extra_args_support(optimizer)
-    takes_key = _takes_key(loss_fn)
+    key_kind = _find_key_parameter(loss_fn)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
-        key, arguments, keywords = state.key, (state.params, batch), {}
-        if takes_key:
-            if key is None:
-                raise ValueError("loss_fn takes a key: TrainState.create(..., key=...) needs one.")
-            key, loss_key = jax.random.split(key)
-            if takes_key == "keyword":
-                keywords = {"key": loss_key}
-            else:
-                arguments = (*arguments, loss_key)
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
+        key, arguments, keywords = _loss_arguments(state, batch, key_kind)
         value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(*arguments, **keywords)
         loss, aux = value if has_aux else (value, None)
 
@@ -283,25 +194,18 @@ def make_train_step(
             grads, state.opt_state, state.params, value=loss, pre_norm=measured
         )
         if stochastic_rounding:
-            if key is None:
-                raise ValueError("stochastic_rounding needs TrainState.create(..., key=...).")
-            key, rounding_key = jax.random.split(key)
+            key, rounding_key = _split_key(key, "stochastic_rounding needs a key")
             params = apply_updates_stochastically(state.params, updates, rounding_key)
         else:
             params = optax.apply_updates(state.params, updates)
-        on_bound = jnp.zeros((), jnp.float32)
         if weight_threshold is not None:
             params = clip_weights(params, weight_threshold, mask, step=state.step)
 
         is_good = jnp.isfinite(loss) & jnp.isfinite(measured.norm.norm)
         stats = clip_stats(opt_state)
-        params, opt_state = jax.tree.map(
-            lambda new, old: _placed_as(
-                keep_weak_type(jnp.where(is_good, new, old), jnp.asarray(old)), old
-            ),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        params = _select(is_good, params, state.params)
+        opt_state = _select(is_good, opt_state, state.opt_state)
+        on_bound = jnp.zeros((), jnp.float32)
         if weight_threshold is not None:
             on_bound = weight_clip_rate(params, weight_threshold, mask, step=state.step)
         num_skipped = state.num_skipped + jnp.where(is_good, 0, 1)
@@ -310,28 +214,46 @@ def make_train_step(
             aux=aux,
             stats=stats | _bare_names(stats),
             weight_clip_rate=on_bound,
-            weight_outside_rate=jnp.zeros((), jnp.float32),
             num_skipped=num_skipped,
         )
         return TrainState(state.step + 1, params, opt_state, key, num_skipped), info
 
-    def outside_rate(state: TrainState) -> jax.Array:
-        return weight_outside_rate(state.params, weight_threshold, mask, step=state.step)
-
-    has_box = weight_threshold is not None
-    return TrainStep(step, outside_rate if has_box else None, donate, compiler_options)
-
-
-def _placed_as(new: jax.Array, old: Any) -> jax.Array:
-    """The array, to lie on the devices of a mesh as the old one does.
-
-    On an Auto mesh XLA would choose, and might split what was whole.
-    """
-    return new if jax.typeof(old).sharding.mesh.empty else shard_alike(new, old)[0]
+    options = _backend_options() | dict(compiler_options or {})
+    jitted = jax.jit(
+        step,
+        donate_argnums=(0,) if donate and _is_donation_safe() else (),
+        compiler_options=options or None,
+    )
+    return _inlined_when_traced(step, jitted) if options else jitted
 
 
-def _takes_key(loss_fn: Callable[..., Any]) -> str | None:
-    """How `loss_fn` takes a key: "positional", "keyword" or not at all."""
+def _inlined_when_traced(function: Callable[..., Any], jitted: jax.stages.Wrapped) -> Any:
+    """Returns the jitted step, which runs as the plain function inside another program."""
+
+    # jax takes compiler options only at the top level: a scan over `jitted` would raise.
+    @functools.wraps(function)
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
+        is_traced = isinstance(state.step, jax.core.Tracer)
+        return function(state, batch) if is_traced else jitted(state, batch)
+
+    vars(step).update(lower=jitted.lower, trace=jitted.trace)
+    return step
+
+
+def _select(is_good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """Returns the new tree if the step was good, else the old one, placed as the old one."""
+
+    def select_leaf(new: jax.Array, old: ArrayLike) -> jax.Array:
+        selected = keep_weak_type(jnp.where(is_good, new, old), jnp.asarray(old))
+        # On an Auto mesh XLA would choose the placement, and might split a replicated leaf.
+        has_mesh = not jax.typeof(old).sharding.mesh.empty
+        return shard_alike(selected, old)[0] if has_mesh else selected
+
+    return jax.tree.map(select_leaf, new, old)
+
+
+def _find_key_parameter(loss_fn: Callable[..., Any]) -> str | None:
+    """Returns how `loss_fn` takes a key: "positional", "keyword" or None for not at all."""
     try:
         parameters = inspect.signature(loss_fn).parameters.values()
     except (TypeError, ValueError):
@@ -343,26 +265,46 @@ def _takes_key(loss_fn: Callable[..., Any]) -> str | None:
     return "positional" if len(positional) >= 3 else None
 
 
+def _loss_arguments(
+    state: TrainState, batch: PyTree, key_kind: str | None
+) -> tuple[jax.Array | None, tuple, dict[str, jax.Array]]:
+    """Returns the key that is left, and the arguments and keywords of the loss."""
+    if key_kind is None:
+        return state.key, (state.params, batch), {}
+    key, loss_key = _split_key(state.key, "loss_fn takes a key")
+    if key_kind == "keyword":
+        return key, (state.params, batch), {"key": loss_key}
+    return key, (state.params, batch, loss_key), {}
+
+
+def _split_key(key: jax.Array | None, reason: str) -> tuple[jax.Array, jax.Array]:
+    """Returns the next key of the state, and one to use now."""
+    if key is None:
+        raise ValueError(f"{reason}: give TrainState.create(..., key=...) one.")
+    next_key, used_key = jax.random.split(key)
+    return next_key, used_key
+
+
 def _bare_names(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The statistics of the first clip in the chain, without its name."""
+    """Returns the statistics of the first clip in the chain, without its name."""
     first = next((k.split("/")[0] for k in stats if k.endswith("/clip_rate")), None)
     prefix = f"{first}/"
     return {k.removeprefix(prefix): v for k, v in stats.items() if k.startswith(prefix)}
 
 
-def _donation_is_safe() -> bool:
-    """Not on CPU with jax 0.7.2 and 0.8.0; it is with 0.9.0 (see its test)."""
+def _is_donation_safe() -> bool:
+    """Returns False on CPU before jax 0.9, where XLA overwrites arrays that it still reads."""
     return jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 9)
 
 
 @functools.cache
-def _backend_options() -> dict[str, Any]:
-    """XLA options for the default backend; none where this jaxlib does not know them."""
+def _backend_options() -> dict[str, bool]:
+    """Returns XLA options for the default backend; none where this jaxlib does not know them."""
     if jax.default_backend() != "cpu":
         return {}
     options = {"xla_cpu_copy_insertion_use_region_analysis": True}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except Exception:  # whatever a jaxlib raises for an option it does not have
+    except Exception:  # jaxlibs raise different errors for an option that they lack
         return {}
     return options

@@ -101,32 +101,6 @@ def weight_clip_rate(
     return _share_of_boxed(_num_on_bound, params, _bounds(params, threshold, mask, step))
 
 
-def weight_outside_rate(
-    params: optax.Params, threshold: Any, mask: Mask | None = None, *, step: Any = None
-) -> jax.Array:
-    """Returns the share of boxed weights that are outside: that `clip_weights` would move.
-
-    Args:
-      params: As in `clip_weights`.
-      threshold: As in `clip_weights`.
-      mask: As in `clip_weights`.
-      step: As in `clip_weights`.
-
-    Returns:
-      A float32 scalar in [0, 1]: entries with `|w| > t`, which no NaN is, over entries that
-      have a finite threshold; 0 if none has.
-
-    Raises:
-      TypeError: If a threshold is of a wrong type.
-      ValueError: If a concrete threshold is negative or NaN, or a tree does not fit.
-
-    Example:
-      >>> weight_outside_rate(jnp.array([-0.6, 0.1, 0.5, 0.2]), 0.5)
-      Array(0.25, dtype=float32)
-    """
-    return _share_of_boxed(_num_outside, params, _bounds(params, threshold, mask, step))
-
-
 def _share_of_boxed(count: Callable[..., jax.Array], params: Any, bounds: Any) -> jax.Array:
     """What is counted in each leaf that has a box, over the entries that have one."""
     counted = boxed = jnp.zeros((), jnp.float32)
@@ -147,11 +121,6 @@ def _num_on_bound(w: jax.Array, t: jax.Array) -> jax.Array:
         modulus = modulus * (1 + 8 * jnp.finfo(t.dtype).eps)
     below = jnp.where(t == 0, -jnp.ones_like(t), jnp.nextafter(t, jnp.zeros_like(t)))
     return _num_above(modulus, below, jnp.isfinite(t))
-
-
-def _num_outside(w: jax.Array, t: jax.Array) -> jax.Array:
-    """How many entries are outside a finite bound, in float32."""
-    return _num_above(jnp.abs(w), t, jnp.isfinite(t))
 
 
 def _num_above(modulus: jax.Array, limit: jax.Array, has_box: jax.Array) -> jax.Array:
