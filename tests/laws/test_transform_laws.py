@@ -1,4 +1,6 @@
-"""One table of transforms, one list of laws, every law on every row.
+"""One table of transforms, and the laws of how they are built, wrapped and placed.
+
+What goes in and what comes out is drawn: `test_invariants.py`, `test_invariants_of_steps.py`.
 
 A new transform gets a row in `TRANSFORMS`; `test_every_public_transform_has_a_row` fails
 until it has one.
@@ -28,9 +30,6 @@ class Row:
     parameter: str | None = None
     value: float = 0.5
     takes_schedule: bool = True
-    # Products of whole matrices round relative to the norm of what comes in, which a small
-    # bound makes several times the largest entry of what comes out.
-    ulps: int = 4
 
     def make(self, value: Any = None) -> optax.GradientTransformationExtraArgs:
         if self.parameter is None:
@@ -78,8 +77,6 @@ def smooth_clip_by_value(scale):
     return jaxclip.gradients.smooth_clip(scale, by="value")
 
 
-CONSTRAINTS = {jaxclip.weights.keep_weights_within, project_weights}  # which do not judge a step
-WRAPPERS = {cautious, skip_nonfinite, skip_or_clip, error_feedback}
 TRANSFORMS = [
     Row(jaxclip.clip_by_value, "max_abs"),
     Row(jaxclip.clip_by_global_norm, "max_norm"),
@@ -87,7 +84,7 @@ TRANSFORMS = [
     Row(jaxclip.clip_by_block_rms, "threshold"),
     Row(jaxclip.adaptive_grad_clip, "clipping"),
     Row(jaxclip.gradients.clip_update_relative, "relative", takes_schedule=False),
-    Row(jaxclip.gradients.clip_by_spectral_norm, "max_norm", 4.0, ulps=16),
+    Row(jaxclip.gradients.clip_by_spectral_norm, "max_norm", 4.0),
     Row(jaxclip.gradients.smooth_clip, "scale"),
     Row(smooth_clip_by_value, "scale"),
     Row(jaxclip.scale_by_sign),
@@ -194,33 +191,6 @@ def test_every_public_transform_has_a_row():
 
 
 @every_transform
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_jit_equals_eager(row: Row, dtype: Any):
-    tx, params = row.make(), make_params(dtype)
-    assert_close(run(tx, params, update=jax.jit(tx.update)), run(tx, params))
-
-
-@every_transform
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_updates_keep_structure_shape_and_dtype(row: Row, dtype: Any):
-    params = make_params(dtype)
-    updates, _ = run(row.make(), params)
-    assert signature(updates) == signature(make_grads(params))
-
-
-@every_transform
-def test_weak_types_are_kept(row: Row):
-    params = {"w": jnp.asarray(0.5), "v": jnp.ones(3)}
-    assert params["w"].weak_type
-    grads = {"w": jnp.asarray(0.25), "v": jnp.ones(3)}
-    tx = row.make()
-    state = tx.init(params)
-    updates, new_state = tx.update(grads, state, params)
-    assert signature(updates) == signature(grads)
-    assert signature(new_state) == signature(state)
-
-
-@every_transform
 def test_init_needs_only_shapes(row: Row):
     tx, params = row.make(), make_params()
     shapes = jax.eval_shape(lambda: params)
@@ -229,32 +199,11 @@ def test_init_needs_only_shapes(row: Row):
 
 
 @every_transform
-def test_state_is_arrays_of_constant_structure(row: Row):
-    tx, params = row.make(), make_params(jnp.bfloat16)
-    first, (_, last) = tx.init(params), run(tx, params)
-    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(last))
-    assert signature(first) == signature(last)
-
-
-@every_transform
 def test_state_can_be_donated(row: Row):
     # XLA refuses a buffer that is given twice, so no two fields may be the same array.
     tx, params = row.make(), make_params()
     update = jax.jit(tx.update, donate_argnums=1)
     assert_close(run(tx, params, update=update)[0], run(tx, params)[0])
-
-
-@every_transform
-def test_scan_equals_a_loop(row: Row):
-    tx, params = row.make(), make_params()
-    grads = jax.tree.map(lambda *g: jnp.stack(g), *[make_grads(params, i) for i in range(3)])
-
-    def body(state: Any, g: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(g, state, params)
-        return state, updates
-
-    state, updates = jax.lax.scan(body, tx.init(params), grads)
-    assert_close((jax.tree.map(lambda u: u[-1], updates), state), run(tx, params))
 
 
 @with_parameter
@@ -270,19 +219,6 @@ def test_hyper_parameters_change_without_recompiling(row: Row):
     for i in range(3):
         _, state = update(jnp.float32(row.value / (i + 1)), make_grads(params, i), state)
     assert len(traces) == 1
-
-
-@with_parameter
-def test_vmap_over_the_hyper_parameter_equals_a_loop(row: Row):
-    params, values = make_params(), np.float32([row.value, row.value / 2, row.value / 8])
-
-    def last_updates(value: Any) -> Any:
-        return run(row.make(value), params)[0]
-
-    batched = jax.jit(jax.vmap(last_updates))(jnp.asarray(values))
-    for i, value in enumerate(values):
-        one = jax.tree.map(lambda u, i=i: u[i], batched)
-        assert_close(one, last_updates(jnp.asarray(value)), ulps=row.ulps)
 
 
 @with_parameter
@@ -308,11 +244,11 @@ def test_a_schedule_equals_the_values_it_takes(row: Row):
 
 
 @with_schedule
-@pytest.mark.parametrize("bad", [0.0, np.inf, -1.0, np.nan])
-def test_a_schedule_that_goes_wrong_poisons_nothing(row: Row, bad: float):
+def test_a_schedule_that_goes_wrong_poisons_nothing(row: Row):
     params = make_params()
-    value = jnp.asarray([row.value, bad, row.value], jnp.float32)
-    updates, state = run(row.make(lambda step: value[jnp.minimum(step, 2)]), params)
+    values = jnp.asarray([row.value, 0.0, np.inf, -1.0, np.nan, row.value], jnp.float32)
+    tx = row.make(lambda step: values[jnp.minimum(step, 5)])
+    updates, state = run(tx, params, num_steps=6, update=jax.jit(tx.update))
     for x in jax.tree.leaves((updates, state)):
         assert np.isfinite(np.asarray(x, np.float64)).all()
 
@@ -355,45 +291,6 @@ def test_python_and_numpy_leaves_are_accepted(row: Row, leaf: Any):
     updates, _ = tx.update({"w": leaf}, tx.init(params), params)
     assert np.shape(updates["w"]) == np.shape(leaf)
     assert jnp.asarray(updates["w"]).dtype == jnp.asarray(leaf).dtype
-
-
-@every_transform
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("magnitude", ["smallest", "tiny", "one", "largest"])
-def test_finite_in_finite_out(row: Row, dtype: Any, magnitude: str):
-    info = jnp.finfo(dtype)
-    size = {
-        "smallest": info.smallest_subnormal,
-        "tiny": info.tiny,
-        "one": 1,
-        "largest": info.max,
-    }[magnitude]
-    params = jax.tree.map(lambda p: jnp.full_like(p, size), make_params(dtype))
-    signs = jax.tree.map(jnp.sign, make_grads(make_params(dtype)))
-    grads = jax.tree.map(lambda s, p: s * p, signs, params)
-    if row.factory is jaxclip.weights.keep_weights_within:  # w + u is not finite in itself
-        params = make_params(dtype)
-    tx = row.make()
-    updates, state = tx.update(grads, tx.init(params), params)
-    for x in jax.tree.leaves((updates, state.mu if hasattr(state, "mu") else ())):
-        assert np.isfinite(np.asarray(x, np.float64)).all()
-
-
-@every_transform
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_bad_gradient_never_enters_the_state(row: Row, bad: float):
-    tx, params = row.make(), make_params()
-    _, state = run(tx, params)
-    grads = make_grads(params)
-    grads["dense"]["kernel"] = grads["dense"]["kernel"].at[3, 4].set(bad)
-    _, state = tx.update(grads, state, params)
-    for x in jax.tree.leaves(state):
-        assert np.isfinite(np.asarray(x, np.float64)).all()
-    counters = [v for k, v in jaxclip.clip_stats(state).items() if k.endswith("num_nonfinite")]
-    if row.factory in WRAPPERS:  # whose inner transform may not have seen it at all
-        counters = counters[:1]
-    assert all(int(c) == 1 for c in counters)
-    assert counters or row.factory in CONSTRAINTS
 
 
 @every_transform
@@ -456,5 +353,7 @@ def test_eight_devices_equal_one_and_sharding_is_kept(row: Row, kind: AxisType):
         for i in range(3):
             updates, state = update(place(make_grads(params, i)), state, sharded)
     assert_close(jax.device_get(updates), jax.device_get(one[0]), ulps=8)
-    kernel = updates["dense"]["kernel"]
-    assert kernel.sharding.is_equivalent_to(sharded["dense"]["kernel"].sharding, kernel.ndim)
+    split = sharded["dense"]["kernel"].sharding
+    for leaf in jax.tree.leaves((updates, state)):
+        if leaf.shape == params["dense"]["kernel"].shape:
+            assert leaf.sharding.is_equivalent_to(split, leaf.ndim)
