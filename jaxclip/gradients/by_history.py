@@ -1,11 +1,12 @@
-"""Clips whose threshold is a norm, learned from the norms that came before.
+"""Clips whose threshold is a norm, learned from the norms of the steps before.
 
-What they keep, and what a bad step does to it, is told in `history`.
+Three laws for a threshold t from norms n: a running quantile of n (`autoclip`), `mean + z * std`
+(`zclip`), and for each leaf `relative * average of n` (`adagc`). How a bad step is treated is told
+in `jaxclip.gradients.learning`.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import (
-    FLOAT32_MAX,
-    FLOAT32_TINY,
-    clamp,
-    increment,
-    round_toward_zero,
-)
+from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, clamp, increment
 from jaxclip._core.trees import floating_leaves, replace_floating
 from jaxclip.gradients.learning import (
     LearningState,
@@ -30,16 +25,20 @@ from jaxclip.gradients.learning import (
 )
 from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.of_units import rescaled_unit_norm
-from jaxclip.norms.scaling import clip_to_norm, norm_of
+from jaxclip.norms.scaling import bound_at, clip_to_norm, norm_of, norm_of_norms
 from jaxclip.thresholds.values import check_number_or_schedule
 
 
 class AutoclipState(LearningState):
     """State of `autoclip`; `learned` is the window, newest norm last, 0 where empty, or ()."""
 
+    transform_name = "autoclip"
+
 
 class ZclipState(LearningState):
     """State of `zclip`; `learned` has "mean" and "std", `threshold` is `mean + z * std`."""
+
+    transform_name = "zclip"
 
 
 class AdagcState(LearningState):
@@ -47,6 +46,8 @@ class AdagcState(LearningState):
 
     `threshold` is the largest global norm that the last step could let pass.
     """
+
+    transform_name = "adagc"
 
 
 def autoclip(
@@ -59,16 +60,17 @@ def autoclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the global norm at a running quantile of the norms seen so far.
 
-    `t <- t * exp(learning_rate * (quantile - [norm <= t]))`, which settles where a share
+    `t <- t * exp(learning_rate * (quantile - [norm <= t]))`, which settles where the fraction
     `quantile` of the norms is below `t`; or with `window=n` the exact quantile of the last
     `n` norms. A norm enters before the clip and unclipped, as in AutoClip.
 
     Args:
-      quantile: Share of the steps that are not clipped, in [0, 1]. May be traced.
-      window: How many norms to remember; None for the tracker, which keeps `t` alone.
+      quantile: Fraction of the steps that are not clipped, in [0, 1]. May be traced.
+      window: Number of norms to remember; None for the tracker, which keeps `t` alone.
       initial: Positive `t` to start at; None for the first norm. May be traced.
       learning_rate: Step of the tracker's logarithm, not negative. May be traced.
-      axis_name: As in `clip_by_global_norm`.
+      axis_name: Mapped axis to take the norm over inside `shard_map` or `pmap`. Under
+        `jit` on sharded arrays leave it None: the norm is global already.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept.
@@ -82,7 +84,7 @@ def autoclip(
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 2.0, 900.0):
       ...     clipped, state = tx.update(jnp.array([norm]), state)
-      >>> print(f"{clipped[0]:.3f} {state.pre_norm} {state.threshold}")
+      >>> print(f"{clipped[0]:.3f} {state.stats.pre_norm} {state.threshold}")
       2.000 900.0 2.0
 
     References:
@@ -106,19 +108,27 @@ def autoclip(
         return first, () if window is None else jnp.zeros((window,), jnp.float32)
 
     def rule(updates, state, pre_norm):
-        norm, each = norm_of(updates, pre_norm, axis_name=axis_name)
+        norm, leaf_norms = norm_of(updates, pre_norm, axis_name=axis_name)
         size = norm_in_float32(norm)
-        t, share, history = state.threshold, clamp(quantile, 0, 1), state.learned
+        t, history, fraction = state.threshold, state.learned, clamp(quantile, 0, 1)
         if window is None:
             is_below = (size <= t).astype(jnp.float32)
-            moved = t * jnp.exp(clamp(learning_rate, 0, FLOAT32_MAX) * (share - is_below))
+            moved = t * jnp.exp(clamp(learning_rate, 0, FLOAT32_MAX) * (fraction - is_below))
             t = jnp.where(t > 0, clamp(moved, FLOAT32_TINY, FLOAT32_MAX), size)
         else:
             history = jnp.concatenate([history[1:], size[None]])
-            t = _quantile(history, share)
+            t = _quantile_of_window(history, fraction)
         # Decided in float32, as `t` is: the first norm is not above itself.
         clipped, clip = clip_to_norm(updates, norm, jnp.where(size > t, t, jnp.inf))
-        return LearningStep(clipped, norm, each, clip.post_norm, clip.is_clipped, t, history)
+        return LearningStep(
+            updates=clipped,
+            norm=norm,
+            leaf_norms=leaf_norms,
+            post_norm=clip.post_norm,
+            clip_rate=clip.is_clipped,
+            threshold=t,
+            learned=history,
+        )
 
     return learning_transform(AutoclipState, start, rule, (quantile, learning_rate))
 
@@ -128,7 +138,7 @@ def zclip(
     alpha: ArrayLike = 0.97,
     warmup: int = 25,
     *,
-    max_norm: Any = math.inf,
+    max_norm: ArrayLike | optax.Schedule = math.inf,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the global norm where it is a spike: more than `z` deviations above its mean.
@@ -143,11 +153,12 @@ def zclip(
     Args:
       z: Deviations above the mean that make a spike, in [0, inf]. May be traced.
       alpha: Decay rate of the mean and variance, in [0, 1]. May be traced.
-      warmup: How many norms make the start; 0 is as 1.
+      warmup: Number of norms that make the start; 0 is as 1.
       max_norm: Bound while there is no statistic to clip by, in warm-up and until the
         variance is not 0: number in [0, inf], traced scalar, or schedule. Best a few times
         the usual norm: if every norm of the warm-up is above it, it stays the bound.
-      axis_name: As in `clip_by_global_norm`.
+      axis_name: Mapped axis to take the norm over inside `shard_map` or `pmap`. Under
+        `jit` on sharded arrays leave it None: the norm is global already.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept. A lasting rise
@@ -173,7 +184,7 @@ def zclip(
     checks.check_decay_rate("alpha", alpha)
     if not isinstance(warmup, jax.Array):  # as `inject_hyperparams` gives it
         checks.check_count("warmup", warmup, at_least=0)
-    cap_at = _as_schedule("max_norm", max_norm)
+    check_number_or_schedule("max_norm", max_norm)
 
     def start(params):
         del params
@@ -181,28 +192,34 @@ def zclip(
         return jnp.zeros((), jnp.float32), learned
 
     def rule(updates, state, pre_norm):
-        norm, each = norm_of(updates, pre_norm, axis_name=axis_name)
+        norm, leaf_norms = norm_of(updates, pre_norm, axis_name=axis_name)
         size = norm_in_float32(norm)
-        mean, std, limit = state.learned["mean"], state.learned["std"], clamp(z, 0, jnp.inf)
-        spread, above = limit * std, size - mean
+        mean, std, num_stds = state.learned["mean"], state.learned["std"], clamp(z, 0, jnp.inf)
+        deviation, max_deviation = size - mean, num_stds * std
         count = increment(state.num_learned)
         is_warm = count <= jnp.maximum(warmup, 1)
-        has_spread = ~is_warm & (std > 0)
-        is_spike = has_spread & (above > spread)
-        bound = mean + spread * (spread / jnp.where(is_spike, above, 1))
-        bound = jnp.where(is_spike, bound, jnp.where(has_spread, jnp.inf, cap_at(state.step)))
+        has_std = ~is_warm & (std > 0)
+        is_spike = has_std & (deviation > max_deviation)
+        spike_bound = mean + max_deviation * (max_deviation / jnp.where(is_spike, deviation, 1))
+        usual_bound = jnp.where(has_std, jnp.inf, bound_at(max_norm, state.step))
+        bound = jnp.where(is_spike, spike_bound, usual_bound)
         clipped, clip = clip_to_norm(updates, norm, bound)
 
         # In warm-up the plain mean and variance (Welford), then moving averages.
-        keep = jnp.where(is_warm, 1 - 1 / count.astype(jnp.float32), clamp(alpha, 0, 1))
+        decay = jnp.where(is_warm, 1 - 1 / count.astype(jnp.float32), clamp(alpha, 0, 1))
         change = jnp.minimum(bound, size) - mean
-        off_mean = change * jnp.where(is_warm, jnp.sqrt(keep), keep)
-        new_std = jnp.hypot(jnp.sqrt(keep) * std, jnp.sqrt(1 - keep) * off_mean)
-        mean, std = mean + (1 - keep) * change, clamp(new_std, 0, FLOAT32_MAX)
-        threshold = mean + jnp.where(std > 0, limit * std, 0)  # z may be inf
-        learned = {"mean": mean, "std": std}
-        post, is_clipped = clip.post_norm, clip.is_clipped
-        return LearningStep(clipped, norm, each, post, is_clipped, threshold, learned)
+        off_mean = change * jnp.where(is_warm, jnp.sqrt(decay), decay)
+        std = jnp.hypot(jnp.sqrt(decay) * std, jnp.sqrt(1 - decay) * off_mean)
+        mean, std = mean + (1 - decay) * change, clamp(std, 0, FLOAT32_MAX)
+        return LearningStep(
+            updates=clipped,
+            norm=norm,
+            leaf_norms=leaf_norms,
+            post_norm=clip.post_norm,
+            clip_rate=clip.is_clipped,
+            threshold=mean + jnp.where(std > 0, num_stds * std, 0),  # z may be inf
+            learned={"mean": mean, "std": std},
+        )
 
     return learning_transform(ZclipState, start, rule, (z, alpha))
 
@@ -212,7 +229,7 @@ def adagc(
     beta: ArrayLike = 0.98,
     warmup: int = 100,
     *,
-    max_norm: Any = 1.0,
+    max_norm: ArrayLike | optax.Schedule = 1.0,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the norm of each leaf relative to the average of its own clipped norms.
@@ -225,9 +242,10 @@ def adagc(
     Args:
       relative: Bound on a leaf's norm in units of `r`, in [0, inf]. May be traced.
       beta: Decay rate of the references `r`, in [0, 1]. May be traced.
-      warmup: How many steps are warm-up; with 0 a leaf starts at its first norm, unclipped.
+      warmup: Number of steps of warm-up; with 0 a leaf starts at its first norm, unclipped.
       max_norm: Bound in warm-up: number in [0, inf], traced scalar, or schedule.
-      axis_name: As in `clip_by_global_norm`.
+      axis_name: Mapped axis to take the norms over inside `shard_map` or `pmap`. Under
+        `jit` on sharded arrays leave it None.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept.
@@ -252,35 +270,40 @@ def adagc(
     checks.check_decay_rate("beta", beta)
     if not isinstance(warmup, jax.Array):  # as `inject_hyperparams` gives it
         checks.check_count("warmup", warmup, at_least=0)
-    cap_at = _as_schedule("max_norm", max_norm)
+    check_number_or_schedule("max_norm", max_norm)
 
     def rule(updates, state, pre_norm):
         del pre_norm
         leaves, reference = [jnp.asarray(x) for x in floating_leaves(updates)], state.learned
         checks.check_num_leaves(leaves, reference.size)
         norms = [rescaled_unit_norm(x, tuple(range(x.ndim)), axis_name=axis_name) for x in leaves]
-        norm = _norm_of_parts(norms)
-        is_warm, cap = state.num_learned < warmup, cap_at(state.step, norm.norm.dtype)
-        own = jnp.where(reference > 0, clamp(relative, 0, jnp.inf) * reference, jnp.inf)
+        norm = _norm_of_leaf_norms(norms)
+        is_warm = state.num_learned < warmup
+        max_global = bound_at(max_norm, state.step, norm.norm.dtype)
+        max_own = jnp.where(reference > 0, clamp(relative, 0, jnp.inf) * reference, jnp.inf)
         # In warm-up one coefficient for all, that of the global norm.
-        used = [_either(is_warm, norm, n) for n in norms]
-        bounds = jnp.where(is_warm, cap, own.astype(cap.dtype))
-        pairs = zip(leaves, used, strict=True)
+        deciding = [_select_norm(is_warm, norm, n) for n in norms]
+        bounds = jnp.where(is_warm, max_global, max_own.astype(max_global.dtype))
+        pairs = zip(leaves, deciding, strict=True)
         clips = [clip_to_norm(x, n, bounds[i]) for i, (x, n) in enumerate(pairs)]
 
         sizes = _stack(map(norm_in_float32, norms))
         coefs = _stack(clip.clip_coef for _, clip in clips)
-        passed = jnp.where(is_warm, sizes * coefs, jnp.minimum(sizes, own))
-        average = reference + (1 - clamp(beta, 0, 1)) * (passed - reference)
-        new = jnp.where(is_warm, jnp.minimum(reference, passed), average)
-        new = jnp.where(passed > 0, jnp.where(reference > 0, new, passed), reference)
-        usual = _length(clamp(own, 0, FLOAT32_MAX))
-        threshold = jnp.where(is_warm, jnp.minimum(cap, FLOAT32_MAX).astype(jnp.float32), usual)
-        rate = jnp.sum(_stack(clip.is_clipped for _, clip in clips)) / max(len(leaves), 1)
-        updates = replace_floating(updates, [x for x, _ in clips])
+        clipped_sizes = jnp.where(is_warm, sizes * coefs, jnp.minimum(sizes, max_own))
+        average = reference + (1 - clamp(beta, 0, 1)) * (clipped_sizes - reference)
+        moved = jnp.where(is_warm, jnp.minimum(reference, clipped_sizes), average)
+        moved = jnp.where(reference > 0, moved, clipped_sizes)
         is_finite = _stack(jnp.isfinite(n.norm) for n in norms).astype(bool)
-        each = jnp.where(is_finite, sizes, jnp.nan)
-        return LearningStep(updates, norm, each, _length(passed), rate, threshold, new)
+        max_global = jnp.minimum(max_global, FLOAT32_MAX).astype(jnp.float32)
+        return LearningStep(
+            updates=replace_floating(updates, [x for x, _ in clips]),
+            norm=norm,
+            leaf_norms=jnp.where(is_finite, sizes, jnp.nan),
+            post_norm=norm_of_norms(clipped_sizes),
+            clip_rate=jnp.sum(_stack(clip.is_clipped for _, clip in clips)) / max(len(leaves), 1),
+            threshold=jnp.where(is_warm, max_global, norm_of_norms(clamp(max_own, 0, FLOAT32_MAX))),
+            learned=jnp.where(clipped_sizes > 0, moved, reference),
+        )
 
     return learning_transform(AdagcState, zero_per_leaf, rule, (relative, beta))
 
@@ -288,50 +311,32 @@ def adagc(
 # --- Parts ----------------------------------------------------------------------------
 
 
-def _as_schedule(name: str, given: Any) -> Callable[..., jax.Array]:
-    """A bound as a function of the step and a dtype; below 0 counts as 0."""
-    check_number_or_schedule(name, given)
-
-    def bound_at(step: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-        bound: Any = given(step) if callable(given) else given
-        return jnp.maximum(jnp.asarray(round_toward_zero(bound, dtype)), 0)
-
-    return bound_at
-
-
-def _stack(scalars: Any) -> jax.Array:
+def _stack(scalars: Iterable[jax.Array]) -> jax.Array:
     scalars = [x.reshape(()) for x in scalars]
     return jnp.stack(scalars) if scalars else jnp.zeros((0,), jnp.float32)
 
 
-def _length(vector: jax.Array) -> jax.Array:
-    """Length of a vector of no negative numbers; safe from overflow on the way."""
-    largest = jnp.max(vector, initial=0)
-    scaled = vector / jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(jnp.sum(jnp.square(scaled)))
+def _select_norm(condition: jax.Array, one: RescaledNorm, other: RescaledNorm) -> RescaledNorm:
+    """Returns one of two norms, as scalars in the dtype of the first."""
+    pairs = zip(one, other, strict=True)
+    return RescaledNorm(*(jnp.where(condition, a, b.reshape(()).astype(a.dtype)) for a, b in pairs))
 
 
-def _either(condition: jax.Array, this: RescaledNorm, that: RescaledNorm) -> RescaledNorm:
-    """One of two norms, as scalars in the dtype of the first."""
-    pairs = zip(this, that, strict=True)
-    both = [jnp.where(condition, a, b.reshape(()).astype(a.dtype)) for a, b in pairs]
-    return RescaledNorm(*both)
-
-
-def _norm_of_parts(parts: list[RescaledNorm]) -> RescaledNorm:
-    """The norm of a tree from those of its leaves."""
+def _norm_of_leaf_norms(parts: list[RescaledNorm]) -> RescaledNorm:
+    """Returns the norm of a tree from those of its leaves."""
     dtype = jnp.float64 if any(p.norm.dtype == jnp.float64 for p in parts) else jnp.float32
     norms = _stack(p.norm.astype(dtype) for p in parts)
     rescales = _stack(p.rescale.astype(dtype) for p in parts)
     rescale = jnp.min(rescales, initial=jnp.finfo(dtype).max)
-    # A leaf that was scaled up beside one that was not is too small to count.
-    return RescaledNorm(_length(norms * (rescale / rescales)), rescale)
+    # A leaf that was scaled up is too small to count in a tree with one that was not.
+    return RescaledNorm(norm_of_norms(norms * (rescale / rescales)), rescale)
 
 
-def _quantile(history: jax.Array, share: jax.Array) -> jax.Array:
-    """The quantile of the positive entries, linear between two; empty places are 0."""
+def _quantile_of_window(history: jax.Array, fraction: jax.Array) -> jax.Array:
+    """Returns the quantile of the positive entries, linear between two; empty places are 0."""
     ordered, count = jnp.sort(history), jnp.sum(history > 0, dtype=jnp.int32)
-    place = share * jnp.maximum(count - 1, 0).astype(jnp.float32)
-    low = history.size - count + jnp.floor(place).astype(jnp.int32)
-    low, high = (jnp.clip(i, 0, history.size - 1) for i in (low, low + 1))
-    return ordered[low] + (place - jnp.floor(place)) * (ordered[high] - ordered[low])
+    place = fraction * jnp.maximum(count - 1, 0).astype(jnp.float32)
+    below = history.size - count + jnp.floor(place).astype(jnp.int32)
+    low = ordered[jnp.clip(below, 0, history.size - 1)]
+    high = ordered[jnp.clip(below + 1, 0, history.size - 1)]
+    return low + (place - jnp.floor(place)) * (high - low)

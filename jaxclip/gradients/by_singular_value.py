@@ -1,14 +1,21 @@
-"""Clips the singular values of each matrix of the gradient."""
+"""Clips the singular values of each matrix of the gradient: `U diag(min(s, c)) V^H`.
 
-from typing import Any, NamedTuple
+The matrices are capped by products alone, without a singular value decomposition; how, and how
+exactly, is told in `jaxclip.norms.singular_values`. A bad step gives zeros for all leaves.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxclip._core import checks, floats, trees
-from jaxclip._core.floats import increment, keep_weak_type
+from jaxclip._core import checks
+from jaxclip._core.floats import increment, is_bad_step
+from jaxclip._core.trees import PyTree, path_name
+from jaxclip.norms.scaling import zero_if
 from jaxclip.norms.singular_values import _num_matrices, cap_leaf
+from jaxclip.norms.state import ClipStats
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 
@@ -17,20 +24,19 @@ class ClipBySpectralNormState(NamedTuple):
 
     Attributes:
       step: Scalar int32, steps so far.
-      pre_norm: Scalar float32, the largest spectral norm of the last gradient's matrices
-        before the clip: an estimate from below, short by a few per cent at most.
-      clip_rate: Scalar float32, share of the matrices that the last step clipped.
-      num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
+      stats: A `ClipStats` without `post_norm` and `clip_coef`. Its `pre_norm` is the largest
+        spectral norm of the last gradient's matrices: an estimate from below, short by a few per
+        cent at most. Its `clip_rate` is that of the matrices at the last step.
     """
 
+    transform_name = "clip_by_spectral_norm"
+
     step: jax.Array
-    pre_norm: jax.Array
-    clip_rate: jax.Array
-    num_nonfinite: jax.Array
+    stats: ClipStats
 
 
 def clip_by_spectral_norm(
-    max_norm: Any, *, steps: int | None = None, stacked_axes: int | None = None
+    max_norm: PyTree, *, steps: int | None = None, stacked_axes: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Caps the singular values of every matrix at `max_norm`.
 
@@ -41,10 +47,10 @@ def clip_by_spectral_norm(
     Args:
       max_norm: A threshold: number in [0, inf], traced scalar, schedule, rule, or a prefix
         tree of these, in the units of the gradient; one number a leaf.
-      steps: Rounds of each of the two matrix signs, at least 1; None is 12. See
-        `cap_singular_values` for what they buy.
-      stacked_axes: Leading axes that number separate matrices, as the layers of a scanned
-        model do; None is 0.
+      steps: Rounds of each of the two matrix signs, at least 1; None is 12. More of
+        them are more exact, see `norms.cap_singular_values`.
+      stacked_axes: Number of leading axes that stack separate matrices, as the layers of a
+        scanned model do; None is 0.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept. Matrices whose
@@ -60,7 +66,7 @@ def clip_by_spectral_norm(
       >>> tx = clip_by_spectral_norm(2.0)
       >>> grads = {"w": jnp.diag(jnp.array([5.0, 1.0])), "b": jnp.array([7.0])}
       >>> clipped, state = tx.update(grads, tx.init(grads))
-      >>> print(jnp.round(clipped["w"], 3), clipped["b"], state.pre_norm)
+      >>> print(jnp.round(clipped["w"], 3), clipped["b"], state.stats.pre_norm)
       [[2. 0.]
        [0. 1.]] [7.] 5.0
 
@@ -77,37 +83,28 @@ def clip_by_spectral_norm(
 
     def init_fn(params):
         del params
-        return ClipBySpectralNormState(
-            step=jnp.zeros((), jnp.int32),
-            pre_norm=jnp.zeros((), jnp.float32),
-            clip_rate=jnp.zeros((), jnp.float32),
-            num_nonfinite=jnp.zeros((), jnp.int32),
-        )
+        stats = ClipStats.create(without=("post_norm", "clip_coef"))
+        return ClipBySpectralNormState(step=jnp.zeros((), jnp.int32), stats=stats)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         bounds = resolve_threshold(max_norm, updates, state.step)
         entries, treedef = jax.tree_util.tree_flatten_with_path(updates)
         pairs = list(zip(entries, jax.tree.leaves(bounds), strict=True))
-        is_bad = floats.is_bad_step(updates, bounds)
+        is_bad = is_bad_step(updates, bounds)
         leaves = [
-            cap_leaf("max_norm", trees.path_name(path), g, c, steps, stacked_axes)
-            for (path, g), c in pairs
+            cap_leaf("max_norm", path_name(path), g, bound, steps, stacked_axes)
+            for (path, g), bound in pairs
         ]
         num_matrices = sum(_num_matrices(g, stacked_axes) for _, g in entries)
         num_clipped = sum((x.num_clipped for x in leaves), jnp.zeros((), jnp.float32))
-        pre_norm = jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *(x.norm for x in leaves)]))
-        clipped = jax.tree.unflatten(treedef, [x.capped for x in leaves])
-        clipped = trees.map_clippable(lambda g: _zero_if(is_bad, g), clipped)
-        return clipped, ClipBySpectralNormState(
-            step=increment(state.step),
-            pre_norm=jnp.where(is_bad, state.pre_norm, pre_norm),
+        capped = jax.tree.unflatten(treedef, [x.capped for x in leaves])
+        stats = state.stats.update(
+            is_bad,
+            pre_norm=jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *(x.norm for x in leaves)])),
             clip_rate=jnp.where(is_bad, 0, num_clipped / max(num_matrices, 1)),
-            num_nonfinite=increment(state.num_nonfinite, is_bad),
         )
+        state = ClipBySpectralNormState(step=increment(state.step), stats=stats)
+        return zero_if(is_bad, capped), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _zero_if(is_bad: jax.Array, g: jax.Array) -> jax.Array:
-    return keep_weak_type(jnp.where(is_bad, jnp.zeros_like(g), g), g)

@@ -1,12 +1,17 @@
-"""Clips each entry of the gradient by itself."""
+"""Clips each entry of the gradient by itself: `min(max(g, -c), c)`, complex entries by modulus.
+
+An infinity becomes the bound with its sign and a NaN becomes 0; both make a bad step, counted in
+`num_nonfinite`. The other entries are clipped as ever, because they do not depend on these.
+"""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxclip._core import floats, trees
+from jaxclip._core import floats
 from jaxclip._core.floats import (
     compute_dtype,
     exceeds,
@@ -16,6 +21,8 @@ from jaxclip._core.floats import (
     phase_and_modulus,
     round_toward_zero,
 )
+from jaxclip._core.trees import PyTree, floating_leaves, is_clippable, replace_floating
+from jaxclip.norms.state import ClipStats
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 
@@ -24,16 +31,17 @@ class ClipByValueState(NamedTuple):
 
     Attributes:
       step: Scalar int32, steps so far.
-      clip_rate: Scalar float32, share of the entries that the last finite step clipped.
-      num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
+      stats: A `ClipStats` without norms and coefficient; its `clip_rate` is that of the entries
+        at the last finite step.
     """
 
+    transform_name = "clip_by_value"
+
     step: jax.Array
-    clip_rate: jax.Array
-    num_nonfinite: jax.Array
+    stats: ClipStats
 
 
-def clip_by_value(max_abs: Any) -> optax.GradientTransformationExtraArgs:
+def clip_by_value(max_abs: PyTree) -> optax.GradientTransformationExtraArgs:
     """Clips every gradient entry to `[-max_abs, max_abs]`.
 
     `g <- min(max(g, -c), c)`; complex entries are scaled to modulus at most `c`. An
@@ -61,58 +69,57 @@ def clip_by_value(max_abs: Any) -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params):
         del params
-        return ClipByValueState(
-            step=jnp.zeros((), jnp.int32),
-            clip_rate=jnp.zeros((), jnp.float32),
-            num_nonfinite=jnp.zeros((), jnp.int32),
-        )
+        stats = ClipStats.create(without=("pre_norm", "post_norm", "clip_coef"))
+        return ClipByValueState(step=jnp.zeros((), jnp.int32), stats=stats)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         bounds = resolve_threshold(max_abs, updates, state.step)
-        pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(bounds), strict=True)
-        leaves = [(jnp.asarray(g), b) for g, b in pairs if trees.is_clippable(g)]
-        clipped = [_clip_entries(g, _entry_bound(g, b)) for g, b in leaves]
-        counts = jnp.stack([jnp.zeros((), jnp.float32), *(n for _, n in clipped)])
-        num_clipped = jnp.sum(counts)
-        is_bad = jnp.isnan(num_clipped) | floats.has_nan([b for _, b in leaves])
-        num_entries = max(sum(g.size for g, _ in leaves), 1)
-        return trees.replace_floating(updates, [g for g, _ in clipped]), ClipByValueState(
-            step=increment(state.step),
-            clip_rate=jnp.where(is_bad, state.clip_rate, num_clipped / num_entries),
-            num_nonfinite=increment(state.num_nonfinite, is_bad),
-        )
+        clipped, num_clipped, is_bad = clip_entries(updates, bounds)
+        num_entries = max(sum(np.size(g) for g in floating_leaves(updates)), 1)
+        rate = jnp.where(is_bad, state.stats.clip_rate, num_clipped / num_entries)
+        stats = state.stats.update(is_bad, clip_rate=rate)
+        return clipped, ClipByValueState(step=increment(state.step), stats=stats)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _entry_bound(g: jax.Array, bound: Any) -> Any:
-    """The bound in the real dtype of `g`; a traced NaN bounds to 0, a bad step."""
+def clip_entries(tree: optax.Updates, bounds: PyTree) -> tuple[optax.Updates, jax.Array, jax.Array]:
+    """Clips entries to a bound for each leaf; returns also how many, and if the step is bad."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(bounds), strict=True)
+    leaves = [(jnp.asarray(g), bound) for g, bound in pairs if is_clippable(g)]
+    clipped = [_clip_leaf(g, _bound_in_dtype(g, bound)) for g, bound in leaves]
+    counts = jnp.stack([jnp.zeros((), jnp.float32), *(count for _, count in clipped)])
+    num_clipped = jnp.sum(counts)
+    is_bad = jnp.isnan(num_clipped) | floats.has_nan([bound for _, bound in leaves])
+    return replace_floating(tree, [g for g, _ in clipped]), num_clipped, is_bad
+
+
+def _bound_in_dtype(g: jax.Array, bound: Any) -> Any:
+    """Returns the bound in the real dtype of `g`, and 0 for a traced NaN, a bad step."""
     bound = round_toward_zero(bound, jnp.finfo(g.dtype).dtype)
     return jnp.where(jnp.isnan(bound), 0, bound) if isinstance(bound, jax.Array) else bound
 
 
+# Jitted, so that leaves of one shape share one trace.
 @jax.jit
-def _clip_entries(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The leaf with its entries clipped, and how many were; NaN if one was not finite.
-
-    Jitted, so that leaves of one shape share one trace.
-    """
+def _clip_leaf(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the leaf with its entries clipped, and how many were; NaN if one is not finite."""
     if jnp.iscomplexobj(g):
         num_clipped = jnp.sum(jnp.abs(g) > bound, dtype=jnp.float32) + floats.zero_or_nan(g)
-        unit, modulus = phase_and_modulus(g)
+        phase, modulus = phase_and_modulus(g)
         eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
         inside = (bound * (1 - 4 * eps)).astype(g.dtype)
         is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
-        clipped = jnp.where(is_outside, unit * inside, g)
+        clipped = jnp.where(is_outside, phase * inside, g)
         clipped = jnp.where(jnp.isfinite(g), clipped, jnp.zeros_like(g))
     else:
-        # In arithmetic, for XLA on CPU writes out the conditions that it is to count.
+        # In arithmetic, because XLA on CPU writes the conditions that it counts to memory.
         wide = compute_dtype(g.dtype)
         largest = jnp.asarray(jnp.finfo(wide).max, wide)
         x, limit = not_folded((g.astype(wide), jnp.minimum(bound.astype(wide), largest)))
         excess = jnp.abs(x) - limit
-        is_clipped = jnp.sign(excess + jnp.abs(excess)) + (x - x)
+        is_clipped = jnp.sign(excess + jnp.abs(excess)) + (x - x)  # 0 or 1; NaN if not finite
         num_clipped = jnp.sum(is_clipped).astype(jnp.float32)
         # Not as a minimum and a maximum: those flush subnormals inside the bound to zero.
         clipped = jnp.where(exceeds(g, bound), jnp.where(g < 0, -bound, bound), g)

@@ -1,22 +1,22 @@
-"""Error feedback: what a clip or a compressor cuts off is kept, and paid back later."""
+"""Error feedback: the residual that a clip or a compressor cuts off is added to the next gradient.
+
+update = inner(g + e),        e <- (g + e) - update
+"""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxclip._core import checks, trees
-from jaxclip._core.floats import (
-    compute_dtype,
-    increment,
-    keep_weak_type,
-    saturate,
-)
-from jaxclip._core.trees import map_clippable
-from jaxclip.gradients.by_value import ClipByValueState, clip_by_value
+from jaxclip._core import checks
+from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, saturate
+from jaxclip._core.trees import PyTree, is_clippable, map_clippable
+from jaxclip.gradients.by_value import clip_entries
 from jaxclip.gradients.guards import skip_nonfinite
+from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -25,36 +25,37 @@ class ErrorFeedbackState(NamedTuple):
     Attributes:
       step: Scalar int32, steps so far that were not skipped.
       inner_state: State of the inner transform.
-      residual: What is still owed, a tree like the parameters; finite always.
+      residual: The residual, a tree like the parameters; finite always.
     """
 
     step: jax.Array
-    inner_state: Any
+    inner_state: optax.OptState
     residual: optax.Updates
 
 
 def error_feedback(
     inner: optax.GradientTransformation,
     *,
-    max_residual: Any = math.inf,
-    residual_dtype: Any = None,
+    max_residual: PyTree = math.inf,
+    residual_dtype: DTypeLike | None = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Carries what the inner transform cut off a gradient over into the next step.
 
     `update = inner(g + e); e <- (g + e) - update`: the updates sum to the sum of the
     gradients less the last e. The inner transform must keep the units and the sign of the
-    gradient: a clip (U-Clip), or `scale_by_sign(scaled_sign())` (EF-signSGD), as a bare sign
+    gradient: a clip (U-Clip), or `scale_by_sign(scaled_sign())` (EF-signSGD). A bare sign
     would leave a residual without end. The learning rate comes after it in the chain.
 
     Args:
       inner: An optax transformation that clips or compresses.
       max_residual: A threshold as in `clip_by_value`, to which every entry of e is clipped;
-        what it cuts is lost. A finite one keeps one huge gradient from being paid back for
-        ever, and e bounded where the mean gradient lies beyond the inner clip.
+        the excess is lost. A finite one bounds the steps that one huge gradient goes on for,
+        and e where the mean gradient lies beyond the inner clip.
       residual_dtype: Real floating dtype of e; None for the dtype of each parameter. Float32
         carries the rounding of bfloat16 updates over, too. Complex leaves keep their own.
-      axis_name: As in `skip_nonfinite`.
+      axis_name: Mapped axis over which all devices skip a bad step together, inside `shard_map`
+        or `pmap`. Under `jit` on sharded arrays leave it None.
 
     Returns:
       A transform within `skip_nonfinite`, whose `inner_state` holds e: a bad step changes
@@ -66,7 +67,8 @@ def error_feedback(
       ValueError: If `max_residual` is negative or NaN.
 
     Example:
-      >>> tx = error_feedback(clip_by_value(1.0))
+      >>> import jaxclip
+      >>> tx = error_feedback(jaxclip.clip_by_value(1.0))
       >>> state = tx.init(jnp.zeros(2))
       >>> for grads in jnp.array([[1.5, 0.1], [0.0, 0.1]]):
       ...     updates, state = tx.update(grads, state)
@@ -82,10 +84,10 @@ def error_feedback(
     inner = checks.check_transformation("inner", inner)
     if residual_dtype is not None and not jnp.issubdtype(residual_dtype, jnp.floating):
         raise TypeError(f"residual_dtype must be a real floating dtype, got {residual_dtype!r}.")
-    clip_residual = clip_by_value(max_residual)
+    check_threshold_tree("max_residual", max_residual)
 
-    def zeros(p: Any) -> jax.Array:
-        if not trees.is_clippable(p):
+    def zeros(p: ArrayLike) -> jax.Array:
+        if not is_clippable(p):
             return jnp.zeros((), jnp.int32)  # a placeholder
         return jnp.zeros_like(p, dtype=None if jnp.iscomplexobj(p) else residual_dtype)
 
@@ -98,13 +100,12 @@ def error_feedback(
 
     def update_fn(updates, state, params=None, **extra_args):
         checks.check_same_structure("updates", updates, "residual", state.residual)
-        owed = map_clippable(_owed, updates, state.residual)
-        given = map_clippable(lambda g, o: keep_weak_type(o.astype(g.dtype), g), updates, owed)
+        sums = map_clippable(_add, updates, state.residual)
+        given = map_clippable(lambda g, s: keep_weak_type(s.astype(g.dtype), g), updates, sums)
         updates, inner_state = inner.update(given, state.inner_state, params, **extra_args)
-        residual = map_clippable(_unpaid, state.residual, owed, updates)
-        # Of the bound's state only the step counts, for schedules.
-        bound_state = ClipByValueState(state.step, jnp.zeros((), jnp.float32), state.step)
-        residual, _ = clip_residual.update(residual, bound_state)
+        residual = map_clippable(_remainder, state.residual, sums, updates)
+        bounds = resolve_threshold(max_residual, residual, state.step)
+        residual, _, _ = clip_entries(residual, bounds)
         return updates, ErrorFeedbackState(increment(state.step), inner_state, residual)
 
     feedback = optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -114,11 +115,13 @@ def error_feedback(
 # --- Parts ----------------------------------------------------------------------------
 
 
-def _owed(g: jax.Array, e: jax.Array) -> jax.Array:
+def _add(g: jax.Array, e: jax.Array) -> jax.Array:
+    """Returns the sum of gradient and residual, in float32 or wider."""
     wide = compute_dtype(g.dtype, e.dtype)
     return saturate(g.astype(wide) + e.astype(wide), g.dtype)
 
 
-def _unpaid(e: jax.Array, owed: jax.Array, update: jax.Array) -> jax.Array:
-    unpaid = saturate(owed - jnp.asarray(update).astype(owed.dtype), e.dtype)
-    return keep_weak_type(unpaid.astype(e.dtype), e)
+def _remainder(e: jax.Array, total: jax.Array, update: jax.Array) -> jax.Array:
+    """Returns the part of a sum that the update lacks, as the new residual."""
+    rest = saturate(total - jnp.asarray(update).astype(total.dtype), e.dtype)
+    return keep_weak_type(rest.astype(e.dtype), e)

@@ -1,8 +1,12 @@
-"""Clips relative to the weights: adaptive gradient clipping, and updates by their share."""
+"""Clips relative to the weights: the norm of each unit, or the entries of each update.
+
+The bound is a fraction of the weights' own size, plus something for weights of 0:
+
+    norm(g) <= clipping * max(norm(w), eps)     or     |u| <= relative * |w| + absolute
+"""
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +14,30 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxclip._core import checks, floats, trees
-from jaxclip._core.floats import round_toward_zero
-from jaxclip.gradients.by_unit import _all_axes, _State, _unit_clip
+from jaxclip._core import checks
+from jaxclip._core.floats import compute_dtype
+from jaxclip._core.trees import floating_leaves, is_clippable
+from jaxclip.gradients.by_unit import UnitClipState, all_axes, clip_units
 from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.of_units import measure_units, unit_axes
+from jaxclip.norms.scaling import bound_at
 from jaxclip.thresholds.values import check_number_or_schedule
 
 
-class AdaptiveGradClipState(_State):
-    """State of `adaptive_grad_clip`; a unit is what `axis` says."""
+class AdaptiveGradClipState(UnitClipState):
+    """State of `adaptive_grad_clip`; a unit is the weights into one output."""
+
+    transform_name = "adaptive_grad_clip"
 
 
-class ClipUpdateRelativeState(_State):
+class ClipUpdateRelativeState(UnitClipState):
     """State of `clip_update_relative`; a unit is a leaf."""
+
+    transform_name = "clip_update_relative"
 
 
 def adaptive_grad_clip(
-    clipping: Any,
+    clipping: ArrayLike | optax.Schedule,
     eps: ArrayLike = 1e-3,
     axis: int | Sequence[int] | None = None,
     *,
@@ -41,15 +51,18 @@ def adaptive_grad_clip(
     Args:
       clipping: Number in [0, inf], traced scalar, or schedule: the largest ratio of the
         norms.
-      eps: The least norm that weights count with, not negative, so that weights that start
+      eps: Least norm that weights count with, not negative, so that weights that start
         at 0 can move. May be traced.
-      axis: The axes over which a unit's norm is taken, as in `norms.unit_norms`: for a
+      axis: Axes over which a unit's norm is taken, as in `norms.unit_norms`: for a
         kernel all but its output axis. None goes by the leaf's dimensions: the first axis
         of two or three, the first three of four (HWIO), all entries of a vector.
-      axis_name: As in `clip_by_leaf_norm`.
+      axis_name: Mapped axis to take the norms over inside `shard_map` or `pmap`. Under
+        `jit` on sharded arrays leave it None.
 
     Returns:
-      A transform, as `clip_by_leaf_norm`.
+      A transform that needs `params`; shapes, dtypes and weak types of the updates are kept.
+      The norm of each unit is at most its bound, up to the rounding of the weights' norm; units
+      at or below it come back bit-identical; a bad step gives zeros.
 
     Raises:
       TypeError: If `clipping` or `eps` is of a wrong type.
@@ -68,21 +81,16 @@ def adaptive_grad_clip(
       2021, https://arxiv.org/abs/2102.06171
     """
     check_number_or_schedule("clipping", clipping)
-    schedule: Any = clipping if callable(clipping) else lambda step: clipping
     checks.check_nonnegative("eps", eps)
     axes_of = functools.partial(unit_axes, axis=axis)
 
-    def terms_for(updates, params, step):
-        checks.check_params_given("adaptive_grad_clip", params)
-        checks.check_same_structure("updates", updates, "params", params)
-        ratio = jnp.maximum(jnp.asarray(round_toward_zero(schedule(step), jnp.float32)), 0)
-        least = jnp.asarray(eps)
-        pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
-        weights = [jnp.asarray(w) for g, w in pairs if trees.is_clippable(g)]
+    def terms_of(updates, params, step):
+        weights = _weights_of(updates, params, "adaptive_grad_clip")
         units = [measure_units(w, axes_of(w.shape), axis_name=axis_name) for w in weights]
-        return [[ratio] * len(units), [least] * len(units), units]
+        ratio, least_norm = bound_at(clipping, step), jnp.asarray(eps)
+        return [[ratio] * len(units), [least_norm] * len(units), units]
 
-    return _unit_clip(AdaptiveGradClipState, axes_of, terms_for, _bound_of_weights, axis_name)
+    return clip_units(AdaptiveGradClipState, axes_of, terms_of, _bound_of_weights, axis_name)
 
 
 def clip_update_relative(
@@ -95,9 +103,9 @@ def clip_update_relative(
     A leaf keeps its direction; one entry above its bound shrinks all of it.
 
     Args:
-      relative: Share of a weight that a step may change, in [0, inf]. May be traced.
-      absolute: What a step may always change, in [0, inf], in the units of the weights. With
-        0, a leaf that has a weight of 0 does not move. May be traced.
+      relative: Fraction of a weight that a step may change, in [0, inf]. May be traced.
+      absolute: Change that is allowed to every weight, in [0, inf], in the units of the weights.
+        With 0, a leaf that has a weight of 0 does not move. May be traced.
       axis_name: Mapped axis over which leaves are split, inside `shard_map` or `pmap`.
 
     Returns:
@@ -122,46 +130,56 @@ def clip_update_relative(
     checks.check_threshold("absolute", absolute)
 
     def coefficient(u: jax.Array, w: jax.Array) -> jax.Array:
-        dtype = jnp.finfo(floats.compute_dtype(u.dtype, w.dtype)).dtype
-        settings = [jnp.asarray(x).astype(dtype) for x in (relative, absolute)]
-        share, least = (jnp.maximum(x, 0) for x in settings)
+        dtype = jnp.finfo(compute_dtype(u.dtype, w.dtype)).dtype
+        relative_bound = jnp.maximum(jnp.asarray(relative).astype(dtype), 0)
+        absolute_bound = jnp.maximum(jnp.asarray(absolute).astype(dtype), 0)
         # Halves, whose modulus never overflows.
-        size, step = (jnp.abs(x * jnp.asarray(0.5, x.dtype)).astype(dtype) for x in (w, u))
-        # An infinite share of a weight of 0 is no bound either, not NaN.
-        allowed = jnp.where(jnp.isinf(share), share, share * size) + least / 2
-        ratio = jnp.where(step > allowed, allowed / step, jnp.ones_like(step))
-        # Sums, for a minimum may lose a NaN; 0, or NaN if an entry is not finite.
-        bad = jnp.sum(0 * step) + jnp.sum(0 * size)
-        bad = jnp.where(jnp.isnan(share) | jnp.isnan(least), jnp.nan, bad)
+        half_w = jnp.abs(w * jnp.asarray(0.5, w.dtype)).astype(dtype)
+        half_u = jnp.abs(u * jnp.asarray(0.5, u.dtype)).astype(dtype)
+        # An infinite multiple of a weight of 0 is no bound either, not NaN.
+        is_free = jnp.isinf(relative_bound)
+        allowed = jnp.where(is_free, relative_bound, relative_bound * half_w) + absolute_bound / 2
+        ratio = jnp.where(half_u > allowed, allowed / half_u, jnp.ones_like(half_u))
+        # Sums, because a minimum may lose a NaN: 0, or NaN if an entry is not finite.
+        zero_or_nan = jnp.sum(0 * half_u) + jnp.sum(0 * half_w)
+        has_nan_bound = jnp.isnan(relative_bound) | jnp.isnan(absolute_bound)
+        zero_or_nan = jnp.where(has_nan_bound, jnp.nan, zero_or_nan)
         smallest = jnp.min(ratio, initial=1)
         if axis_name is not None:
-            smallest, bad = lax.pmin(smallest, axis_name), lax.psum(bad, axis_name)
-        return smallest + bad
+            smallest = lax.pmin(smallest, axis_name)
+            zero_or_nan = lax.psum(zero_or_nan, axis_name)
+        return smallest + zero_or_nan
 
-    def terms_for(updates, params, step):
+    def terms_of(updates, params, step):
         del step
-        checks.check_params_given("clip_update_relative", params)
-        checks.check_same_structure("updates", updates, "params", params)
-        pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
-        pairs = [(jnp.asarray(u), jnp.asarray(w)) for u, w in pairs if trees.is_clippable(u)]
-        coefficient_of = jax.jit(coefficient)
-        return [[coefficient_of(u, w) for u, w in pairs]]
+        weights = _weights_of(updates, params, "clip_update_relative")
+        coefficient_of = jax.jit(coefficient)  # so that leaves of one shape share one trace
+        pairs = zip(floating_leaves(updates), weights, strict=True)
+        return [[coefficient_of(jnp.asarray(u), w) for u, w in pairs]]
 
-    return _unit_clip(ClipUpdateRelativeState, _all_axes, terms_for, _bound_by_share, axis_name)
+    return clip_units(ClipUpdateRelativeState, all_axes, terms_of, _bound_by_coefficient, axis_name)
+
+
+def _weights_of(updates: optax.Updates, params: optax.Params, name: str) -> list[jax.Array]:
+    """Returns the weights of the floating updates; raises, naming the transform, if they lack."""
+    checks.check_params_given(name, params)
+    checks.check_same_structure("updates", updates, "params", params)
+    pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
+    return [jnp.asarray(w) for u, w in pairs if is_clippable(u)]
 
 
 def _bound_of_weights(
-    norm: RescaledNorm, ratio: jax.Array, least: jax.Array, weights: RescaledNorm
+    norm: RescaledNorm, ratio: jax.Array, least_norm: jax.Array, weights: RescaledNorm
 ) -> jax.Array:
-    """`ratio * max(norm of the weights, least)`; NaN where these are not finite."""
+    """Returns `ratio * max(norm of the weights, least_norm)`; NaN where these are not finite."""
     dtype = norm.norm.dtype
-    ratio, least = ratio.astype(dtype), least.astype(dtype)
-    size, rescale = (x.astype(dtype) for x in weights)
-    bound = jnp.maximum(ratio * size / rescale, ratio * least)
+    ratio, least_norm = ratio.astype(dtype), least_norm.astype(dtype)
+    size, rescale = weights.norm.astype(dtype), weights.rescale.astype(dtype)
+    bound = jnp.maximum(ratio * size / rescale, ratio * least_norm)
     bound = jnp.where(jnp.isinf(ratio), jnp.inf, bound)
     return jnp.where(jnp.isfinite(size), bound, jnp.nan)
 
 
-def _bound_by_share(norm: RescaledNorm, share: jax.Array) -> jax.Array:
-    bound = norm.norm * share.astype(norm.norm.dtype) / norm.rescale
-    return jnp.where(share == 1, jnp.inf, bound)
+def _bound_by_coefficient(norm: RescaledNorm, coef: jax.Array) -> jax.Array:
+    bound = norm.norm * coef.astype(norm.norm.dtype) / norm.rescale
+    return jnp.where(coef == 1, jnp.inf, bound)

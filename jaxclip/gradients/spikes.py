@@ -1,9 +1,11 @@
-"""Clips of single entries, against what is usual for the entry or for its leaf.
+"""Clips of single entries against a moving average, of the entry itself or of its leaf's largest.
 
-What they keep, and what a bad step does to it, is told in `history`.
+    |g| <= sqrt(theta * average of g**2)      or      |g| <= average of max|g| over the leaf
+
+How a bad step is treated is told in `jaxclip.gradients.learning`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from jaxclip._core.floats import (
     quotient,
     round_toward_zero,
 )
-from jaxclip._core.trees import floating_leaves, is_clippable, replace_floating
+from jaxclip._core.trees import PyTree, floating_leaves, is_clippable, replace_floating
 from jaxclip.gradients.learning import (
     LearningState,
     LearningStep,
@@ -31,7 +33,7 @@ from jaxclip.gradients.learning import (
     norm_in_float32,
     zero_per_leaf,
 )
-from jaxclip.norms.of_trees import rescaled_global_norm
+from jaxclip.norms.of_trees import MeasuredNorm, rescaled_global_norm
 from jaxclip.norms.scaling import norm_of
 
 # Covers the rounding of a coefficient and of the products with it.
@@ -44,12 +46,16 @@ class ClipSpikesState(LearningState):
     `threshold` is `sqrt(theta)`, in units of these.
     """
 
+    transform_name = "clip_spikes"
+
 
 class ClipLeafSpikesState(LearningState):
     """State of `clip_leaf_spikes`; `learned` is the bound on each floating leaf, in order.
 
     `threshold` is the largest of these.
     """
+
+    transform_name = "clip_leaf_spikes"
 
 
 def clip_spikes(
@@ -66,7 +72,8 @@ def clip_spikes(
         is the published one, for rare and huge spikes: it lets 70 times the usual size
         pass; 10 lets 3 times pass.
       decay: Decay rate of the average, in [0, 1]; 1 is the plain mean. May be traced.
-      axis_name: As in `clip_by_global_norm`; only a bad step is decided globally.
+      axis_name: Mapped axis to take the reported norms over inside `shard_map` or `pmap`; an
+        entry is clipped by itself, but a bad step is one for all devices.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept. Its state has a
@@ -99,17 +106,16 @@ def clip_spikes(
 
     def rule(updates, state, pre_norm):
         checks.check_same_structure("updates", updates, "rms", state.learned)
-        root, weight = jnp.sqrt(clamp(theta, 0, jnp.inf)), _average_weight(decay, state)
+        max_ratio, weight = jnp.sqrt(clamp(theta, 0, jnp.inf)), _average_weight(decay, state)
         old_part, new_part = jnp.sqrt(1 - weight), jnp.sqrt(weight)
         pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(state.learned), strict=True)
-        clips, new = [], []
-        for g, rms in [(jnp.asarray(g), r) for g, r in pairs if is_clippable(g)]:
-            clip, passed = _clip_entries(g, jnp.where(rms > 0, root * rms, jnp.inf))
-            average = jnp.hypot(old_part * rms, new_part * passed)
+        clips, averages = [], []
+        for g, rms in [(jnp.asarray(g), rms) for g, rms in pairs if is_clippable(g)]:
+            clip, modulus = _clip_entries(g, jnp.where(rms > 0, max_ratio * rms, jnp.inf))
             clips.append(clip)
-            new.append(jnp.minimum(average, FLOAT32_MAX))
-        learned = replace_floating(updates, new, state.learned)
-        return _learning_step(updates, pre_norm, clips, root, learned, axis_name)
+            averages.append(jnp.minimum(jnp.hypot(old_part * rms, new_part * modulus), FLOAT32_MAX))
+        learned = replace_floating(updates, averages, state.learned)
+        return _learning_step(updates, pre_norm, clips, max_ratio, learned, axis_name)
 
     return learning_transform(ClipSpikesState, start, rule, (theta, decay))
 
@@ -122,11 +128,12 @@ def clip_leaf_spikes(
     `m <- decay * m + (1 - decay) * max|g|`, corrected for its start at 0, and entries with
     `|g| > m` become `g / max|g| * m`: the AdaClip of Stable-SPAM. As published, the maximum
     enters before the clip and unclipped: frequent spikes of the whole gradient raise the
-    bound. For these, chain a clip of norms behind it.
+    bound. Against these, chain a clip of norms behind it.
 
     Args:
       decay: Decay rate of the average, in [0, 1]; 1 is the plain mean. May be traced.
-      axis_name: As in `clip_by_global_norm`.
+      axis_name: Mapped axis to take the largest entry over inside `shard_map` or `pmap`. Under
+        `jit` on sharded arrays leave it None.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept.
@@ -150,15 +157,15 @@ def clip_leaf_spikes(
     checks.check_decay_rate("decay", decay)
 
     def rule(updates, state, pre_norm):
-        leaves, m = [jnp.asarray(x) for x in floating_leaves(updates)], state.learned
-        checks.check_num_leaves(leaves, m.size)
+        leaves, average = [jnp.asarray(x) for x in floating_leaves(updates)], state.learned
+        checks.check_num_leaves(leaves, average.size)
         moduli = [_modulus(g) for g in leaves]
-        largest = _largest(moduli, axis_name)
-        m = m + _average_weight(decay, state) * (largest - m)
-        coefs = quotient(m, jnp.where(largest > 0, largest, 1)) * _MARGIN
-        clips = list(map(_scale_entries, leaves, moduli, m, coefs))
-        top = jnp.max(m, initial=0)
-        return _learning_step(updates, pre_norm, clips, top, m, axis_name)
+        largest = _largest_per_leaf(moduli, axis_name)
+        average = average + _average_weight(decay, state) * (largest - average)
+        coefs = quotient(average, jnp.where(largest > 0, largest, 1)) * _MARGIN
+        clips = list(map(_scale_entries, leaves, moduli, average, coefs))
+        threshold = jnp.max(average, initial=0)
+        return _learning_step(updates, pre_norm, clips, threshold, average, axis_name)
 
     return learning_transform(ClipLeafSpikesState, zero_per_leaf, rule, (decay,))
 
@@ -166,61 +173,62 @@ def clip_leaf_spikes(
 # --- Parts ----------------------------------------------------------------------------
 
 
-def _average_weight(decay: ArrayLike, state: Any) -> jax.Array:
-    """Weight of the newest value in a moving average corrected for its start at 0."""
+class _EntryClip(NamedTuple):
+    """A leaf whose entries were clipped, and the number of those."""
+
+    clipped: jax.Array
+    num_clipped: jax.Array
+
+
+def _average_weight(decay: ArrayLike, state: LearningState) -> jax.Array:
+    """Returns the weight of the newest value in a moving average corrected for its start at 0."""
     decay, count = clamp(decay, 0, 1), state.num_learned.astype(jnp.float32) + 1
     weight = (1 - decay) / -jnp.expm1(count * jnp.log(decay))
     return jnp.where((decay == 1) | (count == 1), 1 / count, weight)
 
 
 def _modulus(g: jax.Array) -> jax.Array:
-    """|g| in float32 (float64 for float64)."""
+    """Returns |g| in float32 (float64 for float64)."""
     modulus = phase_and_modulus(g)[1] if jnp.iscomplexobj(g) else jnp.abs(g)
     return modulus.astype(jnp.finfo(compute_dtype(g.dtype)).dtype)
 
 
-def _largest(moduli: list[jax.Array], axis_name: str | None) -> jax.Array:
-    """The largest of each leaf, on all devices of the axis, as a vector."""
+def _largest_per_leaf(moduli: list[jax.Array], axis_name: str | None) -> jax.Array:
+    """Returns the largest of each leaf, on all devices of the axis, as a vector."""
     tops = [jnp.minimum(jnp.max(x, initial=0), FLOAT32_MAX).astype(jnp.float32) for x in moduli]
     largest = jnp.stack(tops) if tops else jnp.zeros((0,), jnp.float32)
     return largest if axis_name is None else lax.pmax(largest, axis_name)
 
 
-class _EntryClip(NamedTuple):
-    """A leaf whose entries were clipped, and how many were."""
-
-    clipped: jax.Array
-    num_clipped: jax.Array
-
-
 def _clip_entries(g: jax.Array, bound: jax.Array) -> tuple[_EntryClip, jax.Array]:
-    """The leaf within the bound, and the moduli that passed, in float32."""
+    """Clips a leaf to the bound, and returns also the clipped moduli in float32."""
     modulus = _modulus(g)
-    passed = jnp.minimum(modulus, bound.astype(modulus.dtype))
+    clipped_modulus = jnp.minimum(modulus, bound.astype(modulus.dtype))
     bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(g.dtype).dtype))
     if jnp.iscomplexobj(g):
         is_above = _is_above(g, modulus, bound)
-        clipped = jnp.where(
-            is_above, phase_and_modulus(g)[0] * (bound * _MARGIN).astype(g.dtype), g
-        )
+        inside = (bound * _MARGIN).astype(g.dtype)
+        clipped = jnp.where(is_above, phase_and_modulus(g)[0] * inside, g)
     else:
         # Not as a minimum and a maximum: those flush subnormals inside the bound to zero.
         is_above = exceeds(g, bound)
         clipped = jnp.where(is_above, jnp.where(g < 0, -bound, bound), g)
     num_clipped = jnp.sum(is_above, dtype=jnp.float32)
-    passed = clamp(jnp.minimum(passed, FLOAT32_MAX), 0, FLOAT32_MAX)  # in its own dtype first
-    return _EntryClip(keep_weak_type(clipped, g), num_clipped), passed
+    # Bounded in its own dtype first, because a float64 beyond float32 would become infinite.
+    clipped_modulus = clamp(jnp.minimum(clipped_modulus, FLOAT32_MAX), 0, FLOAT32_MAX)
+    return _EntryClip(keep_weak_type(clipped, g), num_clipped), clipped_modulus
 
 
 def _is_above(g: jax.Array, modulus: jax.Array, bound: jax.Array) -> jax.Array:
-    """Whether |g| > bound; by more than its rounding where g is complex."""
-    room = 1 + 4 * float(jnp.finfo(modulus.dtype).eps) * jnp.iscomplexobj(g)
-    return modulus > bound.astype(modulus.dtype) * room
+    """Returns True where |g| > bound; by more than its rounding where g is complex."""
+    tolerance = 1 + 4 * float(jnp.finfo(modulus.dtype).eps) * jnp.iscomplexobj(g)
+    return modulus > bound.astype(modulus.dtype) * tolerance
 
 
 def _scale_entries(
     g: jax.Array, modulus: jax.Array, bound: jax.Array, coef: jax.Array
 ) -> _EntryClip:
+    """Multiplies the entries above a bound by a coefficient."""
     wide = compute_dtype(g.dtype)
     is_above = _is_above(g, modulus, bound)
     scaled = g.astype(wide) * coef.astype(wide)
@@ -230,19 +238,25 @@ def _scale_entries(
 
 
 def _learning_step(
-    updates: Any,
-    pre_norm: Any,
+    updates: optax.Updates,
+    pre_norm: MeasuredNorm | ArrayLike | None,
     clips: list[_EntryClip],
     threshold: jax.Array,
-    learned: Any,
+    learned: PyTree,
     axis_name: str | None,
 ) -> LearningStep:
-    num_entries = sum(c.clipped.size for c in clips)
-    num_clipped = sum((c.num_clipped for c in clips), jnp.zeros((), jnp.float32))
+    """Returns the outcome of a rule that has clipped entries."""
+    num_entries = sum(clip.clipped.size for clip in clips)
+    num_clipped = sum((clip.num_clipped for clip in clips), jnp.zeros((), jnp.float32))
     rate = num_clipped / max(num_entries, 1)
-    rate = rate if axis_name is None else lax.pmean(rate, axis_name)
-    clipped = [c.clipped for c in clips]
-    norm, each = norm_of(updates, pre_norm, axis_name=axis_name)
-    post_norm = norm_in_float32(rescaled_global_norm(clipped, axis_name=axis_name))
-    updates = replace_floating(updates, clipped)
-    return LearningStep(updates, norm, each, post_norm, rate, threshold, learned)
+    clipped = [clip.clipped for clip in clips]
+    norm, leaf_norms = norm_of(updates, pre_norm, axis_name=axis_name)
+    return LearningStep(
+        updates=replace_floating(updates, clipped),
+        norm=norm,
+        leaf_norms=leaf_norms,
+        post_norm=norm_in_float32(rescaled_global_norm(clipped, axis_name=axis_name)),
+        clip_rate=rate if axis_name is None else lax.pmean(rate, axis_name),
+        threshold=threshold,
+        learned=learned,
+    )

@@ -47,7 +47,6 @@ _CLIPS: dict[str, Grain] = {
     "adaptive_grad_clip": "entry",
     "clip": "entry",
     "clip_by_value": "entry",
-    "smooth_clip_by_value": "entry",
     "clip_spikes": "entry",
     "clip_leaf_spikes": "entry",
 }

@@ -33,6 +33,8 @@ class ScaleBySignState(NamedTuple):
       sign_state: State of the sign kind; an empty tuple for those that have none.
     """
 
+    transform_name = "scale_by_sign"
+
     num_nonfinite: jax.Array
     sign_state: Any = ()
 
@@ -45,6 +47,8 @@ class ScaleBySignumState(NamedTuple):
       num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
       sign_state: State of the sign kind; an empty tuple for those that have none.
     """
+
+    transform_name = "scale_by_signum"
 
     mu: optax.Updates
     num_nonfinite: jax.Array
@@ -59,6 +63,8 @@ class ScaleByLionState(NamedTuple):
       num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
       sign_state: State of the sign kind; an empty tuple for those that have none.
     """
+
+    transform_name = "scale_by_lion"
 
     mu: optax.Updates
     num_nonfinite: jax.Array

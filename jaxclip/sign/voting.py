@@ -34,6 +34,8 @@ class MajorityVoteState(NamedTuple):
         parameters, else an empty tuple.
     """
 
+    transform_name = "majority_vote"
+
     step: jax.Array
     num_nonfinite: jax.Array
     previous: Any = ()

@@ -1,33 +1,26 @@
 """Reading what the transforms saw: norms, clip rates and counters from optimizer states."""
 
-import re
+import collections
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxclip._core.checks import is_concrete
-from jaxclip._core.trees import is_clippable, path_name
-from jaxclip.norms.state import LeafReport
+from jaxclip._core.trees import PyTree, is_clippable, path_name
+from jaxclip.norms.state import ClipStats, LeafReport
 from jaxclip.thresholds.by_fan_in import fan_ins
 from jaxclip.thresholds.values import resolve_threshold
 from jaxclip.weights.clipping import weight_clip_rate
 
-_FIELDS = (
-    "pre_norm",
-    "post_norm",
-    "clip_coef",
-    "clip_rate",
-    "threshold",
-    "num_nonfinite",
-    "num_skipped",
-    "num_consecutive",
-)
+# Numbers that states report besides their `ClipStats`.
+_OTHER_STATISTICS = ("threshold", "num_nonfinite", "num_skipped", "num_consecutive")
 
 
-def clip_stats(opt_state: Any) -> dict[str, jax.Array]:
+def clip_stats(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """Returns what jaxclip's transforms measured, as a flat dict of scalars.
 
     Costs nothing: the transforms keep these numbers in their states. Works through
@@ -52,12 +45,11 @@ def clip_stats(opt_state: Any) -> dict[str, jax.Array]:
       >>> float(jaxclip.clip_stats(state)["clip_by_global_norm/pre_norm"])
       5.0
     """
-    stats: dict[str, jax.Array] = {}
-    for prefix, state in _named_states(opt_state):
-        fields = [f for f in _FIELDS if hasattr(state, f)]
-        # As arrays: flax nnx keeps its own variables in optimizer states.
-        stats |= {f"{prefix}/{field}": jnp.asarray(getattr(state, field)) for field in fields}
-    return stats
+    return {
+        f"{name}/{field}": number
+        for name, state in _named_states(opt_state)
+        for field, number in _statistics(state).items()
+    }
 
 
 class LeafShares(NamedTuple):
@@ -198,28 +190,32 @@ def _boxes(params: Any, threshold: Any, step: Any) -> list[LeafBox]:
     return boxes
 
 
-def _named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
-    """All states with statistics and their names, a second of a kind with a number."""
-    seen: dict[str, int] = {}
+def _named_states(opt_state: optax.OptState) -> Iterator[tuple[str, Any]]:
+    """Yields all states with statistics and their names, a second of a kind with a number."""
+    counts: collections.Counter[str] = collections.Counter()
     for state in _states(opt_state):
-        name = _transform_name(type(state))
-        seen[name] = seen.get(name, 0) + 1
-        yield (name if seen[name] == 1 else f"{name}_{seen[name]}"), state
+        name = state.transform_name
+        counts[name] += 1
+        yield (name if counts[name] == 1 else f"{name}_{counts[name]}"), state
 
 
-def _has_stats(node: Any) -> bool:
-    is_ours = type(node).__module__.startswith("jaxclip.")
-    return is_ours and any(hasattr(node, field) for field in _FIELDS)
-
-
-def _states(tree: Any) -> Iterator[Any]:
-    """All states with statistics, outermost first."""
+def _states(tree: PyTree) -> Iterator[Any]:
+    """Yields all states with statistics, outermost first."""
     for node in jax.tree.leaves(tree, is_leaf=_has_stats):
         if _has_stats(node):
             yield node
             yield from _states(tuple(node))
 
 
-def _transform_name(state_type: type) -> str:
-    words = re.findall(r"[A-Z][a-z0-9]*", state_type.__name__.removesuffix("State"))
-    return "_".join(words).lower()
+def _has_stats(node: Any) -> bool:
+    """Returns True for a state whose class names its transform, as those with statistics do."""
+    return isinstance(node, tuple) and hasattr(type(node), "transform_name")
+
+
+def _statistics(state: Any) -> dict[str, jax.Array]:
+    """Returns the numbers that a state reports: those of its `ClipStats`, then others."""
+    stats = getattr(state, "stats", None)
+    numbers = stats._asdict() if isinstance(stats, ClipStats) else {}
+    numbers |= {f: getattr(state, f) for f in _OTHER_STATISTICS if hasattr(state, f)}
+    # As arrays: flax nnx keeps its own variables in optimizer states.
+    return {field: jnp.asarray(x) for field, x in numbers.items() if x is not None}

@@ -1,4 +1,4 @@
-"""Clipping against exact norms, where optax is wrong and where it is right."""
+"""Clipping by global norm against exact norms, where optax is wrong and where it is right."""
 
 import functools
 
@@ -10,82 +10,31 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, PartitionSpec
 
 import jaxclip
 from jaxclip.gradients.by_norm import clip_by_global_norm
-from jaxclip.gradients.by_value import clip_by_value
+from oracles.exact_clips import (
+    BF16,
+    BOUNDS,
+    DTYPES,
+    TINY,
+    assert_bit_identical,
+    clip_once,
+    exact,
+    exact_norm,
+    finite_entries,
+    flush,
+    ordinary_entries,
+    real_part_of,
+)
+from oracles.not_thresholds import NOT_THRESHOLDS
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
-BF16 = ml_dtypes.bfloat16
-DTYPES = [np.float16, BF16, np.float32, np.complex64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 real_dtype = pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: np.dtype(d).name)
 eager_and_jit = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-TINY = 2.0**-126  # the smallest float32 that XLA on CPU does not flush to zero
 LARGEST = float(np.finfo(np.float32).max)
-# Numbers in [0, inf] and what they stand for in float32.
-BOUNDS = [0.0, TINY, 1e-3, 1.0, 3e38, np.inf]
-
-
-def real_part_of(dtype) -> np.dtype:
-    return np.dtype(np.float32) if np.dtype(dtype) == np.complex64 else np.dtype(dtype)
-
-
-def exact(x) -> np.ndarray:
-    """Values in extended precision: no square of a float64 over- or underflows in it."""
-    x = np.asarray(x)
-    if x.dtype.kind == "c":
-        return x.astype(np.clongdouble)
-    return x.astype(np.float64).astype(np.longdouble)
-
-
-def exact_norm(tree) -> np.longdouble:
-    total = sum(np.sum(np.abs(exact(x)) ** 2) for x in jax.tree.leaves(tree))
-    return np.sqrt(np.longdouble(total))
-
-
-def bits_of(x) -> bytes:
-    return np.asarray(x).tobytes()
-
-
-def assert_bit_identical(actual, expected):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert np.asarray(a).dtype == np.asarray(e).dtype
-        assert bits_of(a) == bits_of(e)
-
-
-def clip_once(tx, grads, update=None):
-    return (update or tx.update)(grads, tx.init(grads))
-
-
-def finite_entries(dtype, size):
-    """Finite numbers drawn by their bits, from the smallest subnormal to the largest."""
-    real = real_part_of(dtype)
-    parts = 2 * size if np.dtype(dtype).kind == "c" else size
-    unsigned = np.dtype(f"uint{8 * real.itemsize}")
-    largest = float(ml_dtypes.finfo(real).max)
-
-    def build(bits):
-        with np.errstate(invalid="ignore"):  # signalling NaN
-            x = np.nan_to_num(
-                bits.view(real).astype(np.float64), nan=1.0, posinf=largest, neginf=-largest
-            )
-        return x.astype(real).view(dtype)
-
-    return hnp.arrays(unsigned, parts).map(build)
-
-
-def ordinary_entries(dtype, size, power):
-    """Entries of one magnitude, 2**power."""
-    parts = hnp.arrays(np.float64, (2, size), elements=st.floats(-1, 1, width=16))
-
-    def build(x):
-        x = x * 2.0**power
-        return (x[0] + 1j * x[1] if np.dtype(dtype).kind == "c" else x[0]).astype(dtype)
-
-    return parts.map(build)
 
 
 @functools.cache
@@ -93,22 +42,9 @@ def jitted_clip(max_norm):
     return jax.jit(lambda g: clip_once(clip_by_global_norm(max_norm), g))
 
 
-@functools.cache
-def jitted_value_clip(bound):
-    return jax.jit(lambda g: clip_once(clip_by_value(bound), g))
-
-
 @jax.jit
 def traced_clip(max_norm, g):
     return clip_once(clip_by_global_norm(max_norm), g)
-
-
-def flush(x):
-    """What XLA on CPU computes with: float32 numbers below 2**-126 count as 0."""
-    x = exact(x)
-    if x.dtype.kind == "c":
-        return flush(x.real) + 1j * flush(x.imag)
-    return np.where(np.abs(x) < TINY, 0, x)
 
 
 def check_global_clip(grads, max_norm, clipped, state):
@@ -117,12 +53,12 @@ def check_global_clip(grads, max_norm, clipped, state):
     bound = max_norm if max_norm >= TINY else np.longdouble(0)
     norm = exact_norm([flush(g) for g in grads])
     if norm > bound * (1 + 1e-6):
-        assert float(state.clip_rate) == 1
+        assert float(state.stats.clip_rate) == 1
     if norm <= bound * (1 - 1e-6):
-        assert float(state.clip_rate) == 0
-    if float(state.clip_rate) == 0:
+        assert float(state.stats.clip_rate) == 0
+    if float(state.stats.clip_rate) == 0:
         assert_bit_identical(clipped, grads)
-        assert float(state.clip_coef) == 1
+        assert float(state.stats.clip_coef) == 1
         coef = np.longdouble(1)
     else:
         assert exact_norm(clipped) <= max_norm
@@ -145,9 +81,9 @@ def check_global_clip(grads, max_norm, clipped, state):
         }
     for name, value in expected.items():
         np.testing.assert_allclose(
-            np.float32(getattr(state, name)), value, rtol=2e-6, atol=2 * TINY, err_msg=name
+            np.float32(getattr(state.stats, name)), value, rtol=2e-6, atol=2 * TINY, err_msg=name
         )
-    assert int(state.num_nonfinite) == 0
+    assert int(state.stats.num_nonfinite) == 0
     assert int(state.step) == 1
 
 
@@ -185,7 +121,7 @@ def test_global_clip_of_float64_is_bounded_and_right(data, max_norm):
         clipped, state = jax.tree.map(np.asarray, jitted_clip(max_norm)(grads))
         assert clipped[0].dtype == np.float64
         norm = exact_norm(grads)
-        if float(state.clip_rate) == 0:
+        if float(state.stats.clip_rate) == 0:
             assert norm <= max_norm * (1 + 1e-15)
             assert_bit_identical(clipped, grads)
         else:
@@ -197,7 +133,7 @@ def test_global_clip_of_float64_is_bounded_and_right(data, max_norm):
             assert np.all(np.abs(c - expected) <= 1e-14 * np.abs(expected) + 1e-300)
         with np.errstate(over="ignore", under="ignore"):
             pre_norm = np.float32(min(norm, LARGEST))
-        np.testing.assert_allclose(state.pre_norm, pre_norm, rtol=1e-6, atol=2 * TINY)
+        np.testing.assert_allclose(state.stats.pre_norm, pre_norm, rtol=1e-6, atol=2 * TINY)
 
 
 @given(data=st.data(), max_norm=st.sampled_from([0.0, 0.1, 1.0, np.inf]))
@@ -207,32 +143,6 @@ def test_one_norm_is_taken_over_leaves_of_different_dtypes(data, max_norm):
     clipped, state = jitted_clip(max_norm)(grads)
     assert [c.dtype for c in clipped] == [np.dtype(d) for d in dtypes]
     check_global_clip(grads, max_norm, clipped, state)
-
-
-@every_dtype
-@given(data=st.data(), bound=st.sampled_from(BOUNDS))
-def test_value_clip_is_numpys_clip_with_the_bound_rounded_down(dtype, data, bound):
-    x = data.draw(finite_entries(dtype, 8))
-    got, state = jitted_value_clip(bound)(x)
-    assert got.dtype == np.dtype(dtype)
-    modulus, out = np.abs(exact(x)), np.abs(exact(got))
-    if np.dtype(dtype).kind == "c":
-        # Subnormals count as 0 and may stay as they are.
-        assert np.all(out <= np.longdouble(bound) + 2 * TINY)
-        size = np.where(modulus > bound, np.longdouble(bound) / np.maximum(modulus, TINY), 1)
-        assert np.all(np.abs(exact(got) - exact(x) * size) <= 2e-6 * out + 4 * TINY)
-    else:
-        with np.errstate(over="ignore"):
-            limit = np.asarray(bound, np.float64).astype(dtype)
-        if float(limit) > bound:
-            limit = np.nextafter(limit, np.zeros((), dtype))
-        expected = np.clip(exact(x), -exact(limit), exact(limit))
-        assert np.all(out <= bound)
-        assert np.array_equal(flush(got), flush(expected))
-        clear = (modulus >= TINY) | (modulus == 0)
-        if clear.all():
-            rate = np.mean(modulus > exact(limit))
-            np.testing.assert_allclose(float(state.clip_rate), rate, rtol=1e-6)
 
 
 # --- The table of FACTS: where optax's clip fails --------------------------------------
@@ -259,7 +169,7 @@ def test_squares_that_overflow_or_underflow_are_clipped_in_the_right_direction(
     grads = (np.full(count, value, dtype),)
     clipped, state = wrap(lambda g: clip_once(clip_by_global_norm(max_norm), g))(grads)
     check_global_clip(grads, max_norm, clipped, state)
-    assert float(state.clip_coef) < 1
+    assert float(state.stats.clip_coef) < 1
     if max_norm > 1e-7:
         assert exact_norm(clipped) >= 0.98 * max_norm
         assert np.all(exact(clipped[0]) != 0)
@@ -276,7 +186,7 @@ def test_a_thousand_bfloat16_leaves_of_norm_one_have_norm_32(max_norm):
     # 256 entries stand in for 1,024 leaves, in four leaves: a bfloat16 sum stalls at 256.
     grads = tuple(np.ones(256, BF16) for _ in range(4))
     clipped, state = jitted_clip(max_norm)(grads)
-    assert float(state.pre_norm) == 32
+    assert float(state.stats.pre_norm) == 32
     assert exact_norm(clipped) <= max_norm
     check_global_clip(grads, max_norm, clipped, state)
 
@@ -287,7 +197,7 @@ def test_the_norm_of_200_leaves_stays_within_the_threshold(value):
     grads = tuple(np.full(1, value, np.float32) for _ in range(200))
     clipped, state = jax.jit(functools.partial(clip_once, clip_by_global_norm(1.0)))(grads)
     assert exact_norm(clipped) <= 1
-    np.testing.assert_allclose(float(state.pre_norm), float(exact_norm(grads)), rtol=1e-5)
+    np.testing.assert_allclose(float(state.stats.pre_norm), float(exact_norm(grads)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2**22,), (2**16, 64)])
@@ -306,7 +216,7 @@ def test_a_norm_exactly_at_the_threshold_changes_no_bit(dtype):
             grads = (np.array([a * 2.0**power, 0, -b * 2.0**power], dtype),)
             clipped, state = traced_clip(jnp.float32(c * 2.0**power), grads)
             assert_bit_identical(clipped, grads)
-            assert float(state.clip_rate) == 0
+            assert float(state.stats.clip_rate) == 0
 
 
 @real_dtype
@@ -324,45 +234,41 @@ def test_a_leaf_of_500_entries_is_never_above_the_threshold(dtype):
 
 
 @real_dtype
-@pytest.mark.parametrize("make", [clip_by_global_norm, clip_by_value])
-def test_a_float32_array_as_threshold_keeps_the_dtype(make, dtype):
+def test_a_float32_array_as_threshold_keeps_the_dtype(dtype):
     grads = {"w": jnp.asarray([3.0, -4.0], dtype)}
     for bound in (jnp.float32(0.5), lambda step: jnp.float32(0.5) + 0 * step.astype(jnp.float32)):
-        clipped, _ = clip_once(make(bound), grads)
+        clipped, _ = clip_once(clip_by_global_norm(bound), grads)
         assert clipped["w"].dtype == dtype
-        assert exact_norm(clipped) <= (0.5 if make is clip_by_global_norm else 0.5 * 2**0.5)
-    injected = optax.inject_hyperparams(make)(0.5)
+        assert exact_norm(clipped) <= 0.5
+    injected = optax.inject_hyperparams(clip_by_global_norm)(0.5)
     clipped, _ = clip_once(injected, grads, jax.jit(injected.update))
     assert clipped["w"].dtype == dtype
 
 
 @every_dtype
-@pytest.mark.parametrize("make", [clip_by_global_norm, clip_by_value])
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_threshold_of_zero_gives_zeros_also_from_zeros(make, dtype, value):
+def test_a_threshold_of_zero_gives_zeros_also_from_zeros(dtype, value):
     for bound in (0, 0.0, -0.0, np.float32(0), jnp.float32(0)):
-        clipped, state = clip_once(make(bound), jnp.full(3, value, dtype))
+        clipped, state = clip_once(clip_by_global_norm(bound), jnp.full(3, value, dtype))
         assert np.array_equal(np.asarray(clipped), np.zeros(3, dtype))
-        assert int(state.num_nonfinite) == 0
-        assert float(state.clip_rate) == value
+        assert int(state.stats.num_nonfinite) == 0
+        assert float(state.stats.clip_rate) == value
 
 
-@pytest.mark.parametrize("make", [clip_by_global_norm, clip_by_value])
 @eager_and_jit
-def test_a_negative_array_counts_as_zero_and_turns_no_sign(make, wrap):
+def test_a_negative_array_counts_as_zero_and_turns_no_sign(wrap):
     grads = jnp.array([3.0, -4.0, 0.0])
-    clipped, state = wrap(lambda c: clip_once(make(c), grads))(jnp.float32(-1))
+    clipped, state = wrap(lambda c: clip_once(clip_by_global_norm(c), grads))(jnp.float32(-1))
     assert np.array_equal(clipped, np.zeros(3))
-    assert int(state.num_nonfinite) == 0
+    assert int(state.stats.num_nonfinite) == 0
 
 
-@pytest.mark.parametrize("make", [clip_by_global_norm, clip_by_value])
 @eager_and_jit
-def test_a_nan_array_as_threshold_is_a_bad_step(make, wrap):
+def test_a_nan_array_as_threshold_is_a_bad_step(wrap):
     grads = jnp.array([3.0, -4.0, 0.0])
-    clipped, state = wrap(lambda c: clip_once(make(c), grads))(jnp.float32(jnp.nan))
+    clipped, state = wrap(lambda c: clip_once(clip_by_global_norm(c), grads))(jnp.float32(jnp.nan))
     assert np.array_equal(clipped, np.zeros(3))
-    assert int(state.num_nonfinite) == 1
+    assert int(state.stats.num_nonfinite) == 1
 
 
 def test_infinity_and_numbers_beyond_float32_never_clip():
@@ -370,7 +276,7 @@ def test_infinity_and_numbers_beyond_float32_never_clip():
     for bound in (np.inf, 1e300, np.float64(1e300), 10**40, jnp.float32(jnp.inf)):
         clipped, state = clip_once(clip_by_global_norm(bound), grads)
         assert_bit_identical(clipped, grads)
-        assert float(state.clip_coef) == 1
+        assert float(state.stats.clip_coef) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -383,25 +289,12 @@ def test_one_bad_entry_makes_all_leaves_zero_and_is_counted(wrap, dtype, bad):
     state = update(good, tx.init(good))[1]
     clipped, after = update(good | {"b": jnp.asarray([1.0, bad], dtype)}, state)
     assert all(np.all(exact(x) == 0) for x in jax.tree.leaves(clipped))
-    assert int(after.num_nonfinite) == 1
-    assert float(after.pre_norm) == float(state.pre_norm)
-    assert float(after.post_norm) == float(after.clip_coef) == 0
+    assert int(after.stats.num_nonfinite) == 1
+    assert float(after.stats.pre_norm) == float(state.stats.pre_norm)
+    assert float(after.stats.post_norm) == float(after.stats.clip_coef) == 0
     clipped, last = update(good, after)
     assert exact_norm(clipped) >= 0.99
-    assert int(last.num_nonfinite) == 1
-
-
-@every_dtype
-@eager_and_jit
-def test_value_clip_bounds_infinities_and_zeroes_nans(wrap, dtype):
-    grads = jnp.asarray([np.nan, np.inf, -np.inf, 0.25, -3.0], dtype)
-    got, state = wrap(lambda g: clip_once(clip_by_value(0.5), g))(grads)
-    # An infinite complex number has no direction that arithmetic keeps: it becomes 0.
-    infinite = 0.0 if np.dtype(dtype).kind == "c" else 0.5
-    np.testing.assert_allclose(
-        exact(got).real.astype(float), [0, infinite, -infinite, 0.25, -0.5], rtol=1e-5
-    )
-    assert int(state.num_nonfinite) == 1
+    assert int(last.stats.num_nonfinite) == 1
 
 
 @real_dtype
@@ -432,21 +325,6 @@ def test_the_derivative_is_the_analytic_jacobian(size, max_norm):
         )
 
 
-def test_complex_entries_are_clipped_by_modulus():
-    got, state = clip_once(clip_by_value(1.0), jnp.asarray([3 + 4j, 0.3 - 0.4j, 0], jnp.complex64))
-    np.testing.assert_allclose(got, [0.6 + 0.8j, 0.3 - 0.4j, 0], rtol=1e-5)
-    assert float(state.clip_rate) == np.float32(1 / 3)
-
-
-def test_a_clipped_complex_entry_is_never_above_the_bound():
-    rng = np.random.default_rng(0)
-    z = (rng.normal(size=4096) + 1j * rng.normal(size=4096)).astype(np.complex64)
-    got, _ = jax.jit(lambda z: clip_once(clip_by_value(0.1), z))(z)
-    changed = np.asarray(got) != z
-    assert changed.sum() > 4000
-    assert np.all(np.abs(exact(got)[changed]) <= np.longdouble(0.1))
-
-
 def test_axis_name_makes_the_norm_global_inside_shard_map():
     mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
     tx = clip_by_global_norm(1.0, axis_name="x")
@@ -455,7 +333,7 @@ def test_axis_name_makes_the_norm_global_inside_shard_map():
 
     def clip(g):
         clipped, state = tx.update(g, tx.init(g))
-        return clipped, state.pre_norm
+        return clipped, state.stats.pre_norm
 
     clipped, pre_norm = jax.jit(
         jax.shard_map(clip, mesh=mesh, in_specs=spec, out_specs=(spec, PartitionSpec()))
@@ -463,13 +341,6 @@ def test_axis_name_makes_the_norm_global_inside_shard_map():
     np.testing.assert_allclose(float(pre_norm), 2, rtol=1e-6)
     np.testing.assert_allclose(np.asarray(clipped), grads / 2, rtol=1e-5)
     assert exact_norm(clipped) <= 1
-
-
-def test_value_clip_leaves_entries_inside_the_bound_bit_identical_subnormals_too():
-    x = np.array([1e-40, -1e-42, 0.5, -1.0, 1.0, 0.0, -0.0], np.float32)
-    for g in (x, x.astype(BF16), x.astype(np.float16)):
-        got, _ = jax.jit(lambda g: clip_once(clip_by_value(1.0), g))(g)
-        assert_bit_identical(got, g)
 
 
 # --- Several steps ---------------------------------------------------------------------
@@ -491,14 +362,8 @@ def test_ordinary_gradients_are_clipped_as_by_optax_over_several_steps(wrap, bou
         got, state = update(g, state)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-6), got, expected)
         num_clipped += exact_norm(g) > max_norm
-        np.testing.assert_allclose(float(state.clip_rate), num_clipped / (i + 1), rtol=1e-6)
+        np.testing.assert_allclose(float(state.stats.clip_rate), num_clipped / (i + 1), rtol=1e-6)
     assert 0 < num_clipped < 8
-
-
-def test_ordinary_gradients_are_clipped_as_by_optax_clip():
-    g = jax.random.normal(jax.random.key(0), (5, 7))
-    expected = optax.clip(0.5).update(g, optax.EmptyState())[0]
-    assert np.array_equal(clip_once(clip_by_value(0.5), g)[0], expected)
 
 
 def test_the_clip_rate_is_the_share_of_steps_and_a_bad_step_is_not_clipped():
@@ -507,138 +372,47 @@ def test_the_clip_rate_is_the_share_of_steps_and_a_bad_step_is_not_clipped():
     rates = []
     for norm in (5.0, 0.5, 1.0, np.nan, 2.0):
         _, state = tx.update(jnp.asarray([norm, 0.0]), state)
-        rates.append(float(state.clip_rate))
+        rates.append(float(state.stats.clip_rate))
     np.testing.assert_allclose(rates, [1, 1 / 2, 1 / 3, 1 / 4, 2 / 5], rtol=1e-6)
     assert int(state.step) == 5
-    assert int(state.num_nonfinite) == 1
+    assert int(state.stats.num_nonfinite) == 1
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_the_share_of_clipped_entries_is_that_of_the_last_finite_step(bad):
-    tx = clip_by_value(1.0)
-    state = tx.init(jnp.zeros(4))
-    rates = []
-    for entry in (2.0, bad, 0.5):
-        _, state = tx.update(jnp.asarray([entry, 3.0, 1.0, -0.5]), state)
-        rates.append(float(state.clip_rate))
-    assert rates == [0.5, 0.5, 0.25]
-    assert int(state.num_nonfinite) == 1
-
-
-@pytest.mark.parametrize("make", [clip_by_global_norm, clip_by_value])
 @eager_and_jit
-def test_a_schedule_through_zero_inf_negative_and_nan_is_as_good_as_new_afterwards(make, wrap):
+def test_a_schedule_through_zero_inf_negative_and_nan_is_as_good_as_new_afterwards(wrap):
     values = np.float32([0.5, 0, np.inf, -1, np.nan, 0.5])
-    tx = make(lambda step: jnp.asarray(values)[step])
+    tx = clip_by_global_norm(lambda step: jnp.asarray(values)[step])
     grads = {"w": jnp.array([3.0, -4.0])}
     state, update, norms = tx.init(grads), wrap(tx.update), []
     for _ in values:
         clipped, state = update(grads, state)
         norms.append(float(exact_norm(clipped)))
-    inside = 0.5 if make is clip_by_global_norm else 0.5 * 2**0.5
+    inside = 0.5
     np.testing.assert_allclose(norms, [inside, 0, 5, 0, 0, inside], rtol=1e-5)
-    assert int(state.num_nonfinite) == 1
+    assert int(state.stats.num_nonfinite) == 1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 def test_a_schedule_may_return_python_numbers():
-    for make in (clip_by_global_norm, clip_by_value):
-        for value, expected in ((0, 0), (-1.0, 0), (2, 2), (np.inf, 3), (np.nan, 0)):
-            tx = make(lambda step, value=value: value)
-            clipped, _ = clip_once(tx, jnp.array([3.0]))
-            np.testing.assert_allclose(float(clipped[0]), expected, rtol=1e-5)
-
-
-# --- Thresholds by leaf ----------------------------------------------------------------
-
-GRADS = {"dense": {"kernel": jnp.full((8, 2), -3.0), "bias": jnp.full(2, 3.0)}, "out": jnp.ones(2)}
-
-
-@eager_and_jit
-def test_a_prefix_tree_bounds_each_part_by_its_own_threshold(wrap):
-    tx = clip_by_value({"dense": 0.5, "out": lambda step: 0.25 * (1 + step.astype(jnp.float32))})
-    state, update = tx.init(GRADS), wrap(tx.update)
-    for out in (0.25, 0.5, 0.75):
-        got, state = update(GRADS, state)
-        assert np.all(np.asarray(got["dense"]["kernel"]) == -0.5)
-        assert np.all(np.asarray(got["dense"]["bias"]) == 0.5)
-        assert np.all(np.asarray(got["out"]) == out)
-    assert float(state.clip_rate) == 1
-
-
-def test_fan_in_bounds_kernels_and_leaves_biases_free():
-    got, state = clip_once(clip_by_value(jaxclip.fan_in(1.0)), GRADS)
-    assert np.all(np.asarray(got["dense"]["kernel"]) == -0.5)  # sqrt(2 / 8)
-    assert np.all(np.asarray(got["dense"]["bias"]) == 3)
-    assert float(state.clip_rate) == np.float32(16 / 20)
-
-
-def test_max_abs_clips_nothing_and_mse_optimal_is_one_threshold_a_channel():
-    got, state = clip_once(clip_by_value(jaxclip.max_abs()), GRADS)
-    jax.tree.map(np.testing.assert_array_equal, got, GRADS)
-    assert float(state.clip_rate) == 0
-    g = jnp.asarray([[1.0, 10.0], [1.0, -10.0], [1.0, 10.0], [-5.0, 40.0]])
-    got, _ = clip_once(clip_by_value(jaxclip.mse_optimal(1, axis=1)), g)
-    expected = np.clip(g, [-2, -17.5], [2, 17.5])  # the mean of |g| for each column
-    np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-6)
-
-
-def test_a_tree_that_does_not_fit_the_gradients_raises():
-    with pytest.raises(ValueError, match="prefix tree"):
-        clip_once(clip_by_value({"dense": 0.5}), GRADS)
+    for value, expected in ((0, 0), (-1.0, 0), (2, 2), (np.inf, 3), (np.nan, 0)):
+        tx = clip_by_global_norm(lambda step, value=value: value)
+        clipped, _ = clip_once(tx, jnp.array([3.0]))
+        np.testing.assert_allclose(float(clipped[0]), expected, rtol=1e-5)
 
 
 # --- What cannot be a threshold --------------------------------------------------------
 
-BAD = [
-    (-1, ValueError),
-    (-1.0, ValueError),
-    (-np.inf, ValueError),
-    (np.float32(-0.5), ValueError),
-    (np.asarray(-0.5), ValueError),
-    (np.nan, ValueError),
-    (np.float16(np.nan), ValueError),
-    ("1.0", TypeError),
-    (b"1", TypeError),
-    (None, TypeError),
-    (True, TypeError),
-    (np.bool_(True), TypeError),
-    (np.asarray(True), TypeError),
-    (1j, TypeError),
-    (np.complex64(1), TypeError),
-    (jnp.asarray(True), TypeError),
-    (jnp.asarray(1j), TypeError),
-]
 
-
-@pytest.mark.parametrize(("bad", "error"), BAD, ids=lambda x: repr(x)[:20])
+@pytest.mark.parametrize(("bad", "error"), NOT_THRESHOLDS, ids=lambda x: repr(x)[:20])
 def test_bad_thresholds_raise_in_the_factory_naming_the_argument(bad, error):
     with pytest.raises(error, match="max_norm"):
         clip_by_global_norm(bad)
-    with pytest.raises(error, match="max_abs"):
-        clip_by_value(bad)
-    with pytest.raises(error, match=r"max_abs at 'dense/w'"):
-        clip_by_value({"out": 1.0, "dense": {"w": bad}})
 
 
 @pytest.mark.parametrize("array", [np.ones(2), np.ones((1, 1)), jnp.ones(2)])
 def test_an_array_cannot_bound_a_global_norm(array):
     with pytest.raises(ValueError, match=r"max_norm.*shape"):
         clip_by_global_norm(array)
-
-
-@pytest.mark.parametrize("array", [np.ones(3), np.ones((2, 2)), jnp.ones(3)])
-def test_an_array_that_does_not_broadcast_to_its_leaf_raises_naming_the_path(array):
-    tx = clip_by_value({"dense": 1.0, "out": array})
-    with pytest.raises(ValueError, match="'out'"):
-        clip_once(tx, GRADS)
-
-
-def test_an_array_bounds_each_entry_it_broadcasts_to():
-    bounds = np.float32([0.25, 4.0])
-    for bound in (bounds, jnp.asarray(bounds)):
-        got, _ = clip_once(clip_by_value(bound), {"w": jnp.full((3, 2), -2.0)})
-        assert np.array_equal(got["w"], np.broadcast_to([-0.25, -2.0], (3, 2)))
 
 
 @pytest.mark.parametrize("rule", [jaxclip.max_abs(), jaxclip.fan_in(1.0), jaxclip.mse_optimal(4)])
@@ -648,9 +422,7 @@ def test_a_rule_cannot_bound_a_global_norm(rule):
 
 
 @pytest.mark.parametrize("factory", [jaxclip.max_abs, jaxclip.fan_in, jaxclip.mse_optimal])
-def test_a_factory_that_was_not_called_raises_with_advice(factory):
-    with pytest.raises(TypeError, match=r"max_abs.*call it"):
-        clip_by_value(factory)
+def test_a_factory_that_was_not_called_raises(factory):
     with pytest.raises(TypeError, match="max_norm"):
         clip_by_global_norm(factory)
 
@@ -672,14 +444,16 @@ def test_norms_beyond_float32_are_reported_as_its_largest_number():
     grads = jnp.full(4, 3e38)
     tx = jaxclip.clip_by_global_norm(jnp.inf)
     _, state = tx.update(grads, tx.init(grads))
-    assert state.pre_norm == state.post_norm == jnp.finfo(jnp.float32).max
+    assert state.stats.pre_norm == state.stats.post_norm == jnp.finfo(jnp.float32).max
 
 
 def test_what_eps_adds_to_the_norm_is_in_the_reported_norm_after():
     grads, tx = jnp.array([3.0, 4.0]), jaxclip.clip_by_global_norm(1.0, eps=5.0)
     clipped, state = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose(clipped, [0.3, 0.4], rtol=2e-6)
-    np.testing.assert_allclose([state.post_norm, state.clip_coef], [0.5, 0.1], rtol=2e-6)
+    np.testing.assert_allclose(
+        [state.stats.post_norm, state.stats.clip_coef], [0.5, 0.1], rtol=2e-6
+    )
 
 
 @pytest.mark.parametrize("ord", [1, 2, np.inf])
@@ -687,5 +461,5 @@ def test_a_nan_among_many_entries_is_a_bad_step_of_every_norm(ord):
     grads = jnp.ones((64, 80)).at[31, 7].set(jnp.nan)
     tx = jaxclip.clip_by_global_norm(1.0, ord=ord)
     clipped, state = jax.jit(tx.update)(grads, tx.init(grads))
-    assert int(state.num_nonfinite) == 1
+    assert int(state.stats.num_nonfinite) == 1
     assert not np.any(clipped)

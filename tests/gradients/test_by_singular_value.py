@@ -243,9 +243,9 @@ def test_matrices_are_capped_and_vectors_pass(wrap):
     for name in ("kernel", "conv"):
         before, after = (np.reshape(t[name], (-1, t[name].shape[-1])) for t in (grads, clipped))
         assert spectral_norm(wide(after) - exact_cap(before, 1.0)) <= 1e-4
-    assert float(state.clip_rate) == 1
-    np.testing.assert_allclose(state.pre_norm, 4.0, rtol=0.05)
-    assert float(state.pre_norm) <= 4.0 * (1 + 1e-6)
+    assert float(state.stats.clip_rate) == 1
+    np.testing.assert_allclose(state.stats.pre_norm, 4.0, rtol=0.05)
+    assert float(state.stats.pre_norm) <= 4.0 * (1 + 1e-6)
 
 
 def test_stacked_axes_number_separate_matrices():
@@ -255,7 +255,7 @@ def test_stacked_axes_number_separate_matrices():
     assert spectral_norm(wide(clipped["layers"][0]) - exact_cap(layers[0], 1.0)) <= 1e-4
     np.testing.assert_array_equal(clipped["layers"][1], layers[1])
     np.testing.assert_array_equal(clipped["biases"], grads["biases"])
-    assert float(state.clip_rate) == 0.5
+    assert float(state.stats.clip_rate) == 0.5
 
 
 def test_a_prefix_tree_caps_each_part_by_its_own_number():
@@ -263,7 +263,7 @@ def test_a_prefix_tree_caps_each_part_by_its_own_number():
     clipped, state = clip_once(clip_by_spectral_norm({"a": 2.0, "b": np.inf}), grads)
     np.testing.assert_allclose(clipped["a"], np.diag([2.0, 1.0]), atol=2e-4)
     np.testing.assert_array_equal(clipped["b"], grads["b"])
-    assert float(state.clip_rate) == 0.5
+    assert float(state.stats.clip_rate) == 0.5
 
 
 @pytest.mark.parametrize("where", ["kernel", "bias"])
@@ -274,16 +274,16 @@ def test_a_bad_step_gives_zeros_and_is_counted(where, bad):
     _, before = tx.update(grads, tx.init(grads))
     clipped, state = tx.update(grads | {where: grads[where].at[0].set(bad)}, before)
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(clipped))
-    assert int(state.num_nonfinite) == 1
-    assert float(state.pre_norm) == float(before.pre_norm) > 0
-    assert float(state.clip_rate) == 0
+    assert int(state.stats.num_nonfinite) == 1
+    assert float(state.stats.pre_norm) == float(before.stats.pre_norm) > 0
+    assert float(state.stats.clip_rate) == 0
 
 
 def test_a_traced_nan_as_cap_is_a_bad_step():
     grads = jnp.full((3, 2), 5.0)
     clipped, state = jax.jit(lambda c: clip_once(clip_by_spectral_norm(c), grads))(jnp.nan)
     assert not np.asarray(clipped).any()
-    assert int(state.num_nonfinite) == 1
+    assert int(state.stats.num_nonfinite) == 1
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])

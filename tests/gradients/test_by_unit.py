@@ -47,16 +47,16 @@ def test_each_leaf_is_scaled_to_its_bound_or_left_alone(dtype, scale):
         above += 1
         tolerance = 4 * float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(out, exact(g) * 0.5 / before, rtol=tolerance, atol=1e-6)
-    np.testing.assert_allclose(state.clip_rate, above / 3)
+    np.testing.assert_allclose(state.stats.clip_rate, above / 3)
     total = np.sqrt(sum(norm(g) ** 2 for g in grads.values()))
-    np.testing.assert_allclose(state.pre_norm, total, rtol=1e-5)
+    np.testing.assert_allclose(state.stats.pre_norm, total, rtol=1e-5)
 
 
 def test_layers_of_a_stacked_leaf_are_clipped_apart():
     grads = {"layers": jnp.array([[3.0, 4.0], [0.3, 0.4], [30.0, 40.0]])}
     clipped, state = update(jaxclip.clip_by_leaf_norm(1.0, stacked_axes=1), grads)
     np.testing.assert_allclose(clipped["layers"], [[0.6, 0.8], [0.3, 0.4], [0.6, 0.8]], rtol=2e-6)
-    np.testing.assert_allclose(state.clip_rate, 2 / 3)
+    np.testing.assert_allclose(state.stats.clip_rate, 2 / 3)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -127,7 +127,7 @@ def test_a_bad_entry_gives_zeros_everywhere_and_names_its_leaf(make, bad):
     grads["b"] = grads["b"].at[2].set(bad)
     clipped, state = update(make(), grads, tree_of(jnp.float32))
     assert not any(np.any(x) for x in jax.tree.leaves(clipped))
-    assert int(state.num_nonfinite) == 1
+    assert int(state.stats.num_nonfinite) == 1
     assert int(state.leaves.nonfinite_leaf) == 1
 
 
@@ -153,5 +153,5 @@ def test_a_nan_among_many_entries_is_a_bad_step_of_a_relative_clip(place):
     tx = jaxclip.gradients.clip_update_relative()
     trees = (bad, good) if place == "updates" else (good, bad)
     updates, state = jax.jit(tx.update)(trees[0], tx.init(good), trees[1])
-    assert int(state.num_nonfinite) == 1
+    assert int(state.stats.num_nonfinite) == 1
     assert not np.any(updates)

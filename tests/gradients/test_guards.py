@@ -1,4 +1,4 @@
-"""Bad steps change nothing, spikes are skipped or clipped, and what was cut is paid back."""
+"""Bad steps change nothing, and spikes are skipped or clipped."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax.tree_utils import tree_get
 
 import jaxclip
 from jaxclip.gradients.feedback import error_feedback
@@ -65,6 +66,10 @@ def assert_identical(actual: Any, expected: Any) -> None:
         assert (a.dtype, np.asarray(a).tobytes()) == (e.dtype, np.asarray(e).tobytes())
 
 
+def num_nonfinite(state: Any) -> int:
+    return int(tree_get(state, "num_nonfinite"))
+
+
 def assert_minus_zero(x: jax.Array) -> None:
     assert (np.signbit(x) & (np.asarray(x) == 0)).all()
 
@@ -86,7 +91,7 @@ def test_a_bad_step_changes_nothing(wrap: Callable, dtype: Any, bad: float):
         assert_identical(jax.jit(optax.apply_updates)(params, updates), params)
         assert_identical(optax.apply_updates(params, updates), params)
         assert_identical(new_state.inner_state, state.inner_state)
-        assert int(new_state.num_nonfinite) == int(new_state.num_skipped) == 1
+        assert num_nonfinite(new_state) == int(new_state.num_skipped) == 1
         assert int(new_state.step) == 2
 
 
@@ -100,27 +105,27 @@ def test_training_goes_on_as_if_the_bad_steps_had_not_been(wrap: Callable):
     assert int(state.num_skipped) == 2
 
 
-def test_exhausted_is_said_while_it_is_so_and_nothing_is_let_in():
-    tx, params, good = skip_nonfinite(ADAM, 3), make_tree(0), make_tree(1)
+def test_steps_skipped_in_a_row_are_counted_and_nothing_is_let_in():
+    tx, params, good = skip_nonfinite(ADAM), make_tree(0), make_tree(1)
     bad = poison(good, np.nan, 0)
-    seen, state = [], tx.init(params)
+    counts, state = [], tx.init(params)
     start = state.inner_state
     for grads in (bad, bad, bad, bad):
         _, state = tx.update(grads, state, params)
-        seen.append((int(state.num_consecutive), bool(state.is_exhausted)))
-    assert seen == [(1, False), (2, False), (3, True), (4, True)]
+        counts.append(int(state.num_consecutive))
+    assert counts == [1, 2, 3, 4]
     assert_identical(state.inner_state, start)
     _, state = tx.update(good, state, params)
-    assert (int(state.num_consecutive), bool(state.is_exhausted)) == (0, False)
+    assert int(state.num_consecutive) == 0
     assert not bool(state.is_skipped)
     assert (int(state.num_skipped), int(state.step)) == (4, 5)
 
 
-def test_a_spoilt_update_or_state_of_the_inner_transform_is_skipped_and_counted():
+def test_a_nonfinite_update_or_state_of_the_inner_transform_is_skipped_and_counted():
     params = jnp.ones(3, jnp.float32)
     overflows = jnp.asarray([1e30, 1, 1], jnp.float32)  # its square is infinite in Adam's state
     _, state = skip_nonfinite(ADAM).update(overflows, skip_nonfinite(ADAM).init(params))
-    assert (int(state.num_skipped), int(state.num_nonfinite)) == (1, 0)
+    assert (int(state.num_skipped), num_nonfinite(state)) == (1, 0)
     assert_identical(state.inner_state, ADAM.init(params))
     _, state = (tx := skip_nonfinite(ADAM, check_inner=False)).update(overflows, tx.init(params))
     assert not np.isfinite(state.inner_state[0].nu).all()
@@ -128,7 +133,7 @@ def test_a_spoilt_update_or_state_of_the_inner_transform_is_skipped_and_counted(
     nan_rate = skip_nonfinite(optax.scale(jnp.float32(np.nan)))
     updates, state = jax.jit(nan_rate.update)(params, nan_rate.init(params))
     assert_minus_zero(updates)
-    assert (int(state.num_skipped), int(state.num_nonfinite)) == (1, 0)
+    assert (int(state.num_skipped), num_nonfinite(state)) == (1, 0)
 
 
 def test_an_infinite_scalar_in_the_inner_state_is_legitimate():
@@ -207,7 +212,7 @@ def test_the_history_is_that_of_the_accepted_norms_alone(spike: float, scale: fl
         np.testing.assert_allclose(state.norm_deviation, deviation, rtol=1e-4, atol=1e-6 * mean)
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
     assert all(expected[i][0] for i in (7, 20, 21, 33, 34, 50))
-    assert int(state.num_nonfinite) == 2
+    assert int(state.stats.num_nonfinite) == 2
 
 
 def test_a_spike_is_skipped_whole_and_a_lesser_norm_clipped():
@@ -217,7 +222,9 @@ def test_a_spike_is_skipped_whole_and_a_lesser_norm_clipped():
     for size in (0.1, 10.0, 1000.0, 100.0, np.nan):
         old = state
         updates, state = tx.update(jnp.array([0.6, 0.8]) * size, state)
-        rows.append([state.pre_norm, state.clip_coef, state.clip_rate, state.num_skipped])
+        rows.append(
+            [state.stats.pre_norm, state.stats.clip_coef, state.stats.clip_rate, state.num_skipped]
+        )
         if size in (1000.0, np.nan):
             assert_minus_zero(updates)
             assert_identical(state.inner_state, old.inner_state)
@@ -265,7 +272,7 @@ def test_the_largest_gradients_leave_finite_norms_behind(dtype: Any):
         updates, state = tx.update(grads, state)
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
         assert np.isfinite(np.asarray(updates, np.float64)).all()
-    assert int(state.num_nonfinite) == 0
+    assert int(state.stats.num_nonfinite) == 0
 
 
 @pytest.mark.parametrize("name", ["drop_norm", "max_norm", "num_deviations"])
@@ -277,7 +284,7 @@ def test_a_traced_threshold_that_goes_wrong_poisons_nothing(name: str, value: fl
 
     params, state = jax.jit(last)(jnp.float32(value))
     assert np.isfinite(np.concatenate([np.ravel(x) for x in jax.tree.leaves(state)])).all()
-    assert (int(state.num_nonfinite) > 0) == np.isnan(value)
+    assert (int(state.stats.num_nonfinite) > 0) == np.isnan(value)
     assert np.isfinite(params).all()
 
 
@@ -309,7 +316,7 @@ def test_inside_shard_map_one_bad_shard_makes_all_skip(kind: AxisType):
                 for g in gradients:
                     updates, state = tx.update(g, state)
                     out.append(updates)
-                return jnp.stack(out), state.num_skipped, state.num_nonfinite
+                return jnp.stack(out), state.num_skipped, tree_get(state, "num_nonfinite")
 
             specs = (P(None, "x"), P(), P())
             return jax.shard_map(local, mesh=mesh, in_specs=P(None, "x"), out_specs=specs)(
@@ -319,12 +326,12 @@ def test_inside_shard_map_one_bad_shard_makes_all_skip(kind: AxisType):
         gradients = np.full((3, 16), 0.1, np.float32)
         gradients[1, 5] = np.nan
         gradients[2] = 0.2
-        updates, num_skipped, num_nonfinite = run(
+        updates, num_skipped, num_bad = run(
             jax.device_put(gradients, NamedSharding(mesh, P(None, "x")))
         )
         assert_minus_zero(updates[1])
         assert (np.asarray(updates)[[0, 2]] != 0).all()
-        assert (int(num_skipped), int(num_nonfinite)) == (1, 1)
+        assert (int(num_skipped), int(num_bad)) == (1, 1)
 
 
 def test_inside_shard_map_a_spike_is_one_of_the_whole_norm():
@@ -333,7 +340,7 @@ def test_inside_shard_map_a_spike_is_one_of_the_whole_norm():
 
     def local(g: jax.Array) -> Any:
         updates, state = tx.update(g, tx.init(g))
-        return updates, state.pre_norm, state.num_skipped
+        return updates, state.stats.pre_norm, state.num_skipped
 
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=(P("x"), P(), P())))
     updates, norm, num_skipped = run(jnp.full(8, 1.0))
@@ -349,8 +356,6 @@ def test_inside_shard_map_a_spike_is_one_of_the_whole_norm():
     ("make", "error"),
     [
         (lambda: skip_nonfinite(0.1), TypeError),
-        (lambda: skip_nonfinite(ADAM, 0), ValueError),
-        (lambda: skip_nonfinite(ADAM, 2.5), ValueError),
         (lambda: skip_or_clip(ADAM, -1.0), ValueError),
         (lambda: skip_or_clip(ADAM, max_norm=np.nan), ValueError),
         (lambda: skip_or_clip(ADAM, max_norm="1"), TypeError),

@@ -41,7 +41,7 @@ def test_bad_steps_change_no_statistic_bit_for_bit(factory: Any):
     _, states = run_of_factory(factory)
     for i in BAD:
         if i:
-            kept = (states.threshold, states.learned, states.num_learned, states.pre_norm)
+            kept = (states.threshold, states.learned, states.num_learned, states.stats.pre_norm)
             for x in jax.tree.leaves(kept):
                 np.testing.assert_array_equal(x[i], x[i - 1])
 
@@ -85,7 +85,7 @@ def test_norms_beyond_float32_leave_finite_statistics(factory: Any):
                 assert np.isfinite(np.float64(x)).all(), (size, i)
             for k in signs:
                 assert np.sum(np.float64(updates[k]) * signs[k]) > 0, (size, i)
-        assert state.num_nonfinite == 0
+        assert state.stats.num_nonfinite == 0
 
 
 @pytest.mark.parametrize("factory", [autoclip, zclip, clip_spikes, clip_leaf_spikes])
@@ -94,8 +94,8 @@ def test_the_first_step_is_not_clipped(factory: Any):
     tx = factory()
     updates, state = tx.update(g, tx.init(g))
     np.testing.assert_array_equal(updates["w"], g["w"])
-    assert state.clip_coef == 1
-    assert state.clip_rate == 0
+    assert state.stats.clip_coef == 1
+    assert state.stats.clip_rate == 0
 
 
 @every_factory
@@ -108,7 +108,7 @@ def test_zero_gradients_enter_no_statistic_and_freeze_nothing(factory: Any):
         updates, state = tx.update(zero, state)
         np.testing.assert_array_equal(updates["w"], 0)
     assert state.num_learned == 0
-    assert state.num_nonfinite == 0
+    assert state.stats.num_nonfinite == 0
     updates, state = tx.update(g, state)
     expected = g["w"] * min(1, (1 / np.sqrt(5)) if "adagc" in repr(factory) else 1)
     np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
@@ -181,7 +181,7 @@ def test_inside_vmap_with_an_axis_name_all_devices_agree(factory: Any):
 
         def body(state: Any, g: Any) -> tuple[Any, Any]:
             updates, state = tx.update(g, state)
-            return state, (updates, state.num_nonfinite, state.threshold)
+            return state, (updates, state.stats.num_nonfinite, state.threshold)
 
         return jax.lax.scan(body, state, part)[1]
 
@@ -208,8 +208,8 @@ def test_float64_leaves_beside_others_keep_their_dtype(factory: Any):
             updates, state = tx.update(grads, state)
         assert {k: u.dtype for k, u in updates.items()} == dtypes
         assert all(np.isfinite(np.complex128(x)).all() for x in jax.tree.leaves((updates, state)))
-        assert state.pre_norm.dtype == state.threshold.dtype == jnp.float32
-        np.testing.assert_allclose(state.pre_norm, np.sqrt(8), rtol=1e-6)
+        assert state.stats.pre_norm.dtype == state.threshold.dtype == jnp.float32
+        np.testing.assert_allclose(state.stats.pre_norm, np.sqrt(8), rtol=1e-6)
 
 
 @pytest.mark.parametrize("factory", [autoclip, zclip, adagc, clip_spikes, clip_leaf_spikes])

@@ -100,7 +100,7 @@ def test_a_traced_nan_is_a_bad_step(factory: Any, name: str):
     _, state = good.update(g, good.init(g))
     updates, after = bad.update(g, state)
     np.testing.assert_array_equal(updates["w"], 0)
-    assert after.num_nonfinite == 1
+    assert after.stats.num_nonfinite == 1
     jax.tree.map(np.testing.assert_array_equal, after.learned, state.learned)
     assert after.threshold == state.threshold
 

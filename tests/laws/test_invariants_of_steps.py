@@ -42,7 +42,6 @@ import jaxclip
 EXCEPTIONS = {
     "I10": {
         "clip_by_value": "bounds infinities and zeroes NaNs entry by entry; the rest passes",
-        "smooth_clip_by_value": "as clip_by_value",
         "scale_by_sign": "a NaN has sign 0, an infinity 1 or -1; the other entries step",
         "scale_by_signum": "as scale_by_sign; the momentum of a bad entry stays, others move",
         "scale_by_lion": "as scale_by_signum",
@@ -59,7 +58,7 @@ EXCEPTIONS = {
 }
 # What a state says of the last step, and its counts of steps; the rest is learned.
 REPORTED = {"step", "pre_norm", "post_norm", "clip_coef", "clip_rate", "is_skipped"}
-REPORTED |= {"num_nonfinite", "nonfinite_leaf", "num_skipped", "num_consecutive", "is_exhausted"}
+REPORTED |= {"num_nonfinite", "nonfinite_leaf", "num_skipped", "num_consecutive"}
 # A soft cap answers to a rounding by as much as it may be off by itself: 3e-5 of the cap for
 # each time that the norm is above it, 250 float32 ulps. Here for four times; 260 were seen.
 ULPS = {"clip_by_spectral_norm": 1024}

@@ -74,7 +74,7 @@ def assert_every_step_is_the_oracle(run: tuple[Any, Any], oracle: Any) -> None:
             np.testing.assert_allclose(
                 updates[k][i], clipped[k], rtol=3e-4, atol=3e-5 * size, err_msg=f"{k}, step {i}"
             )
-        assert states.num_nonfinite[i] == num_bad
+        assert states.stats.num_nonfinite[i] == num_bad
         if statistics is not None:
             check_statistics(states, i, statistics)
 
@@ -94,16 +94,18 @@ def assert_telemetry_says_what_happened(run: tuple[Any, Any]) -> None:
     for i, g in enumerate(make_stream()):
         clipped = {k: v[i] for k, v in updates.items()}
         assert states.step[i] == i + 1
-        np.testing.assert_allclose(states.post_norm[i], global_norm(clipped), rtol=1e-5)
+        np.testing.assert_allclose(states.stats.post_norm[i], global_norm(clipped), rtol=1e-5)
         if i in BAD:
-            assert states.clip_coef[i] == 0
-            assert states.pre_norm[i] == (states.pre_norm[i - 1] if i else 0)
+            assert states.stats.clip_coef[i] == 0
+            assert states.stats.pre_norm[i] == (states.stats.pre_norm[i - 1] if i else 0)
             continue
-        np.testing.assert_allclose(states.pre_norm[i], global_norm(g), rtol=1e-5)
+        np.testing.assert_allclose(states.stats.pre_norm[i], global_norm(g), rtol=1e-5)
         np.testing.assert_allclose(
-            states.clip_coef[i], states.post_norm[i] / states.pre_norm[i], rtol=1e-6
+            states.stats.clip_coef[i],
+            states.stats.post_norm[i] / states.stats.pre_norm[i],
+            rtol=1e-6,
         )
-        if states.clip_coef[i] == 1:
+        if states.stats.clip_coef[i] == 1:
             assert all(np.array_equal(clipped[k], g[k]) for k in g), i
-    assert ((states.clip_rate >= 0) & (states.clip_rate <= 1)).all()
+    assert ((states.stats.clip_rate >= 0) & (states.stats.clip_rate <= 1)).all()
     assert states.num_learned[-1] == NUM_STEPS - len(BAD)

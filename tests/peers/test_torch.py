@@ -77,7 +77,7 @@ def test_a_global_norm_clip_with_its_eps_is_that_of_torch(case: dict):
     grads = arrays(case["grads"])
     tx = jaxclip.clip_by_global_norm(max_norm, ord=norm_type, eps=1e-6)
     clipped, state = tx.update(grads, tx.init(grads))
-    np.testing.assert_allclose(state.pre_norm, case["norm"], rtol=4 * 2.0**-23)
+    np.testing.assert_allclose(state.stats.pre_norm, case["norm"], rtol=4 * 2.0**-23)
     if case["norm"] < max_norm:
         for c, g in zip(clipped, grads, strict=True):
             np.testing.assert_array_equal(c, g)

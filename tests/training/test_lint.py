@@ -40,9 +40,6 @@ WITHOUT_EFFECT = {
     ),
     "by leaf": chain(optax.clip_by_block_rms(1.0), jaxclip.sign_sgd(1e-3)),
     "smoothly": chain(jaxclip.gradients.smooth_clip(1.0), jaxclip.sign_sgd(1e-3)),
-    "smoothly by entry": chain(
-        jaxclip.gradients.smooth_clip(1.0, by="value"), jaxclip.sign_sgd(1e-3)
-    ),
     "relative": chain(jaxclip.gradients.clip_update_relative(), jaxclip.sign_sgd(1e-3)),
     "around": chain(CLIP, jaxclip.skip_nonfinite(jaxclip.sign_sgd(1e-3))),
     "inside": jaxclip.skip_nonfinite(chain(CLIP, jaxclip.sign_sgd(1e-3))),
