@@ -1,6 +1,7 @@
 """`clip_stats` finds what the transforms measured, wherever their states are."""
 
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,52 @@ def test_numbers_can_be_read_inside_jit_scan_and_vmap():
 @pytest.mark.parametrize("tx", [optax.adam(0.1), optax.identity()])
 def test_an_optimizer_without_our_transforms_has_no_numbers(tx):
     assert jaxclip.clip_stats(tx.init(jnp.zeros(2))) == {}
+
+
+CLIPS = {
+    "clip_by_value": jaxclip.clip_by_value(1.0),
+    "clip_by_global_norm": jaxclip.clip_by_global_norm(1.0),
+    "clip_by_leaf_norm": jaxclip.clip_by_leaf_norm(1.0),
+    "clip_by_block_rms": jaxclip.clip_by_block_rms(1.0),
+    "adaptive_grad_clip": jaxclip.adaptive_grad_clip(0.1),
+    "clip_update_relative": jaxclip.gradients.clip_update_relative(),
+    "clip_by_spectral_norm": jaxclip.gradients.clip_by_spectral_norm(1.0),
+    "smooth_clip": jaxclip.gradients.smooth_clip(1.0),
+    "autoclip": jaxclip.gradients.autoclip(),
+    "zclip": jaxclip.gradients.zclip(),
+    "adagc": jaxclip.gradients.adagc(),
+    "clip_spikes": jaxclip.gradients.clip_spikes(),
+    "clip_leaf_spikes": jaxclip.gradients.clip_leaf_spikes(),
+    "skip_or_clip": jaxclip.gradients.skip_or_clip(optax.sgd(0.1), max_norm=1.0),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_clip_keeps_one_value_with_its_statistics(name):
+    state = state_after(optax.chain(optax.identity(), CLIPS[name]))
+    kept = optax.tree_utils.tree_get(state, "stats")
+    assert isinstance(kept, jaxclip.gradients.ClipStats)
+    assert kept.num_nonfinite is optax.tree_utils.tree_get(state, "num_nonfinite")
+    numbers = {f"{name}/{f}": x for f, x in kept._asdict().items() if x is not None}
+    found = jaxclip.clip_stats(state)
+    others = keys(name, {"threshold", "num_skipped", "num_consecutive"})
+    assert set(numbers) <= set(found) <= set(numbers) | others
+    assert all(found[key] == number for key, number in numbers.items())
+
+
+def test_a_transform_of_the_users_own_is_found_by_the_name_in_its_state():
+    class CountingState(NamedTuple):
+        transform_name = "count_steps"
+        num_skipped: jax.Array
+        stats: jaxclip.gradients.ClipStats
+
+    stats = jaxclip.gradients.ClipStats(None, jnp.float32(2), None, None, jnp.int32(1))
+    found = jaxclip.clip_stats((optax.EmptyState(), CountingState(jnp.int32(3), stats)))
+    assert {key: int(x) for key, x in found.items()} == {
+        "count_steps/post_norm": 2,
+        "count_steps/num_nonfinite": 1,
+        "count_steps/num_skipped": 3,
+    }
 
 
 def test_numbers_of_numpy_states_can_be_read_too():
