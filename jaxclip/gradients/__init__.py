@@ -20,4 +20,4 @@ from jaxclip.gradients.relative import clip_update_relative as clip_update_relat
 from jaxclip.gradients.smooth import smooth_clip as smooth_clip
 from jaxclip.gradients.spikes import clip_leaf_spikes as clip_leaf_spikes
 from jaxclip.gradients.spikes import clip_spikes as clip_spikes
-from jaxclip.norms.state import ClipStats as ClipStats
+from jaxclip.gradients.state import ClipStats as ClipStats

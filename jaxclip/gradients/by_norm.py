@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import increment
+from jaxclip.gradients.state import ClipStats, LeafReport
 from jaxclip.norms.scaling import clip_to_norm, norm_of
-from jaxclip.norms.state import ClipStats, LeafReport
 from jaxclip.thresholds.values import check_number_or_schedule
 
 

@@ -13,9 +13,9 @@ import optax
 from jaxclip._core import checks
 from jaxclip._core.floats import increment, is_bad_step
 from jaxclip._core.trees import PyTree, path_name
+from jaxclip.gradients.state import ClipStats
 from jaxclip.norms.scaling import zero_if
 from jaxclip.norms.singular_values import _num_matrices, cap_leaf
-from jaxclip.norms.state import ClipStats
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 

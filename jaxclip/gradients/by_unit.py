@@ -24,10 +24,10 @@ from jaxclip._core.trees import (
     path_name,
     replace_floating,
 )
+from jaxclip.gradients.state import ClipStats, LeafReport
 from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.of_units import MeasuredUnits, join_units, measure_units
 from jaxclip.norms.scaling import norm_of_norms, scale_leaf, scaling_to
-from jaxclip.norms.state import ClipStats, LeafReport
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 # What a bound is computed from besides the norm: for each leaf a scalar or `MeasuredUnits`.

@@ -22,7 +22,7 @@ from jaxclip._core.floats import (
     round_toward_zero,
 )
 from jaxclip._core.trees import PyTree, floating_leaves, is_clippable, replace_floating
-from jaxclip.norms.state import ClipStats
+from jaxclip.gradients.state import ClipStats
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 

@@ -24,9 +24,9 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, increment, keep_weak_type
 from jaxclip._core.trees import floating_leaves, is_clippable, map_clippable
+from jaxclip.gradients.state import ClipStats, LeafReport
 from jaxclip.norms.of_trees import is_nonfinite
 from jaxclip.norms.scaling import bound_at, clip_to_norm, norm_of
-from jaxclip.norms.state import ClipStats, LeafReport
 from jaxclip.thresholds.values import check_number_or_schedule
 
 

@@ -21,9 +21,9 @@ from jax.typing import ArrayLike
 
 from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, clamp, increment
 from jaxclip._core.trees import PyTree, floating_leaves
+from jaxclip.gradients.state import ClipStats, LeafReport
 from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.scaling import zero_if
-from jaxclip.norms.state import ClipStats, LeafReport
 
 
 class LearningState(NamedTuple):

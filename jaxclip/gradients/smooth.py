@@ -13,9 +13,9 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core.floats import increment
+from jaxclip.gradients.state import ClipStats
 from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.scaling import bound_at, clip_to_norm, norm_of
-from jaxclip.norms.state import ClipStats
 from jaxclip.thresholds.values import check_number_or_schedule
 
 

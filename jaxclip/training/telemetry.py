@@ -11,7 +11,7 @@ import optax
 
 from jaxclip._core.checks import is_concrete
 from jaxclip._core.trees import PyTree, is_clippable, path_name
-from jaxclip.norms.state import ClipStats, LeafReport
+from jaxclip.gradients.state import ClipStats, LeafReport
 from jaxclip.thresholds.by_fan_in import fan_ins
 from jaxclip.thresholds.values import resolve_threshold
 from jaxclip.weights.clipping import weight_clip_rate
