@@ -17,7 +17,7 @@ import jax
 
 import jaxclip
 
-OPTIONS = {"axis": 0, "group_size": 64, "scale_dtype": "float16"}
+GRID = {"axis": 0, "group_size": 64, "scale_dtype": "float16"}
 WIDTHS = ("ternary", 2, 3, 4, 5, 6, 8)
 TARGETS = (2.25, 2.5, 3.25, 3.5, 4.25, 5.25)
 
@@ -29,9 +29,9 @@ def load_weights(path, match):
     return {k: v.astype("float32") for k, v in leaves.items() if v.dtype.kind == "f"}
 
 
-def measured(params, **width):
+def measured(params, bits=None, **target):
     start = time.perf_counter()
-    small = jax.block_until_ready(jaxclip.compress(params, **width, **OPTIONS))
+    small = jax.block_until_ready(jaxclip.compress(params, jaxclip.Grid(bits, **GRID), **target))
     seconds = time.perf_counter() - start
     return jaxclip.size_report(small, original=params), seconds
 

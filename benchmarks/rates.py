@@ -56,20 +56,17 @@ def relative_error(leaves, tree):
 
 def fixed(leaves, bits, group_size):
     """Bits a weight and error of codes of a fixed width."""
-    grid = {"axis": 0, "group_size": group_size, "scale_dtype": "float16"}
-    tree = [jaxclip.quantize(leaf, bits, **grid) for leaf in leaves]
+    grid = jaxclip.Grid(bits, axis=0, group_size=group_size, scale_dtype="float16")
+    tree = [jaxclip.quantize(leaf, grid) for leaf in leaves]
     return file_bits(tree), relative_error(leaves, tree)
 
 
 def coded(leaves, axis=0, **goal):
     """Bits a weight (ideal, by Huffman, by ans), error, and seconds of quantizing."""
     start = time.perf_counter()
-    grid = {
-        "threshold": jaxclip.thresholds.rate_optimal(**goal),
-        "axis": axis,
-        "scale_dtype": "float16",
-    }
-    tree = jax.block_until_ready([jaxclip.quantize(leaf, 8, **grid) for leaf in leaves])
+    grid = jaxclip.Grid(8, axis=axis, scale_dtype="float16")
+    rule = jaxclip.thresholds.rate_optimal(**goal)
+    tree = jax.block_until_ready([jaxclip.quantize(leaf, grid, threshold=rule) for leaf in leaves])
     seconds = time.perf_counter() - start
     ideal = sum(float(code_entropy(q.qvalue)) * q.qvalue.size + 16 * q.scale.size for q in tree)
     files = [file_bits(tree, coding) for coding in ("huffman", "ans")]
@@ -79,8 +76,9 @@ def coded(leaves, axis=0, **goal):
 
 def of_rate(leaves, rate):
     """Low-bit arrays by `rate_optimal`."""
-    grid = {"threshold": jaxclip.thresholds.rate_optimal(rate), "axis": 0, "scale_dtype": "float16"}
-    return [jaxclip.quantize(leaf, 8, **grid) for leaf in leaves]
+    grid = jaxclip.Grid(8, axis=0, scale_dtype="float16")
+    rule = jaxclip.thresholds.rate_optimal(rate)
+    return [jaxclip.quantize(leaf, grid, threshold=rule) for leaf in leaves]
 
 
 def priced(leaves, rate):

@@ -53,8 +53,8 @@ ERRORS = np.geomspace(0.2, 0.003, 7)
 def of_error(leaves, error):
     """Low-bit arrays by `rate_optimal`, and the error that is reached."""
     rule = jaxclip.thresholds.rate_optimal(error=error)
-    grid = {"threshold": rule, "axis": 0, "scale_dtype": "float16"}
-    tree = [jaxclip.quantize(x, 8, **grid) for x in leaves]
+    grid = jaxclip.Grid(8, axis=0, scale_dtype="float16")
+    tree = [jaxclip.quantize(x, grid, threshold=rule) for x in leaves]
     return tree, relative_error(leaves, tree)
 
 
@@ -64,8 +64,9 @@ def chosen_leaf(leaf, error, goal):
     best = None
     for axis in (0, None):
         for _ in range(4):  # fewer bits, more error: the goal is moved until the error is met
-            grid = {"threshold": jaxclip.thresholds.rate_optimal(error=goal), "axis": axis}
-            q = jaxclip.quantize(leaf, 8, **grid, scale_dtype="log8")
+            grid = jaxclip.Grid(8, axis=axis, scale_dtype="log8")
+            rule = jaxclip.thresholds.rate_optimal(error=goal)
+            q = jaxclip.quantize(leaf, grid, threshold=rule)
             q = jaxclip.lowbit.cheaper_codes(q, leaf)
             reached = relative_error([leaf], [q])
             if abs(reached / error - 1) < 1e-3:
@@ -111,8 +112,8 @@ def their_file(setting, leaves):
 
 def our_fixed_file(setting, leaves):
     bits, group_size = setting
-    grid = {"axis": 0, "group_size": group_size, "scale_dtype": "float16"}
-    tree = [jaxclip.quantize(jnp.asarray(x), bits, **grid) for x in leaves]
+    grid = jaxclip.Grid(bits, axis=0, group_size=group_size, scale_dtype="float16")
+    tree = [jaxclip.quantize(jnp.asarray(x), grid) for x in leaves]
     return file_bits(tree), [np.asarray(jaxclip.dequantize(q)) for q in tree]
 
 

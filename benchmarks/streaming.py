@@ -39,7 +39,8 @@ SCRIPT = textwrap.dedent(
     options["rule"] = getattr(jaxclip, options.get("rule", "mse_optimal"))
     jaxclip.quantize(jaxclip.dequantize(jaxclip.quantize([[0.5, 1.0]])))
     before, start = peak(), time.perf_counter()
-    report = checkpoints.compress_checkpoint(source, target, 4, overwrite=True, **options)
+    grid = jaxclip.Grid(4, axis=0, group_size=options.pop("group_size", None))
+    report = checkpoints.compress_checkpoint(source, target, grid, overwrite=True, **options)
     seconds, after = time.perf_counter() - start, peak()
     print(json.dumps([seconds, before, after, report.raw_bytes, report.total_bytes]))
     """

@@ -102,10 +102,10 @@ def simple_rules(bits, low, high):
     }
 
 
-def ours(bits, full_signed):
+def ours(bits, levels):
     def scales(rule, x):
-        found = rule(bits, axis=0, full_signed=full_signed).compact(x)
-        return found / code_range(bits, full_signed)[1]
+        found = rule(bits, axis=0, levels=levels).compact(x)
+        return found / code_range(bits, levels)[1]
 
     names = ("mse_optimal", "least_squares")
     return {name: functools.partial(scales, getattr(jaxclip, name)) for name in names}
@@ -184,14 +184,14 @@ def as_blocks(leaves, group_size):
     return [np.concatenate(parts) for parts in blocks.values()]
 
 
-def print_weights(leaves, group_size, bits, full_signed, rounds):
-    low, high = code_range(bits, full_signed)
+def print_weights(leaves, group_size, bits, levels, rounds):
+    low, high = code_range(bits, levels)
     blocks = as_blocks(leaves, group_size)
     arrays = [jnp.asarray(b) for b in blocks]
     some = [b[::8] for b in blocks]
     energy = sum(float(np.sum(np.square(b, dtype=np.float64))) for b in some)
     best = sum(np.sum(in_parts(lambda b: exact_errors(b, low, high), b)) for b in some)
-    rules = ours(bits, full_signed) | simple_rules(bits, low, high)
+    rules = ours(bits, levels) | simple_rules(bits, low, high)
     rules = {name: jax.jit(rule) for name, rule in rules.items()}
     absmax = jax.jit(lambda x: jnp.max(jnp.abs(x), axis=1))
     seconds = {name: [] for name in ("absmax", *rules)}
@@ -203,7 +203,7 @@ def print_weights(leaves, group_size, bits, full_signed, rounds):
                 seconds[name].append(time.perf_counter() - start)
     unit = statistics.median(seconds["absmax"])
     megabytes = sum(b.nbytes for b in blocks) / 1e6
-    side = "full signed" if full_signed else "narrow"
+    side = "full signed" if levels == "full" else "narrow"
     where = f"group {group_size}" if group_size else "channel"
     print(f"\n{bits} bits, {side}, {where}: optimum {best / energy:.5f}")
     print(f"max |w| takes {unit * 1e3:.1f} ms, {megabytes / unit:,.0f} MB/s")
@@ -221,7 +221,7 @@ def print_weights(leaves, group_size, bits, full_signed, rounds):
         pairs = zip(some, scales, strict=True)
         error = sum(np.sum(with_the_better_sign(b, s, low, high)) for b, s in pairs)
         line(name, error, statistics.median(seconds[name]))
-    if full_signed:
+    if levels == "full":
         for name, error, taken in measure_others(blocks, bits, False, 8):
             line(name, error, taken)
 
@@ -314,10 +314,10 @@ def shapes(num_rows, row):
     }
 
 
-def print_shapes(row, num_rows, bits, full_signed):
-    low, high = code_range(bits, full_signed)
-    rules = ours(bits, full_signed) | simple_rules(bits, low, high)
-    side = "full signed" if full_signed else "narrow"
+def print_shapes(row, num_rows, bits, levels):
+    low, high = code_range(bits, levels)
+    rules = ours(bits, levels) | simple_rules(bits, low, high)
+    side = "full signed" if levels == "full" else "narrow"
     print(f"\nerror to optimum, {bits} bits, {side}, blocks of {row}")
     print(f"{'shape':<20} " + " ".join(f"{name.strip():>15}" for name in rules))
     for shape, rows in shapes(num_rows, row).items():
@@ -348,17 +348,17 @@ def main():
         print_zero_points(leaves, group_size, bits, arguments.rounds)
     if arguments.only_zero_points:
         return
-    cells = [(64, 4, True), (64, 3, True), (64, 2, True)]
+    cells = [(64, 4, "full"), (64, 3, "full"), (64, 2, "full")]
     if not arguments.only_groups_of_64:
-        cells = [(None, 4, False), (None, 4, True), *cells]
-        cells += [(32, 4, True), (None, 8, True), (64, 8, True)]
-    for group_size, bits, full_signed in cells:
-        print_weights(leaves, group_size, bits, full_signed, arguments.rounds)
+        cells = [(None, 4, "narrow"), (None, 4, "full"), *cells]
+        cells += [(32, 4, "full"), (None, 8, "full"), (64, 8, "full")]
+    for group_size, bits, levels in cells:
+        print_weights(leaves, group_size, bits, levels, arguments.rounds)
     if arguments.only_groups_of_64:
         return
     for row, num_rows in ((64, 256), (1024, 32)):
-        for bits, full_signed in (("ternary", False), (4, False), (4, True), (8, True)):
-            print_shapes(row, num_rows, bits, full_signed)
+        for bits, levels in (("ternary", "narrow"), (4, "narrow"), (4, "full"), (8, "full")):
+            print_shapes(row, num_rows, bits, levels)
 
 
 if __name__ == "__main__":

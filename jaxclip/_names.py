@@ -19,6 +19,7 @@ from jaxclip.gradients import clip_by_global_norm as clip_by_global_norm
 from jaxclip.gradients import clip_by_leaf_norm as clip_by_leaf_norm
 from jaxclip.gradients import clip_by_value as clip_by_value
 from jaxclip.gradients import skip_nonfinite as skip_nonfinite
+from jaxclip.lowbit import Grid as Grid
 from jaxclip.lowbit import QuantizedArray as QuantizedArray
 from jaxclip.lowbit import compress as compress
 from jaxclip.lowbit import decompress as decompress

@@ -30,7 +30,7 @@ def folder(tmp_path: pathlib.Path, monkeypatch) -> pathlib.Path:
         "layer.bias": rng.standard_normal(32).astype(np.float32),
     }
     safetensors.numpy.save_file(tensors, "net.safetensors")
-    small = jaxclip.compress(tensors, 4, axis=0)
+    small = jaxclip.compress(tensors, jaxclip.Grid(4, axis=0))
     checkpoints.save("low.safetensors", small)
     pathlib.Path("model").mkdir()
     pathlib.Path("model", "config.json").write_text('{"model_type": "bert"}')
@@ -149,7 +149,9 @@ def test_a_policy_of_the_command_line_does_what_python_does():
     assert run(*words)[0] == 0
     spec = {"bits": 6, "group_size": 32, "rule": jaxclip.max_abs, "scale_dtype": "float16"}
     policy = [("embed", spec), ("layer", {"zero_point": True})]
-    wanted = jaxclip.compress(checkpoints.load("net.safetensors"), 3, axis=0, policy=policy)
+    wanted = jaxclip.compress(
+        checkpoints.load("net.safetensors"), jaxclip.Grid(3, axis=0), policy=policy
+    )
     checkpoints.save("wanted.safetensors", wanted)
     assert (
         pathlib.Path("out.safetensors").read_bytes()

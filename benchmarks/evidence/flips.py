@@ -55,7 +55,7 @@ def main():
                 accuracies = []
                 for seed in range(task.seeds):
                     tree = jax.tree.map(lambda x, i=seed: x[i], params)
-                    small = jaxclip.compress(tree, bits, full_signed=False)
+                    small = jaxclip.compress(tree, jaxclip.Grid(bits, levels="narrow"))
                     draws = [with_flips(small, rate, rng) for _ in range(DRAWS if rate else 1)]
                     found = [float(evaluate(jaxclip.decompress(s))["test"]) for s in draws]
                     accuracies.append(np.mean(found))

@@ -35,7 +35,7 @@ class Method(NamedTuple):
 def low_bit(params, width):
     """The low-bit tree of quantization-aware training: absmean up to ternary, as in BitNet."""
     if width in ("ternary", 1):
-        return jaxclip.compress(params, width, rule=AbsMean(), axis=None)
+        return jaxclip.compress(params, jaxclip.Grid(width, axis=None), rule=AbsMean())
     return jaxclip.compress(params, width, rule=jaxclip.max_abs)
 
 

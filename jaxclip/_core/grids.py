@@ -1,14 +1,11 @@
-"""Low-bit grids: which integer codes there are, and which entries share a scale.
+"""Low-bit grids: the integer codes, and the blocks of entries that share a scale.
 
-`axis` and `group_size` say what has a threshold, or a scale, of its own:
-
-    axis=None                 one for the array
-    axis=c                    one for each index along the channel axis (or axes) c
-    axis=c, group_size=g      one for every g consecutive entries along the last axis that
-                              is not a channel axis; all other axes stay apart
+w ~ scale * code,    low <= code <= high,    one scale a block
 """
 
+import contextlib
 import dataclasses
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,58 +14,100 @@ from jax import lax
 
 from jaxclip._core import checks
 
-Bits = int | str
-"""A code width: 1, 2, 3, 4, 5, 6 or 8 bits, or "ternary" (three levels, 1.58 bits)."""
+# A code width: 1, 2, 3, 4, 5, 6 or 8 bits, or "ternary" (three levels, 1.58 bits).
+Bits: TypeAlias = int | str
 _ALLOWED_BITS = (1, "ternary", 2, 3, 4, 5, 6, 8)
+_LEVELS = ("full", "narrow")
+_SCALE_DTYPES = ("float32", "float16", "bfloat16", "log8")
 
 
-def code_range(bits: Bits, full_signed: bool = True) -> tuple[int, int]:
-    """Returns the lowest and highest integer code of a grid.
-
-    Args:
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
-      full_signed: Whether two bits or more use the level -2**(bits-1) too; with a signed
-        scale the longer side goes where it helps.
-
-    Returns:
-      `(lowest, highest)`. One bit is (-1, 1) without 0; ternary (-1, 1) with it.
-
-    Raises:
-      ValueError: If `bits` is none of these.
-
-    Example:
-      >>> code_range(4), code_range(4, full_signed=False), code_range("ternary")
-      ((-8, 7), (-7, 7), (-1, 1))
-    """
+def code_range(bits: Bits | None, levels: str = "full") -> tuple[int, int]:
+    """Returns the lowest and highest code; 1 bit is -1 and 1, ternary also has 0."""
     checks.check_choice("bits", bits, _ALLOWED_BITS)
+    checks.check_choice("levels", levels, _LEVELS)
     if bits in (1, "ternary"):
         return -1, 1
-    half = 2 ** (int(bits) - 1)
-    return (-half if full_signed else 1 - half), half - 1
+    half = 2 ** (int(bits or 0) - 1)
+    return (-half if levels == "full" else 1 - half), half - 1
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Granularity:
-    """Which entries of an array share a threshold; see the module's docstring.
+class Grid:
+    """A low-bit grid: its codes, and the entries that share a scale.
+
+    | `bits`           | `levels="full"`           | `levels="narrow"`         |
+    |------------------|---------------------------|---------------------------|
+    | 1                | -1, 1                     | the same                  |
+    | "ternary"        | -1, 0, 1                  | the same                  |
+    | b = 2, 3 ... 8   | -2**(b-1) ... 2**(b-1)-1  | 1-2**(b-1) ... 2**(b-1)-1 |
+
+    On a full grid the sign of the scale puts the longer side where it lowers the error.
+
+    | `axis`, `group_size`      | one scale for                                             |
+    |---------------------------|-----------------------------------------------------------|
+    | axis=None                 | the whole array                                           |
+    | axis=c                    | each index along the channel axis (or axes) c             |
+    | axis=c, group_size=g      | g consecutive entries along the last axis that is not     |
+    |                           | a channel axis; all other axes stay apart                 |
 
     Attributes:
-      axis: Channel axis or axes, or None for one threshold for all.
-      group_size: Entries that share a threshold along the last non-channel axis, or None.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where a budget chooses the width.
+      levels: "full" or "narrow"; the narrow grid is symmetric.
+      axis: Channel axis or axes, or None. The last is an output channel in flax's layouts, the
+        first in PyTorch's.
+      group_size: Entries that share a scale along the last non-channel axis, at least 1; None
+        for no groups.
+      zero_point: True to shift each block's grid by whole codes, so that its range may lie
+        unevenly around 0. Not for 1 bit.
+      scale_dtype: Format of the scales: float32, float16, bfloat16 (names or dtypes), or "log8",
+        one byte a scale in steps of 9 %.
+
+    Raises:
+      TypeError: If `axis` or `zero_point` is of a wrong type.
+      ValueError: If a field has a value that is not allowed.
+
+    Example:
+      >>> Grid(4).code_range, Grid(4, levels="narrow").code_range, Grid("ternary").code_range
+      ((-8, 7), (-7, 7), (-1, 1))
+      >>> Grid(4, group_size=64).scale_shape((128, 10))
+      (2, 10)
     """
 
-    axis: int | tuple[int, ...] | None = None
+    bits: Bits | None
+    _: dataclasses.KW_ONLY
+    levels: str = "full"
+    axis: int | tuple[int, ...] | None = -1
     group_size: int | None = None
+    zero_point: bool = False
+    scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.bits is not None:
+            checks.check_choice("bits", self.bits, _ALLOWED_BITS)
+        checks.check_choice("levels", self.levels, _LEVELS)
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
         for a in axes if self.axis is not None else ():
             if isinstance(a, bool) or not isinstance(a, (int, np.integer)):
                 raise TypeError(f"axis must be an integer, a tuple of them or None, got {a!r}.")
         if self.group_size is not None:
             checks.check_count("group_size", self.group_size)
+        if not isinstance(self.zero_point, (bool, np.bool_)):
+            raise TypeError(f"zero_point must be True or False, got {self.zero_point!r}.")
+        if self.zero_point and self.bits == 1:
+            raise ValueError(
+                "zero_point needs a code for 0, but a 1-bit grid has only -1 and 1: "
+                "use bits='ternary' or 2."
+            )
+        object.__setattr__(self, "scale_dtype", _name_of_scale_dtype(self.scale_dtype))
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return code_range(self.bits, self.levels)
 
     def channel_axes(self, ndim: int) -> tuple[int, ...]:
-        """The channel axes of an array of `ndim` dimensions, counted from 0."""
+        """Returns the channel axes of an array of `ndim` dimensions, counted from 0."""
         if self.axis is None:
             return ()
         given = self.axis if isinstance(self.axis, tuple) else (self.axis,)
@@ -77,11 +116,9 @@ class Granularity:
                 raise ValueError(f"axis must be in [{-ndim}, {ndim}) for this array, got {a}.")
         return tuple(sorted({a % ndim for a in given}))
 
-    def from_the_end(self, ndim: int) -> "Granularity":
-        """The same blocks of an array of `ndim` dimensions, and of those in a batch of such.
-
-        Negative axes are still the same when vmap or a stack puts others in front.
-        """
+    def from_the_end(self, ndim: int) -> "Grid":
+        """Returns the same grid with negative axes, for an array of `ndim` dimensions."""
+        # Negative axes stay right when vmap or a stack puts other axes in front.
         self.channel_axes(ndim)  # refuses axes that the array does not have
         if self.axis is None:
             return self
@@ -92,7 +129,7 @@ class Granularity:
         return dataclasses.replace(self, axis=axis - ndim if axis >= 0 else axis)
 
     def group_axis(self, ndim: int) -> int | None:
-        """The axis that is split into groups, or None."""
+        """Returns the axis that is split into groups, or None."""
         if self.group_size is None or ndim == 0:
             return None
         free = [a for a in range(ndim) if a not in self.channel_axes(ndim)]
@@ -103,8 +140,8 @@ class Granularity:
             )
         return free[-1]
 
-    def _group_size_of(self, shape: tuple[int, ...]) -> int:
-        """Entries of a full group: no more than the axis has, lest one group pads it."""
+    def group_size_of(self, shape: tuple[int, ...]) -> int:
+        """Returns the entries of a full group of an array: at most those of its group axis."""
         axis = self.group_axis(len(shape))
         return 1 if axis is None else max(min(self.group_size or 1, shape[axis]), 1)
 
@@ -114,7 +151,7 @@ class Granularity:
         if axis is None:
             channels = self.channel_axes(x.ndim)
             return x, tuple(a for a in range(x.ndim) if a not in channels)
-        size = self._group_size_of(x.shape)
+        size = self.group_size_of(x.shape)
         groups = -(-x.shape[axis] // size)
         padding = [(0, 0)] * x.ndim
         padding[axis] = (0, groups * size - x.shape[axis])
@@ -122,32 +159,32 @@ class Granularity:
         return x.reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :]), (axis + 1,)
 
     def block_counts(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Entries in each block, padding left out; broadcasts against the kept dims."""
+        """Returns the entries of each block without padding; broadcasts against kept dims."""
         ndim, axis = len(shape), self.group_axis(len(shape))
         if axis is None:
             channels = self.channel_axes(ndim)
             reduced = [n for a, n in enumerate(shape) if a not in channels]
             return np.asarray(max(int(np.prod(reduced)), 1), np.float32)
-        size, length = self._group_size_of(shape), shape[axis]
+        size, length = self.group_size_of(shape), shape[axis]
         counts = np.minimum(size, length - size * np.arange(-(-length // size)))
         kept = [1] * axis + [-1, 1] + [1] * (ndim - axis - 1)
         return counts.astype(np.float32).reshape(kept)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of one value a block, in the compact form, for an array of `shape`."""
+        """Returns the shape of the scales of an array: 1 for each axis that shares them."""
         axis, channels = self.group_axis(len(shape)), self.channel_axes(len(shape))
         if axis is None:
             return tuple(n if a in channels else 1 for a, n in enumerate(shape))
-        groups = -(-shape[axis] // self._group_size_of(shape))
+        groups = -(-shape[axis] // self.group_size_of(shape))
         return (*shape[:axis], groups, *shape[axis + 1 :])
 
     def compact(self, per_block: jax.Array, ndim: int) -> jax.Array:
-        """Drops the group's inner axis: the form in which scales are kept."""
+        """Returns one value a block, reduced with kept dims, in the shape of the scales."""
         axis = self.group_axis(ndim)
         return per_block if axis is None else jnp.squeeze(per_block, axis + 1)
 
     def expand(self, compact: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Returns the compact form repeated along the group axis, to broadcast with `shape`."""
+        """Returns values in the shape of the scales, repeated to broadcast against `shape`."""
         axis = self.group_axis(len(shape))
         if axis is None:
             return compact
@@ -157,5 +194,23 @@ class Granularity:
                 f"must have scales of shape {wanted}, got {tuple(compact.shape)}. In a batch, "
                 "channel axes must be counted from the end."
             )
-        repeated = jnp.repeat(compact, self._group_size_of(shape), axis=axis)
+        repeated = jnp.repeat(compact, self.group_size_of(shape), axis=axis)
         return lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
+
+
+def _name_of_scale_dtype(scale_dtype: Any) -> str:
+    if not isinstance(scale_dtype, str):
+        with contextlib.suppress(TypeError):  # what is no dtype is refused as it was given
+            scale_dtype = jnp.dtype(scale_dtype).name
+    checks.check_choice("scale_dtype", scale_dtype, _SCALE_DTYPES)
+    return scale_dtype
+
+
+WHOLE_ARRAY = Grid(None, axis=None)  # one block; the width is open
+
+
+def as_grid(bits: Bits | Grid, *, axis: int | tuple[int, ...] | None) -> Grid:
+    """Returns a grid as it is, and a bare width as a grid with this channel axis."""
+    grid = bits if isinstance(bits, Grid) else Grid(bits, axis=axis)
+    checks.check_choice("bits", grid.bits, _ALLOWED_BITS)  # here nothing chooses an open width
+    return grid

@@ -19,7 +19,7 @@ from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
 from jaxclip.checkpoints.reading import open_source
 from jaxclip.checkpoints.sizes import FileReport, report_source
-from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.arrays import dequantize, is_quantized
 from jaxclip.thresholds.by_error import mse_optimal
 
 _CHUNK = 2**20
@@ -116,7 +116,7 @@ def describe_file(path: str | os.PathLike, outlier: float = 3.0) -> dict[str, We
         for name, like in source.leaves.items():
             if jnp.issubdtype(like.dtype, jnp.floating):
                 leaf = source.read(name)
-                array = dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf
+                array = dequantize(leaf) if is_quantized(leaf) else leaf
                 statistics[name] = describe_weights(np.asarray(array), outlier)
     return statistics
 

@@ -25,7 +25,7 @@ from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files, shards
 from jaxclip.checkpoints.format import parsing
 from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, Tensor, native_dtype
-from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.arrays import is_quantized
 
 ALLOWED_SUFFIXES = ".safetensors, .npz or .npy"
 
@@ -156,9 +156,7 @@ def _open_safetensors(file: io.BufferedIOBase, file_size: int) -> Source:
         leaves=contents.leaves,
         read=lambda name: contents.restore_leaf(name, read_tensor),
         num_bytes=sizes,
-        structure=jax.tree.structure(
-            contents.tree, is_leaf=lambda x: isinstance(x, QuantizedArray)
-        ),
+        structure=jax.tree.structure(contents.tree, is_leaf=is_quantized),
     )
 
 

@@ -17,14 +17,14 @@ import numpy as np
 
 from jaxclip._core.atomic import check_destination, replacing
 from jaxclip._core.extras import progress_bar
-from jaxclip._core.grids import Bits
+from jaxclip._core.grids import Bits, Grid
 from jaxclip.checkpoints.format.headers import header_size
 from jaxclip.checkpoints.format.layout import leaf_name, plan_file
 from jaxclip.checkpoints.format.writing import write_plain, write_tree
 from jaxclip.checkpoints.reading import Source, open_source
 from jaxclip.checkpoints.rows import compress_leaf, outline_leaf
 from jaxclip.checkpoints.sizes import SizeReport, report_plan, with_losses
-from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
     Option,
@@ -45,16 +45,11 @@ from jaxclip.weights.clipping import clip_weights
 def compress_checkpoint(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    bits: Bits | None = None,
+    bits: Bits | Grid | None = None,
     *,
     target_bits_per_weight: float | None = None,
     target_bytes: int | None = None,
     rule: Any = mse_optimal,
-    axis: int | tuple[int, ...] | None = 0,
-    group_size: int | None = None,
-    full_signed: bool = True,
-    zero_point: bool = False,
-    scale_dtype: Any = "float32",
     bit_price: float = 0.0,
     policy: Policy = (),
     coding: str | None = None,
@@ -71,17 +66,12 @@ def compress_checkpoint(
     Args:
       src: As in `load`. Leaves that are low-bit already are copied.
       dst: The `.safetensors` file to write.
-      bits: As in `compress`.
+      bits: A `Grid`, or a width as in `compress`, with one scale for each index along the first
+        axis: PyTorch's layouts have the output channel first, where flax's have it last.
       target_bits_per_weight: As in `compress`. With a target the weights are read twice: first
         to measure their errors at every width.
       target_bytes: As in `compress`. With a `coding` the file is at most as large as this.
       rule: As in `compress`; a rule that looks at more than one leaf is not possible here.
-      axis: As in `compress`, but 0 by default: PyTorch's layouts have the output channel
-        first, where flax's have it last.
-      group_size: As in `compress`.
-      full_signed: As in `compress`.
-      zero_point: As in `compress`.
-      scale_dtype: As in `compress`.
       bit_price: As in `compress`, with a `coding` only; leaves are then compressed whole.
       policy: As in `compress`, on the names in the source.
       coding: As in `save`.
@@ -113,12 +103,11 @@ def compress_checkpoint(
       (16384, 1076)
       >>> folder.cleanup()
     """
-    target = check_target(bits, target_bits_per_weight, target_bytes)
-    if target is None:
-        bits = 4 if bits is None else bits
-    default = LeafSpec(
-        bits, rule, axis, group_size, full_signed, zero_point, scale_dtype, bit_price
-    )
+    grid = bits if isinstance(bits, Grid) else Grid(bits, axis=0)
+    target = check_target(grid.bits, target_bits_per_weight, target_bytes)
+    if target is None and grid.bits is None:
+        grid = dataclasses.replace(grid, bits=4)
+    default = LeafSpec(grid, rule, bit_price)
     specs: dict[str, LeafSpec] = {}
 
     def outline(source: Source) -> dict[str, Any]:
@@ -150,7 +139,7 @@ def _allocated(
     target: Target, source: Source, specs: dict[str, LeafSpec], coding: str | None
 ) -> dict[str, LeafSpec]:
     """The specs that had no width, with the one that the target gives: a pass over the leaves."""
-    free = [name for name, spec in specs.items() if spec.bits is None]
+    free = [name for name, spec in specs.items() if spec.grid.bits is None]
     small = {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items() if n not in free}
     small = source.leaves | small
     measured = []
@@ -167,10 +156,10 @@ def _allocated(
         plan = plan_file(source.restore(tree.__getitem__))
         return header_size(plan, coding) + plan.data_bytes
 
-    others = [leaf for leaf in small.values() if isinstance(leaf, QuantizedArray)]
+    others = [leaf for leaf in small.values() if is_quantized(leaf)]
     options = choose_widths(target, measured, others, file_bytes)
     return {
-        name: dataclasses.replace(specs[name], bits=ALL_WIDTHS[option])
+        name: specs[name].with_bits(ALL_WIDTHS[option])
         for name, option in zip(free, options, strict=True)
     }
 
@@ -211,12 +200,12 @@ def decompress_checkpoint(
     """
 
     def outline(source: Source) -> dict[str, Any]:
-        arrays = {n: x for n, x in source.leaves.items() if isinstance(x, QuantizedArray)}
+        arrays = {n: x for n, x in source.leaves.items() if is_quantized(x)}
         return source.leaves | jax.eval_shape(lambda t: decompress(t, dtype), arrays)
 
     def decompress_leaf(name: str, leaf: Any) -> tuple[Any, None]:
         del name
-        return dequantize(leaf, dtype) if isinstance(leaf, QuantizedArray) else leaf, None
+        return dequantize(leaf, dtype) if is_quantized(leaf) else leaf, None
 
     return _rewrite(
         src, dst, outline, decompress_leaf, None, overwrite, False, progress, is_plain=True
@@ -268,7 +257,7 @@ def clip_checkpoint(
         return source.leaves
 
     def clip_leaf(name: str, leaf: Any) -> tuple[Any, None]:
-        if isinstance(leaf, QuantizedArray) or not pattern.search(name):
+        if is_quantized(leaf) or not pattern.search(name):
             return leaf, None
         if leaf.dtype == np.float64:  # which jax may not have
             t = np.asarray(resolve_threshold(threshold, leaf), np.float64)
@@ -329,7 +318,7 @@ def _rewrite(
 
         if is_plain and any(leaf_name((key,)) != key for key in flat):
             specs = {key: outlined[name] for key, name in flat.items()}
-            if not any(isinstance(spec, QuantizedArray) for spec in specs.values()):
+            if not any(is_quantized(spec) for spec in specs.values()):
                 file = stack.enter_context(replacing(dst, overwrite))
                 size = write_plain(file, specs, lambda key: produce(leaf_name((key,))))
                 return _renamed(report_plan(plan, size), {leaf_name((key,)): key for key in flat})

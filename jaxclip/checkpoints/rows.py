@@ -25,7 +25,8 @@ def outline_leaf(leaf: Any, spec: LeafSpec, name: str, bits: Bits | None = None)
       bits: Its width; None for that of the spec.
 
     Example:
-      >>> spec = LeafSpec(4, 0.5, 0, None, True, False, "float32")
+      >>> from jaxclip._core.grids import Grid
+      >>> spec = LeafSpec(Grid(4, axis=0), 0.5)
       >>> outline_leaf(jax.ShapeDtypeStruct((2, 3), "float32"), spec, "w").scale.shape
       (2, 1)
     """
@@ -50,7 +51,8 @@ def compress_leaf(
       ValueError: As `quantize`; a weight that is not finite is named by its place in the leaf.
 
     Example:
-      >>> spec = LeafSpec("ternary", 0.5, 0, None, True, False, "float32")
+      >>> from jaxclip._core.grids import Grid
+      >>> spec = LeafSpec(Grid("ternary", axis=0), 0.5)
       >>> compress_leaf(np.array([[0.5, -0.25]], np.float32), spec, "w")[1]
       Loss(squared_error=0.0625, squared_norm=0.3125, num_clipped=0)
     """
@@ -74,7 +76,7 @@ def compress_leaf(
     is_joint = (
         not getattr(spec.rule, "is_blockwise", True)
         or (len(factors) == leaf.ndim and factors[0] > 1)
-        or like.scale_dtype == "log8"
+        or like.grid.scale_dtype == "log8"
         or spec.has_price
     )
     if is_joint or not has_own_scales:

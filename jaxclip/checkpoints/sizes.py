@@ -15,7 +15,7 @@ from jaxclip.checkpoints.format.codes import coded_tensor
 from jaxclip.checkpoints.format.headers import header_size
 from jaxclip.checkpoints.format.layout import FilePlan, check_has_values, plan_file
 from jaxclip.checkpoints.reading import Source
-from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.distortion import Loss, loss_of
 from jaxclip.lowbit.entropy_coding import check_coding
 
@@ -176,7 +176,7 @@ def report_plan(plan: FilePlan, overhead_bytes: int) -> SizeReport:
             path=name,
             shape=tuple(leaf.shape),
             dtype=jnp.dtype(leaf.dtype).name,
-            bits=leaf.bits if isinstance(leaf, QuantizedArray) else None,
+            bits=leaf.bits if is_quantized(leaf) else None,
             raw_bytes=math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize,
             stored_bytes=stored[name],
             threshold=_largest_threshold(leaf),
@@ -188,7 +188,7 @@ def report_plan(plan: FilePlan, overhead_bytes: int) -> SizeReport:
 
 
 def _largest_threshold(leaf: Any) -> float | None:
-    if not isinstance(leaf, QuantizedArray):
+    if not is_quantized(leaf):
         return None
     scale = leaf.scale
     if isinstance(scale, jax.ShapeDtypeStruct) or not checks.is_concrete(scale):
@@ -214,8 +214,8 @@ def _compared(report: SizeReport, plan: FilePlan, original: Any) -> SizeReport:
             )
         if jnp.issubdtype(now.dtype, jnp.floating):
             for array in (now, before):
-                is_low_bit = isinstance(array, QuantizedArray)
-                check_has_values(leaf.path, array.qvalue if is_low_bit else array)
+                values = array.qvalue if isinstance(array, QuantizedArray) else array
+                check_has_values(leaf.path, values)
         losses[leaf.path] = loss_of(before, now)
     return with_losses(report, losses)
 
@@ -332,7 +332,7 @@ def report_source(path: str, source: Source) -> FileReport:
             path=name,
             shape=tuple(leaf.shape),
             dtype=jnp.dtype(leaf.dtype).name,
-            bits=leaf.bits if isinstance(leaf, QuantizedArray) else None,
+            bits=leaf.bits if is_quantized(leaf) else None,
             num_bytes=source.num_bytes[name],
         )
         for name, leaf in source.leaves.items()

@@ -28,7 +28,7 @@ from jaxclip.checkpoints.format.layout import Leaf, check_has_values, leaf_name,
 from jaxclip.checkpoints.format.writing import write_tree
 from jaxclip.checkpoints.reading import ALLOWED_SUFFIXES, Source, checkpoint_errors, open_source
 from jaxclip.checkpoints.sizes import FileReport, report_source
-from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.arrays import is_quantized
 from jaxclip.lowbit.entropy_coding import check_coding
 
 
@@ -130,13 +130,13 @@ def load(
 
         if names is None:
             return source.restore(read)
-        wanted, structure = jax.tree.flatten(like, is_leaf=lambda x: isinstance(x, QuantizedArray))
+        wanted, structure = jax.tree.flatten(like, is_leaf=is_quantized)
         leaves = []
         for name, template in zip(names, wanted, strict=True):
             leaf = read(name)
             # Axes count from either end; equal blocks come back as the template writes them.
-            if isinstance(leaf, QuantizedArray) and isinstance(template, QuantizedArray):
-                leaf = dataclasses.replace(leaf, granularity=template.granularity)
+            if is_quantized(leaf) and is_quantized(template):
+                leaf = dataclasses.replace(leaf, grid=template.grid)
             leaves.append(leaf)
         return jax.tree.unflatten(structure, leaves)
 
@@ -190,7 +190,7 @@ _PREPARERS: dict[str, Callable[[PyTree, str | None], Callable[[BinaryIO], Any]]]
 def _match_leaves(like: PyTree, source: Source) -> list[str]:
     """Returns the name in the source of each leaf of `like`; raises at the first difference."""
     names = []
-    wanted = jax.tree_util.tree_leaves_with_path(like, is_leaf=_is_quantized)
+    wanted = jax.tree_util.tree_leaves_with_path(like, is_leaf=is_quantized)
     for path, leaf in wanted:
         name = next((n for n in _spellings(path, source) if n in source.leaves), None)
         if name is None:
@@ -214,25 +214,12 @@ def _spellings(path: tuple, source: Source) -> list[str]:
 def _check_fits(name: str, wanted: Any, found: Any) -> None:
     pairs = [("shape", tuple(wanted.shape), tuple(found.shape))]
     pairs += [("dtype", jnp.dtype(wanted.dtype), jnp.dtype(found.dtype))]
-    if _is_quantized(wanted):
-        found_grid = _grid(found) if _is_quantized(found) else "none"
-        pairs += [("grid", _grid(wanted), found_grid)]
+    if is_quantized(wanted):
+        found_grid = found.grid.from_the_end(found.ndim) if is_quantized(found) else "none"
+        pairs += [("grid", wanted.grid.from_the_end(wanted.ndim), found_grid)]
     for field, asked, got in pairs:
         if asked != got:
             raise ValueError(f"'{name}' has {field} {got}, and {asked} is wanted.")
-
-
-def _grid(leaf: QuantizedArray) -> str:
-    granularity = leaf.granularity.from_the_end(leaf.ndim)
-    return (
-        f"bits={leaf.bits!r}, axis={granularity.axis}, group_size={granularity.group_size}, "
-        f"full_signed={leaf.full_signed}, zero_point={leaf.zero is not None}, "
-        f"scale_dtype={leaf.scale_dtype}"
-    )
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedArray)
 
 
 # --- Placing on devices -----------------------------------------------------------------------

@@ -61,12 +61,13 @@ def pack_leaf(
       grids have one; and the scheme.
 
     Raises:
-      ValueError: If the name, shape or granularity is one that the layout has not.
+      ValueError: If the name, shape or grid is one that the layout has not.
 
     Example:
       >>> from jaxclip.interop.leaves import named_leaves
       >>> from jaxclip.lowbit.quantizer import quantize
-      >>> q = quantize(np.ones((4, 64), np.float32), 4, axis=0, group_size=32)
+      >>> from jaxclip._core.grids import Grid
+      >>> q = quantize(np.ones((4, 64), np.float32), Grid(4, axis=0, group_size=32))
       >>> leaves = named_leaves({"proj.weight": q}, ".")
       >>> tensors, scheme = pack_leaf(leaves["proj.weight"])
       >>> [(name, t.shape) for name, t in tensors.items()]
@@ -80,15 +81,15 @@ def pack_leaf(
             f"leaf '{name}' has codes, so it must be a matrix whose name ends in 'weight', got "
             f"shape {leaf.shape}."
         )
-    (rows, columns), granularity = leaf.shape, leaf.granularity
+    (rows, columns), grid = leaf.shape, leaf.grid
     group_size = None
-    if granularity.group_axis(2) == 1:
-        group_size = min(int(granularity.group_size or columns), columns)
+    if grid.group_axis(2) == 1:
+        group_size = min(int(grid.group_size or columns), columns)
         group_size = None if group_size == columns else group_size
-    if leaf.scale.shape[0] not in (1, rows) or 1 in granularity.channel_axes(2):
+    if leaf.scale.shape[0] not in (1, rows) or 1 in grid.channel_axes(2):
         raise ValueError(
             f"leaf '{name}' must be (outputs, inputs) with axis=0, or axis=0 and a group_size; "
-            f"got axis={granularity.axis}. Transpose the matrix before it is compressed."
+            f"got axis={grid.axis}. Transpose the matrix before it is compressed."
         )
     if columns % (group_size or 1):
         raise ValueError(
@@ -202,7 +203,7 @@ def to_compressed_tensors(
       path: Where to, such as `folder/model.safetensors`.
       tree: Pytree whose `QuantizedArray` leaves are matrices (outputs, inputs) named
         `...weight`, with a scale for the matrix, for each output (`axis=0`), or for each
-        group of inputs (`axis=0, group_size=g`).
+        group of inputs (`Grid(bits, axis=0, group_size=g)`).
       dtype: Floating dtype of scales and of the other floating leaves; None for their own.
         A reader that computes in half precision rounds float32 scales.
       separator: What joins the keys of nested trees to a name.
@@ -216,14 +217,15 @@ def to_compressed_tensors(
     Raises:
       TypeError: If `dtype` is not floating, or a leaf is no array of a dtype that
         safetensors has.
-      ValueError: If no leaf is low-bit, or one is of a shape, name or granularity that the
+      ValueError: If no leaf is low-bit, or one is of a shape, name or grid that the
         layout has not; the message names it.
       OSError: As `checkpoints.save`.
 
     Example:
       >>> import tempfile
-      >>> from jaxclip import compress
-      >>> small = compress({"layer": {"weight": jnp.ones((4, 64))}}, axis=0, group_size=32)
+      >>> import jax.numpy as jnp
+      >>> from jaxclip import Grid, compress
+      >>> small = compress({"layer": {"weight": jnp.ones((4, 64))}}, Grid(4, axis=0, group_size=32))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     config = to_compressed_tensors(folder + "/model.safetensors", small)
       >>> config["config_groups"]["group_0"]["weights"]["strategy"]

@@ -143,13 +143,13 @@ def _gguf_tensor(stored: NamedLeaf, kind: str | None) -> tuple[str, ExportTensor
 
 def _of_blocks(leaf: QuantizedArray, values: Any) -> np.ndarray:
     """The scale or zero point of each 32 entries, float32 of shape (blocks, 1)."""
-    expanded = leaf.granularity.expand(jnp.asarray(values), leaf.shape)
+    expanded = leaf.grid.expand(jnp.asarray(values), leaf.shape)
     rows = np.broadcast_to(np.asarray(expanded), leaf.shape).reshape(-1, BLOCK_SIZE)
     if not np.all(rows == rows[:, :1]):
         raise ValueError(
             "its scale must be the same for each 32 entries along the last axis, such as with "
-            f"axis=0 or group_size=32; got axis={leaf.granularity.axis}, "
-            f"group_size={leaf.granularity.group_size}."
+            f"axis=0 or group_size=32; got axis={leaf.grid.axis}, "
+            f"group_size={leaf.grid.group_size}."
         )
     return rows[:, :1].astype(np.float32)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxclip._core.grids import Grid
 from jaxclip.lowbit.quantizer import quantize
 
 BLOCK_SIZE = 32
@@ -115,7 +116,8 @@ def _as_float16(x: np.ndarray) -> np.ndarray:
 
 def _encode_scaled(blocks: np.ndarray, kind: str) -> np.ndarray:
     low, high = _CODES[kind]
-    searched = quantize(jnp.asarray(_padded(blocks)), 4 if kind == "Q4_0" else 8, axis=0).scale
+    grid = Grid(4 if kind == "Q4_0" else 8, axis=0)
+    searched = quantize(jnp.asarray(_padded(blocks)), grid).scale
     searched = _as_float16(np.asarray(searched)[: len(blocks)])
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
     candidates = [

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclip._core.grids import code_range
 from jaxclip.checkpoints.format import layout
 from jaxclip.checkpoints.reading import Source
-from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 
 
 class NamedLeaf(NamedTuple):
@@ -34,7 +33,7 @@ class NamedLeaf(NamedTuple):
     @property
     def is_low_bit(self) -> bool:
         """Whether it has codes."""
-        return _is_quantized(self.outline)
+        return is_quantized(self.outline)
 
 
 class ExportTensor(NamedTuple):
@@ -80,7 +79,7 @@ def named_leaves(tree: Any, separator: str) -> dict[str, NamedLeaf]:
         for part in jax.tree.leaves(leaf):  # codes, scales and zeros of a low-bit leaf
             layout.check_leaf(name, part)
             layout.check_has_values(name, part)
-        if _is_quantized(leaf):
+        if is_quantized(leaf):
             leaf.check_parts(name)
             leaf.check_values(name)
     return {name: NamedLeaf(name, leaf, lambda x=leaf: x) for name, leaf in leaves.items()}
@@ -119,7 +118,7 @@ def stored_leaves(source: Source, separator: str) -> dict[str, NamedLeaf]:
 
 def _by_name(tree: Any, separator: str) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_quantized):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized):
         name = jax.tree_util.keystr(path, simple=True, separator=separator) or "array"
         if name in leaves:
             raise ValueError(
@@ -127,10 +126,6 @@ def _by_name(tree: Any, separator: str) -> dict[str, Any]:
             )
         leaves[name] = leaf
     return leaves
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedArray)
 
 
 def plain_tensor(leaf: NamedLeaf, dtype: np.dtype | None = None) -> ExportTensor:
@@ -206,7 +201,7 @@ def codes_of(name: str, leaf: QuantizedArray) -> np.ndarray:
       int8, in the array's shape.
 
     Raises:
-      ValueError: If a code is outside `code_range(bits, full_signed)`.
+      ValueError: If a code is outside `code_range(bits, levels)`.
 
     Example:
       >>> from jaxclip.lowbit.quantizer import quantize
@@ -234,5 +229,5 @@ def has_grid_within(leaf: QuantizedArray, lowest: int, highest: int) -> bool:
       >>> has_grid_within(quantize(jnp.array([0.5, -0.5]), 5), -8, 7)
       False
     """
-    low, high = code_range(leaf.bits, leaf.full_signed)
+    low, high = leaf.grid.code_range
     return lowest <= low and high <= highest

@@ -3,12 +3,12 @@
 w ~ scale * code, with one scale per tensor, channel or group.
 """
 
+from jaxclip._core.grids import Grid as Grid
 from jaxclip.lowbit.arrays import QuantizedArray as QuantizedArray
 from jaxclip.lowbit.arrays import dequantize as dequantize
 from jaxclip.lowbit.on_grid import keep_on_grid as keep_on_grid
 from jaxclip.lowbit.packing import pack_codes as pack_codes
 from jaxclip.lowbit.packing import unpack_codes as unpack_codes
-from jaxclip.lowbit.policies import LeafSpec as LeafSpec
 from jaxclip.lowbit.quantizer import quantize as quantize
 from jaxclip.lowbit.rate_rounding import cheaper_codes as cheaper_codes
 from jaxclip.lowbit.scale_training import trainable_parts as trainable_parts

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip._core.floats import saturate
-from jaxclip._core.grids import Bits, Granularity, code_range
+from jaxclip._core.grids import Bits, Grid
 from jaxclip.lowbit.packing import num_packed_bytes
-from jaxclip.lowbit.scale_formats import scale_format
-
-
-def _is_low_bit(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedArray)
-
+from jaxclip.lowbit.scale_formats import dtype_in_memory
 
 _CODE_DTYPES = ("int8", "int4", "int2")
 
@@ -44,44 +39,43 @@ _CODE_DTYPES = ("int8", "int4", "int2")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("qvalue", "scale", "zero"),
-    meta_fields=("bits", "full_signed", "granularity", "dtype", "scale_dtype"),
+    meta_fields=("grid", "dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
     """An array as integer codes and scales, a pytree that passes through jit and vmap.
 
-    Arrays that `quantize` made stay right when they are stacked or batched along a new first
-    axis: their channel axes are counted from the end.
+    jax and NumPy functions take it as the array that it stands for: `x @ q`, `jnp.sin(q)`, `q[0]`.
+    Arrays from `quantize` stay right when they are stacked or batched along a new first axis,
+    because their channel axes are counted from the end.
 
-    jax functions take it for the array that it stands for: `x @ q`, `jnp.sin(q)`, `q[0]`; so do
-    those of NumPy, and loops.
-    What holds, and what `validate` checks, with one scale and one zero for each block:
+    These equations hold, and `validate` checks them:
 
         array == scale * (qvalue - zero)                   zero None counts as 0
-        low <= qvalue <= high, low <= zero <= high         low, high = code_range(bits, ...)
-        qvalue != 0                                        for one bit, which has no zero point
+        low <= qvalue <= high, low <= zero <= high         low, high = grid.code_range
+        qvalue != 0                                        for one bit
         scale != 0 and finite                              scale > 0 with a zero point
-        scale.shape == zero.shape == granularity.scale_shape(qvalue.shape)
+        scale.shape == zero.shape == grid.scale_shape(qvalue.shape)
 
     Attributes:
       qvalue: Codes in the array's shape: int8, or int4 or int2 after `with_code_dtype`.
       scale: float32, float16 or bfloat16; 1 along shared axes, one a group along a grouped one.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
-      full_signed: Whether the level -2**(bits-1) is used.
-      granularity: Which entries share a scale; from `quantize` with negative axes.
-      dtype: Dtype of the array that was quantized, and of what `dequantize` returns.
-      zero: int8, in the shape of `scale`; None for a grid around code 0.
-      scale_dtype: Format of the scales, as in `jaxclip.scale_formats`.
+      grid: The codes and the blocks that share a scale; from `quantize` with negative axes.
+      dtype: Dtype of the array that was quantized, and of `dequantize`'s result.
+      zero: int8, in the shape of `scale`; None without a zero point.
     """
 
     qvalue: jax.Array
     scale: jax.Array
-    bits: Bits
-    full_signed: bool
-    granularity: Granularity
+    grid: Grid
     dtype: Any
     zero: Any = None
-    scale_dtype: str = "float32"
+
+    @property
+    def bits(self) -> Bits:
+        """Width of the codes: 1, 2, 3, 4, 5, 6, 8 or "ternary"."""
+        assert self.grid.bits is not None
+        return self.grid.bits
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,7 +90,8 @@ class QuantizedArray:
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed codes, scales and zeros, as a file stores them."""
-        per_scale, unit = (1, 4) if self.scale_dtype == "log8" else (self.scale.dtype.itemsize, 0)
+        is_log8 = self.grid.scale_dtype == "log8"
+        per_scale, unit = (1, 4) if is_log8 else (self.scale.dtype.itemsize, 0)
         per_scale += 0 if self.zero is None else 1
         codes = num_packed_bytes(math.prod(self.shape), self.bits)
         return codes + math.prod(self.scale.shape) * per_scale + unit
@@ -107,7 +102,7 @@ class QuantizedArray:
 
         With a zero point, the magnitude of the level that is farthest from 0.
         """
-        low, high = code_range(self.bits, self.full_signed)
+        low, high = self.grid.code_range
         step = jnp.abs(jnp.asarray(self.scale).astype(jnp.float32))
         if self.zero is None:
             return step * high
@@ -158,7 +153,7 @@ class QuantizedArray:
                 f"dtype int2 needs jax 0.10 or newer, got {jax.__version__}, which computes wrong "
                 "numbers from it on CPU. Use jnp.int4."
             )
-        low, high = code_range(self.bits, self.full_signed)
+        low, high = self.grid.code_range
         half = 2 ** (int(name.removeprefix("int")) - 1)
         if low < -half or high > half - 1:
             raise ValueError(f"dtype {name} does not hold the codes of bits={self.bits!r}.")
@@ -183,10 +178,7 @@ class QuantizedArray:
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise TypeError(f"QuantizedArray '{name}' must stand for a float, got {self.dtype}.")
         try:
-            code_range(self.bits, self.full_signed)
-            wanted = self.granularity.scale_shape(self.shape)
-            stored = scale_format(self.scale_dtype).replace("log8", "float32")
-            _check_zero_point(self.bits, self.zero is not None)
+            wanted = self.grid.scale_shape(self.shape)
         except ValueError as error:
             raise ValueError(f"QuantizedArray '{name}': {error}") from error
         if jnp.dtype(self.qvalue.dtype).name not in _CODE_DTYPES:
@@ -194,8 +186,14 @@ class QuantizedArray:
                 f"QuantizedArray '{name}' of shape {self.shape} must have codes of a dtype in "
                 f"{_CODE_DTYPES}, got {self.qvalue.dtype}."
             )
-        parts = {"scale": (self.scale, stored)}
-        parts |= {"zero": (self.zero, "int8")} if self.zero is not None else {}
+        if self.grid.bits is None or self.grid.zero_point != (self.zero is not None):
+            raise ValueError(
+                f"QuantizedArray '{name}' must have a grid with bits, and a zero if and only if "
+                f"it has a zero point, got {self.grid}."
+            )
+        parts = {"scale": (self.scale, dtype_in_memory(self.grid.scale_dtype))}
+        if self.zero is not None:
+            parts["zero"] = (self.zero, "int8")
         for part, (array, dtype) in parts.items():
             if (array.dtype, tuple(array.shape)) != (jnp.dtype(dtype), wanted):
                 raise ValueError(
@@ -209,7 +207,7 @@ class QuantizedArray:
         if not np.all(np.isfinite(scale) & (scale != 0)):
             raise ValueError(f"'{name}': scales must be finite and not 0.")
         if self.zero is not None:
-            low, high = code_range(self.bits, self.full_signed)
+            low, high = self.grid.code_range
             zero = np.asarray(self.zero)
             if not (np.all(scale > 0) and np.all((low <= zero) & (zero <= high))):
                 raise ValueError(
@@ -219,7 +217,7 @@ class QuantizedArray:
 
     def check_codes(self, codes: np.ndarray, name: str) -> None:
         """Raises unless `codes`, some of the array's, are in the range of its bits."""
-        low, high = code_range(self.bits, self.full_signed)
+        low, high = self.grid.code_range
         codes = codes.astype(np.int8, copy=False)
         inside = low <= codes.min(initial=high) and codes.max(initial=low) <= high
         if not inside or (self.bits == 1 and not codes.all()):
@@ -242,12 +240,13 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
         in an array whose channel axes are counted from the front.
 
     Example:
+      >>> from jaxclip import quantize
       >>> dequantize(quantize(jnp.array([0.9, -1.1, 0.25]), "ternary", threshold=0.5))
       Array([ 0.5, -0.5,  0. ], dtype=float32)
     """
 
     def expanded(part: ArrayLike) -> jax.Array:
-        part = quantized.granularity.expand(jnp.asarray(part), quantized.shape)
+        part = quantized.grid.expand(jnp.asarray(part), quantized.shape)
         return part.astype(jnp.float32)
 
     levels = jnp.asarray(quantized.qvalue).astype(jnp.float32)
@@ -259,6 +258,6 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
     return saturate(values, dtype).astype(dtype)
 
 
-def _check_zero_point(bits: Bits, zero_point: bool) -> None:
-    if zero_point and bits == 1:
-        raise ValueError("zero_point needs a grid with a code for 0, which bits=1 does not have.")
+def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:
+    """Returns True if a leaf is low-bit."""
+    return isinstance(leaf, QuantizedArray)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip._core.floats import FLOAT32_MAX
-from jaxclip._core.grids import code_range
 from jaxclip.lowbit.arrays import QuantizedArray
 
 # Entries that are taken to float64 at once: bounds memory.
@@ -130,8 +129,7 @@ def _num_clipped(array: Any, low_bit: QuantizedArray) -> int:
     scale = np.asarray(low_bit.scale).astype(np.float32)
     with np.errstate(over="ignore"):  # a level beyond float32 clips nothing
         ends = [
-            scale * (np.float32(code) - zero) * (1 + _ROUNDING)
-            for code in code_range(low_bit.bits, low_bit.full_signed)
+            scale * (np.float32(code) - zero) * (1 + _ROUNDING) for code in low_bit.grid.code_range
         ]
     bottom, top = (_expanded(low_bit, end(*ends)) for end in (np.minimum, np.maximum))
     values, count = _values(array), 0
@@ -190,9 +188,8 @@ def _values(array: Any) -> Callable[[Any], np.ndarray]:
 
 def _expanded(low_bit: QuantizedArray, compact: np.ndarray) -> np.ndarray:
     """One value a block repeated along the group axis, to broadcast against the array."""
-    axis = low_bit.granularity.group_axis(low_bit.ndim)
+    axis = low_bit.grid.group_axis(low_bit.ndim)
     if axis is None:
         return compact
-    size = max(min(low_bit.granularity.group_size or 1, low_bit.shape[axis]), 1)
-    repeated = np.repeat(compact, size, axis=axis)
+    repeated = np.repeat(compact, low_bit.grid.group_size_of(low_bit.shape), axis=axis)
     return repeated[(slice(None),) * axis + (slice(low_bit.shape[axis]),)]

@@ -13,10 +13,10 @@ from jax import lax
 
 from jaxclip._core import checks
 from jaxclip._core.floats import compute_dtype, increment, keep_weak_type
-from jaxclip._core.grids import Bits
+from jaxclip._core.grids import Bits, Grid, as_grid
 from jaxclip._core.trees import is_clippable, map_clippable
 from jaxclip._core.updates import rounded_sum, update_between
-from jaxclip.lowbit.arrays import _is_low_bit, dequantize
+from jaxclip.lowbit.arrays import dequantize, is_quantized
 from jaxclip.lowbit.policies import Policy
 from jaxclip.lowbit.trees import compress
 from jaxclip.thresholds.by_error import least_squares
@@ -38,13 +38,10 @@ class KeepOnGridState(NamedTuple):
 
 def keep_on_grid(
     inner: optax.GradientTransformation,
-    bits: Bits,
+    bits: Bits | Grid,
     *,
     start_step: int = 0,
     rule: Any = None,
-    axis: int | tuple[int, ...] | None = -1,
-    group_size: int | None = None,
-    full_signed: bool = True,
     policy: Policy = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that from a step on the weights lie on a low-bit grid.
@@ -60,13 +57,10 @@ def keep_on_grid(
 
     Args:
       inner: Any optimizer.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      bits: A `Grid`, or its width with one scale for each index along the last axis.
       start_step: Steps before the first rounding, at least 0. May be traced.
       rule: As in `compress`; None for `least_squares`. Codes and scales are chosen anew at every
         step, so it should be cheap.
-      axis: As in `compress`.
-      group_size: As in `compress`.
-      full_signed: As in `compress`.
       policy: As in `compress`, for widths and rules leaf by leaf.
 
     Returns:
@@ -98,20 +92,13 @@ def keep_on_grid(
       https://arxiv.org/abs/1308.3432
     """
     inner = checks.check_transformation("inner", inner)
+    grid = as_grid(bits, axis=-1)
     _check_start_step(start_step)
 
     # Compiled, which also spares it a look at every value outside jit.
     @jax.jit
     def low_bit(params):
-        return compress(
-            params,
-            bits,
-            rule=least_squares if rule is None else rule,
-            axis=axis,
-            group_size=group_size,
-            full_signed=full_signed,
-            policy=policy,
-        )
+        return compress(params, grid, rule=least_squares if rule is None else rule, policy=policy)
 
     def init_fn(params):
         jax.eval_shape(low_bit, params)  # says now what is wrong with the arguments
@@ -128,7 +115,7 @@ def keep_on_grid(
 
         def on_grid(after: Any) -> Any:
             return jax.tree.map(
-                lambda v, q: dequantize(q) if _is_low_bit(q) else v, after, low_bit(after)
+                lambda v, q: dequantize(q) if is_quantized(q) else v, after, low_bit(after)
             )
 
         # The grid costs nothing before it is asked for, but where the condition is batched.
@@ -136,14 +123,14 @@ def keep_on_grid(
 
         # Leaves that stay as they are move as `inner` says, and have no residual.
         def move(u: Any, w: Any, t: Any, q: Any) -> Any:
-            if not _is_low_bit(q):
+            if not is_quantized(q):
                 return u
             u, w = jnp.asarray(u), jnp.asarray(w)
             t = t.astype(w.dtype)
             return keep_weak_type(jnp.where(is_on, update_between(u, w, t, t, t), u), u)
 
         def remain(u: Any, w: Any, v: Any, q: Any, r: Any) -> Any:
-            if not _is_low_bit(q):
+            if not is_quantized(q):
                 return r
             rest = v - rounded_sum(jnp.asarray(w), u).astype(v.dtype)
             return jnp.where(is_on & jnp.isfinite(rest), rest, r)

@@ -47,16 +47,16 @@ def num_packed_bytes(count: int, bits: Bits) -> int:
     return -(-count // 5) if bits == "ternary" else -(-count * int(bits) // 8)
 
 
-def pack_codes(codes: Any, bits: Bits, *, full_signed: bool = True) -> Any:
+def pack_codes(codes: Any, bits: Bits, *, levels: str = "full") -> Any:
     """Packs integer codes densely into bytes, as the module's docstring says.
 
     What is left of the last byte is filled up with zeros.
 
     Args:
-      codes: Integer array of any shape, entries in `code_range(bits, full_signed)`; taken
+      codes: Integer array of any shape, entries in `code_range(bits, levels)`; taken
         in row-major order. NumPy arrays stay NumPy; jax arrays may be traced.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
-      full_signed: As in `code_range`.
+      levels: "full", or "narrow" for a grid without the level -2**(bits-1).
 
     Returns:
       A flat uint8 array of `num_packed_bytes(codes.size, bits)` bytes.
@@ -68,7 +68,7 @@ def pack_codes(codes: Any, bits: Bits, *, full_signed: bool = True) -> Any:
       >>> pack_codes(np.array([1, -1, 0, 1, 1]), "ternary")
       array([227], dtype=uint8)
     """
-    low, _ = code_range(bits, full_signed)
+    low, _ = code_range(bits, levels)
     if not isinstance(codes, np.ndarray):
         return _pack(jnp.reshape(codes, (-1,)), bits, low)
     flat, size = codes.reshape(-1), codes.size
@@ -79,14 +79,14 @@ def pack_codes(codes: Any, bits: Bits, *, full_signed: bool = True) -> Any:
     return packed
 
 
-def unpack_codes(packed: Any, bits: Bits, count: int, *, full_signed: bool = True) -> Any:
+def unpack_codes(packed: Any, bits: Bits, count: int, *, levels: str = "full") -> Any:
     """Unpacks what `pack_codes` packed.
 
     Args:
       packed: Flat uint8 array, NumPy or jax.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
       count: How many codes were packed.
-      full_signed: As in `code_range`.
+      levels: "full", or "narrow" for a grid without the level -2**(bits-1).
 
     Returns:
       A flat int8 array of `count` codes.
@@ -98,7 +98,7 @@ def unpack_codes(packed: Any, bits: Bits, count: int, *, full_signed: bool = Tru
       >>> unpack_codes(np.array([227], np.uint8), "ternary", 5)
       array([ 1, -1,  0,  1,  1], dtype=int8)
     """
-    low, _ = code_range(bits, full_signed)
+    low, _ = code_range(bits, levels)
     if packed.shape != (num_packed_bytes(count, bits),):
         raise ValueError(
             f"packed must have {num_packed_bytes(count, bits)} bytes for {count} codes at "

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
-from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.thresholds.by_rate import code_counts
 
 _ROUNDS = 3
@@ -59,7 +59,7 @@ def cheaper_codes(small: Any, original: Any, *, price: ArrayLike = 0.12) -> Any:
     checks.check_nonnegative("price", price)
 
     def chosen(path: tuple, q: Any, w: Any) -> Any:
-        if not _is_quantized(q):
+        if not is_quantized(q):
             return q
         name = f" at '{trees.path_name(path)}'" if path else ""
         if q.bits == 1 or q.zero is not None:
@@ -70,11 +70,7 @@ def cheaper_codes(small: Any, original: Any, *, price: ArrayLike = 0.12) -> Any:
         codes = _choose(jnp.asarray(w), q, jnp.asarray(price, jnp.float32))
         return dataclasses.replace(q, qvalue=codes)
 
-    return jax.tree_util.tree_map_with_path(chosen, small, original, is_leaf=_is_quantized)
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedArray)
+    return jax.tree_util.tree_map_with_path(chosen, small, original, is_leaf=is_quantized)
 
 
 @jax.jit
@@ -87,7 +83,7 @@ def _choose(w: jax.Array, q: QuantizedArray, price: jax.Array) -> jax.Array:
     unit = jnp.where(largest > 0, largest, 1)
     relative = size / unit
     unit = unit * jnp.sqrt(jnp.mean(jnp.square(relative)))
-    step = q.granularity.expand(scale / unit, q.shape)
+    step = q.grid.expand(scale / unit, q.shape)
     x = w.astype(jnp.float32) / unit
     smaller = codes - jnp.sign(codes)
     error, more = (jnp.square(x - step * y.astype(jnp.float32)) for y in (codes, smaller))

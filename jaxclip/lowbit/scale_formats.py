@@ -16,7 +16,6 @@ A byte is the sign of the scale in its highest bit and k in the other seven, so 
 the bytes stand for; in a file they are the bytes and the unit.
 """
 
-import contextlib
 from typing import Any
 
 import jax
@@ -24,12 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxclip._core import checks
-from jaxclip._core.floats import (
-    FLOAT32_TINY,
-)
+from jaxclip._core.floats import FLOAT32_TINY
 
-_FORMATS = ("float32", "float16", "bfloat16", "log8")
 _STEPS = 8  # of log8, for a factor of two
 _LARGEST_CODE = 127
 _POWERS = (2.0 ** (-np.arange(_LARGEST_CODE + 1) / _STEPS)).astype(np.float32)
@@ -37,41 +32,20 @@ _POWERS = (2.0 ** (-np.arange(_LARGEST_CODE + 1) / _STEPS)).astype(np.float32)
 _SMALLEST_UNIT = 2.0**-110
 
 
-def scale_format(scale_dtype: Any) -> str:
-    """Returns the name of a format of scales.
-
-    Args:
-      scale_dtype: "float32", "float16", "bfloat16" or "log8"; the first three also as dtypes.
-
-    Returns:
-      One of these four names.
-
-    Raises:
-      ValueError: If `scale_dtype` is none of these.
-
-    Example:
-      >>> scale_format(jnp.float16), scale_format("log8")
-      ('float16', 'log8')
-    """
-    if not isinstance(scale_dtype, str):
-        with contextlib.suppress(TypeError):  # what is no dtype is refused as it was given
-            scale_dtype = jnp.dtype(scale_dtype).name
-    checks.check_choice("scale_dtype", scale_dtype, _FORMATS)
-    return scale_dtype
+def dtype_in_memory(scale_dtype: str) -> str:
+    """Returns the dtype of the scales of a format in memory."""
+    return "float32" if scale_dtype == "log8" else scale_dtype
 
 
-def round_scale(scale: ArrayLike, scale_dtype: Any) -> jax.Array:
+def round_scale(scale: ArrayLike, scale_dtype: str) -> jax.Array:
     """Rounds scales to a format; signs are kept.
 
     Args:
       scale: float32 scales, finite; may be traced. All of an array's: log8 measures them.
-      scale_dtype: As in `scale_format`.
+      scale_dtype: "float32", "float16", "bfloat16" or "log8".
 
     Returns:
       Scales in their dtype, for log8 float32; never 0 and never infinite.
-
-    Raises:
-      ValueError: If `scale_dtype` is not a format.
 
     Example:
       >>> print(round_scale(jnp.array([1.0, 0.3, -1e-9]), "log8"))
@@ -79,18 +53,17 @@ def round_scale(scale: ArrayLike, scale_dtype: Any) -> jax.Array:
       >>> print(round_scale(jnp.array([0.3, 1e-9]), "float16"))
       [3.e-01 6.e-08]
     """
-    name = scale_format(scale_dtype)
     scale = jnp.asarray(scale, jnp.float32)
-    if name == "log8":
+    if scale_dtype == "log8":
         unit = _unit(scale, jnp)
         # A quotient by a unit near the top of float32 would go through a subnormal.
         places = jnp.round(_STEPS * (jnp.log2(unit) - jnp.log2(jnp.abs(scale))))
         index = jnp.clip(places, 0, _LARGEST_CODE).astype(jnp.int32)
         return jnp.copysign(jnp.asarray(_POWERS)[index] * unit, scale)
-    info = jnp.finfo(name)
-    smallest = info.smallest_subnormal if name == "float16" else info.tiny
+    info = jnp.finfo(scale_dtype)
+    smallest = info.smallest_subnormal if scale_dtype == "float16" else info.tiny
     size = jnp.clip(jnp.abs(scale), float(smallest), float(info.max))
-    return jnp.copysign(size, scale).astype(name)
+    return jnp.copysign(size, scale).astype(scale_dtype)
 
 
 def encode_log8(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

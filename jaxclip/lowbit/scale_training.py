@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxclip._core import trees
 from jaxclip._core.trees import is_clippable
-from jaxclip.lowbit.arrays import _is_low_bit
+from jaxclip.lowbit.arrays import is_quantized
 from jaxclip.lowbit.scale_formats import round_scale
 
 
@@ -37,7 +37,7 @@ def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
         `rebuild`, if the parts are of other paths or shapes.
 
     Example:
-      >>> from jaxclip import decompress
+      >>> from jaxclip import compress, decompress
       >>> small = compress({"kernel": jnp.array([[1.0], [-2.0]])}, 1)
       >>> parts, rebuild = trainable_parts(small)
       >>> loss_fn = lambda parts: jnp.sum(decompress(rebuild(parts))["kernel"] ** 2)
@@ -47,13 +47,13 @@ def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
     References:
       Esser et al., Learned Step Size Quantization, 2020, https://arxiv.org/abs/1902.08153
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(small, is_leaf=_is_low_bit)
-    if not any(_is_low_bit(leaf) for _, leaf in flat):
+    flat, structure = jax.tree_util.tree_flatten_with_path(small, is_leaf=is_quantized)
+    if not any(is_quantized(leaf) for _, leaf in flat):
         raise ValueError("trainable_parts needs a tree with a low-bit leaf, as compress gives.")
     names = _names_of([path for path, _ in flat])
     parts = {}
     for name, (_, leaf) in zip(names, flat, strict=True):
-        if _is_low_bit(leaf):
+        if is_quantized(leaf):
             parts[name] = jnp.ones_like(leaf.scale, jnp.float32)
         elif is_clippable(leaf):
             parts[name] = jnp.asarray(leaf)
@@ -88,10 +88,10 @@ def _names_of(paths: list[tuple]) -> list[str]:
 
 
 def _with_part(leaf: Any, part: Any) -> Any:
-    if not _is_low_bit(leaf):
+    if not is_quantized(leaf):
         return leaf if part is None else part
     # Factors keep the signs of scales; a negative one would break a grid with a zero point.
     scale = leaf.scale.astype(jnp.float32) * jnp.abs(part).astype(jnp.float32)
-    rounded = round_scale(lax.stop_gradient(scale), leaf.scale_dtype)
+    rounded = round_scale(lax.stop_gradient(scale), leaf.grid.scale_dtype)
     straight = rounded.astype(jnp.float32) + (scale - lax.stop_gradient(scale))
     return dataclasses.replace(leaf, scale=straight.astype(rounded.dtype))

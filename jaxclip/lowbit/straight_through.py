@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxclip._core.grids import Bits, code_range
+from jaxclip._core.grids import Bits, Grid
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.quantizer import quantize
 from jaxclip.thresholds.by_error import mse_optimal
@@ -25,14 +25,9 @@ _SLACK = 2.0**-20
 
 def fake_quantize(
     array: ArrayLike,
-    bits: Bits = 4,
+    bits: Bits | Grid = 4,
     *,
     threshold: Any = mse_optimal,
-    axis: int | tuple[int, ...] | None = None,
-    group_size: int | None = None,
-    full_signed: bool = True,
-    zero_point: bool = False,
-    scale_dtype: Any = "float32",
 ) -> jax.Array:
     """Returns what an array is after quantization, with the straight-through derivative.
 
@@ -40,13 +35,9 @@ def fake_quantize(
 
     Args:
       array: Real floating array of any shape. May be traced.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
+      bits: A `Grid`; or its width, 1, 2, 3, 4, 5, 6, 8 or "ternary", for one scale for the whole
+        array.
       threshold: As in `quantize`: a rule, its factory, a number, or an array of one a block.
-      axis: Channel axis or axes with a scale each; None for one scale.
-      group_size: Entries that share a scale along the last non-channel axis.
-      full_signed: Whether grids of two bits or more use the level -2**(bits-1).
-      zero_point: Whether the grid may lie unevenly around 0; not for 1 bit.
-      scale_dtype: Format of the scales, as in `quantize`.
 
     Returns:
       An array of the shape and dtype of `array`. The derivative passes where the entry is
@@ -67,16 +58,7 @@ def fake_quantize(
       Conditional Computation, 2013, https://arxiv.org/abs/1308.3432
     """
     array = jnp.asarray(array)
-    quantized = quantize(
-        lax.stop_gradient(array),
-        bits,
-        threshold=threshold,
-        axis=axis,
-        group_size=group_size,
-        full_signed=full_signed,
-        zero_point=zero_point,
-        scale_dtype=scale_dtype,
-    )
+    quantized = quantize(lax.stop_gradient(array), bits, threshold=threshold)
     return _straight_through(array, lax.stop_gradient(quantized))
 
 
@@ -96,13 +78,12 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.A
 
 def _is_inside(array: jax.Array, quantized: QuantizedArray) -> jax.Array:
     """Whether each entry lies between the outermost levels of its block."""
-    low, high = code_range(quantized.bits, quantized.full_signed)
+    low, high = quantized.grid.code_range
     zero = 0 if quantized.zero is None else quantized.zero.astype(jnp.float32)
     scale = quantized.scale.astype(jnp.float32) * (1 + _SLACK)
     ends = scale * (low - zero), scale * (high - zero)  # a negative scale swaps them
     bottom, top = (
-        quantized.granularity.expand(end, array.shape)
-        for end in (jnp.minimum(*ends), jnp.maximum(*ends))
+        quantized.grid.expand(end, array.shape) for end in (jnp.minimum(*ends), jnp.maximum(*ends))
     )
     x = array.astype(jnp.float32)
     return (bottom <= x) & (x <= top)

@@ -9,8 +9,9 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
-from jaxclip._core.grids import Bits
-from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip._core.grids import Bits, Grid
+from jaxclip._core.trees import PyTree
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
     Option,
@@ -27,51 +28,42 @@ from jaxclip.thresholds.rules import ThresholdRule
 
 
 def compress(
-    params: Any,
-    bits: Bits | None = None,
+    params: PyTree,
+    bits: Bits | Grid | None = None,
     *,
     target_bits_per_weight: float | None = None,
     rule: Any = mse_optimal,
-    axis: int | tuple[int, ...] | None = -1,
-    group_size: int | None = None,
-    full_signed: bool = True,
-    zero_point: bool = False,
-    scale_dtype: Any = "float32",
     bit_price: ArrayLike = 0.0,
     policy: Policy = (),
-) -> Any:
+) -> PyTree:
     """Replaces leaves of two or more dimensions by low-bit arrays.
 
     With a target, each leaf gets the width of "ternary", 2, 3, 4, 5, 6 or 8 bits that makes
-    the squared error `sum |W - Q|^2` over all leaves small: bytes go where they lower it most,
-    as `jaxclip.allocation` says. The error counts in the weights' own units, so that leaves of
-    large weights get more bits; `policy` fixes a leaf that must not follow.
+    the squared error `sum |W - Q|^2` over all leaves small: bytes go where they lower it most.
+    The error counts in the weights' own units, so that leaves of large weights get more bits;
+    `policy` fixes a leaf that must not follow.
 
     Args:
       params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
         stay as they are, and so do low-bit leaves.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None for 4, or for what a target chooses.
+      bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each index
+        along the last axis, an output channel in flax's layouts. None for 4, or with a target
+        for the width that it chooses; so does `Grid(None, group_size=64)`. The grid's axis
+        counts for leaves of two or more dimensions.
       target_bits_per_weight: Most bits that an entry of a low-bit leaf takes on average, in
         (0, inf): codes and scales, those of leaves whose width is fixed included. Not traced.
       rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
-        `max_abs`), bound here to the grid and granularity; `per_tree` of a rule, measured on
-        all leaves that become low-bit by it; or a number.
-      axis: Channel axis with a scale for each index; by default the last, an output
-        channel in flax's layouts. None for one scale a leaf.
-      group_size: Entries that share a scale along the last non-channel axis.
-      full_signed: Whether grids of two bits or more use the level -2**(bits-1).
-      zero_point: Whether grids may lie unevenly around 0, as in `quantize`; not for 1 bit.
-      scale_dtype: Format of the scales: float32, float16, bfloat16 or "log8".
+        `max_abs`), bound here to the grid; `per_tree` of a rule, measured on all leaves that
+        become low-bit by it; or a number.
       bit_price: For files that are entropy coded: error that a bit is worth, in squared steps, as
         `price` of `cheaper_codes`, such as 0.12; at 0 every code is the nearest. Files get
         smaller and the error larger, more so with coarse steps. At least 0; not for 1 bit or
         with zero points.
       policy: Pairs `(regex, spec)`; the first whose regex matches a leaf's path decides. A spec
-        is a width, None to leave a leaf as it is, or a dict of any of `bits`, `rule`, `axis`,
-        `group_size`, `full_signed`, `zero_point`, `scale_dtype` and `bit_price`, for those
-        leaves instead of the arguments; `axis` counts for leaves of two or more dimensions.
-        Leaves that none matches, and of a dict without `bits`, follow `bits` or the target.
-        Leaves of fewer than two dimensions become low-bit only by a spec with a width.
+        is a width, a `Grid`, None to leave a leaf as it is, or a dict of any of a grid's fields,
+        `rule` and `bit_price`, for those leaves instead of the arguments. Leaves that none
+        matches, and specs without a width, follow `bits` or the target. Leaves of fewer than two
+        dimensions become low-bit only by a spec with a width.
 
     Returns:
       A tree of the same structure with `QuantizedArray` leaves, for `decompress`,
@@ -79,13 +71,12 @@ def compress(
       is no larger than that of any one width for all leaves that fits.
 
     Raises:
-      TypeError: If an argument is of a wrong type, more than one of `bits` and the targets
-        is given, or a target comes with traced weights.
-      ValueError: If `bits` or `scale_dtype` is not allowed, `zero_point` comes with 1 bit,
-        `bit_price` is negative or comes with one of these, a regex matches no leaf, a spec has
-        an unknown field or a value that is not allowed (the message names regex and field), a
-        weight is NaN or infinite (the message names leaf and index), or a target is out of
-        reach (the message has the least).
+      TypeError: If an argument is of a wrong type, both a width and a target are given, or a
+        target comes with traced weights.
+      ValueError: If `bits` is not allowed, `bit_price` is negative or comes with 1 bit or a zero
+        point, a regex matches no leaf, a spec has an unknown field or a value that is not
+        allowed (the message names regex and field), a weight is NaN or infinite (the message
+        names leaf and index), or a target is out of reach (the message has the least).
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,6 +85,8 @@ def compress(
       >>> small = compress(params, bits="ternary")
       >>> small["kernel"].bits, small["bias"].dtype
       ('ternary', dtype('float32'))
+      >>> compress(params, Grid(4, group_size=2))["kernel"].scale.shape
+      (4, 4)
       >>> policy = [("kernel", {"bits": 8, "group_size": 4, "rule": max_abs, "axis": 0})]
       >>> compress(params, 2, policy=policy)["kernel"].scale.shape
       (8, 1)
@@ -102,13 +95,12 @@ def compress(
       >>> small["a"].bits, small["b"].bits
       ('ternary', 4)
     """
-    target = check_target(bits, target_bits_per_weight, None)
-    if target is None:
-        bits = 4 if bits is None else bits
-    default = LeafSpec(
-        bits, rule, axis, group_size, full_signed, zero_point, scale_dtype, bit_price
-    )
-    flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
+    grid = bits if isinstance(bits, Grid) else Grid(bits)
+    target = check_target(grid.bits, target_bits_per_weight, None)
+    if target is None and grid.bits is None:
+        grid = dataclasses.replace(grid, bits=4)
+    default = LeafSpec(grid, rule, bit_price)
+    flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     names, leaves = [trees.path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
     specs = _with_shared_rules(leaf_specs(names, leaves, policy, default), leaves)
 
@@ -119,7 +111,7 @@ def compress(
 
     small, free = list(leaves), []
     for i, spec in enumerate(specs):
-        if spec is not None and spec.bits is None:
+        if spec is not None and spec.grid.bits is None:
             free.append(i)
         elif spec is not None:
             small[i] = quantized(i)
@@ -146,14 +138,10 @@ def decompress(small: Any, dtype: Any = None) -> Any:
              [1., 1.]], dtype=float32)}
     """
     return jax.tree.map(
-        lambda leaf: dequantize(leaf, dtype) if _is_quantized(leaf) else leaf,
+        lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf,
         small,
-        is_leaf=_is_quantized,
+        is_leaf=is_quantized,
     )
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedArray)
 
 
 def _with_shared_rules(
@@ -184,7 +172,7 @@ def _widths(
 ) -> list[Bits]:
     """The widths of the free leaves; the others are in `small` as they will be stored."""
     measured = [_measured(target, small[i], functools.partial(quantized, i)) for i in free]
-    others = [leaf for leaf in small if _is_quantized(leaf)]
+    others = [leaf for leaf in small if is_quantized(leaf)]
     return [ALL_WIDTHS[option] for option in choose_widths(target, measured, others)]
 
 

@@ -2,7 +2,7 @@
 
 Rules measure with reductions along axes and never sort or flatten, so they run on sharded
 arrays. What has a threshold of its own is said by `axis` and `group_size`, as in
-`jaxclip.grids`.
+`jaxclip.Grid`.
 """
 
 import dataclasses
@@ -15,10 +15,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import (
-    FLOAT32_MAX,
-)
-from jaxclip._core.grids import Bits, Granularity, code_range
+from jaxclip._core.floats import FLOAT32_MAX
+from jaxclip._core.grids import Bits, Grid
 from jaxclip.thresholds.by_magnitude import _inverse_size, _magnitude, _num_entries, _total
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.exact import optimal_scale
@@ -28,8 +26,6 @@ from jaxclip.thresholds.search.scale import best_common_scale, best_scale
 @dataclasses.dataclass(frozen=True)
 class _MseOptimal(ThresholdRule):
     grid_name: ClassVar[str] = "mse_optimal"
-    bits: Bits | None = None
-    full_signed: bool = True
     exact: bool = False
     importance: Any = dataclasses.field(default=None, compare=False)
 
@@ -38,10 +34,10 @@ class _MseOptimal(ThresholdRule):
             return super().compact(array)
         array = jnp.asarray(array)
         self.check_leaf("", array)
-        blocks, axes = self.granularity.split(array)
-        v, _ = self.granularity.split(importance_for(self.importance, array.shape))
-        counts = self.granularity.block_counts(array.shape)
-        return self.granularity.compact(self.measure(blocks, axes, counts, v), array.ndim)
+        blocks, axes = self.grid.split(array)
+        v, _ = self.grid.split(importance_for(self.importance, array.shape))
+        counts = self.grid.block_counts(array.shape)
+        return self.grid.compact(self.measure(blocks, axes, counts, v), array.ndim)
 
     def measure(
         self,
@@ -56,7 +52,7 @@ class _MseOptimal(ThresholdRule):
             largest = jnp.max(v, axis=axes, keepdims=True, initial=0)
             # Where nothing is important everything is so alike.
             v = jnp.where(largest > 0, v / jnp.where(largest > 0, largest, 1), 1)
-        if self.bits == 1:
+        if self.grid.bits == 1:
             size = _magnitude(blocks)
             if v is None:
                 return jnp.sum(size / counts, axis=axes, keepdims=True)
@@ -69,20 +65,15 @@ class _MseOptimal(ThresholdRule):
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
         low, high = self._code_range()
-        if self.bits == 1:
+        if self.grid.bits == 1:
             count = _num_entries(arrays)
             return _total([jnp.sum(_magnitude(x) / count) for x in arrays])
         return jnp.abs(best_common_scale(arrays, low, high)) * high
 
     def _code_range(self) -> tuple[int, int]:
-        if self.bits is None:
+        if self.grid.bits is None:
             raise ValueError("mse_optimal needs bits: mse_optimal(4)(array).")
-        return code_range(self.bits, self.full_signed)
-
-    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
-        return dataclasses.replace(
-            self, granularity=granularity, bits=bits, full_signed=full_signed
-        )
+        return self.grid.code_range
 
 
 def importance_for(
@@ -129,12 +120,25 @@ def _check_importance(importance: Any) -> None:
         raise ValueError(f"importance must be in [0, inf), got {values[index]} at {index}.")
 
 
+def _grid_for(
+    bits: Bits | Grid | None,
+    axis: int | tuple[int, ...] | None,
+    group_size: int | None,
+    levels: str,
+) -> Grid:
+    if not isinstance(bits, Grid):
+        return Grid(bits, axis=axis, group_size=group_size, levels=levels)
+    if (axis, group_size, levels) != (None, None, "full"):
+        raise TypeError("axis, group_size and levels are fields of a Grid: give them to the Grid.")
+    return bits
+
+
 def mse_optimal(
-    bits: Bits | None = None,
+    bits: Bits | Grid | None = None,
     *,
     axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
-    full_signed: bool = True,
+    levels: str = "full",
     exact: bool = False,
     importance: ArrayLike | None = None,
 ) -> ThresholdRule:
@@ -148,10 +152,11 @@ def mse_optimal(
     Never worse than `max_abs`, up to rounding: its scale is a candidate.
 
     Args:
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where `quantize` or `compress` fills it.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary", or a `Grid` instead of all fields of one; None
+        where `quantize` or `compress` fills it.
       axis: Channel axis or axes with a threshold each; None for one threshold.
       group_size: Entries that share a threshold along the last non-channel axis.
-      full_signed: As in `code_range`.
+      levels: As in `Grid`.
       exact: Whether to take the true optimum, by enumeration in float64 on the host: for
         concrete arrays only, far slower, and with all breakpoints of a block in memory.
       importance: Factors in [0, inf) of the squared errors, broadcastable to the array: the
@@ -163,8 +168,8 @@ def mse_optimal(
       A rule: array -> float32 thresholds that broadcast against the array.
 
     Raises:
-      TypeError: If `axis` is not an integer, a tuple of them or None, or `importance` not of
-        numbers; when it is used, for a complex array.
+      TypeError: If `axis` is not an integer, a tuple of them or None, or comes with a `Grid`, or
+        `importance` is not of numbers; when it is used, for a complex array.
       ValueError: If `bits` or `group_size` is not allowed, or an importance is negative, NaN or
         infinite; when it is used, if `exact` meets a traced array, or `importance` does not
         broadcast to the array.
@@ -178,25 +183,22 @@ def mse_optimal(
       Idelbayev et al., Optimal Quantization Using Scaled Codebook, 2021,
       https://doi.org/10.1109/CVPR46437.2021.01191
     """
-    if bits is not None:
-        code_range(bits, full_signed)
+    grid = _grid_for(bits, axis, group_size, levels)
     _check_importance(importance)
-    return _MseOptimal(Granularity(axis, group_size), bits, full_signed, exact, importance)
+    return _MseOptimal(grid, exact, importance)
 
 
 @dataclasses.dataclass(frozen=True)
 class _LeastSquares(ThresholdRule):
     grid_name: ClassVar[str] = "least_squares"
-    bits: Bits | None = None
-    full_signed: bool = True
     num_refits: int = 2
 
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
-        if self.bits is None:
+        if self.grid.bits is None:
             raise ValueError("least_squares needs bits: least_squares(4)(array).")
-        low, high = code_range(self.bits, self.full_signed)
+        low, high = self.grid.code_range
         size = _magnitude(blocks)
-        if self.bits == 1:
+        if self.grid.bits == 1:
             return jnp.sum(size / counts, axis=axes, keepdims=True)
 
         def total(x: jax.Array) -> jax.Array:
@@ -221,11 +223,6 @@ class _LeastSquares(ThresholdRule):
             step, _ = refit(step)
         return jnp.minimum(step * np.float32(high) / factor, FLOAT32_MAX)
 
-    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
-        return dataclasses.replace(
-            self, granularity=granularity, bits=bits, full_signed=full_signed
-        )
-
 
 # The best step of each grid for the normal distribution, in standard deviations.
 _STEPS = {(-1, 1): 1.224, (-2, 1): 1.048, (-3, 3): 0.651, (-4, 3): 0.602, (-7, 7): 0.353}
@@ -234,12 +231,12 @@ _STEPS |= {(-32, 31): 0.104, (-127, 127): 0.0309, (-128, 127): 0.0308}
 
 
 def least_squares(
-    bits: Bits | None = None,
+    bits: Bits | Grid | None = None,
     *,
     num_refits: int = 2,
     axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
-    full_signed: bool = True,
+    levels: str = "full",
 ) -> ThresholdRule:
     """Makes the rule that refits the scale to the codes a few times.
 
@@ -251,19 +248,20 @@ def least_squares(
     From 3 bits on, and for files, the search of `mse_optimal` is better.
 
     Args:
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where `quantize` or `compress` fills it.
+      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary", or a `Grid` instead of all fields of one; None
+        where `quantize` or `compress` fills it.
       num_refits: How many times, at least 0; with 0 the scale is that of the normal
         distribution. For one bit `t = mean |w|` at once.
       axis: Channel axis or axes with a threshold each; None for one threshold.
       group_size: Entries that share a threshold along the last non-channel axis.
-      full_signed: As in `code_range`.
+      levels: As in `Grid`.
 
     Returns:
       A rule: array -> float32 thresholds that broadcast against the array.
 
     Raises:
-      TypeError: If `axis` is not an integer, a tuple of them or None; when it is used, for a
-        complex array.
+      TypeError: If `axis` is not an integer, a tuple of them or None, or comes with a `Grid`; when
+        it is used, for a complex array.
       ValueError: If `bits`, `num_refits` or `group_size` is not allowed.
 
     Example:
@@ -275,7 +273,6 @@ def least_squares(
       Max, Quantizing for Minimum Distortion, 1960, https://doi.org/10.1109/TIT.1960.1057548
       Lloyd, Least Squares Quantization in PCM, 1982, https://doi.org/10.1109/TIT.1982.1056489
     """
-    if bits is not None:
-        code_range(bits, full_signed)
+    grid = _grid_for(bits, axis, group_size, levels)
     checks.check_count("num_refits", num_refits, at_least=0)
-    return _LeastSquares(Granularity(axis, group_size), bits, full_signed, int(num_refits))
+    return _LeastSquares(grid, int(num_refits))

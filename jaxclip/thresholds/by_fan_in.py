@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.grids import Granularity
+from jaxclip._core.grids import WHOLE_ARRAY
 from jaxclip.thresholds.by_magnitude import max_abs
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.values import (
@@ -62,8 +62,8 @@ class _FanIn(ThresholdRule):
             if not self.path:
                 raise ValueError(f"fan_in needs two dimensions or more, got shape {array.shape}.")
             # A free leaf is not clipped.
-            return dataclasses.replace(max_abs(), granularity=self.granularity).compact(array)
-        return jnp.full(self.granularity.scale_shape(array.shape), self(array), jnp.float32)
+            return dataclasses.replace(max_abs(), grid=self.grid).compact(array)
+        return jnp.full(self.grid.scale_shape(array.shape), self(array), jnp.float32)
 
 
 def _axes_within(axes: tuple[int, ...], path: str, shape: tuple[int, ...]) -> set[int]:
@@ -120,7 +120,7 @@ def fan_in(
     check_number_or_schedule("kappa", kappa)
     if stacked_axes != 0:
         checks.check_count("stacked_axes", stacked_axes)
-    return _FanIn(Granularity(), kappa, stacked_axes, out_axes)
+    return _FanIn(WHOLE_ARRAY, kappa, stacked_axes, out_axes)
 
 
 def fan_ins(threshold: Any, params: Any) -> Any:
@@ -142,7 +142,7 @@ def fan_ins(threshold: Any, params: Any) -> Any:
       {'bias': inf, 'kernel': 8.0}
     """
     counts = jax.tree.map(
-        lambda given: _NumInputs(given.granularity, given) if isinstance(given, _FanIn) else np.inf,
+        lambda given: _NumInputs(given.grid, given) if isinstance(given, _FanIn) else np.inf,
         threshold,
         is_leaf=is_threshold_leaf,
     )

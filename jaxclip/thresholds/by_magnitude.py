@@ -12,10 +12,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import (
-    FLOAT32_MAX,
-)
-from jaxclip._core.grids import Granularity
+from jaxclip._core.floats import FLOAT32_MAX
+from jaxclip._core.grids import Grid
 from jaxclip.thresholds.rules import ThresholdRule
 
 
@@ -65,7 +63,7 @@ def max_abs(
       >>> max_abs(axis=1)(jnp.array([[1.0, -4.0], [-2.0, 3.0]]))
       Array([[2., 4.]], dtype=float32)
     """
-    return _MaxAbs(Granularity(axis, group_size))
+    return _MaxAbs(Grid(None, axis=axis, group_size=group_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +152,7 @@ def percentile_abs(
     checks.check_positive("q", q)
     if not q <= 100:
         raise ValueError(f"q must be in (0, 100], got {q!r}.")
-    return _PercentileAbs(Granularity(axis, group_size), float(q))
+    return _PercentileAbs(Grid(None, axis=axis, group_size=group_size), float(q))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,4 +210,4 @@ def std_multiple(
     """
     k = k.item() if isinstance(k, jax.Array) else k
     checks.check_positive("k", k)
-    return _StdMultiple(Granularity(axis, group_size), float(k))
+    return _StdMultiple(Grid(None, axis=axis, group_size=group_size), float(k))

@@ -29,10 +29,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, floats
-from jaxclip._core.floats import (
-    FLOAT32_MAX,
-)
-from jaxclip._core.grids import Bits, Granularity, code_range
+from jaxclip._core.floats import FLOAT32_MAX
+from jaxclip._core.grids import Grid, code_range
 from jaxclip.thresholds.rules import ThresholdRule
 
 _BITS = 8
@@ -116,13 +114,13 @@ class _RateOptimal(ThresholdRule):
         step = _best_step(blocks, axes, num_weights, self.goal, target)
         return jnp.minimum(step * _LARGEST_CODE, FLOAT32_MAX)
 
-    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
-        if bits != _BITS:
+    def bind(self, grid: Grid) -> ThresholdRule:
+        if grid.bits != _BITS:
             raise ValueError(
-                f"rate_optimal needs bits={_BITS}, got {bits!r}: the entropy code makes codes "
+                f"rate_optimal needs bits={_BITS}, got {grid.bits!r}: the entropy code makes codes "
                 "short, so they may be wide before it."
             )
-        return super().bind(bits, full_signed, granularity)
+        return super().bind(grid)
 
 
 def rate_optimal(
@@ -191,7 +189,7 @@ def rate_optimal(
     most = {"bits_per_weight": 8.0, "error": 1.0, "lagrangian": np.inf}[goal]
     if not isinstance(target, jax.Array) and not np.asarray(target) < most:
         raise ValueError(f"{goal} must be in (0, {most:g}), got {target!r}.")
-    return _RateOptimal(Granularity(axis, group_size), goal, target)
+    return _RateOptimal(Grid(None, axis=axis, group_size=group_size), goal, target)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

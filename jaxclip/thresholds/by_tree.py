@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxclip._core import trees
-from jaxclip._core.grids import Bits, Granularity
+from jaxclip._core.grids import Grid
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.values import check_threshold_tree
 
@@ -45,9 +45,12 @@ class _PerTree(ThresholdRule):
         del step
         return [self._for_named(leaves)] * len(leaves)
 
-    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
-        del granularity
-        return _PerTree(rule=self.rule.bind(bits, full_signed, Granularity()))
+    def bind(self, grid: Grid) -> ThresholdRule:
+        return _PerTree(rule=self.rule.bind(_of_all_entries(grid)))
+
+
+def _of_all_entries(grid: Grid) -> Grid:
+    return dataclasses.replace(grid, axis=None, group_size=None)
 
 
 def per_tree(rule: ThresholdRule) -> ThresholdRule:
@@ -72,7 +75,7 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
     Raises:
       TypeError: If `rule` is no rule, or one that has no threshold for many arrays; when it is
         used, if `mse_optimal` meets a complex leaf.
-      ValueError: If `rule` has a granularity, is `exact` or has an `importance`; when it is
+      ValueError: If `rule` has an axis or groups, is `exact` or has an `importance`; when it is
         used, if `percentile_abs` has 2**31 entries or more to count.
 
     Example:
@@ -87,7 +90,7 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
             "rule must be max_abs, percentile_abs, std_multiple or mse_optimal to have one "
             f"threshold for many arrays, got {rule!r}."
         )
-    if rule.granularity != Granularity():
+    if rule.grid != _of_all_entries(rule.grid):
         raise ValueError(f"rule must have no axis and no group_size in per_tree, got {rule!r}.")
     if getattr(rule, "exact", False) or getattr(rule, "importance", None) is not None:
         raise ValueError("rule must not be exact and must have no importance in per_tree.")
@@ -107,7 +110,7 @@ def shared_over(rule: Any, leaves: Sequence[Any]) -> Any:
     Example:
       >>> from jaxclip.thresholds.by_magnitude import max_abs
       >>> rule = shared_over(per_tree(max_abs()), [jnp.array([3.0]), jnp.array([-4.0])])
-      >>> rule.bind(4, True, Granularity(axis=0)).compact(jnp.ones((2, 5))).tolist()
+      >>> rule.bind(Grid(4, axis=0)).compact(jnp.ones((2, 5))).tolist()
       [[4.0], [4.0]]
     """
     return _Shared(rule=rule.rule, leaves=tuple(leaves))
@@ -122,11 +125,10 @@ class _Shared(ThresholdRule):
     def compact(self, array: jax.Array) -> jax.Array:
         if self.rule not in self.known:
             self.known[self.rule] = _pooled(self.rule, self.leaves)
-        return jnp.full(self.granularity.scale_shape(array.shape), self.known[self.rule])
+        return jnp.full(self.grid.scale_shape(array.shape), self.known[self.rule])
 
-    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> ThresholdRule:
-        rule = self.rule.bind(bits, full_signed, Granularity())
-        return dataclasses.replace(self, granularity=granularity, rule=rule)
+    def bind(self, grid: Grid) -> ThresholdRule:
+        return dataclasses.replace(self, grid=grid, rule=self.rule.bind(_of_all_entries(grid)))
 
 
 def _pooled(rule: ThresholdRule, leaves: Sequence[Any]) -> jax.Array:

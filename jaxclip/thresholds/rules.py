@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxclip._core.grids import Bits, Granularity
+from jaxclip._core.grids import WHOLE_ARRAY, Grid
 
 # --- Rules ----------------------------------------------------------------------------
 
@@ -19,7 +19,7 @@ class ThresholdRule:
     """A callable `array -> threshold`, made by a factory.
 
     Attributes:
-      granularity: Which entries share a threshold.
+      grid: Which entries share a threshold; of rules for a grid, its codes too.
       is_blockwise: Whether each block's threshold follows from its entries alone, so that an
         array may be measured in parts.
       is_leafwise: Whether each leaf's threshold follows from that leaf alone.
@@ -27,7 +27,7 @@ class ThresholdRule:
         not; None if it goes by magnitudes.
     """
 
-    granularity: Granularity = dataclasses.field(default_factory=Granularity)
+    grid: Grid = WHOLE_ARRAY
     is_blockwise: ClassVar[bool] = True
     is_leafwise: ClassVar[bool] = True
     grid_name: ClassVar[str | None] = None
@@ -35,15 +35,15 @@ class ThresholdRule:
     def __call__(self, array: ArrayLike) -> jax.Array:
         """Returns thresholds that broadcast against `array`, in float32."""
         array = jnp.asarray(array)
-        return self.granularity.expand(self.compact(array), array.shape)
+        return self.grid.expand(self.compact(array), array.shape)
 
     def compact(self, array: jax.Array) -> jax.Array:
         """Returns one threshold a block; 0 for blocks of zeros."""
         array = jnp.asarray(array)
         self.check_leaf("", array)
-        blocks, axes = self.granularity.split(array)
-        counts = self.granularity.block_counts(array.shape)
-        return self.granularity.compact(self.measure(blocks, axes, counts), array.ndim)
+        blocks, axes = self.grid.split(array)
+        counts = self.grid.block_counts(array.shape)
+        return self.grid.compact(self.measure(blocks, axes, counts), array.ndim)
 
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
         """Returns the threshold of each block, reduced over `axes` with dims kept.
@@ -81,7 +81,6 @@ class ThresholdRule:
         del path
         return self
 
-    def bind(self, bits: Bits, full_signed: bool, granularity: Granularity) -> "ThresholdRule":
-        """Returns this rule for one grid and granularity; what `quantize` calls."""
-        del bits, full_signed
-        return dataclasses.replace(self, granularity=granularity)
+    def bind(self, grid: Grid) -> "ThresholdRule":
+        """Returns this rule for one grid; what `quantize` calls."""
+        return dataclasses.replace(self, grid=grid)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxclip import checkpoints
-from jaxclip._core.grids import Granularity
+from jaxclip._core.grids import Grid
 from jaxclip.checkpoints.format import headers, layout, parsing
 from jaxclip.checkpoints.format.codes import restore_leaf
 from jaxclip.checkpoints.sizes import size_report
@@ -67,7 +67,7 @@ def test_a_bare_array_is_named_array():
 
 def test_tensors_are_aligned_and_fill_the_data():
     tree = {"a": np.zeros(3, bool), "b": np.zeros(5, np.float16), "c": np.zeros(1, np.float64)}
-    plan = layout.plan_file({**tree, "d": quantize(random_weights(3, 7), "ternary", axis=-1)})
+    plan = layout.plan_file({**tree, "d": quantize(random_weights(3, 7), Grid("ternary"))})
     position = 0
     for tensor in plan.tensors:
         assert tensor.start == position
@@ -144,12 +144,10 @@ def test_a_lone_surrogate_is_no_key():
 
 
 def test_parts_of_a_low_bit_array_must_fit():
-    good = quantize(random_weights(4, 6), 4, axis=-1)
+    good = quantize(random_weights(4, 6), Grid(4))
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), good)
-    short = QuantizedArray(good.qvalue, good.scale[:, :5], 4, True, Granularity(-1), good.dtype)
-    wide = QuantizedArray(
-        good.qvalue.astype(jnp.int32), good.scale, 4, True, Granularity(-1), good.dtype
-    )
+    short = QuantizedArray(good.qvalue, good.scale[:, :5], Grid(4), good.dtype)
+    wide = QuantizedArray(good.qvalue.astype(jnp.int32), good.scale, Grid(4), good.dtype)
     for bad in (stacked, short, wide):
         with pytest.raises(ValueError, match="'w' of shape"):
             layout.plan_file({"w": bad})
@@ -191,12 +189,18 @@ def test_big_endian_arrays_are_stored_little_endian():
 
 
 @pytest.mark.parametrize(
-    ("bits", "full_signed", "codes"),
-    [(1, True, [0]), ("ternary", True, [2]), (4, True, [8]), (4, False, [-8]), (8, False, [-128])],
+    ("bits", "levels", "codes"),
+    [
+        (1, "full", [0]),
+        ("ternary", "full", [2]),
+        (4, "full", [8]),
+        (4, "narrow", [-8]),
+        (8, "narrow", [-128]),
+    ],
 )
-def test_codes_outside_the_grid_are_not_written(bits, full_signed, codes):
+def test_codes_outside_the_grid_are_not_written(bits, levels, codes):
     scale = np.ones(1, np.float32)
-    bad = QuantizedArray(np.int8(codes), scale, bits, full_signed, Granularity(), np.float32)
+    bad = QuantizedArray(np.int8(codes), scale, Grid(bits, levels=levels, axis=None), np.float32)
     plan = layout.plan_file({"w": bad})
     with pytest.raises(ValueError, match="'w': codes"):
         [list(plan.chunks(tensor)) for tensor in plan.tensors]
@@ -206,7 +210,7 @@ def test_codes_outside_the_grid_are_not_written(bits, full_signed, codes):
 def test_scales_that_are_no_scales_are_not_written(scale):
     good = quantize(random_weights(3), 4)
     bad = QuantizedArray(
-        good.qvalue, jnp.full(1, scale, jnp.float32), 4, True, Granularity(), good.dtype
+        good.qvalue, jnp.full(1, scale, jnp.float32), Grid(4, axis=None), good.dtype
     )
     plan = layout.plan_file({"w": bad})
     with pytest.raises(ValueError, match="'w': scales"):
@@ -214,19 +218,19 @@ def test_scales_that_are_no_scales_are_not_written(scale):
 
 
 @pytest.mark.parametrize(
-    ("bits", "full_signed", "byte", "count"),
+    ("bits", "levels", "byte", "count"),
     [
-        ("ternary", True, 243, 5),  # the same as 0 to a careless decoder
-        ("ternary", True, 3 * 1, 1),  # padding trit not 0
-        (1, True, 0b10, 1),  # padding bit not 0
-        (4, True, 0x10, 1),
-        (4, False, 0x0F, 1),  # code 8 on a narrow grid
-        (8, False, 0xFF, 1),
-        (2, False, 0b11, 1),
+        ("ternary", "full", 243, 5),  # the same as 0 to a careless decoder
+        ("ternary", "full", 3 * 1, 1),  # padding trit not 0
+        (1, "full", 0b10, 1),  # padding bit not 0
+        (4, "full", 0x10, 1),
+        (4, "narrow", 0x0F, 1),  # code 8 on a narrow grid
+        (8, "narrow", 0xFF, 1),
+        (2, "narrow", 0b11, 1),
     ],
 )
-def test_bytes_that_no_writer_makes_are_refused(bits, full_signed, byte, count):
-    like = jax.eval_shape(lambda: quantize(jnp.ones(count), bits, full_signed=full_signed))
+def test_bytes_that_no_writer_makes_are_refused(bits, levels, byte, count):
+    like = jax.eval_shape(lambda: quantize(jnp.ones(count), Grid(bits, levels=levels, axis=None)))
     with pytest.raises(ValueError, match="'w': codes"):
         restore_leaf("w", like, np.ones(1, np.float32), np.array([byte], np.uint8))
 
@@ -252,7 +256,7 @@ def test_reported_size_is_the_files_size_for_plain_trees(tree, tmp_path: pathlib
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_reported_size_is_the_files_size_for_low_bit_trees(bits, tmp_path: pathlib.Path):
     params = {"layers": [{"w": random_weights(5, 7), "b": jnp.zeros(7, jnp.float32)}] * 2}
-    small = compress(params, bits=bits, group_size=3)
+    small = compress(params, Grid(bits, group_size=3))
     checkpoints.save(tmp_path / "x.safetensors", small)
     report = size_report(small)
     assert report.total_bytes == os.path.getsize(tmp_path / "x.safetensors")

@@ -73,7 +73,7 @@ def test_a_recorded_file_is_read_as_what_quantize_makes_today(version):
     def spelled_from_the_end(leaf):
         if not isinstance(leaf, QuantizedArray):
             return leaf
-        return dataclasses.replace(leaf, granularity=leaf.granularity.from_the_end(leaf.ndim))
+        return dataclasses.replace(leaf, grid=leaf.grid.from_the_end(leaf.ndim))
 
     tree = TREES[version]()
     is_low_bit = lambda x: isinstance(x, QuantizedArray)  # noqa: E731
@@ -95,6 +95,6 @@ def test_every_kind_of_low_bit_leaf_is_recorded():
     for leaf in leaves:
         leaf.validate()
     assert {leaf.bits for leaf in leaves} == {1, "ternary", 2, 3, 4, 5, 6, 8}
-    assert {leaf.scale_dtype for leaf in leaves if leaf.zero is not None} == {
+    assert {leaf.grid.scale_dtype for leaf in leaves if leaf.zero is not None} == {
         "float32", "float16", "bfloat16", "log8",
     }  # fmt: skip

@@ -16,6 +16,7 @@ import safetensors.numpy
 
 import jaxclip
 from jaxclip import checkpoints, interop
+from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError, rows
 from jaxclip.checkpoints.format.parsing import header_length
 from jaxclip.checkpoints.rewriting import (
@@ -56,12 +57,16 @@ def target(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.parametrize("coding", [None, "huffman"])
 @pytest.mark.parametrize(
-    ("bits", "options"),
-    [(4, {"group_size": 8}), ("ternary", {}), (8, {"rule": jaxclip.max_abs, "axis": None})],
+    ("bits", "grid", "rule"),
+    [
+        (Grid(4, axis=0, group_size=8), Grid(4, axis=0, group_size=8), jaxclip.mse_optimal),
+        ("ternary", Grid("ternary", axis=0), jaxclip.mse_optimal),
+        (Grid(8, axis=None), Grid(8, axis=None), jaxclip.max_abs),
+    ],
 )
-def test_the_file_is_that_of_the_tree_in_memory(bits, options, coding, source, target, tmp_path):
-    report = compress_checkpoint(source, target, bits, coding=coding, **options)
-    in_memory = jaxclip.compress(checkpoints.load(source), bits, **{"axis": 0, **options})
+def test_the_file_is_that_of_the_tree_in_memory(bits, grid, rule, coding, source, target, tmp_path):
+    report = compress_checkpoint(source, target, bits, coding=coding, rule=rule)
+    in_memory = jaxclip.compress(checkpoints.load(source), grid, rule=rule)
     checkpoints.save(tmp_path / "memory.safetensors", in_memory, coding=coding)
     assert target.read_bytes() == (tmp_path / "memory.safetensors").read_bytes()
     assert report.total_bytes == target.stat().st_size
@@ -69,11 +74,15 @@ def test_the_file_is_that_of_the_tree_in_memory(bits, options, coding, source, t
     assert checkpoints.load(target)["position_ids"].dtype == np.int64
 
 
-@pytest.mark.parametrize("options", [{"group_size": 8}, {}, {"zero_point": True}])
-def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, monkeypatch):
-    compress_checkpoint(source, tmp_path / "whole.safetensors", 4, **options)
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(4, axis=0, group_size=8), Grid(4, axis=0), Grid(4, axis=0, zero_point=True)],
+    ids=str,
+)
+def test_large_leaves_are_compressed_by_rows(grid, source, target, tmp_path, monkeypatch):
+    compress_checkpoint(source, tmp_path / "whole.safetensors", grid)
     monkeypatch.setattr(rows, "_PART_BYTES", 7 * 16 * 4)  # 40 rows of 16 in parts of 7
-    compress_checkpoint(source, target, 4, **options)
+    compress_checkpoint(source, target, grid)
     whole, parts = (checkpoints.load(p) for p in (tmp_path / "whole.safetensors", target))
     for name, w in weights().items():
         if name.endswith("weight"):
@@ -83,17 +92,17 @@ def test_large_leaves_are_compressed_by_rows(options, source, target, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("grid", "options"),
     [
-        {"rule": jaxclip.thresholds.rate_optimal(3.0)},
-        {"scale_dtype": "log8", "group_size": 4},
-        {"bit_price": 0.3, "rule": jaxclip.max_abs},
+        (Grid(8, axis=0), {"rule": jaxclip.thresholds.rate_optimal(3.0)}),
+        (Grid(8, axis=0, scale_dtype="log8", group_size=4), {}),
+        (Grid(8, axis=0), {"bit_price": 0.3, "rule": jaxclip.max_abs}),
     ],
 )
-def test_what_looks_at_the_whole_leaf_gets_it(options, source, target, monkeypatch):
-    whole = jaxclip.compress(checkpoints.load(source), 8, axis=0, **options)["embed.weight"]
+def test_what_looks_at_the_whole_leaf_gets_it(grid, options, source, target, monkeypatch):
+    whole = jaxclip.compress(checkpoints.load(source), grid, **options)["embed.weight"]
     monkeypatch.setattr(rows, "_PART_BYTES", 7 * 16 * 4)
-    compress_checkpoint(source, target, 8, coding="huffman", **options)
+    compress_checkpoint(source, target, grid, coding="huffman", **options)
     np.testing.assert_array_equal(checkpoints.load(target)["embed.weight"].qvalue, whole.qvalue)
 
 
@@ -101,11 +110,12 @@ def test_with_a_price_the_file_is_smaller_and_more_exact_than_one_of_coarser_ste
     source, target = tmp_path / "net.safetensors", tmp_path / "small.safetensors"
     w = drawn(256, 128)
     safetensors.numpy.save_file({"w": w}, source)
-    options: dict = {"axis": None, "coding": "huffman", "overwrite": True}
+    options: dict = {"coding": "huffman", "overwrite": True}
+    grid = Grid(8, axis=None)
     rule = jaxclip.thresholds.rate_optimal
-    coarser = compress_checkpoint(source, target, 8, rule=rule(1.9), **options)
-    nearest = compress_checkpoint(source, target, 8, rule=rule(2.0), **options)
-    found = compress_checkpoint(source, target, 8, rule=rule(2.0), bit_price=0.12, **options)
+    coarser = compress_checkpoint(source, target, grid, rule=rule(1.9), **options)
+    nearest = compress_checkpoint(source, target, grid, rule=rule(2.0), **options)
+    found = compress_checkpoint(source, target, grid, rule=rule(2.0), bit_price=0.12, **options)
     assert found.total_bytes == target.stat().st_size < 0.99 * coarser.total_bytes
     assert found.relative_error < 0.95 * coarser.relative_error
     assert found.total_bytes < 0.95 * nearest.total_bytes
@@ -172,11 +182,11 @@ def test_specs_of_a_policy_hold_in_the_file_as_in_memory(source, target, tmp_pat
     spec = {"bits": 3, "group_size": 4, "rule": jaxclip.max_abs, "scale_dtype": "log8"}
     policy = [("embed", spec), ("layer.weight", {"axis": None}), ("bias", {"bits": 8})]
     compress_checkpoint(source, target, 5, policy=policy)
-    in_memory = jaxclip.compress(checkpoints.load(source), 5, axis=0, policy=policy)
+    in_memory = jaxclip.compress(checkpoints.load(source), jaxclip.Grid(5, axis=0), policy=policy)
     checkpoints.save(tmp_path / "memory.safetensors", in_memory)
     assert target.read_bytes() == (tmp_path / "memory.safetensors").read_bytes()
     small = checkpoints.load(target)
-    assert (small["embed.weight"].scale_dtype, small["embed.weight"].scale.shape) == (
+    assert (small["embed.weight"].grid.scale_dtype, small["embed.weight"].scale.shape) == (
         "log8",
         (40, 4),
     )
@@ -188,14 +198,15 @@ def test_specs_of_a_policy_hold_in_the_file_as_in_memory(source, target, tmp_pat
     "goal", [{"target_bits_per_weight": 4.0}, {"target_bytes": 2100}], ids=lambda goal: min(goal)
 )
 def test_a_target_is_kept_and_chooses_as_it_does_in_memory(goal, source, target):
-    options: dict = {**goal, "rule": jaxclip.max_abs, "scale_dtype": "float16"}
+    grid = Grid(None, axis=0, scale_dtype="float16")
     policy = [("position", None), ("layer.bias", 8)]
-    planned = compress_checkpoint(source, target, policy=policy, dry_run=True, **options)
+    options: dict = {**goal, "rule": jaxclip.max_abs, "policy": policy}
+    planned = compress_checkpoint(source, target, grid, dry_run=True, **options)
     assert not target.exists()
-    report = compress_checkpoint(source, target, policy=policy, **options)
+    report = compress_checkpoint(source, target, grid, **options)
     assert [leaf.bits for leaf in planned.leaves] == [leaf.bits for leaf in report.leaves]
     if "target_bytes" not in goal:  # which a tree in memory does not have
-        in_memory = jaxclip.compress(checkpoints.load(source), axis=0, policy=policy, **options)
+        in_memory = jaxclip.compress(checkpoints.load(source), grid, **options)
         small = checkpoints.load(target)
         for name in ("embed.weight", "layer.weight", "layer.bias"):
             assert small[name].bits == in_memory[name].bits
@@ -248,7 +259,7 @@ def test_names_with_slashes_and_colons_are_compressed_and_come_back(suffix, tmp_
     else:
         safetensors.numpy.save_file(arrays, tmp_path / "net.safetensors")
     report = compress_checkpoint(tmp_path / f"net{suffix}", target, 4, policy=[("kernel$", 2)])
-    expected = jaxclip.compress(arrays, 4, axis=0, policy=[("kernel$", 2)])
+    expected = jaxclip.compress(arrays, jaxclip.Grid(4, axis=0), policy=[("kernel$", 2)])
     loaded = checkpoints.load(target)
     assert sorted(loaded) == sorted(names)
     for name in names:
@@ -262,7 +273,7 @@ def test_names_with_slashes_and_colons_are_compressed_and_come_back(suffix, tmp_
 def test_a_tree_of_ours_keeps_its_structure_and_its_low_bit_leaves(tmp_path, target):
     tree = {"a": [drawn(8, 4), jaxclip.quantize(drawn(8, 4), 2)], "b": (drawn(3),)}
     checkpoints.save(tmp_path / "tree.safetensors", tree)
-    compress_checkpoint(tmp_path / "tree.safetensors", target, 4, axis=-1)
+    compress_checkpoint(tmp_path / "tree.safetensors", target, Grid(4))
     small = checkpoints.load(target)
     assert [q.bits for q in small["a"]] == [4, 2]
     np.testing.assert_array_equal(small["b"][0], drawn(3))

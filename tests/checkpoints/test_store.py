@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxclip import checkpoints
 from jaxclip._core import atomic
-from jaxclip._core.grids import Granularity
+from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError, numpy_files
 from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
@@ -52,7 +52,7 @@ def random_weights(*shape: int, dtype=jnp.float32) -> jax.Array:
 def small_tree() -> dict:
     return {
         "layer": {
-            "kernel": quantize(random_weights(5, 3), "ternary", axis=-1),
+            "kernel": quantize(random_weights(5, 3), Grid("ternary")),
             "bias": np.arange(3, dtype=np.float32),
         },
         "steps": [np.int32(7), None],
@@ -98,13 +98,14 @@ def test_low_bit_leaves_come_back_bit_for_bit(bits, path):
             codes = np.random.default_rng(1).integers(-1, 2, size=shape, dtype=np.int8)
             like = jax.eval_shape(
                 lambda s=shape, a=axis, g=group_size: quantize(
-                    jnp.zeros(s, jnp.bfloat16), 2, axis=a, group_size=g
+                    jnp.zeros(s, jnp.bfloat16), Grid(bits, axis=a, group_size=g)
                 )
             )
             scale = np.full(like.scale.shape, -0.1, np.float32)
             qvalue = np.where(codes == 0, 1, codes) if bits == 1 else codes
-            fields = (bits, True, like.granularity, like.dtype)
-            tree[f"{shape} {axis} {group_size}"] = QuantizedArray(qvalue, scale, *fields)
+            tree[f"{shape} {axis} {group_size}"] = QuantizedArray(
+                qvalue, scale, like.grid, like.dtype
+            )
     checkpoints.save(path, tree)
     loaded = checkpoints.load(path)
     assert_same(loaded, tree)
@@ -114,16 +115,16 @@ def test_low_bit_leaves_come_back_bit_for_bit(bits, path):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("full_signed", [True, False])
-def test_compressed_params_decompress_the_same_from_a_file(bits, full_signed, path):
+@pytest.mark.parametrize("levels", ["full", "narrow"])
+def test_compressed_params_decompress_the_same_from_a_file(bits, levels, path):
     params = {"w": random_weights(9, 6, dtype=jnp.bfloat16), "b": random_weights(6)}
-    small = compress(params, bits=bits, full_signed=full_signed, group_size=4)
+    small = compress(params, Grid(bits, levels=levels, group_size=4))
     checkpoints.save(path, small)
     assert_same(decompress(checkpoints.load(path)), decompress(small))
 
 
 def test_a_loaded_low_bit_array_works_inside_jit(path):
-    small = quantize(random_weights(4, 4), 4, axis=-1)
+    small = quantize(random_weights(4, 4), Grid(4))
     checkpoints.save(path, small)
     product = jax.jit(lambda q, x: dequantize(q) @ x)
     x = random_weights(4)
@@ -145,10 +146,10 @@ def test_low_bit_leaves_are_loaded_split_over_devices(
 ):
     mesh = jax.make_mesh((2, 2), ("x", "y"), (axis_type,) * 2, devices=jax.devices()[:4])
     rows = 16 if spec != P(("x", "y")) else 12
-    group = {"axis": -1, "group_size": 4, "zero_point": True, "threshold": max_abs}
+    grouped = Grid(4, group_size=4, zero_point=True)
     tree = {
-        "kernel": quantize(random_weights(rows, 4), 3, axis=-1, threshold=max_abs),
-        "grouped": quantize(random_weights(rows, 4), 4, **group),
+        "kernel": quantize(random_weights(rows, 4), Grid(3), threshold=max_abs),
+        "grouped": quantize(random_weights(rows, 4), grouped, threshold=max_abs),
         "plain": np.arange(32.0, dtype=np.float32).reshape(8, 4),
     }
     checkpoints.save(path, tree)
@@ -172,7 +173,7 @@ def test_low_bit_leaves_are_loaded_split_over_devices(
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(None, None, "x")])
 def test_a_leaf_that_cannot_be_split_is_named(spec, path):
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
-    checkpoints.save(path, {"net": {"kernel": quantize(random_weights(5, 3), 4, axis=-1)}})
+    checkpoints.save(path, {"net": {"kernel": quantize(random_weights(5, 3), Grid(4))}})
     message = rf"'net/kernel' of shape \(5, 3\) cannot be split by .*{spec[-1]!r}.*'x': 2"
     with pytest.raises(ValueError, match=message) as caught:
         checkpoints.load(path, device=NamedSharding(mesh, spec))
@@ -400,9 +401,7 @@ def codes_that_favour_each_coding() -> dict[str, QuantizedArray]:
         name: QuantizedArray(
             np.clip(np.round(values), -128, 127).astype(np.int8),
             np.ones(1, np.float32),
-            8,
-            True,
-            Granularity(None),
+            Grid(8, axis=None),
             np.dtype(np.float32),
         )
         for name, values in codes.items()
@@ -462,8 +461,8 @@ def test_an_unknown_coding_is_refused_before_the_work(path):
 
 def new_tree() -> dict:
     """What version 1 of the format could not say."""
-    options = {"axis": -1, "scale_dtype": "log8", "zero_point": True}
-    return {"layer": {"kernel": quantize(random_weights(5, 2), 3, **options)}}
+    grid = Grid(3, scale_dtype="log8", zero_point=True)
+    return {"layer": {"kernel": quantize(random_weights(5, 2), grid)}}
 
 
 @pytest.fixture(scope="module", params=[small_tree, new_tree])
@@ -783,7 +782,7 @@ def test_a_refused_tree_leaves_the_old_file(path):
     checkpoints.save(path, small_tree())
     scale = jnp.full(1, jnp.nan, jnp.float32)
     bad = quantize(jnp.ones(3), 4)
-    bad = QuantizedArray(bad.qvalue, scale, bad.bits, True, bad.granularity, bad.dtype)
+    bad = QuantizedArray(bad.qvalue, scale, bad.grid, bad.dtype)
     abstract = jax.ShapeDtypeStruct((1,), jnp.float32)
     for tree, kind in (({"w": bad}, ValueError), ({"w": 1.0}, TypeError), (abstract, TypeError)):
         with pytest.raises(kind):
@@ -892,7 +891,7 @@ def test_memory_is_bounded_by_the_largest_tensor_not_the_tree(path):
     num_codes, num_leaves = 3_000_000, 4
     one = quantize(jnp.ones(8), 6)
     codes = np.ones(num_codes, np.int8)
-    leaf = QuantizedArray(codes, np.asarray(one.scale), 6, True, one.granularity, one.dtype)
+    leaf = QuantizedArray(codes, np.asarray(one.scale), one.grid, one.dtype)
     tracemalloc.start()
     try:
         checkpoints.save(path, [leaf] * num_leaves)

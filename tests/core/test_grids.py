@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxclip._core.grids import Granularity, code_range
+from jaxclip._core.grids import Grid, as_grid, code_range
 
 UNKNOWN_BITS = [0, 7, 9, -1, 2.5, 4.0, True, False, "2", "Ternary", "", None, (4,), np.nan]
 
@@ -29,7 +29,7 @@ UNKNOWN_BITS = [0, 7, 9, -1, 2.5, 4.0, True, False, "2", "Ternary", "", None, (4
 )
 def test_code_ranges_are_those_of_the_table(bits, full, narrow):
     assert code_range(bits) == full
-    assert code_range(bits, full_signed=False) == narrow
+    assert code_range(bits, levels="narrow") == narrow
 
 
 @pytest.mark.parametrize("bits", UNKNOWN_BITS, ids=repr)
@@ -41,24 +41,24 @@ def test_unknown_bits_are_refused_with_the_allowed_list(bits):
 @pytest.mark.parametrize("axis", ["0", 1.0, True, [0], (0, 1.0), (None,), (0, None)], ids=repr)
 def test_an_axis_that_is_no_integer_is_refused_when_made(axis):
     with pytest.raises(TypeError, match="axis must be"):
-        Granularity(axis)
+        Grid(4, axis=axis)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "4"], ids=repr)
 def test_a_group_size_that_is_no_count_is_refused_when_made(size):
     with pytest.raises(ValueError, match="group_size must be"):
-        Granularity(0, size)
+        Grid(4, group_size=size)
 
 
 @pytest.mark.parametrize("axis", [2, -3, (0, 5)])
 def test_an_axis_that_the_array_does_not_have_is_refused(axis):
     with pytest.raises(ValueError, match=r"axis must be in \[-2, 2\)"):
-        Granularity(axis).split(jnp.zeros((2, 3)))
+        Grid(4, axis=axis).split(jnp.zeros((2, 3)))
 
 
 def test_groups_need_an_axis_that_is_not_a_channel():
     with pytest.raises(ValueError, match="group_size=2"):
-        Granularity((0, 1), 2).split(jnp.zeros((2, 3)))
+        Grid(4, axis=(0, 1), group_size=2).split(jnp.zeros((2, 3)))
 
 
 def block_of_each_entry(shape, axis, group_size):
@@ -93,11 +93,11 @@ def cases(draw):
 @given(case=cases())
 def test_entries_share_a_block_exactly_as_documented(case):
     shape, axis, group_size = case
-    granularity = Granularity(axis, group_size)
+    grid = Grid(4, axis=axis, group_size=group_size)
     x = np.arange(1, 1 + int(np.prod(shape)), dtype=np.float32).reshape(shape)
-    blocks, axes = granularity.split(jnp.asarray(x))
-    sums = granularity.compact(jnp.sum(blocks, axis=axes, keepdims=True), len(shape))
-    got = np.broadcast_to(granularity.expand(sums, shape), shape)
+    blocks, axes = grid.split(jnp.asarray(x))
+    sums = grid.compact(jnp.sum(blocks, axis=axes, keepdims=True), len(shape))
+    got = np.broadcast_to(grid.expand(sums, shape), shape)
     labels = block_of_each_entry(shape, axis, group_size)
     expected, counts = np.zeros(shape), np.zeros(shape)
     for index in itertools.product(*map(range, shape)):
@@ -105,36 +105,85 @@ def test_entries_share_a_block_exactly_as_documented(case):
         expected[index], counts[index] = x[same].sum(), same.sum()
     assert np.array_equal(got, expected)
     per_block = jnp.broadcast_to(
-        jnp.asarray(granularity.block_counts(shape)),
+        jnp.asarray(grid.block_counts(shape)),
         jnp.sum(blocks, axis=axes, keepdims=True).shape,
     )
-    got_counts = granularity.expand(granularity.compact(per_block, len(shape)), shape)
+    got_counts = grid.expand(grid.compact(per_block, len(shape)), shape)
     assert np.array_equal(np.broadcast_to(got_counts, shape), counts)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
 @pytest.mark.parametrize("group_size", [None, 2])
 def test_arrays_without_entries_split_and_expand(shape, group_size):
-    granularity = Granularity(None, group_size)
-    blocks, axes = granularity.split(jnp.zeros(shape))
-    sums = granularity.compact(jnp.sum(blocks, axis=axes, keepdims=True), len(shape))
-    assert jnp.broadcast_to(granularity.expand(sums, shape), shape).shape == shape
+    grid = Grid(4, axis=None, group_size=group_size)
+    blocks, axes = grid.split(jnp.zeros(shape))
+    sums = grid.compact(jnp.sum(blocks, axis=axes, keepdims=True), len(shape))
+    assert jnp.broadcast_to(grid.expand(sums, shape), shape).shape == shape
 
 
 @given(case=cases())
 def test_axes_counted_from_the_end_name_the_same_blocks(case):
     shape, axis, group_size = case
-    given_axes = Granularity(axis, group_size)
-    granularity = given_axes.from_the_end(len(shape))
-    axes = granularity.axis if isinstance(granularity.axis, tuple) else (granularity.axis,)
+    given_axes = Grid(4, axis=axis, group_size=group_size)
+    grid = given_axes.from_the_end(len(shape))
+    axes = grid.axis if isinstance(grid.axis, tuple) else (grid.axis,)
     assert all(a is None or a < 0 for a in axes)
-    assert type(granularity.axis) is type(axis)
-    assert granularity.channel_axes(len(shape)) == given_axes.channel_axes(len(shape))
-    assert granularity.scale_shape(shape) == given_axes.scale_shape(shape)
-    assert granularity.from_the_end(len(shape)) == granularity
+    assert type(grid.axis) is type(axis)
+    assert grid.channel_axes(len(shape)) == given_axes.channel_axes(len(shape))
+    assert grid.scale_shape(shape) == given_axes.scale_shape(shape)
+    assert grid.from_the_end(len(shape)) == grid
 
 
-def test_a_granularity_is_a_static_argument_of_jit():
+def test_a_grid_is_a_static_argument_of_jit():
     f = jax.jit(lambda x, g: g.split(x)[0], static_argnums=1)
-    assert f(jnp.zeros((2, 5)), Granularity(0, 2)).shape == (2, 3, 2)
-    assert hash(Granularity(0, 2)) == hash(Granularity(0, 2))
+    assert f(jnp.zeros((2, 5)), Grid(4, axis=0, group_size=2)).shape == (2, 3, 2)
+    assert hash(Grid(4, axis=0, group_size=2)) == hash(Grid(4, axis=0, group_size=2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, np.dtype("float16"), np.float16, "float16"])
+def test_dtypes_name_formats(dtype):
+    assert Grid(4, scale_dtype=dtype) == Grid(4, scale_dtype="float16")
+
+
+@pytest.mark.parametrize("bad", ["log", "int8", jnp.int8, np.float64, None, 8, True], ids=repr)
+def test_what_is_no_format_is_refused_with_the_list(bad):
+    with pytest.raises(ValueError, match=r"scale_dtype must be one of \['float32', 'float16'"):
+        Grid(4, scale_dtype=bad)
+
+
+def test_one_bit_has_no_zero_point():
+    with pytest.raises(ValueError, match="zero_point needs a code for 0, but a 1-bit grid has"):
+        Grid(1, zero_point=True)
+
+
+@pytest.mark.parametrize("bad", [0, 1, None, "yes"], ids=repr)
+def test_a_zero_point_that_is_no_bool_is_refused(bad):
+    with pytest.raises(TypeError, match="zero_point must be True or False"):
+        Grid(4, zero_point=bad)
+
+
+@pytest.mark.parametrize("bad", ["wide", True, None], ids=repr)
+def test_unknown_levels_are_refused_with_the_allowed_list(bad):
+    with pytest.raises(ValueError, match=r"levels must be one of \['full', 'narrow'\]"):
+        Grid(4, levels=bad)
+
+
+@pytest.mark.parametrize("bits", [b for b in UNKNOWN_BITS if b is not None], ids=repr)
+def test_a_grid_of_unknown_bits_is_refused_when_made(bits):
+    with pytest.raises(ValueError, match="bits must be one of"):
+        Grid(bits)
+
+
+def test_a_bare_width_is_a_grid_with_the_axis_of_the_function():
+    assert as_grid("ternary", axis=0) == Grid("ternary", axis=0)
+    assert as_grid(Grid(4, group_size=2), axis=0) == Grid(4, axis=-1, group_size=2)
+    for bits in (None, Grid(None)):
+        with pytest.raises(ValueError, match="bits must be one of"):
+            as_grid(bits, axis=0)
+
+
+def test_a_grid_passes_through_jit_as_a_static_value():
+    scales = jax.jit(lambda grid: jnp.zeros(grid.scale_shape((4, 6))))
+    assert scales(Grid(4)).shape == (1, 6)
+    assert scales(Grid(4, axis=0, group_size=2)).shape == (4, 3)
+    assert jax.tree.leaves(Grid(4)) == []

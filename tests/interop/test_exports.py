@@ -25,7 +25,7 @@ import safetensors.numpy
 
 import jaxclip
 from jaxclip import checkpoints, interop
-from jaxclip._core.grids import Granularity, code_range
+from jaxclip._core.grids import Grid, code_range
 from jaxclip.interop import destination
 from jaxclip.lowbit.arrays import QuantizedArray
 
@@ -41,9 +41,7 @@ def quantized(codes: Any, scale: Any, bits: Any, axis: Any = 0, group_size=None,
     return QuantizedArray(
         qvalue=jnp.asarray(codes, jnp.int8),
         scale=jnp.asarray(scale, jnp.float32),
-        bits=bits,
-        full_signed=True,
-        granularity=Granularity(axis, group_size),
+        grid=Grid(bits, axis=axis, group_size=group_size, zero_point=zero is not None),
         dtype=jnp.dtype(jnp.float32),
         zero=None if zero is None else jnp.asarray(zero, jnp.int8),
     )
@@ -55,7 +53,7 @@ def drawn(bits: Any, shape: tuple[int, int], group_size: int | None = None, axis
     low, high = code_range(bits)
     codes = rng.integers(low, high + 1, shape)
     codes = np.where(codes == 0, 1, codes) if bits == 1 else codes
-    scale_shape = Granularity(axis, group_size).scale_shape(shape)
+    scale_shape = Grid(bits, axis=axis, group_size=group_size).scale_shape(shape)
     return quantized(codes, rng.normal(size=scale_shape), bits, axis, group_size)
 
 
@@ -71,7 +69,10 @@ def expected_values(q: QuantizedArray) -> np.ndarray:
 def model() -> dict[str, Any]:
     return {
         "layers": [
-            {"kernel": jaxclip.quantize(random_weights(6, 4), 4, axis=-1), "bias": np.arange(4)},
+            {
+                "kernel": jaxclip.quantize(random_weights(6, 4), jaxclip.Grid(4)),
+                "bias": np.arange(4),
+            },
             {"kernel": jnp.asarray(random_weights(4, 2)), "scale": random_weights(2)},
         ],
         "half": random_weights(3, dtype=ml_dtypes.bfloat16),
@@ -261,7 +262,7 @@ def test_zero_points_are_packed_along_the_outputs(tmp_path, bits):
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "log8"])
 def test_scales_of_other_formats_are_written_as_float32(tmp_path, scale_dtype):
-    q = jaxclip.quantize(random_weights(4, 32), 4, axis=0, scale_dtype=scale_dtype)
+    q = jaxclip.quantize(random_weights(4, 32), jaxclip.Grid(4, axis=0, scale_dtype=scale_dtype))
     tensors, _ = exported(tmp_path, {"weight": q.with_code_dtype(jnp.int4)})
     assert tensors["weight_scale"].dtype == np.float32
     codes = unpacked(tensors["weight_packed"], 4, 32)
@@ -438,7 +439,7 @@ def test_low_bit_leaves_keep_their_codes(tmp_path, gguf, bits, group_size, axis,
 def test_low_bit_leaves_with_zero_points_keep_their_codes_as_q4_1(tmp_path, gguf, bits):
     path = tmp_path / "net.gguf"
     w = random_weights(3, 64) + 0.5
-    q = jaxclip.quantize(w, bits, axis=0, group_size=32, zero_point=True)
+    q = jaxclip.quantize(w, jaxclip.Grid(bits, axis=0, group_size=32, zero_point=True))
     interop.to_gguf(path, {"w": q}, "llama")
     read_type, values = read_gguf(gguf, path)["w"]
     assert read_type == "Q4_1"
@@ -894,12 +895,12 @@ def test_exporting_a_file_takes_the_memory_of_its_largest_leaf(tmp_path, to):
         """
         import resource, sys, numpy as np
         from jaxclip import checkpoints, interop
-        from jaxclip._core.grids import Granularity
+        from jaxclip._core.grids import Grid
         from jaxclip.lowbit.arrays import QuantizedArray
         folder, count, to = sys.argv[1], int(sys.argv[2]), sys.argv[3]
         codes = np.random.default_rng(0).integers(-8, 8, (1024, 2048)).astype(np.int8)
         scale = np.full((1024, 1), 0.1, np.float32)
-        q = QuantizedArray(codes, scale, 4, True, Granularity(0), np.dtype(np.float32))
+        q = QuantizedArray(codes, scale, Grid(4, axis=0), np.dtype(np.float32))
         tree = {f"w{i}.weight": q for i in range(count)}
         checkpoints.save(folder + "/low.safetensors", tree, overwrite=True)
         interop.export_checkpoint(folder + "/low.safetensors", folder + "/out", to, overwrite=True)

@@ -26,7 +26,7 @@ import pytest
 import safetensors.numpy
 
 from jaxclip import checkpoints
-from jaxclip._core.grids import Granularity
+from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError, numpy_files, reading
 from jaxclip.checkpoints.format import headers, layout
 from jaxclip.checkpoints.format.writing import write_tree
@@ -180,14 +180,23 @@ def any_low_bit(rng: random.Random) -> QuantizedArray:
     shape = tuple(rng.choice([0, 1, 2, 3, 7, 40]) for _ in range(rng.randrange(4)))
     axis = rng.choice([None, None, *range(-len(shape), len(shape))])
     group_size = rng.choice([None, 1, 3]) if len(shape) > 1 else None
-    granularity, bits = Granularity(axis, group_size), rng.choice(BITS)
-    scale_dtype, scale_shape = rng.choice(FORMATS), granularity.scale_shape(shape)
-    in_memory = jnp.dtype(scale_dtype.replace("log8", "float32"))
+    bits, scale_dtype = rng.choice(BITS), rng.choice(FORMATS)
     has_zero = bits != 1 and rng.random() < 0.5
+    levels = "full" if rng.random() < 0.7 else "narrow"
+    grid = Grid(
+        bits,
+        levels=levels,
+        axis=axis,
+        group_size=group_size,
+        zero_point=has_zero,
+        scale_dtype=scale_dtype,
+    )
+    scale_shape = grid.scale_shape(shape)
+    in_memory = jnp.dtype(scale_dtype.replace("log8", "float32"))
     return QuantizedArray(
         jax.ShapeDtypeStruct(shape, np.int8), jax.ShapeDtypeStruct(scale_shape, in_memory),
-        bits, rng.random() < 0.7, granularity, np.dtype(np.float32),
-        jax.ShapeDtypeStruct(scale_shape, np.int8) if has_zero else None, scale_dtype,
+        grid, np.dtype(np.float32),
+        jax.ShapeDtypeStruct(scale_shape, np.int8) if has_zero else None,
     )  # fmt: skip
 
 
@@ -291,7 +300,7 @@ def test_any_coded_bytes_in_a_file_are_read_or_refused(kind, allocations):
     rng, num_read = random.Random(6), 0
     codes = np.random.default_rng(6).normal(0, 1.5, 600).round().clip(-8, 7).astype(np.int8)
     scale = np.ones((), np.float32)
-    leaf = QuantizedArray(codes, scale.reshape(1), 4, True, Granularity(), np.dtype(np.float32))
+    leaf = QuantizedArray(codes, scale.reshape(1), Grid(4, axis=None), np.dtype(np.float32))
     plan, coded = layout.plan_file(leaf), entropy_coding.encode_codes(codes, kind)
     for _ in range(500 * TIMES):
         data = damage_coded(coded, kind, rng)[:300]

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxclip
 from jaxclip import max_abs
-from jaxclip._core.grids import Granularity, code_range
+from jaxclip._core.grids import Grid, code_range
 from jaxclip.checkpoints.format.layout import plan_file
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.quantizer import quantize
@@ -22,11 +22,18 @@ from jaxclip.lowbit.quantizer import quantize
 TINY = 2.0**-126
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 FORMATS = ["float32", "float16", "bfloat16", "log8"]
-# bits, full_signed, zero_point
+# bits, levels, zero_point
 GRIDS = [
-    (1, True, False), ("ternary", True, False), (2, True, False), (4, False, False),
-    (8, True, False), ("ternary", True, True), (2, False, True), (4, True, True), (8, True, True),
-]  # fmt: skip
+    (1, "full", False),
+    ("ternary", "full", False),
+    (2, "full", False),
+    (4, "narrow", False),
+    (8, "full", False),
+    ("ternary", "full", True),
+    (2, "narrow", True),
+    (4, "full", True),
+    (8, "full", True),
+]
 # Every grid meets every format and every dtype, every format every dtype.
 CASES = [
     (*grid, scale_dtype, DTYPES[(i + j) % 3])
@@ -34,10 +41,10 @@ CASES = [
     for j, scale_dtype in enumerate(FORMATS)
 ]
 every_case = pytest.mark.parametrize(
-    ("bits", "full_signed", "zero_point", "scale_dtype", "dtype"), CASES
+    ("bits", "levels", "zero_point", "scale_dtype", "dtype"), CASES
 )
 few_grids = pytest.mark.parametrize(
-    ("bits", "full_signed", "zero_point"), [GRIDS[1], GRIDS[3], GRIDS[7]]
+    ("bits", "levels", "zero_point"), [GRIDS[1], GRIDS[3], GRIDS[7]]
 )
 HARD_ROWS = np.array(
     [
@@ -57,7 +64,7 @@ HARD_ROWS = np.array(
 
 def nearest_distance(q: QuantizedArray, x: np.ndarray) -> np.ndarray:
     """How far each entry of `x` is from the nearest level of its row; float64."""
-    low, high = code_range(q.bits, q.full_signed)
+    low, high = code_range(q.bits, q.grid.levels)
     codes = np.array([-1, 1]) if q.bits == 1 else np.arange(low, high + 1)
     zero = np.zeros(q.scale.shape) if q.zero is None else np.asarray(q.zero, np.float64)
     scale = np.asarray(q.scale, np.float64)
@@ -101,17 +108,15 @@ def finite_weights(dtype):
 @every_case
 @given(data=st.data())
 def test_every_entry_takes_the_nearest_level_of_the_scale_as_stored(
-    bits, full_signed, zero_point, scale_dtype, dtype, data
+    bits, levels, zero_point, scale_dtype, dtype, data
 ):
     # Inside of the outermost levels that is half a step, outside what lies beyond them.
     with np.errstate(over="ignore"):
         hard = HARD_ROWS.astype(dtype)
     x = data.draw(st.just(hard) | finite_weights(dtype))
     x = np.where(np.isfinite(x.astype(np.float64)), x, np.ones_like(x))
-    q = quantize(
-        jnp.asarray(x), bits, threshold=jaxclip.max_abs, axis=0, full_signed=full_signed,
-        zero_point=zero_point, scale_dtype=scale_dtype,
-    )  # fmt: skip
+    grid = Grid(bits, levels=levels, axis=0, zero_point=zero_point, scale_dtype=scale_dtype)
+    q = quantize(jnp.asarray(x), grid, threshold=jaxclip.max_abs)
     q.validate()
     assert (q.zero is None) != zero_point
     assert q.scale.dtype == (jnp.float32 if scale_dtype == "log8" else jnp.dtype(scale_dtype))
@@ -126,12 +131,8 @@ def test_every_entry_takes_the_nearest_level_of_the_scale_as_stored(
 @pytest.mark.parametrize("scale_dtype", FORMATS)
 def test_hard_rows_alone_lose_at_most_half_a_step(scale_dtype, zero_point):
     # A row to an array, so that log8 has nothing larger beside it.
-    encode = jax.vmap(
-        lambda row: quantize(
-            row, 4, threshold=jaxclip.max_abs, full_signed=False, zero_point=zero_point,
-            scale_dtype=scale_dtype,
-        )
-    )  # fmt: skip
+    grid = Grid(4, levels="narrow", axis=None, zero_point=zero_point, scale_dtype=scale_dtype)
+    encode = jax.vmap(lambda row: quantize(row, grid, threshold=jaxclip.max_abs))
     x = HARD_ROWS.astype(np.float32)
     q = encode(x)
     scale = np.asarray(q.scale, np.float64)
@@ -148,7 +149,7 @@ def test_hard_rows_alone_lose_at_most_half_a_step(scale_dtype, zero_point):
 
 def test_float16_scales_saturate_at_both_ends():
     x = jnp.array([[1e9, -1e9], [1e-12, -1e-12]], jnp.float32)
-    q = quantize(x, "ternary", threshold=jaxclip.max_abs, axis=0, scale_dtype=jnp.float16)
+    q = quantize(x, Grid("ternary", axis=0, scale_dtype=jnp.float16), threshold=jaxclip.max_abs)
     assert np.asarray(q.scale, np.float64).ravel().tolist() == [65504.0, 2.0**-24]
     assert np.asarray(q.qvalue).tolist() == [[1, -1], [0, 0]]
 
@@ -157,8 +158,8 @@ def test_float16_scales_saturate_at_both_ends():
 def test_formats_cost_little_error_under_mse_optimal(scale_dtype):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)), jnp.float32)
     error_of = lambda q: float(np.sum((np.asarray(x, np.float64) - exact(q)) ** 2))  # noqa: E731
-    full = error_of(quantize(x, 4, axis=0))
-    assert error_of(quantize(x, 4, axis=0, scale_dtype=scale_dtype)) <= 1.05 * full
+    full = error_of(quantize(x, Grid(4, axis=0)))
+    assert error_of(quantize(x, Grid(4, axis=0, scale_dtype=scale_dtype))) <= 1.05 * full
 
 
 # --- Zero points -----------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_formats_cost_little_error_under_mse_optimal(scale_dtype):
 def test_a_zero_point_moves_the_grid_as_worked_by_hand():
     # 16 levels from -0.5 to 7: a step of 0.5, and 0 is the second level from below.
     x = jnp.array([-0.5, 0.0, 0.25, 0.75, 3.1, 7.0])
-    q = quantize(x, 4, threshold=jaxclip.max_abs, zero_point=True)
+    q = quantize(x, Grid(4, axis=None, zero_point=True), threshold=jaxclip.max_abs)
     assert float(q.scale.item()) == 0.5
     assert int(q.zero.item()) == -7
     # Half a step is rounded to even before the zero is added: 0.25 to 0, 0.75 to 1.
@@ -178,43 +179,43 @@ def test_a_zero_point_moves_the_grid_as_worked_by_hand():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_one_sided_weights_use_all_levels(sign):
     x = sign * np.arange(16) / 4
-    q = quantize(jnp.asarray(x, jnp.float32), 4, threshold=jaxclip.max_abs, zero_point=True)
+    q = quantize(
+        jnp.asarray(x, jnp.float32), Grid(4, axis=None, zero_point=True), threshold=jaxclip.max_abs
+    )
     assert np.array_equal(dequantize(q), x)
     assert sorted(np.asarray(q.qvalue).tolist()) == list(range(-8, 8))
 
 
 def test_a_threshold_clips_the_range_of_a_zero_point_on_both_sides():
     x = jnp.array([-9.0, -1.0, 0.0, 2.0, 9.0])
-    q = quantize(x, 4, threshold=7.5, zero_point=True)
+    q = quantize(x, Grid(4, axis=None, zero_point=True), threshold=7.5)
     assert np.asarray(dequantize(q)).tolist() == [-8.0, -1.0, 0.0, 2.0, 7.0]
-    one_sided = quantize(jnp.array([0.0, 1.0, 9.0]), 2, threshold=3.0, zero_point=True)
+    one_sided = quantize(
+        jnp.array([0.0, 1.0, 9.0]), Grid(2, axis=None, zero_point=True), threshold=3.0
+    )
     assert np.asarray(dequantize(one_sided)).tolist() == [0.0, 1.0, 3.0]
 
 
 def test_each_group_has_its_own_zero():
     x = np.concatenate([np.arange(16.0), -np.arange(16.0), np.arange(5.0) - 2])[None]
-    q = quantize(
-        jnp.asarray(x, jnp.float32), 4, threshold=jaxclip.max_abs, axis=0, group_size=16,
-        zero_point=True,
-    )  # fmt: skip
+    grid = Grid(4, axis=0, group_size=16, zero_point=True)
+    q = quantize(jnp.asarray(x, jnp.float32), grid, threshold=jaxclip.max_abs)
     assert q.zero.shape == q.scale.shape == (1, 3)
     assert np.asarray(q.zero).tolist()[0][:2] == [-8, 7]
     np.testing.assert_allclose(dequantize(q)[:, :32], x[:, :32])
     assert np.abs(np.asarray(dequantize(q)) - x).max() <= 2 / 15 + 1e-6
 
 
-def test_a_zero_point_is_refused_for_one_bit():
-    with pytest.raises(ValueError, match="zero_point needs a grid with a code for 0"):
-        quantize(jnp.ones(3), 1, zero_point=True)
-
-
 # --- As an array -----------------------------------------------------------------------
 
 
 @few_grids
-def test_jax_functions_take_it_for_the_array_it_stands_for(bits, full_signed, zero_point):
+def test_jax_functions_take_it_for_the_array_it_stands_for(bits, levels, zero_point):
     w = np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32)
-    q = quantize(jnp.asarray(w), bits, axis=1, full_signed=full_signed, zero_point=zero_point)
+    q = quantize(
+        jnp.asarray(w),
+        Grid(bits, levels=levels, axis=1, zero_point=zero_point),
+    )
     x, dense = jnp.ones((2, 6), jnp.float32), dequantize(q)
     for apply in (lambda x, w: x @ w, jnp.dot, lambda x, w: jnp.sin(jnp.asarray(w)) + x[0, 0]):
         np.testing.assert_array_equal(apply(x, q), apply(x, dense))
@@ -224,7 +225,7 @@ def test_jax_functions_take_it_for_the_array_it_stands_for(bits, full_signed, ze
 
 
 def test_numpy_takes_it_for_the_array_it_stands_for():
-    q = quantize(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), 8, axis=1)
+    q = quantize(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), Grid(8, axis=1))
     dense = np.asarray(dequantize(q))
     assert np.asarray(q).dtype == np.float32
     np.testing.assert_array_equal(np.asarray(q), dense)
@@ -243,7 +244,7 @@ def test_numpy_takes_it_for_the_array_it_stands_for():
 
 
 def test_a_loop_over_it_ends_behind_the_last_row():
-    q = quantize(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), 8, axis=1)
+    q = quantize(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), Grid(8, axis=1))
     rows = list(itertools.islice(q, 5))
     assert len(rows) == len(q) == 3
     np.testing.assert_array_equal(np.stack(rows), dequantize(q))
@@ -276,7 +277,7 @@ def test_it_goes_straight_into_a_flax_module():
 @pytest.mark.parametrize("code_dtype", [jnp.int8, jnp.int4])
 def test_codes_stay_narrow_in_the_arguments_of_a_compiled_program(code_dtype):
     w = jnp.asarray(np.random.default_rng(2).normal(size=(64, 48)), jnp.float32)
-    q = quantize(w, 4, axis=1, group_size=16, zero_point=True).with_code_dtype(code_dtype)
+    q = quantize(w, Grid(4, axis=1, group_size=16, zero_point=True)).with_code_dtype(code_dtype)
     x = jnp.ones((2, 64), jnp.float32)
     compiled = jax.jit(lambda x, q: x @ q).lower(x, q).compile()
     entry = compiled.as_text().split("ENTRY")[1]
@@ -297,12 +298,12 @@ def test_batches_decode_as_their_parts(axis, group_size):
     shape = (3, 8, 6) if isinstance(axis, tuple) else (8, 6)
     w = np.random.default_rng(4).normal(size=(2, *shape))
     w = jnp.asarray(np.stack([w[0], 5 * w[1]]), jnp.float32)
-    options = {"threshold": jaxclip.max_abs, "axis": axis, "group_size": group_size}
-    parts = [quantize(each, 8, **options) for each in w]
+    grid = Grid(8, axis=axis, group_size=group_size)
+    parts = [quantize(x, grid, threshold=jaxclip.max_abs) for x in w]
     expected = np.stack([dequantize(q) for q in parts])
     assert np.abs(expected - np.asarray(w)).max() < np.abs(w).max() / 100
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
-    batched = jax.vmap(lambda x: quantize(x, 8, **options))(w)
+    batched = jax.vmap(lambda x: quantize(x, grid, threshold=jaxclip.max_abs))(w)
     assert jax.tree.structure(stacked) == jax.tree.structure(batched)
     for q in (stacked, batched):
         np.testing.assert_allclose(dequantize(q), expected, rtol=1e-6)
@@ -311,8 +312,8 @@ def test_batches_decode_as_their_parts(axis, group_size):
 
 @pytest.mark.parametrize("decode", [dequantize, jax.jit(dequantize), jnp.sin])
 def test_a_batch_whose_axes_are_counted_from_the_front_is_refused_not_decoded_wrong(decode):
-    q = quantize(jnp.ones((8, 6)), 8, axis=1, group_size=4)
-    q = dataclasses.replace(q, granularity=Granularity(1, 4))
+    q = quantize(jnp.ones((8, 6)), Grid(8, axis=1, group_size=4))
+    q = dataclasses.replace(q, grid=Grid(8, axis=1, group_size=4))
     np.testing.assert_array_equal(dequantize(q), np.ones((8, 6)))
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), q)
     message = r"shape \(2, 8, 6\) .* of shape \(2, 8, 2\), got \(2, 2, 6\)"
@@ -357,8 +358,8 @@ def test_two_bit_integers_need_a_jax_that_computes_with_them(monkeypatch):
 
 
 def good() -> QuantizedArray:
-    return quantize(jnp.asarray(np.linspace(-1, 2, 12).reshape(3, 4), jnp.float32), 4, axis=0,
-                    zero_point=True)  # fmt: skip
+    w = jnp.asarray(np.linspace(-1, 2, 12).reshape(3, 4), jnp.float32)
+    return quantize(w, Grid(4, axis=0, zero_point=True))
 
 
 @pytest.mark.parametrize(
@@ -374,10 +375,14 @@ def good() -> QuantizedArray:
         ({"zero": jnp.zeros((3, 1), jnp.float32)}, "zero of dtype int8"),
         ({"zero": jnp.zeros((3, 4), jnp.int8)}, r"zero .*\(3, 1\)"),
         ({"zero": jnp.full((3, 1), 8, jnp.int8)}, r"zeros in \[-8, 7\]"),
-        ({"bits": 1}, "zero_point needs"),
-        ({"bits": 7}, "bits must be one of"),
-        ({"scale_dtype": "float64"}, "scale_dtype must be one of"),
-        ({"granularity": Granularity(5)}, "axis must be in"),
+        ({"grid": Grid(1, axis=0)}, "a zero if and only if it has a zero point"),
+        ({"grid": Grid(None, axis=0, zero_point=True)}, "a grid with bits"),
+        (
+            {"grid": Grid(4, axis=0, zero_point=True, scale_dtype="bfloat16")},
+            "scale of dtype bfloat16",
+        ),
+        ({"zero": None}, "a zero if and only if"),
+        ({"grid": Grid(4, axis=5, zero_point=True)}, "axis must be in"),
     ],
 )
 def test_each_part_that_does_not_fit_is_named(change, message):
@@ -398,6 +403,6 @@ def test_num_bytes_is_what_a_file_holds_of_the_array(bits, scale_dtype, zero_poi
     if bits == 1 and zero_point:
         return
     w = jnp.asarray(np.random.default_rng(0).normal(size=(6, 35)), jnp.float32)
-    options = {"axis": 0, "group_size": 7, "scale_dtype": scale_dtype, "zero_point": zero_point}
-    q = quantize(w, bits, threshold=max_abs, **options)
+    grid = Grid(bits, axis=0, group_size=7, scale_dtype=scale_dtype, zero_point=zero_point)
+    q = quantize(w, grid, threshold=max_abs)
     assert q.num_bytes == plan_file(q).data_bytes

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclip import dequantize, max_abs, quantize
+from jaxclip import Grid, dequantize, max_abs, quantize
 from jaxclip.lowbit import distortion
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
@@ -18,7 +18,7 @@ def weights(*shape: int) -> np.ndarray:
 @DTYPES
 def test_squared_error_and_norm_are_those_of_float64(dtype):
     w = jnp.asarray(weights(7, 12)).astype(dtype)
-    q = quantize(w, 3, threshold=max_abs, axis=0)
+    q = quantize(w, Grid(3, axis=0), threshold=max_abs)
     exact, rounded = (np.asarray(x).astype(np.float64) for x in (w, dequantize(q)))
     assert distortion.squared_error(w, q) == pytest.approx(
         np.sum((exact - rounded) ** 2), rel=1e-12
@@ -48,10 +48,12 @@ def test_arrays_without_entries_lose_nothing():
 
 
 @pytest.mark.parametrize("bits", [1, "ternary", 2, 4])
-@pytest.mark.parametrize("options", [{}, {"axis": 1}, {"axis": 0, "group_size": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"axis": None}, {"axis": 1}, {"axis": 0, "group_size": 5}], ids=str
+)
 def test_clipped_entries_are_those_beyond_the_ends_of_their_blocks_levels(bits, options):
     w = weights(6, 12)
-    q = quantize(w, bits, threshold=0.9, **options)
+    q = quantize(w, Grid(bits, **options), threshold=0.9)
     low, high = {1: (-1, 1), "ternary": (-1, 1), 2: (-2, 1), 4: (-8, 7)}[bits]
     scale = np.asarray(q.scale)
     if "group_size" in options:
@@ -64,14 +66,14 @@ def test_clipped_entries_are_those_beyond_the_ends_of_their_blocks_levels(bits, 
 
 def test_with_a_zero_point_the_ends_are_uneven():
     w = np.linspace(-1, 3, 17, dtype=np.float32)
-    q = quantize(w, 4, threshold=2.0, zero_point=True)  # reaches from -1 to 2
+    q = quantize(w, Grid(4, axis=None, zero_point=True), threshold=2.0)  # reaches from -1 to 2
     assert distortion.clipped_share(w, q) == pytest.approx(np.mean(w > 2.1), abs=1e-9)
 
 
 @pytest.mark.parametrize("bits", ["ternary", 3, 8])
 def test_max_abs_clips_nothing(bits):
     w = weights(40, 9)
-    assert distortion.clipped_share(w, quantize(w, bits, threshold=max_abs, axis=0)) == 0.0
+    assert distortion.clipped_share(w, quantize(w, Grid(bits, axis=0), threshold=max_abs)) == 0.0
 
 
 @DTYPES
@@ -87,7 +89,7 @@ def test_max_abs_clips_nothing(bits):
 )
 def test_rows_decode_to_the_bits_of_dequantize_in_pieces_too(dtype, options, monkeypatch):
     w = jnp.asarray(weights(5, 12)).astype(dtype)
-    q = quantize(w, 3, threshold=0.9, **options)
+    q = quantize(w, Grid(3, **options), threshold=0.9)
     wanted = np.asarray(dequantize(q))
     for piece in (2**17, 20, 1):
         monkeypatch.setattr(distortion, "_PIECE", piece)
@@ -104,7 +106,7 @@ def test_levels_beyond_the_dtype_decode_to_its_largest_number():
 
 def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
     w = weights(6, 8)
-    q = quantize(w, 2, threshold=0.8, axis=0)
+    q = quantize(w, Grid(2, axis=0), threshold=0.8)
     rows = [slice(0, 2), slice(2, 6)]
     parts = [distortion.loss_of(w[r], jax.tree.map(lambda x, r=r: x[r], q)) for r in rows]
     whole, added = distortion.loss_of(w, q), parts[0] + parts[1]

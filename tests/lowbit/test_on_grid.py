@@ -246,7 +246,7 @@ def test_keep_on_grid_names_what_is_wrong():
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16", "log8"])
 def test_rebuilt_from_its_own_parts_a_tree_is_itself(scale_dtype):
     params, _ = params_and_goal()
-    small = jaxclip.compress(params, 2, scale_dtype=scale_dtype)
+    small = jaxclip.compress(params, jaxclip.Grid(2, scale_dtype=scale_dtype))
     parts, rebuild = trainable_parts(small)
     again = rebuild(parts)
     assert jax.tree.structure(again) == jax.tree.structure(small)
@@ -284,7 +284,9 @@ def test_training_the_factors_finds_the_scales_of_least_squares():
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "log8"])
 def test_what_is_rebuilt_is_valid_and_of_the_same_size_on_disk(scale_dtype, zero_point, tmp_path):
     params, _ = params_and_goal()
-    small = jaxclip.compress(params, 2, scale_dtype=scale_dtype, zero_point=zero_point)
+    small = jaxclip.compress(
+        params, jaxclip.Grid(2, zero_point=zero_point, scale_dtype=scale_dtype)
+    )
     parts, rebuild = trainable_parts(small)
     moved = jax.tree.map(lambda x: x * jnp.linspace(-1.5, 2.0, x.size).reshape(x.shape), parts)
     new = jax.jit(rebuild)(moved)
@@ -298,7 +300,7 @@ def test_what_is_rebuilt_is_valid_and_of_the_same_size_on_disk(scale_dtype, zero
 @pytest.mark.parametrize("scale_dtype", ["float32", "log8"])
 def test_the_derivative_is_that_of_the_weights_in_their_scales(scale_dtype):
     params, _ = params_and_goal()
-    small = jaxclip.compress(params, 4, scale_dtype=scale_dtype)
+    small = jaxclip.compress(params, jaxclip.Grid(4, scale_dtype=scale_dtype))
     parts, rebuild = trainable_parts(small)
     grads = jax.grad(lambda p: jnp.sum(jnp.sin(jaxclip.decompress(rebuild(p))["kernel"])))(parts)
     w = np.asarray(jaxclip.decompress(small)["kernel"], np.float64)
@@ -353,10 +355,10 @@ def refitted(row, low, high, num_refits, step):
 
 @pytest.mark.parametrize("num_refits", [0, 1, 3])
 @pytest.mark.parametrize(
-    ("bits", "full_signed", "step"),
-    [("ternary", True, 1.224), (2, True, 1.048), (4, True, 0.339), (4, False, 0.353)],
+    ("bits", "levels", "step"),
+    [("ternary", "full", 1.224), (2, "full", 1.048), (4, "full", 0.339), (4, "narrow", 0.353)],
 )
-def test_least_squares_is_lloyds_alternation_in_float64(bits, full_signed, step, num_refits):
+def test_least_squares_is_lloyds_alternation_in_float64(bits, levels, step, num_refits):
     rng = np.random.default_rng(1)
     w = rng.normal(size=(9, 50)).astype(np.float32) * np.float32(2.0) ** rng.integers(
         -60, 60, (9, 1)
@@ -366,21 +368,21 @@ def test_least_squares_is_lloyds_alternation_in_float64(bits, full_signed, step,
     w[1:3, 7] = 100 * np.abs(
         w[1:3, 7]
     )  # rows for which the scale of the largest weight is the better start
-    rule = least_squares(bits, axis=0, num_refits=num_refits, full_signed=full_signed)
+    rule = least_squares(bits, axis=0, num_refits=num_refits, levels=levels)
     got = np.asarray(rule(jnp.asarray(w)))[:, 0]
-    expected = [refitted(row, *code_range(bits, full_signed), num_refits, step) for row in w]
+    expected = [refitted(row, *code_range(bits, levels), num_refits, step) for row in w]
     np.testing.assert_allclose(got, expected, rtol=3e-5)
 
 
 @every_width
-@pytest.mark.parametrize("full_signed", [True, False])
-def test_without_a_refit_the_scale_is_the_best_for_a_normal_distribution(bits, full_signed):
+@pytest.mark.parametrize("levels", ["full", "narrow"])
+def test_without_a_refit_the_scale_is_the_best_for_a_normal_distribution(bits, levels):
     from scipy.optimize import minimize_scalar
     from scipy.stats import norm
 
     x = norm.ppf((np.arange(50_000) + 0.5) / 50_000).astype(np.float32)
-    low, high = code_range(bits, full_signed)
-    ours = float(least_squares(bits, num_refits=0, full_signed=full_signed)(jnp.asarray(x))[0])
+    low, high = code_range(bits, levels)
+    ours = float(least_squares(bits, num_refits=0, levels=levels)(jnp.asarray(x))[0])
 
     def error(t):
         return sum(
@@ -396,8 +398,8 @@ def test_without_a_refit_the_scale_is_the_best_for_a_normal_distribution(bits, f
 
 
 @every_width
-@pytest.mark.parametrize("full_signed", [True, False])
-def test_the_error_is_never_above_that_of_the_largest_weight(bits, full_signed):
+@pytest.mark.parametrize("levels", ["full", "narrow"])
+def test_the_error_is_never_above_that_of_the_largest_weight(bits, levels):
     rng = np.random.default_rng(3)
     rows = [rng.standard_t(df, (20, 64)) for df in (1, 3)]
     rows += [rng.normal(size=(20, 64)), rng.normal(size=(20, 64)), np.eye(20, 64)]
@@ -405,7 +407,11 @@ def test_the_error_is_never_above_that_of_the_largest_weight(bits, full_signed):
     w = jnp.asarray(np.concatenate(rows).astype(np.float32))
 
     def errors(rule):
-        q = jaxclip.quantize(w, bits, threshold=rule(), axis=0, full_signed=full_signed)
+        q = jaxclip.quantize(
+            w,
+            jaxclip.Grid(bits, levels=levels, axis=0),
+            threshold=rule(),
+        )
         return np.square(np.asarray(jaxclip.dequantize(q)) - np.asarray(w)).sum(axis=1)
 
     for num_refits in (1, 2):
@@ -419,7 +425,7 @@ def test_a_refit_never_raises_the_error(bits):
 
     def error(num_refits):
         rule = functools.partial(least_squares, num_refits=num_refits)
-        q = jaxclip.quantize(w, bits, threshold=rule(), axis=1, full_signed=False)
+        q = jaxclip.quantize(w, jaxclip.Grid(bits, levels="narrow", axis=1), threshold=rule())
         return np.square(np.asarray(jaxclip.dequantize(q)) - np.asarray(w)).sum(axis=0)
 
     for n in range(3):

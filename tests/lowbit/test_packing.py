@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxclip._core.grids import code_range
+from jaxclip._core.grids import Grid, code_range
 from jaxclip.lowbit import packing
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.packing import num_packed_bytes, pack_codes, unpack_codes
 from jaxclip.lowbit.quantizer import quantize
 
 ALL_BITS = [1, "ternary", 2, 3, 4, 5, 6, 8]
-GRIDS = [(b, True) for b in ALL_BITS] + [(b, False) for b in (2, 3, 4, 5, 6, 8)]
-every_grid = pytest.mark.parametrize(("bits", "full_signed"), GRIDS)
+GRIDS = [(b, "full") for b in ALL_BITS] + [(b, "narrow") for b in (2, 3, 4, 5, 6, 8)]
+every_grid = pytest.mark.parametrize(("bits", "levels"), GRIDS)
 
 
-def packed_by_hand(codes, bits, full_signed):
+def packed_by_hand(codes, bits, levels):
     """The documented layout in plain Python integers."""
-    low, _ = code_range(bits, full_signed)
+    low, _ = code_range(bits, levels)
     digits = [(c + 1) // 2 if bits == 1 else c - low for c in map(int, codes)]
     if bits == "ternary":
         rows = [digits[i : i + 5] for i in range(0, len(digits), 5)]
@@ -29,8 +29,8 @@ def packed_by_hand(codes, bits, full_signed):
     return list(stream.to_bytes(-(-len(digits) * bits // 8), "little"))
 
 
-def draw_codes(data, bits, full_signed, size):
-    low, high = code_range(bits, full_signed)
+def draw_codes(data, bits, levels, size):
+    low, high = code_range(bits, levels)
     values = [-1, 1] if bits == 1 else range(low, high + 1)
     return np.asarray(
         data.draw(st.lists(st.sampled_from(values), min_size=size, max_size=size)), np.int8
@@ -39,50 +39,50 @@ def draw_codes(data, bits, full_signed, size):
 
 @every_grid
 @given(data=st.data())
-def test_packing_is_the_documented_layout_and_unpacking_its_exact_inverse(bits, full_signed, data):
-    codes = draw_codes(data, bits, full_signed, data.draw(st.integers(0, 23)))
-    packed = pack_codes(codes, bits, full_signed=full_signed)
+def test_packing_is_the_documented_layout_and_unpacking_its_exact_inverse(bits, levels, data):
+    codes = draw_codes(data, bits, levels, data.draw(st.integers(0, 23)))
+    packed = pack_codes(codes, bits, levels=levels)
     assert isinstance(packed, np.ndarray)
     assert packed.dtype == np.uint8
-    assert packed.tolist() == packed_by_hand(codes, bits, full_signed)
+    assert packed.tolist() == packed_by_hand(codes, bits, levels)
     assert packed.size == num_packed_bytes(codes.size, bits)
-    back = unpack_codes(packed, bits, codes.size, full_signed=full_signed)
+    back = unpack_codes(packed, bits, codes.size, levels=levels)
     assert back.dtype == np.int8
     assert np.array_equal(back, codes)
 
 
-def random_codes(bits, full_signed, size):
-    low, high = code_range(bits, full_signed)
+def random_codes(bits, levels, size):
+    low, high = code_range(bits, levels)
     codes = np.random.default_rng(size).integers(low, high + 1, size).astype(np.int8)
     return np.where(codes == 0, 1, codes).astype(np.int8) if bits == 1 else codes
 
 
 @every_grid
-def test_numpy_and_jit_pack_the_same_bytes_and_unpack_the_same_codes(bits, full_signed):
+def test_numpy_and_jit_pack_the_same_bytes_and_unpack_the_same_codes(bits, levels):
     # Odd: the last byte, the last word and the last group of eight are all cut short.
-    codes = random_codes(bits, full_signed, 43)
-    packed = pack_codes(codes, bits, full_signed=full_signed)
-    assert packed.tolist() == packed_by_hand(codes, bits, full_signed)
-    from_jit = jax.jit(lambda c: pack_codes(c, bits, full_signed=full_signed))(codes)
+    codes = random_codes(bits, levels, 43)
+    packed = pack_codes(codes, bits, levels=levels)
+    assert packed.tolist() == packed_by_hand(codes, bits, levels)
+    from_jit = jax.jit(lambda c: pack_codes(c, bits, levels=levels))(codes)
     assert from_jit.dtype == jnp.uint8
     assert np.array_equal(from_jit, packed)
-    back = jax.jit(lambda p: unpack_codes(p, bits, 43, full_signed=full_signed))(packed)
+    back = jax.jit(lambda p: unpack_codes(p, bits, 43, levels=levels))(packed)
     assert back.dtype == jnp.int8
     assert np.array_equal(back, codes)
 
 
 @every_grid
-def test_long_arrays_are_packed_in_pieces_without_a_seam(bits, full_signed, monkeypatch):
+def test_long_arrays_are_packed_in_pieces_without_a_seam(bits, levels, monkeypatch):
     monkeypatch.setattr(packing, "_PIECE", 40)
-    codes = random_codes(bits, full_signed, 131)
-    packed = pack_codes(codes, bits, full_signed=full_signed)
-    assert packed.tolist() == packed_by_hand(codes, bits, full_signed)
-    assert np.array_equal(unpack_codes(packed, bits, 131, full_signed=full_signed), codes)
+    codes = random_codes(bits, levels, 131)
+    packed = pack_codes(codes, bits, levels=levels)
+    assert packed.tolist() == packed_by_hand(codes, bits, levels)
+    assert np.array_equal(unpack_codes(packed, bits, 131, levels=levels), codes)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
 def test_wider_integers_and_views_that_are_not_contiguous_are_packed_alike(dtype):
-    codes = random_codes(5, True, 60)
+    codes = random_codes(5, "full", 60)
     expected = pack_codes(codes, 5)
     assert np.array_equal(pack_codes(codes.astype(dtype), 5), expected)
     assert np.array_equal(pack_codes(np.repeat(codes, 2)[::2], 5), expected)
@@ -91,7 +91,7 @@ def test_wider_integers_and_views_that_are_not_contiguous_are_packed_alike(dtype
 
 
 def test_codes_of_four_bit_integers_are_packed_as_those_of_int8():
-    codes = random_codes(4, True, 9)
+    codes = random_codes(4, "full", 9)
     packed = jax.jit(lambda c: pack_codes(c, 4))(jnp.asarray(codes).astype(jnp.int4))
     assert np.array_equal(packed, pack_codes(codes, 4))
 
@@ -120,12 +120,12 @@ def test_a_packed_array_of_the_wrong_length_is_refused(length):
         unpack_codes(np.zeros(length, np.uint8), 4, 4)
 
 
-@pytest.mark.parametrize(("bits", "full_signed"), [(1, True), ("ternary", True), (3, True)])
-def test_codes_survive_quantize_pack_unpack_bit_for_bit(bits, full_signed):
+@pytest.mark.parametrize(("bits", "levels"), [(1, "full"), ("ternary", "full"), (3, "full")])
+def test_codes_survive_quantize_pack_unpack_bit_for_bit(bits, levels):
     x = np.random.default_rng(10).normal(size=(5, 7)).astype(np.float32)
-    q = quantize(jnp.asarray(x), bits, axis=1, full_signed=full_signed)
-    packed = pack_codes(np.asarray(q.qvalue), bits, full_signed=full_signed)
-    codes = unpack_codes(packed, bits, 35, full_signed=full_signed).reshape(5, 7)
+    q = quantize(jnp.asarray(x), Grid(bits, levels=levels, axis=1))
+    packed = pack_codes(np.asarray(q.qvalue), bits, levels=levels)
+    codes = unpack_codes(packed, bits, 35, levels=levels).reshape(5, 7)
     assert np.array_equal(codes, q.qvalue)
-    rebuilt = QuantizedArray(jnp.asarray(codes), q.scale, bits, full_signed, q.granularity, q.dtype)
+    rebuilt = QuantizedArray(jnp.asarray(codes), q.scale, q.grid, q.dtype)
     assert np.array_equal(np.asarray(dequantize(rebuilt)), np.asarray(dequantize(q)))

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxclip
-from jaxclip._core.grids import code_range
+from jaxclip._core.grids import Grid, code_range
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.quantizer import quantize
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 ALL_BITS = [1, "ternary", 2, 3, 4, 5, 6, 8]
-GRIDS = [(b, True) for b in ALL_BITS] + [(b, False) for b in (2, 3, 4, 5, 6, 8)]
+GRIDS = [(b, "full") for b in ALL_BITS] + [(b, "narrow") for b in (2, 3, 4, 5, 6, 8)]
 TINY = 2.0**-126
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-every_grid = pytest.mark.parametrize(("bits", "full_signed"), GRIDS)
+every_grid = pytest.mark.parametrize(("bits", "levels"), GRIDS)
 # One grid of each kind, for what compiles anew for each.
 each_kind_of_grid = pytest.mark.parametrize(
-    ("bits", "full_signed"), [(1, True), ("ternary", True), (2, True), (4, False), (8, True)]
+    ("bits", "levels"), [(1, "full"), ("ternary", "full"), (2, "full"), (4, "narrow"), (8, "full")]
 )
 every_rule = pytest.mark.parametrize("rule", [jaxclip.mse_optimal, jaxclip.max_abs])
 
@@ -54,10 +54,14 @@ def exact(q: QuantizedArray) -> np.ndarray:
 @settings(max_examples=25)
 @given(x=weights_of_any_size(np.float32), power=st.integers(-110, 110))
 def test_the_error_is_half_a_step_inside_the_threshold_and_the_excess_outside(
-    bits, full_signed, x, power
+    bits, levels, x, power
 ):
     threshold = float(np.float32(0.7 * 2.0**power))
-    q = quantize(jnp.asarray(x), bits, threshold=threshold, full_signed=full_signed)
+    q = quantize(
+        jnp.asarray(x),
+        Grid(bits, levels=levels, axis=None),
+        threshold=threshold,
+    )
     scale, t = abs(float(q.scale.item())), float(np.asarray(q.threshold).item())
     assert scale > 0
     np.testing.assert_allclose(t, threshold, rtol=1e-6)
@@ -70,7 +74,7 @@ def test_the_error_is_half_a_step_inside_the_threshold_and_the_excess_outside(
         return
     assert np.all(error[inside] <= (scale / 2 + rounding)[inside])
     assert np.all(error[~inside] <= (size - t + rounding + 1e-6 * size)[~inside])
-    low, high = code_range(bits, full_signed)
+    low, high = code_range(bits, levels)
     if low == -high:
         np.testing.assert_allclose(error[~inside], (size - t)[~inside], rtol=1e-5, atol=1e-5 * t)
 
@@ -79,10 +83,14 @@ def test_the_error_is_half_a_step_inside_the_threshold_and_the_excess_outside(
 @every_rule
 @settings(max_examples=15)
 @given(x=weights_of_any_size(np.float32))
-def test_finite_weights_have_finite_nonzero_scales_and_codes_in_range(bits, full_signed, rule, x):
-    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=full_signed)
+def test_finite_weights_have_finite_nonzero_scales_and_codes_in_range(bits, levels, rule, x):
+    q = quantize(
+        jnp.asarray(x),
+        Grid(bits, levels=levels, axis=0),
+        threshold=rule,
+    )
     scale, codes = np.asarray(q.scale), np.asarray(q.qvalue)
-    low, high = code_range(bits, full_signed)
+    low, high = code_range(bits, levels)
     assert q.scale.dtype == jnp.float32
     assert q.qvalue.dtype == jnp.int8
     assert np.all(np.isfinite(scale))
@@ -96,24 +104,32 @@ def test_finite_weights_have_finite_nonzero_scales_and_codes_in_range(bits, full
 @every_dtype
 @every_rule
 @pytest.mark.parametrize(
-    ("bits", "full_signed"), [(1, True), ("ternary", True), (4, False), (8, True)]
+    ("bits", "levels"), [(1, "full"), ("ternary", "full"), (4, "narrow"), (8, "full")]
 )
 @settings(max_examples=15)
 @given(data=st.data())
-def test_finite_weights_decode_to_finite_weights(bits, full_signed, rule, dtype, data):
+def test_finite_weights_decode_to_finite_weights(bits, levels, rule, dtype, data):
     x = data.draw(weights_of_any_size(dtype))
-    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=full_signed)
+    q = quantize(
+        jnp.asarray(x),
+        Grid(bits, levels=levels, axis=0),
+        threshold=rule,
+    )
     decoded = dequantize(q)
     assert decoded.dtype == dtype
     assert np.all(np.isfinite(np.asarray(decoded, np.float64)))
 
 
 @every_dtype
-@pytest.mark.parametrize(("bits", "full_signed"), [(2, True), (4, False)])
+@pytest.mark.parametrize(("bits", "levels"), [(2, "full"), (4, "narrow")])
 @given(data=st.data())
-def test_max_abs_clips_nothing_so_every_error_is_half_a_step(bits, full_signed, dtype, data):
+def test_max_abs_clips_nothing_so_every_error_is_half_a_step(bits, levels, dtype, data):
     x = data.draw(weights_of_any_size(dtype))
-    q = quantize(jnp.asarray(x), bits, threshold=jaxclip.max_abs, axis=0, full_signed=full_signed)
+    q = quantize(
+        jnp.asarray(x),
+        Grid(bits, levels=levels, axis=0),
+        threshold=jaxclip.max_abs,
+    )
     error = np.abs(x.astype(np.float64) - exact(q))
     half = np.abs(np.asarray(q.scale, np.float64)) / 2
     assert np.all(error <= half * (1 + 1e-4) + TINY)
@@ -122,7 +138,7 @@ def test_max_abs_clips_nothing_so_every_error_is_half_a_step(bits, full_signed, 
 @every_dtype
 def test_dequantizing_multiplies_in_float32_and_casts_once(dtype):
     x = np.random.default_rng(0).normal(size=(5, 33)).astype(dtype)
-    q = quantize(jnp.asarray(x), 4, axis=0)
+    q = quantize(jnp.asarray(x), Grid(4, axis=0))
     expected = (np.asarray(q.scale) * np.asarray(q.qvalue, np.float32)).astype(dtype)
     for f in (dequantize, jax.jit(dequantize)):
         got = f(q)
@@ -146,8 +162,12 @@ def test_float64_weights_come_back_as_float64():
 
 @each_kind_of_grid
 @every_rule
-def test_rows_of_zeros_keep_a_positive_scale_and_decode_to_zero(bits, full_signed, rule):
-    q = quantize(jnp.zeros((2, 5)), bits, threshold=rule, axis=0, full_signed=full_signed)
+def test_rows_of_zeros_keep_a_positive_scale_and_decode_to_zero(bits, levels, rule):
+    q = quantize(
+        jnp.zeros((2, 5)),
+        Grid(bits, levels=levels, axis=0),
+        threshold=rule,
+    )
     assert np.all(np.abs(np.asarray(q.scale)) >= TINY)
     # One bit has no zero: the smallest normal number stands for it.
     assert np.all(np.abs(np.asarray(dequantize(q))) <= (TINY if bits == 1 else 0))
@@ -155,9 +175,13 @@ def test_rows_of_zeros_keep_a_positive_scale_and_decode_to_zero(bits, full_signe
 
 @each_kind_of_grid
 @every_rule
-def test_constant_rows_are_stored_to_rounding_from_1e_minus_37_to_1e37(bits, full_signed, rule):
+def test_constant_rows_are_stored_to_rounding_from_1e_minus_37_to_1e37(bits, levels, rule):
     x = np.outer([0.3, -7.0, 1e-30, 1e30, 1e-37 * 127, 1e37], np.ones(6)).astype(np.float32)
-    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=full_signed)
+    q = quantize(
+        jnp.asarray(x),
+        Grid(bits, levels=levels, axis=0),
+        threshold=rule,
+    )
     np.testing.assert_allclose(np.asarray(dequantize(q)), x, rtol=1e-6)
 
 
@@ -177,19 +201,23 @@ def test_the_largest_numbers_of_a_dtype_are_stored_and_decode_to_finite_numbers(
     x = np.outer([1.0, -1.0, 1.0], np.ones(6)) * largest
     x[2] = np.asarray([1, 0.3, 0.29, -0.3, 0.28, 0.31]) * largest
     x = x.astype(dtype)
-    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=False)
+    q = quantize(jnp.asarray(x), Grid(bits, levels="narrow", axis=0), threshold=rule)
     assert np.all(np.isfinite(np.asarray(q.scale)))
     decoded = np.asarray(dequantize(q)).astype(np.float64)
     assert np.all(np.isfinite(decoded))
     np.testing.assert_allclose(decoded[:2], x[:2].astype(np.float64), rtol=1e-2)
 
 
-@pytest.mark.parametrize(("bits", "full_signed"), [(1, True), ("ternary", True), (4, True)])
+@pytest.mark.parametrize(("bits", "levels"), [(1, "full"), ("ternary", "full"), (4, "full")])
 @every_rule
-def test_one_outlier_a_million_times_larger_keeps_the_error_of_max_abs(bits, full_signed, rule):
+def test_one_outlier_a_million_times_larger_keeps_the_error_of_max_abs(bits, levels, rule):
     x = np.random.default_rng(2).uniform(-1, 1, (2, 64)).astype(np.float32)
     x[0, 3], x[1, 9] = 1e6, -1e6
-    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0, full_signed=full_signed)
+    q = quantize(
+        jnp.asarray(x),
+        Grid(bits, levels=levels, axis=0),
+        threshold=rule,
+    )
     assert np.all(np.isfinite(np.asarray(q.scale)))
     error = np.sum((x.astype(np.float64) - exact(q)) ** 2, axis=1)
     if bits == 1:
@@ -205,7 +233,7 @@ def test_one_outlier_a_million_times_larger_keeps_the_error_of_max_abs(bits, ful
 @pytest.mark.parametrize("bits", [1, "ternary", 2, 8])
 def test_subnormal_rows_divide_by_no_zero(bits, rule, dtype):
     x = np.asarray([[1e-44, -1e-42, 0, 9e-39], [1.3e-38, 1e-40, -2e-38, 0]]).astype(dtype)
-    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=0)
+    q = quantize(jnp.asarray(x), Grid(bits, axis=0), threshold=rule)
     assert np.all(np.isfinite(np.asarray(q.scale)))
     assert np.all(np.abs(np.asarray(q.scale)) >= TINY)
     error = np.abs(x.astype(np.float64) - exact(q))
@@ -223,7 +251,7 @@ def test_float16_subnormals_are_not_lost(bits):
 @pytest.mark.parametrize("group_size", [None, 2])
 def test_arrays_without_entries_go_through(shape, group_size):
     for bits in (1, "ternary", 4):
-        q = quantize(jnp.zeros(shape), bits, group_size=group_size)
+        q = quantize(jnp.zeros(shape), Grid(bits, axis=None, group_size=group_size))
         assert dequantize(q).shape == shape
 
 
@@ -252,7 +280,7 @@ def test_scales_have_one_entry_a_block_and_blocks_are_independent(
 ):
     x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
     rule = jaxclip.mse_optimal
-    q = quantize(jnp.asarray(x), bits, threshold=rule, axis=axis, group_size=group_size)
+    q = quantize(jnp.asarray(x), Grid(bits, axis=axis, group_size=group_size), threshold=rule)
     assert q.scale.shape == scales
     assert q.shape == q.qvalue.shape == shape
     assert np.all(np.isfinite(np.asarray(dequantize(q))))
@@ -260,7 +288,7 @@ def test_scales_have_one_entry_a_block_and_blocks_are_independent(
         louder = x.copy()
         louder[(0,) * len(shape)] *= 100
         other = quantize(
-            jnp.asarray(louder), bits, threshold=rule, axis=axis, group_size=group_size
+            jnp.asarray(louder), Grid(bits, axis=axis, group_size=group_size), threshold=rule
         )
         changed = np.asarray(q.scale) != np.asarray(other.scale)
         assert changed.sum() <= 1
@@ -269,7 +297,7 @@ def test_scales_have_one_entry_a_block_and_blocks_are_independent(
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_groups_are_quantized_as_they_would_be_alone(bits):
     x = np.random.default_rng(4).normal(size=(2, 8)).astype(np.float32)
-    grouped = quantize(jnp.asarray(x), bits, threshold=jaxclip.max_abs, axis=0, group_size=4)
+    grouped = quantize(jnp.asarray(x), Grid(bits, axis=0, group_size=4), threshold=jaxclip.max_abs)
     for row in range(2):
         for g in range(2):
             part = x[row, 4 * g : 4 * g + 4]
@@ -282,20 +310,20 @@ def test_thresholds_given_for_each_block_are_taken():
     x = np.random.default_rng(5).normal(size=(3, 8)).astype(np.float32)
     given_ = np.asarray([[0.5], [1.0], [2.0]], np.float32)
     for t in (given_, jnp.asarray(given_)):
-        q = quantize(jnp.asarray(x), 4, threshold=t, axis=0)
+        q = quantize(jnp.asarray(x), Grid(4, axis=0), threshold=t)
         np.testing.assert_allclose(q.threshold, given_, rtol=1e-6)
     rule = jaxclip.max_abs(axis=1)  # rebound to the call's own granularity
-    assert quantize(jnp.asarray(x), 4, threshold=rule, axis=0).scale.shape == (3, 1)
+    assert quantize(jnp.asarray(x), Grid(4, axis=0), threshold=rule).scale.shape == (3, 1)
 
 
 # --- Determinism, jit, the pytree ------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "full_signed"), [(1, True), (4, False)])
-def test_encoding_is_deterministic_and_the_same_under_jit(bits, full_signed):
+@pytest.mark.parametrize(("bits", "levels"), [(1, "full"), (4, "narrow")])
+def test_encoding_is_deterministic_and_the_same_under_jit(bits, levels):
     x = jnp.asarray(np.random.default_rng(6).normal(size=(4, 32)).astype(np.float32))
     rule = jaxclip.mse_optimal
-    encode = lambda x: quantize(x, bits, threshold=rule, axis=0, full_signed=full_signed)  # noqa: E731
+    encode = lambda x: quantize(x, Grid(bits, levels=levels, axis=0), threshold=rule)  # noqa: E731
     one, two, jitted = encode(x), encode(x), jax.jit(encode)(x)
     assert np.array_equal(one.qvalue, two.qvalue)
     assert np.array_equal(one.scale, two.scale)
@@ -304,21 +332,29 @@ def test_encoding_is_deterministic_and_the_same_under_jit(bits, full_signed):
 
 
 @every_grid
-def test_quantizing_what_was_decoded_gives_the_same_codes(bits, full_signed):
+def test_quantizing_what_was_decoded_gives_the_same_codes(bits, levels):
     x = np.random.default_rng(7).normal(size=(4, 32)).astype(np.float32)
-    q = quantize(jnp.asarray(x), bits, threshold=jaxclip.max_abs, full_signed=full_signed)
-    again = quantize(dequantize(q), bits, threshold=q.threshold, full_signed=full_signed)
+    q = quantize(
+        jnp.asarray(x),
+        Grid(bits, levels=levels, axis=None),
+        threshold=jaxclip.max_abs,
+    )
+    again = quantize(
+        dequantize(q),
+        Grid(bits, levels=levels, axis=None),
+        threshold=q.threshold,
+    )
     np.testing.assert_allclose(dequantize(again), dequantize(q), rtol=1e-6)
 
 
 def test_a_quantized_array_is_a_pytree_of_codes_and_scales():
     x = jnp.asarray(np.random.default_rng(8).normal(size=(6, 10)).astype(np.float16))
-    q = quantize(x, 3, axis=1)
+    q = quantize(x, Grid(3, axis=1))
     leaves, treedef = jax.tree.flatten(q)
     assert [leaf.dtype for leaf in leaves] == [jnp.int8, jnp.float32]
     back = jax.tree.unflatten(treedef, leaves)
-    assert (back.bits, back.full_signed, back.granularity, back.dtype) == (
-        3, True, q.granularity, jnp.float16,
+    assert (back.bits, back.grid.levels, back.grid, back.dtype) == (
+        3, True, q.grid, jnp.float16,
     )  # fmt: skip
     through = jax.jit(lambda q: q)(q)
     assert np.array_equal(dequantize(through), dequantize(q))
@@ -347,7 +383,7 @@ def test_the_side_of_a_full_signed_grid_goes_where_it_helps():
 
 def test_rounding_is_half_to_even_and_one_bit_of_zero_is_one():
     x = jnp.asarray([0.5, 1.5, 2.5, -0.5, -1.5, 7.0, 9.0, -9.0])
-    q = quantize(x, 4, threshold=7.0, full_signed=False)
+    q = quantize(x, Grid(4, levels="narrow", axis=None), threshold=7.0)
     assert np.array_equal(q.qvalue, [0, 2, 2, 0, -2, 7, 7, -7])
     one = quantize(jnp.asarray([0.0, -0.0, 2.0, -2.0]), 1, threshold=1.0)
     assert np.array_equal(one.qvalue, [1, 1, 1, -1])
@@ -404,7 +440,7 @@ def test_an_array_that_is_not_real_floating_is_refused_by_name(array):
 @pytest.mark.filterwarnings("error")
 def test_what_is_no_threshold_is_refused_by_name(bad):
     with pytest.raises((TypeError, ValueError), match="threshold"):
-        quantize(jnp.ones((3, 2)), 4, threshold=bad, axis=1)
+        quantize(jnp.ones((3, 2)), Grid(4, axis=1), threshold=bad)
 
 
 def test_a_function_that_is_no_rule_is_refused_by_name():
@@ -420,4 +456,4 @@ def test_the_threshold_of_a_box_is_a_rule_for_quantizing_too():
 @pytest.mark.parametrize("axis", [2, -3, (0, 2)])
 def test_an_axis_out_of_range_is_refused(axis):
     with pytest.raises(ValueError, match="axis must be in"):
-        quantize(jnp.ones((3, 2)), 4, axis=axis)
+        quantize(jnp.ones((3, 2)), Grid(4, axis=axis))

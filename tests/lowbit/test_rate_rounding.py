@@ -19,17 +19,17 @@ SHAPES = {
     "huge": 1e30 * RNG.normal(size=(64, 48)),
 }
 GRIDS = {
-    "coded": {"bits": 8, "threshold": jaxclip.thresholds.rate_optimal(2.0)},
-    "coded by row": {"bits": 8, "threshold": jaxclip.thresholds.rate_optimal(1.5), "axis": 0},
-    "4 bits": {"bits": 4, "threshold": jaxclip.mse_optimal, "axis": 1},
-    "groups": {"bits": 3, "threshold": jaxclip.mse_optimal, "axis": 0, "group_size": 20},
+    "coded": (jaxclip.Grid(8, axis=None), jaxclip.thresholds.rate_optimal(2.0)),
+    "coded by row": (jaxclip.Grid(8, axis=0), jaxclip.thresholds.rate_optimal(1.5)),
+    "4 bits": (jaxclip.Grid(4, axis=1), jaxclip.mse_optimal),
+    "groups": (jaxclip.Grid(3, axis=0, group_size=20), jaxclip.mse_optimal),
 }
 
 
 def cost(w, q, price):
     """Squared error and the price of all bits, in float64."""
     scale = np.asarray(q.scale, np.float64)
-    value = np.asarray(jnp.broadcast_to(q.granularity.expand(q.scale, q.shape), q.shape))
+    value = np.asarray(jnp.broadcast_to(q.grid.expand(q.scale, q.shape), q.shape))
     decoded = value.astype(np.float64) * np.asarray(q.qvalue)
     _, counts = np.unique(np.asarray(q.qvalue), return_counts=True)
     bits = -(counts * np.log2(counts / counts.sum())).sum()
@@ -37,11 +37,11 @@ def cost(w, q, price):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("grid", GRIDS)
-def test_the_cost_is_no_larger_and_each_code_is_the_nearest_or_one_nearer_to_0(shape, grid):
+@pytest.mark.parametrize("case", GRIDS)
+def test_the_cost_is_no_larger_and_each_code_is_the_nearest_or_one_nearer_to_0(shape, case):
     w = SHAPES[shape].astype(np.float32)
-    arguments = dict(GRIDS[grid])
-    q = jaxclip.quantize(w, arguments.pop("bits"), **arguments)
+    grid, rule = GRIDS[case]
+    q = jaxclip.quantize(w, grid, threshold=rule)
     for price in (0.12, 0.5):
         found = cheaper_codes(q, w, price=price)
         found.validate()
@@ -108,6 +108,8 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="got one bit"):
         cheaper_codes(jaxclip.quantize(w, 1), w)
     with pytest.raises(ValueError, match=r"small at 'a' must .* got a zero point"):
-        cheaper_codes({"a": jaxclip.quantize(w, 4, zero_point=True)}, {"a": w})
+        cheaper_codes(
+            {"a": jaxclip.quantize(w, jaxclip.Grid(4, axis=None, zero_point=True))}, {"a": w}
+        )
     with pytest.raises(ValueError, match=r"original at 'a' must have shape \(4, 4\), got \(2, 2\)"):
         cheaper_codes({"a": jaxclip.quantize(w, 4)}, {"a": jnp.ones((2, 2))})

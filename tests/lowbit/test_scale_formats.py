@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxclip.lowbit.scale_formats import decode_log8, encode_log8, round_scale, scale_format
+from jaxclip.lowbit.scale_formats import decode_log8, encode_log8, round_scale
 
 FORMATS = ["float32", "float16", "bfloat16", "log8"]
 # smallest and largest magnitude, and the relative error between (for float16 from 2**-14 on).
@@ -96,14 +96,3 @@ def test_scales_that_are_not_of_log8_are_not_encoded():
     for bad in ([1.0, 0.9], [np.nan], [np.inf, 1.0]):
         with pytest.raises(ValueError, match="log8"), np.errstate(invalid="ignore"):
             encode_log8(np.float32(bad))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float16, np.dtype("float16"), np.float16, "float16"])
-def test_dtypes_name_formats(dtype):
-    assert scale_format(dtype) == "float16"
-
-
-@pytest.mark.parametrize("bad", ["log", "int8", jnp.int8, np.float64, None, 8, True], ids=repr)
-def test_what_is_no_format_is_refused_with_the_list(bad):
-    with pytest.raises(ValueError, match=r"scale_dtype must be one of \['float32', 'float16'"):
-        scale_format(bad)

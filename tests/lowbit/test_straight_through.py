@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxclip
-from jaxclip import dequantize, fake_quantize, quantize
+from jaxclip import Grid, dequantize, fake_quantize, quantize
 
 CASES = {
     "one bit": ({"bits": 1, "threshold": 1.0}, [-3, -1, -0.2, 0, 1, 1.1], [0, 1, 1, 1, 1, 0]),
@@ -17,7 +17,7 @@ CASES = {
         [0, 1, 1, 1, 1, 1, 0],
     ),
     "narrow": (
-        {"bits": 2, "threshold": 2.0, "full_signed": False},
+        {"bits": Grid(2, levels="narrow", axis=None), "threshold": 2.0},
         [-2.5, -2, 0, 1, 2, 2.01],
         [0, 1, 1, 1, 1, 0],
     ),
@@ -25,7 +25,7 @@ CASES = {
     "full": ({"bits": 2, "threshold": 1.0}, [-2.1, -2, -1, 0, 1, 1.01], [0, 1, 1, 1, 1, 0]),
     "full, turned": ({"bits": 2, "threshold": 1.0}, [2.1, 2, 1, 0, -1, -1.01], [0, 1, 1, 1, 1, 0]),
     "zero point": (
-        {"bits": 2, "threshold": 3.0, "zero_point": True},
+        {"bits": Grid(2, axis=None, zero_point=True), "threshold": 3.0},
         [-0.0, 0.4, 1, 2.6, 3, 3.1],
         [1, 1, 1, 1, 1, 0],
     ),
@@ -46,13 +46,13 @@ def test_derivatives_are_1_on_the_range_of_the_grid_and_0_outside(name):
 @pytest.mark.parametrize("bits", [1, 4])
 def test_values_are_those_of_quantizing_and_dequantizing(dtype, bits):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)).astype(dtype))
-    options = {"axis": 0, "group_size": 4, "threshold": jaxclip.max_abs}
-    expected = dequantize(quantize(x, bits, **options))
+    grid, rule = Grid(bits, axis=0, group_size=4), jaxclip.max_abs
+    expected = dequantize(quantize(x, grid, threshold=rule))
     assert expected.dtype == dtype
-    got = fake_quantize(x, bits, **options)
+    got = fake_quantize(x, grid, threshold=rule)
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, expected)
-    gradient = jax.jit(jax.grad(lambda x: fake_quantize(x, bits, **options).sum()))(x)
+    gradient = jax.jit(jax.grad(lambda x: fake_quantize(x, grid, threshold=rule).sum()))(x)
     assert gradient.dtype == dtype
     assert np.array_equal(gradient, np.ones_like(gradient))  # max_abs clips nothing
 
@@ -61,8 +61,8 @@ def test_values_are_those_of_quantizing_and_dequantizing(dtype, bits):
 def test_each_block_has_its_own_range(zero_point):
     x = jnp.asarray([[0.5, -0.5, 2.0, 0.1], [50.0, -50.0, 2.0, 0.1]], jnp.float32)
     threshold = np.float32([[1.0], [100.0]])
-    options = {"threshold": threshold, "axis": 0, "full_signed": False, "zero_point": zero_point}
-    gradient = jax.grad(lambda x: fake_quantize(x, 4, **options).sum())(x)
+    grid = Grid(4, axis=0, levels="narrow", zero_point=zero_point)
+    gradient = jax.grad(lambda x: fake_quantize(x, grid, threshold=threshold).sum())(x)
     assert np.asarray(gradient).tolist() == [[1, 1, 0, 1], [1, 1, 1, 1]]
 
 

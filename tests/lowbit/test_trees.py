@@ -1,5 +1,6 @@
 """Which leaves of a tree become low-bit, and what the errors name."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxclip
-from jaxclip import QuantizedArray, checkpoints, compress, decompress
+from jaxclip import Grid, QuantizedArray, checkpoints, compress, decompress
 
 
 def make_params():
@@ -69,17 +70,16 @@ def test_each_leaf_equals_quantizing_it_alone():
         {"axis": 0},
         {"axis": None},
         {"group_size": 4},
-        {"full_signed": False},
+        {"levels": "narrow"},
         {"zero_point": True, "scale_dtype": "log8"},
     ):
-        q = compress(params, 3, **options)["dense"]["kernel"]
-        alone = jaxclip.quantize(params["dense"]["kernel"], 3, **{"axis": -1, **options})
+        q = compress(params, Grid(3, **options))["dense"]["kernel"]
+        alone = jaxclip.quantize(params["dense"]["kernel"], Grid(3, **options))
         assert np.array_equal(q.qvalue, alone.qvalue)
         assert np.array_equal(q.scale, alone.scale)
-        assert q.granularity == alone.granularity
+        assert q.grid == alone.grid
         assert (q.zero is None) == (alone.zero is None)
         assert q.zero is None or np.array_equal(q.zero, alone.zero)
-        assert q.scale_dtype == alone.scale_dtype
 
 
 def test_compressing_twice_gives_the_same_codes():
@@ -153,16 +153,16 @@ def test_a_spec_replaces_the_arguments_that_it_names():
         "group_size": 3,
         "scale_dtype": "float16",
     }
-    policy = [("embed", spec), ("half", {"full_signed": False, "zero_point": True}), ("bias", {})]
+    policy = [("embed", spec), ("half", {"levels": "narrow", "zero_point": True}), ("bias", {})]
     params = make_params()
     small = compress(params, 5, rule=0.5, policy=policy)
-    grid = {k: v for k, v in spec.items() if k not in ("bits", "rule")}
-    alone = jaxclip.quantize(params["embed"]["embedding"], 2, threshold=jaxclip.max_abs, **grid)
+    grid = Grid(**{k: v for k, v in spec.items() if k != "rule"})
+    alone = jaxclip.quantize(params["embed"]["embedding"], grid, threshold=jaxclip.max_abs)
     assert jax.tree.structure(small["embed"]["embedding"]) == jax.tree.structure(alone)
     assert np.array_equal(small["embed"]["embedding"].qvalue, alone.qvalue)
     assert np.array_equal(small["embed"]["embedding"].scale, alone.scale)
     half = small["half"]["kernel"]
-    assert (half.bits, half.full_signed, half.zero is not None) == (5, False, True)
+    assert (half.bits, half.grid.levels, half.zero is not None) == (5, "narrow", True)
     assert small["dense"]["kernel"].threshold.max() == 0.5
     assert small["dense"]["bias"] is params["dense"]["bias"]  # no width is given
 
@@ -170,7 +170,7 @@ def test_a_spec_replaces_the_arguments_that_it_names():
 def test_a_spec_without_a_width_leaves_it_to_the_target():
     policy = [("large", {"scale_dtype": "float16"}), ("easy", {"bits": 3})]
     small = squeeze(uneven_params(), target_bits_per_weight=5.5, policy=policy)
-    assert small["large"].scale_dtype == "float16"
+    assert small["large"].grid.scale_dtype == "float16"
     assert small["large"].bits in WIDTHS
     assert small["easy"].bits == 3
     assert jaxclip.size_report(small).bits_per_weight <= 5.5
@@ -193,7 +193,7 @@ def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"width": 4}, "'width', which is none of"),
+        ({"width": 4}, "'width' is none of"),
         ({"bits": 7}, "bits must be one of"),
         ({"bits": None}, "bits=None"),
         ({"group_size": 0}, "group_size must be"),
@@ -202,7 +202,7 @@ def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
         ({"scale_dtype": "int8"}, "scale_dtype must be one of"),
         ({"rule": "mse"}, "rule must be"),
         ({"zero_point": 1}, "zero_point must be True or False"),
-        ({"bits": 1, "zero_point": True}, "zero_point needs a grid"),
+        ({"bits": 1, "zero_point": True}, "zero_point needs a code for 0"),
         ({"bits": 4, "rule": jaxclip.thresholds.rate_optimal(2.0)}, "rate_optimal needs bits=8"),
         ({"bit_price": -0.1}, "bit_price must be finite and not negative"),
         ({"bit_price": "low"}, "bit_price must be a non-negative number"),
@@ -243,12 +243,18 @@ def error_of(small):
     )
 
 
-def squeeze_file(folder, params=None, **options):
+def squeeze_file(folder, params=None, bits=None, **options):
     """The same by way of a file, which alone has a size in bytes."""
     source, target = folder / "net.safetensors", folder / "small.safetensors"
     jaxclip.checkpoints.save(source, params or uneven_params(), overwrite=True)
     jaxclip.checkpoints.compress_checkpoint(
-        source, target, rule=jaxclip.max_abs, axis=-1, overwrite=True, progress=False, **options
+        source,
+        target,
+        bits or Grid(None),
+        rule=jaxclip.max_abs,
+        overwrite=True,
+        progress=False,
+        **options,
     )
     return jaxclip.checkpoints.load(target)
 
@@ -294,10 +300,11 @@ def test_a_target_of_bytes_holds_for_the_file_and_beats_every_one_width_that_fit
 
 
 def test_leaves_of_a_target_equal_quantizing_them_at_the_chosen_width():
-    options = {"group_size": 8, "scale_dtype": "float16", "axis": 0}
-    small = squeeze(uneven_params(), target_bits_per_weight=6.0, **options)
+    grid = Grid(None, group_size=8, scale_dtype="float16", axis=0)
+    small = squeeze(uneven_params(), grid, target_bits_per_weight=6.0)
     for name, width in widths(small).items():
-        alone = jaxclip.quantize(uneven_params()[name], width, threshold=jaxclip.max_abs, **options)
+        chosen = dataclasses.replace(grid, bits=width)
+        alone = jaxclip.quantize(uneven_params()[name], chosen, threshold=jaxclip.max_abs)
         assert np.array_equal(small[name].qvalue, alone.qvalue)
         assert np.array_equal(small[name].scale, alone.scale)
 
@@ -413,7 +420,7 @@ def test_rows_that_are_hard_stay_finite_in_a_whole_tree():
     rows[1], rows[2, 3], rows[3] = 0.7, 1e6, 1e-42
     for bits in (1, "ternary", 8):
         for rule in (jaxclip.mse_optimal, jaxclip.max_abs):
-            small = compress({"w": jnp.asarray(rows)}, bits, rule=rule, axis=0)
+            small = compress({"w": jnp.asarray(rows)}, Grid(bits, axis=0), rule=rule)
             assert np.all(np.isfinite(np.asarray(small["w"].scale)))
             assert np.all(np.asarray(small["w"].scale) != 0)
             back = np.asarray(decompress(small)["w"])
@@ -448,7 +455,7 @@ def test_fan_in_has_the_thresholds_that_clip_weights_takes(tmp_path):
     small = jaxclip.compress(params, 8, rule=rule)
     checkpoints.save(tmp_path / "net.safetensors", params)
     checkpoints.compress_checkpoint(
-        tmp_path / "net.safetensors", tmp_path / "small.safetensors", 8, rule=rule, axis=-1
+        tmp_path / "net.safetensors", tmp_path / "small.safetensors", Grid(8), rule=rule
     )
     from_file = checkpoints.load(tmp_path / "small.safetensors", like=small)
     for found in (small, from_file):

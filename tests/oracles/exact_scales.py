@@ -5,7 +5,7 @@ import numpy as np
 from jaxclip._core.grids import code_range
 
 
-def exact_optimum(x: np.ndarray, bits, full_signed: bool) -> float:
+def exact_optimum(x: np.ndarray, bits, levels: str) -> float:
     """Least squared error over all scales, by enumeration of the breakpoints.
 
     For codes l the best scale is A / B, A = sum |x| l, B = sum l**2, and it saves A**2 / B.
@@ -15,7 +15,7 @@ def exact_optimum(x: np.ndarray, bits, full_signed: bool) -> float:
     energy = float(np.sum(x * x))
     if bits == 1:
         return energy - float(np.sum(np.abs(x))) ** 2 / x.size
-    low, high = code_range(bits, full_signed)
+    low, high = code_range(bits, levels)
     gain = _best_gain(x, -low, high)
     return energy - (max(gain, _best_gain(-x, -low, high)) if low < -high else gain)
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxclip import checkpoints
-from jaxclip._core.grids import Granularity, code_range
+from jaxclip._core.grids import Grid, code_range
 from jaxclip.lowbit.arrays import QuantizedArray
 
 RECORDED = pathlib.Path(__file__).parents[1] / "peers" / "recorded"
@@ -25,23 +25,23 @@ def codes_of(shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
 def version_1() -> dict:
     """Every width, granularity and kind of node, and plain arrays of some dtypes."""
 
-    def low_bit(bits, shape, axis=None, group_size=None, full_signed=True, dtype=np.float32):
-        low, high = code_range(bits, full_signed)
+    def low_bit(bits, shape, axis=None, group_size=None, levels="full", dtype=np.float32):
+        low, high = code_range(bits, levels)
         codes = codes_of(shape, low, high)
         codes = np.where(codes == 0, 1, codes) if bits == 1 else codes
-        granularity = Granularity(axis, group_size)
-        scale_shape = granularity.scale_shape(shape)
+        grid = Grid(bits, levels=levels, axis=axis, group_size=group_size)
+        scale_shape = grid.scale_shape(shape)
         scale = np.arange(1, 1 + np.prod(scale_shape, dtype=int)).reshape(scale_shape) * 0.1
         return QuantizedArray(
             codes.astype(np.int8),
-            (scale * np.where(full_signed and bits == 4, -1, 1)).astype(np.float32),
-            bits, full_signed, granularity, np.dtype(dtype),
+            (scale * np.where(levels == "full" and bits == 4, -1, 1)).astype(np.float32),
+            grid, np.dtype(dtype),
         )  # fmt: skip
 
     widths = (1, "ternary", 2, 3, 4, 5, 6, 8)
     return {
         "full": {str(b): low_bit(b, (7, 11), axis=-1) for b in widths},
-        "narrow": {str(b): low_bit(b, (41,), full_signed=False) for b in widths},
+        "narrow": {str(b): low_bit(b, (41,), levels="narrow") for b in widths},
         "grouped": [low_bit(b, (3, 10), -2, 4, dtype=ml_dtypes.bfloat16) for b in (2, 3)],
         "channels": (low_bit(4, (2, 3, 4), axis=(0, 2), dtype=np.float16), None),
         "single": low_bit(4, ()),
@@ -56,8 +56,10 @@ def version_2() -> dict:
 
     def low_bit(bits, scale_dtype, has_zero, shape=(5, 9), axis=-1, group_size=None):
         low, high = code_range(bits)
-        granularity = Granularity(axis, group_size)
-        scale_shape = granularity.scale_shape(shape)
+        grid = Grid(
+            bits, axis=axis, group_size=group_size, zero_point=has_zero, scale_dtype=scale_dtype
+        )
+        scale_shape = grid.scale_shape(shape)
         places = np.arange(np.prod(scale_shape, dtype=int)).reshape(scale_shape)
         scale = 0.5 * 2.0 ** -np.minimum(places, 15)  # exact in every format
         sign = np.where(has_zero | (places % 2 == 0), 1, -1)
@@ -66,8 +68,8 @@ def version_2() -> dict:
         )
         return QuantizedArray(
             codes_of(shape, low, high).astype(np.int8), (scale * sign).astype(in_memory),
-            bits, True, granularity, np.dtype(np.float32),
-            codes_of(scale_shape, low, high).astype(np.int8) if has_zero else None, scale_dtype,
+            grid, np.dtype(np.float32),
+            codes_of(scale_shape, low, high).astype(np.int8) if has_zero else None,
         )  # fmt: skip
 
     formats = ("float32", "float16", "bfloat16", "log8")

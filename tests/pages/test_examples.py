@@ -16,7 +16,7 @@ import pytest
 import safetensors
 
 from jaxclip import checkpoints
-from jaxclip._core.grids import Granularity, code_range
+from jaxclip._core.grids import Grid, code_range
 from jaxclip.checkpoints.format import layout
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.trees import decompress
@@ -285,18 +285,20 @@ def every_kind_of_leaf() -> dict:
     )
     for bits, (axis, group_size), has_zero, scale_dtype in kinds:
         low, high = code_range(bits)
-        granularity, shape = Granularity(axis, group_size), (5, 60)
-        scale_shape = granularity.scale_shape(shape)
+        has_zero &= bits != 1
+        grid = Grid(
+            bits, axis=axis, group_size=group_size, zero_point=has_zero, scale_dtype=scale_dtype
+        )
+        shape = (5, 60)
+        scale_shape = grid.scale_shape(shape)
         codes = rng.normal(0, 0.4, shape).round().clip(low, high)
         scale = rng.choice([0.5, 0.25, 2.0], scale_shape)
         scale.flat[0] = 2.0  # the unit of log8
-        has_zero &= bits != 1
         zero = rng.integers(low, high + 1, scale_shape).astype(np.int8) if has_zero else None
         leaves[f"{bits} {axis} {group_size} {has_zero} {scale_dtype}"] = QuantizedArray(
             (np.where(codes < 0, -1, 1) if bits == 1 else codes).astype(np.int8),
             scale.astype(jnp.dtype(scale_dtype.replace("log8", "float32"))),
-            bits, True, granularity, jnp.dtype(jnp.bfloat16 if bits == 4 else np.float32),
-            zero, scale_dtype,
+            grid, jnp.dtype(jnp.bfloat16 if bits == 4 else np.float32), zero,
         )  # fmt: skip
     return leaves
 

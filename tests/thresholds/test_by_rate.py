@@ -37,10 +37,12 @@ def oracle_entropy(codes) -> float:
 def coded(x, axis=None, group_size=None, **goal) -> tuple[float, float]:
     """Rate and relative error of quantized weights, in float64."""
     q = jaxclip.quantize(
-        jnp.asarray(x), 8, threshold=rate_optimal(**goal), axis=axis, group_size=group_size
+        jnp.asarray(x),
+        jaxclip.Grid(8, axis=axis, group_size=group_size),
+        threshold=rate_optimal(**goal),
     )
     wide = np.asarray(x, np.float64)
-    scale = np.asarray(q.granularity.expand(q.scale, q.shape), np.float64)
+    scale = np.asarray(q.grid.expand(q.scale, q.shape), np.float64)
     decoded = scale * np.asarray(q.qvalue, np.float64)
     error = np.sum((wide - decoded) ** 2) / max(np.sum(wide**2), 1e-300)
     return oracle_entropy(q.qvalue), float(error)
@@ -116,7 +118,7 @@ def test_gaussian_weights_are_a_quarter_bit_from_the_rate_distortion_bound():
 
 def test_coded_codes_have_less_error_than_four_bits_and_cost_less():
     x = drawn()["Gaussian"]
-    fixed = jaxclip.dequantize(jaxclip.quantize(jnp.asarray(x), 4, axis=0))
+    fixed = jaxclip.dequantize(jaxclip.quantize(jnp.asarray(x), jaxclip.Grid(4, axis=0)))
     error = np.sum((x.astype(np.float64) - np.asarray(fixed)) ** 2) / np.sum(x.astype(float) ** 2)
     rate, _ = coded(x, axis=0, error=float(error))
     assert rate < 3.7
@@ -176,7 +178,7 @@ def test_degenerate_weights_have_finite_thresholds_and_decode_to_no_more_than_th
     x = jnp.asarray(x, jnp.float32)
     threshold = np.asarray(rate_optimal(**goal, axis=0)(x))
     assert np.all(np.isfinite(threshold))
-    q = jaxclip.quantize(x, 8, threshold=rate_optimal(**goal), axis=0)
+    q = jaxclip.quantize(x, jaxclip.Grid(8, axis=0), threshold=rate_optimal(**goal))
     wide, decoded = (np.asarray(a, np.float64) for a in (x, jaxclip.dequantize(q)))
     assert np.sum((wide - decoded) ** 2) <= np.sum(wide**2) * (0.01001 if "error" in goal else 1)
 

@@ -78,11 +78,11 @@ def error_of(w: np.ndarray, t: float, low: int, high: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("bits", "full_signed"), [("ternary", True), (2, True), (4, True), (4, False), (8, True)]
+    ("bits", "levels"), [("ternary", "full"), (2, "full"), (4, "full"), (4, "narrow"), (8, "full")]
 )
-def test_the_error_over_all_leaves_is_near_the_exact_optimum(bits, full_signed):
-    w, (low, high) = entries_of(TREE), code_range(bits, full_signed)
-    t = float(per_tree(mse_optimal(bits, full_signed=full_signed))(TREE))
+def test_the_error_over_all_leaves_is_near_the_exact_optimum(bits, levels):
+    w, (low, high) = entries_of(TREE), code_range(bits, levels)
+    t = float(per_tree(mse_optimal(bits, levels=levels))(TREE))
     best = abs(optimal_scale(w[None], (1,), low, high)).item() * high
     at_most = 1.06 if bits == 8 else 1.005  # as the docstring of `mse_optimal` says
     assert error_of(w, t, low, high) <= at_most * error_of(w, best, low, high)
@@ -193,7 +193,7 @@ KERNELS = {name: TREE[name] for name in ("kernel", "stack", "half", "bias")}
 
 @pytest.mark.parametrize("bits", ["ternary", 4])
 def test_compressed_leaves_share_one_scale_which_is_the_best_for_all(bits):
-    small = jaxclip.compress(KERNELS, bits, rule=per_tree(mse_optimal()), axis=None)
+    small = jaxclip.compress(KERNELS, jaxclip.Grid(bits, axis=None), rule=per_tree(mse_optimal()))
     assert small["bias"] is KERNELS["bias"]  # and was not measured
     low_bit = {name: q for name, q in small.items() if name != "bias"}
     weights = {name: KERNELS[name] for name in low_bit}
@@ -207,7 +207,7 @@ def test_compressed_leaves_share_one_scale_which_is_the_best_for_all(bits):
 def test_leaves_of_another_rule_are_not_measured_and_widths_have_their_own_thresholds():
     policy = [("stack", {"rule": max_abs()}), ("half", 8)]
     rule = per_tree(mse_optimal())
-    small = jaxclip.compress(KERNELS, 3, rule=rule, axis=None, policy=policy)
+    small = jaxclip.compress(KERNELS, jaxclip.Grid(3, axis=None), rule=rule, policy=policy)
     measured = [KERNELS["kernel"], KERNELS["half"]]
     for name, bits in (("kernel", 3), ("half", 8)):
         t = float(per_tree(mse_optimal(bits))(measured))
@@ -224,7 +224,9 @@ def test_channels_and_targets_take_a_threshold_of_the_tree():
     small = jax.jit(lambda w: jaxclip.compress(w, 4, rule=rule))(weights)
     assert small["a"].scale.shape == (1, 40)
     np.testing.assert_allclose(small["a"].threshold, np.full((1, 40), largest), rtol=1e-6)
-    chosen = jaxclip.compress(weights, target_bits_per_weight=5.0, rule=rule, axis=None)
+    chosen = jaxclip.compress(
+        weights, jaxclip.Grid(None, axis=None), target_bits_per_weight=5.0, rule=rule
+    )
     for q in chosen.values():
         np.testing.assert_allclose(q.threshold, [[largest]], rtol=1e-6)
 

@@ -48,12 +48,12 @@ def draw(num_rows: int, row: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize(("bits", "full_signed"), [("ternary", True), (3, True), (4, False)])
-def test_the_weighted_error_is_that_of_a_brute_force_search(bits, full_signed, exact):
+@pytest.mark.parametrize(("bits", "levels"), [("ternary", "full"), (3, "full"), (4, "narrow")])
+def test_the_weighted_error_is_that_of_a_brute_force_search(bits, levels, exact):
     x, v = draw(8, 32)
-    low, high = code_range(bits, full_signed)
+    low, high = code_range(bits, levels)
     rule = jaxclip.mse_optimal(exact=exact, importance=v)
-    q = jaxclip.quantize(x, bits, threshold=rule, axis=0, full_signed=full_signed)
+    q = jaxclip.quantize(x, jaxclip.Grid(bits, levels=levels, axis=0), threshold=rule)
     got = errors_of(x, q.scale, low, high, v)
     best = np.asarray(
         [brute_force(*map(np.float64, row), low, high) for row in zip(x, v, strict=True)]
@@ -132,7 +132,7 @@ def test_each_leaf_of_a_compressed_tree_has_its_own_importance():
         ("a", {"rule": jaxclip.mse_optimal(importance=v)}),
         ("b", {"rule": jaxclip.mse_optimal(importance=of_inputs)}),
     ]
-    small = jaxclip.compress(params, 3, axis=0, policy=policy)
+    small = jaxclip.compress(params, jaxclip.Grid(3, axis=0), policy=policy)
     for name, importance in (("a", v), ("b", of_inputs), ("c", np.ones((1, 1)))):
         x, q = np.asarray(params[name]), small[name]
         importance = np.broadcast_to(importance, x.shape)
@@ -153,7 +153,7 @@ def test_sharded_weights_and_importances_give_the_codes_of_one_device(split, kin
 
     def small(x, v, axis):
         rule = jaxclip.mse_optimal(importance=v)
-        return jaxclip.compress({"kernel": x}, 4, rule=rule, axis=axis)["kernel"]
+        return jaxclip.compress({"kernel": x}, jaxclip.Grid(4, axis=axis), rule=rule)["kernel"]
 
     for axis in (0, None):
         expected = small(x, v, axis)
@@ -179,9 +179,9 @@ def test_a_leaf_compressed_some_rows_at_a_time_keeps_each_importance_to_its_row(
     np.savez(source, kernel=x)
     rule = jaxclip.mse_optimal(importance=v)
     monkeypatch.setattr(rows, "_PART_BYTES", 3 * x[:1].nbytes)
-    jaxclip.checkpoints.compress_checkpoint(source, target, 3, rule=rule, axis=0)
+    jaxclip.checkpoints.compress_checkpoint(source, target, jaxclip.Grid(3, axis=0), rule=rule)
     got = jaxclip.checkpoints.load(target)["kernel"]
-    expected = jaxclip.quantize(x, 3, threshold=rule, axis=0)
+    expected = jaxclip.quantize(x, jaxclip.Grid(3, axis=0), threshold=rule)
     assert np.array_equal(got.qvalue, expected.qvalue)
     np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-6)
 

@@ -105,7 +105,7 @@ def test_percentiles_clip_weights_and_compress_trees():
     params = {"kernel": jnp.asarray(np.arange(-10, 10, dtype=np.float32).reshape(5, 4))}
     clipped = jaxclip.clip_weights(params, percentile_abs(50))
     assert float(jnp.max(jnp.abs(clipped["kernel"]))) == 5
-    small = jaxclip.compress(params, 8, rule=percentile_abs(50), axis=None)
+    small = jaxclip.compress(params, jaxclip.Grid(8, axis=None), rule=percentile_abs(50))
     np.testing.assert_allclose(small["kernel"].scale * 127, [[5]], rtol=1e-6)
 
 
@@ -124,14 +124,14 @@ def test_a_multiple_that_is_not_positive_and_finite_is_refused_when_made(k):
 # --- mse_optimal -----------------------------------------------------------------------
 
 ALL_BITS = [1, "ternary", 2, 3, 4, 5, 6, 8]
-GRIDS = [(b, True) for b in ALL_BITS] + [(b, False) for b in (2, 3, 4, 5, 6, 8)]
+GRIDS = [(b, "full") for b in ALL_BITS] + [(b, "narrow") for b in (2, 3, 4, 5, 6, 8)]
 FEW_BITS = (1, "ternary", 2, 3, 4)
 NUM_ROWS, ROW = 16, 64
 
 
-def brute_force_optimum(x, bits, full_signed):
+def brute_force_optimum(x, bits, levels):
     """Least squared error over a dense grid of scales: an upper bound of the optimum."""
-    low, high = code_range(bits, full_signed)
+    low, high = code_range(bits, levels)
     scales = np.abs(x).max() * np.linspace(0.01, 1.2, 40001)[:, None]
     errors = [
         np.sum((x - s * np.clip(np.round(x / s), low, high)) ** 2, axis=1).min()
@@ -144,49 +144,51 @@ NAMES = list(distributions(NUM_ROWS, ROW))
 
 
 @functools.cache
-def measured(bits, full_signed: bool, seed: int = 7) -> dict[str, np.ndarray]:
+def measured(bits, levels: str, seed: int = 7) -> dict[str, np.ndarray]:
     """Errors of `quantize` and of the exact optimum, for all distributions in one call."""
     rows = np.concatenate(list(distributions(NUM_ROWS, ROW, seed).values())).astype(np.float32)
     errors = {}
     for name, rule in {"mse": mse_optimal, "max": max_abs}.items():
         q = jaxclip.quantize(
-            jnp.asarray(rows), bits, threshold=rule, axis=0, full_signed=full_signed
+            jnp.asarray(rows),
+            jaxclip.Grid(bits, levels=levels, axis=0),
+            threshold=rule,
         )
         decoded = np.asarray(q.scale, np.float64) * np.asarray(q.qvalue, np.float64)
         errors[name] = np.sum((rows.astype(np.float64) - decoded) ** 2, axis=1)
-    errors["best"] = np.asarray([exact_optimum(r, bits, full_signed) for r in rows])
+    errors["best"] = np.asarray([exact_optimum(r, bits, levels) for r in rows])
     errors["energy"] = np.sum(rows.astype(np.float64) ** 2, axis=1)
     return {k: v.reshape(len(NAMES), NUM_ROWS) for k, v in errors.items()}
 
 
 @pytest.mark.parametrize(
-    ("bits", "full_signed"), [("ternary", True), (2, True), (3, False), (4, True)]
+    ("bits", "levels"), [("ternary", "full"), (2, "full"), (3, "narrow"), (4, "full")]
 )
-def test_the_oracle_is_never_above_a_dense_search_and_within_a_hair_of_it(bits, full_signed):
+def test_the_oracle_is_never_above_a_dense_search_and_within_a_hair_of_it(bits, levels):
     rng = np.random.default_rng(8)
     for x in (rng.normal(size=12), rng.uniform(-1, 1, 12), np.abs(rng.normal(size=12))):
-        best, dense = exact_optimum(x, bits, full_signed), brute_force_optimum(x, bits, full_signed)
+        best, dense = exact_optimum(x, bits, levels), brute_force_optimum(x, bits, levels)
         assert best <= dense * (1 + 1e-9)
         assert dense <= best * 1.001
 
 
-def worst_ratios(bits, full_signed) -> dict[str, float]:
+def worst_ratios(bits, levels) -> dict[str, float]:
     """Total error of a distribution's rows over their optimum: the worst of some seeds."""
     seeds = (7, 1, 2, 3) if bits in FEW_BITS else (7,)
-    runs = [measured(bits, full_signed, seed) for seed in seeds]
+    runs = [measured(bits, levels, seed) for seed in seeds]
     ratios = [run["mse"].sum(axis=1) / run["best"].sum(axis=1) for run in runs]
     return dict(zip(NAMES, np.max(ratios, axis=0).tolist(), strict=True))
 
 
-@pytest.mark.parametrize(("bits", "full_signed"), GRIDS)
-def test_the_total_error_is_as_near_the_optimum_as_the_docstring_says(bits, full_signed):
+@pytest.mark.parametrize(("bits", "levels"), GRIDS)
+def test_the_total_error_is_as_near_the_optimum_as_the_docstring_says(bits, levels):
     allowed = 0.005 if bits in FEW_BITS else 0.06 if bits == 8 else 0.03
-    assert worst_ratios(bits, full_signed) == {n: pytest.approx(1, abs=allowed) for n in NAMES}
+    assert worst_ratios(bits, levels) == {n: pytest.approx(1, abs=allowed) for n in NAMES}
 
 
-@pytest.mark.parametrize(("bits", "full_signed"), GRIDS)
-def test_the_error_is_never_below_the_exact_optimum_nor_above_that_of_max_abs(bits, full_signed):
-    errors = measured(bits, full_signed)
+@pytest.mark.parametrize(("bits", "levels"), GRIDS)
+def test_the_error_is_never_below_the_exact_optimum_nor_above_that_of_max_abs(bits, levels):
+    errors = measured(bits, levels)
     slack = 1e-10 * errors["energy"]
     assert np.all(errors["mse"] >= errors["best"] - slack)
     if bits != 1:
@@ -196,14 +198,18 @@ def test_the_error_is_never_below_the_exact_optimum_nor_above_that_of_max_abs(bi
 
 @given(data=st.data())
 def test_mse_optimal_is_never_worse_than_max_abs_whatever_the_weights(data):
-    bits, full_signed = data.draw(
-        st.sampled_from([("ternary", True), (2, True), (4, True), (8, False)])
+    bits, levels = data.draw(
+        st.sampled_from([("ternary", "full"), (2, "full"), (4, "full"), (8, "narrow")])
     )
     exponents = data.draw(hnp.arrays(np.int8, 16, elements=st.integers(-20, 20)))
     x = np.ldexp(data.draw(hnp.arrays(np.int8, 16)).astype(np.float32), exponents)[None]
     errors = []
     for rule in (mse_optimal, max_abs):
-        q = jaxclip.quantize(jnp.asarray(x), bits, threshold=rule, full_signed=full_signed)
+        q = jaxclip.quantize(
+            jnp.asarray(x),
+            jaxclip.Grid(bits, levels=levels, axis=None),
+            threshold=rule,
+        )
         decoded = np.asarray(q.scale, np.float64) * np.asarray(q.qvalue, np.float64)
         errors.append(np.sum((x - decoded) ** 2))
     assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-10 * np.sum(np.square(x, dtype=np.float64))

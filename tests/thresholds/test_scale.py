@@ -22,8 +22,8 @@ def errors_of(x: np.ndarray, scale, low: int, high: int) -> np.ndarray:
     return np.sum((x - scale * np.clip(np.round(x / safe), low, high)) ** 2, axis=-1)
 
 
-def exact_total(rows: np.ndarray, bits, full_signed: bool) -> float:
-    return sum(exact_optimum(row, bits, full_signed) for row in np.asarray(rows, np.float64))
+def exact_total(rows: np.ndarray, bits, levels: str) -> float:
+    return sum(exact_optimum(row, bits, levels) for row in np.asarray(rows, np.float64))
 
 
 def weights(*shape: int, seed: int = 0) -> np.ndarray:
@@ -36,13 +36,13 @@ def weights(*shape: int, seed: int = 0) -> np.ndarray:
 # Short rows; rows in two slabs, of which the last begins in the first; long ones.
 @pytest.mark.parametrize("row", [32, 100, 384])
 @pytest.mark.parametrize("bits", ["ternary", 2, 3, 4])
-@pytest.mark.parametrize("full_signed", [True, False])
-def test_up_to_4_bits_the_error_is_near_the_optimum_in_every_layout_of_rows(row, bits, full_signed):
-    low, high = code_range(bits, full_signed)
+@pytest.mark.parametrize("levels", ["full", "narrow"])
+def test_up_to_4_bits_the_error_is_near_the_optimum_in_every_layout_of_rows(row, bits, levels):
+    low, high = code_range(bits, levels)
     for name, rows in distributions(24, row).items():
         rows = rows.astype(np.float32)
         got = best_scale(jnp.asarray(rows), (1,), np.float32(row), low, high)
-        total, best = np.sum(errors_of(rows, got, low, high)), exact_total(rows, bits, full_signed)
+        total, best = np.sum(errors_of(rows, got, low, high)), exact_total(rows, bits, levels)
         # Few entries have deep dips; of heavy tails the total is the error of a row or two.
         allowed = 1.03 if row == 32 or name == "Student-t, 1.5" else 1.005
         assert total <= best * allowed + 1e-9 * np.sum(np.square(rows, dtype=np.float64)), name

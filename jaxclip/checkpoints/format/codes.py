@@ -75,16 +75,16 @@ def _decoded(name: str, stored: np.ndarray, like: QuantizedArray, coding: str) -
 
 def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray:
     """Returns the codes in `packed`; refuses bytes that `pack_codes` never makes."""
-    count, bits, full_signed = math.prod(like.shape), like.bits, like.full_signed
+    count, bits, levels = math.prod(like.shape), like.bits, like.grid.levels
     codes = np.empty(count, np.int8)
     for start in range(0, count, CODES_PER_CHUNK):
         stop = min(start + CODES_PER_CHUNK, count)
         part = packed[num_packed_bytes(start, bits) : num_packed_bytes(stop, bits)]
-        codes[start:stop] = unpack_codes(part, bits, stop - start, full_signed=full_signed)
+        codes[start:stop] = unpack_codes(part, bits, stop - start, levels=levels)
         like.check_codes(codes[start:stop], name)
     # Codes before the tail end on a byte at every width: only the tail may have padding.
     tail = count - count % 40
-    padded = pack_codes(codes[tail:], bits, full_signed=full_signed)
+    padded = pack_codes(codes[tail:], bits, levels=levels)
     is_too_large = bits == "ternary" and packed.max(initial=0) > 242
     if is_too_large or not np.array_equal(padded, packed[num_packed_bytes(tail, bits) :]):
         raise ValueError(f"'{name}': codes are not packed as the format says.")

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxclip.checkpoints.format.layout import DTYPE_CODES, FilePlan
-from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.entropy_coding import codings_tried
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
@@ -34,7 +34,7 @@ def make_header(
     `codings` has the name of their leaf.
     """
     crc = {t.name: f"{checksums[t.name] if checksums else 0:08x}" for t in plan.tensors}
-    quantized = {n: leaf for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray)}
+    quantized = {n: leaf for n, leaf in plan.leaves.items() if is_quantized(leaf)}
     codings = codings or {}
     version = _version_for(quantized, codings)
     inner = {
@@ -66,7 +66,7 @@ def make_header(
 def header_size(plan: FilePlan, coding: str | None) -> int:
     """Returns the bytes kept for a header: the most it takes, however small coded codes get."""
     # The offsets are those of packed codes, and each leaf has the longest name of a coding.
-    quantized = (n for n, leaf in plan.leaves.items() if isinstance(leaf, QuantizedArray))
+    quantized = (n for n, leaf in plan.leaves.items() if is_quantized(leaf))
     longest = max(codings_tried(coding), key=len, default=None)
     return len(make_header(plan, codings=dict.fromkeys(quantized, longest)))
 
@@ -78,24 +78,24 @@ def _to_json(value: Any) -> str:
 def _version_for(quantized: dict[str, QuantizedArray], codings: dict[str, str | None]) -> int:
     """Returns the lowest version that holds all leaves: older readers read it if they can."""
     needs_version_2 = any(
-        leaf.zero is not None or leaf.scale_dtype != "float32" or codings.get(name) is not None
+        leaf.zero is not None or leaf.grid.scale_dtype != "float32" or codings.get(name) is not None
         for name, leaf in quantized.items()
     )
     return 2 if needs_version_2 else 1
 
 
 def _quantized_info(leaf: QuantizedArray, version: int, coding: str | None) -> dict[str, Any]:
-    axis, group_size = leaf.granularity.axis, leaf.granularity.group_size
+    axis = leaf.grid.axis
     info = {
         "bits": leaf.bits,
-        "full_signed": bool(leaf.full_signed),
+        "full_signed": leaf.grid.levels == "full",
         "axis": [int(a) for a in axis] if isinstance(axis, tuple) else _int_or_none(axis),
-        "group_size": _int_or_none(group_size),
+        "group_size": _int_or_none(leaf.grid.group_size),
         "shape": list(leaf.shape),
         "dtype": DTYPE_CODES[jnp.dtype(leaf.dtype)],
     }
     if version >= 2:
-        info |= {"zero_point": leaf.zero is not None, "scale_dtype": leaf.scale_dtype}
+        info |= {"zero_point": leaf.zero is not None, "scale_dtype": leaf.grid.scale_dtype}
         info |= {"coding": coding}
     return info
 

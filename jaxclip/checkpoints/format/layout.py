@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
-from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.packing import num_packed_bytes, pack_codes
 from jaxclip.lowbit.scale_formats import encode_log8
 
@@ -103,7 +103,7 @@ class FilePlan:
         """Yields the bytes of a tensor: those of `leaf`, or of the plan's own leaf."""
         name, part = tensor.leaf, tensor.name.removeprefix(tensor.leaf)
         leaf = self.leaves[name] if leaf is None else leaf
-        if not isinstance(leaf, QuantizedArray):
+        if not is_quantized(leaf):
             yield raw_bytes(np.asarray(leaf))
         elif part == ":codes":
             yield from _packed_chunks(name, leaf)
@@ -161,7 +161,7 @@ def _skeleton(node: PyTree, path: tuple[str | int, ...], leaves: dict[str, Leaf]
     if type(node) in (list, tuple):
         nodes = (_skeleton(child, (*path, i), leaves) for i, child in enumerate(node))
         return [type(node).__name__, *nodes]
-    check_leaf(name, node.qvalue if isinstance(node, QuantizedArray) else node)
+    check_leaf(name, node.qvalue if is_quantized(node) else node)
     leaves[name] = node
     return 0
 
@@ -211,14 +211,14 @@ def check_has_values(name: str, array: Array) -> None:
 
 def _leaf_tensors(name: str, leaf: Leaf) -> list[tuple[str, str, tuple[int, ...]]]:
     """Returns name, dtype and shape of the tensors that hold a leaf."""
-    if not isinstance(leaf, QuantizedArray):
+    if not is_quantized(leaf):
         return [(name, _dtype_code(name, leaf.dtype), tuple(leaf.shape))]
     leaf.check_parts(name)
     _dtype_code(name, jnp.dtype(leaf.dtype))
     shape = tuple(leaf.scale.shape)
     num_bytes = num_packed_bytes(math.prod(leaf.shape), leaf.bits)
     tensors: list[tuple[str, str, tuple[int, ...]]] = [(f"{name}:codes", "U8", (num_bytes,))]
-    if leaf.scale_dtype == "log8":
+    if leaf.grid.scale_dtype == "log8":
         tensors += [(f"{name}:scale", "U8", shape), (f"{name}:unit", "F32", ())]
     else:
         tensors.append((f"{name}:scale", _dtype_code(name, leaf.scale.dtype), shape))
@@ -244,7 +244,7 @@ def _packed_chunks(name: str, leaf: QuantizedArray) -> Iterator[np.ndarray]:
     for start in range(0, codes.size, CODES_PER_CHUNK):
         chunk = codes[start : start + CODES_PER_CHUNK].astype(np.int8, copy=False)
         leaf.check_codes(chunk, name)
-        yield pack_codes(chunk, leaf.bits, full_signed=leaf.full_signed)
+        yield pack_codes(chunk, leaf.bits, levels=leaf.grid.levels)
 
 
 def _side_part(name: str, leaf: QuantizedArray, part: str) -> np.ndarray:
@@ -253,7 +253,7 @@ def _side_part(name: str, leaf: QuantizedArray, part: str) -> np.ndarray:
     if part == ":zero":
         return np.asarray(leaf.zero)
     scale = np.asarray(leaf.scale)
-    return scale if leaf.scale_dtype != "log8" else log8_parts(name, scale)[part]
+    return scale if leaf.grid.scale_dtype != "log8" else log8_parts(name, scale)[part]
 
 
 def log8_parts(name: str, scale: np.ndarray) -> dict[str, np.ndarray]:

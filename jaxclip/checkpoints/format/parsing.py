@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclip._core.grids import Granularity, code_range
+from jaxclip._core.grids import Grid, code_range
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format.codes import restore_leaf
 from jaxclip.checkpoints.format.headers import (
@@ -34,8 +34,8 @@ from jaxclip.checkpoints.format.layout import (
     leaf_name,
     plan_file,
 )
-from jaxclip.lowbit.arrays import QuantizedArray
-from jaxclip.lowbit.scale_formats import scale_format
+from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
+from jaxclip.lowbit.scale_formats import dtype_in_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,11 @@ class FileContents:
     def restore_leaf(self, name: str, read: Callable[[Tensor], np.ndarray]) -> StoredLeaf:
         """Returns a leaf of the tree, with `read` called once for each of its tensors."""
         like = (self.leaves or {})[name]
-        if not isinstance(like, QuantizedArray):
+        if not is_quantized(like):
             return read(self.tensors[name])
         scale, stored = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
         zero = None if like.zero is None else read(self.tensors[f"{name}:zero"])
-        unit = read(self.tensors[f"{name}:unit"]) if like.scale_dtype == "log8" else None
+        unit = read(self.tensors[f"{name}:unit"]) if like.grid.scale_dtype == "log8" else None
         return restore_leaf(name, like, scale, stored, self.codings[name], zero=zero, unit=unit)
 
 
@@ -248,21 +248,19 @@ def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
     try:
         if type(scale_dtype) is not str:
             raise TypeError(f"scale_dtype must be a name, got {scale_dtype!r}.")
-        code_range(info["bits"])
-        in_memory = scale_format(scale_dtype).replace("log8", "float32")
-        granularity = Granularity(tuple(axis) if type(axis) is list else axis, info["group_size"])
-        scale_shape = granularity.scale_shape(shape)
-        qvalue: Any = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))
-        scale: Any = jax.ShapeDtypeStruct(scale_shape, jnp.dtype(in_memory))
-        return QuantizedArray(
-            qvalue=qvalue,
-            scale=scale,
-            bits=info["bits"],
-            full_signed=info["full_signed"],
-            granularity=granularity,
-            dtype=stored,
-            zero=jax.ShapeDtypeStruct(scale_shape, np.dtype(np.int8)) if has_zero else None,
+        code_range(info["bits"])  # an open width is for trees, not for files
+        grid = Grid(
+            info["bits"],
+            levels="full" if info["full_signed"] else "narrow",
+            axis=tuple(axis) if type(axis) is list else axis,
+            group_size=info["group_size"],
+            zero_point=has_zero,
             scale_dtype=scale_dtype,
         )
+        scale_shape = grid.scale_shape(shape)
+        qvalue: Any = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))
+        scale: Any = jax.ShapeDtypeStruct(scale_shape, jnp.dtype(dtype_in_memory(scale_dtype)))
+        zero = jax.ShapeDtypeStruct(scale_shape, np.dtype(np.int8)) if has_zero else None
+        return QuantizedArray(qvalue, scale, grid, stored, zero)
     except (TypeError, ValueError) as error:
         raise ValueError(f"tensor {name!r}: {error}") from error

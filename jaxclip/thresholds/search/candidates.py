@@ -83,7 +83,7 @@ def search_blocks(
     """Runs a search over all blocks, in bounded memory; sharded arrays stay where they are.
 
     Args:
-      blocks: Real floating array, split as `Granularity.split` does.
+      blocks: Real floating array, split as `Grid.split` does.
       axes: Axes that a block spans.
       counts: Entries of each block without padding; broadcasts against the result.
       search: From a function that gives each of some `Candidates` the error of its refined

@@ -25,7 +25,7 @@ def optimal_scale(
     """Returns the scale of least squared error for each block, exactly up to rounding.
 
     Args:
-      blocks: Real floating array with concrete values, split as `Granularity.split` does.
+      blocks: Real floating array with concrete values, split as `Grid.split` does.
       axes: Axes that a block spans.
       low: Lowest code, `-high` or `-high - 1`.
       high: Highest code.

@@ -52,7 +52,7 @@ def best_scale(
     """Returns the scale of least squared error for each block.
 
     Args:
-      blocks: Real floating array, split as `Granularity.split` does.
+      blocks: Real floating array, split as `Grid.split` does.
       axes: Axes that a block spans.
       counts: Entries of each block without padding; broadcasts against the result.
       low: Lowest code, `-high` or `-high - 1`.

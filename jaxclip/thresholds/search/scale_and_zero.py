@@ -45,7 +45,7 @@ def best_scale_and_zero(
     rounding.
 
     Args:
-      blocks: Real floating array, split as `Granularity.split` does.
+      blocks: Real floating array, split as `Grid.split` does.
       axes: Axes that a block spans.
       counts: Entries of each block without padding; broadcasts against the results.
       low: Lowest code.
