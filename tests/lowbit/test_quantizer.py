@@ -255,7 +255,7 @@ def test_arrays_without_entries_go_through(shape, group_size):
         assert dequantize(q).shape == shape
 
 
-# --- Granularity -----------------------------------------------------------------------
+# --- Blocks ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_thresholds_given_for_each_block_are_taken():
     for t in (given_, jnp.asarray(given_)):
         q = quantize(jnp.asarray(x), Grid(4, axis=0), threshold=t)
         np.testing.assert_allclose(q.threshold, given_, rtol=1e-6)
-    rule = jaxclip.max_abs(axis=1)  # rebound to the call's own granularity
+    rule = jaxclip.max_abs(axis=1)  # rebound to the call's own blocks
     assert quantize(jnp.asarray(x), Grid(4, axis=0), threshold=rule).scale.shape == (3, 1)
 
 
@@ -353,9 +353,7 @@ def test_a_quantized_array_is_a_pytree_of_codes_and_scales():
     leaves, treedef = jax.tree.flatten(q)
     assert [leaf.dtype for leaf in leaves] == [jnp.int8, jnp.float32]
     back = jax.tree.unflatten(treedef, leaves)
-    assert (back.bits, back.grid.levels, back.grid, back.dtype) == (
-        3, True, q.grid, jnp.float16,
-    )  # fmt: skip
+    assert (back.grid, back.dtype) == (q.grid, jnp.float16)
     through = jax.jit(lambda q: q)(q)
     assert np.array_equal(dequantize(through), dequantize(q))
     product = jax.jit(lambda q, v: v @ dequantize(q, jnp.float32))(q, jnp.ones((2, 6), jnp.float32))
@@ -372,7 +370,7 @@ def test_vmap_quantizes_each_row():
         assert np.array_equal(q.scale[i], alone.scale)
 
 
-def test_the_side_of_a_full_signed_grid_goes_where_it_helps():
+def test_the_side_of_a_full_grid_goes_where_it_helps():
     # On (-2, -1, 0, 1) only a negative scale reaches both 2 and 1 exactly.
     x = jnp.asarray([2.0, 1.0, 0.0, -1.0])
     q = quantize(x, 2)
