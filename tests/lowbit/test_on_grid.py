@@ -124,7 +124,7 @@ def test_a_bad_step_is_handed_on_and_leaves_the_state_as_it_was():
 def test_the_first_step_on_the_grid_may_be_a_hyper_parameter(start_step):
     params, loss_fn = params_and_goal()
     known = walk(keep_on_grid(optax.sgd(0.1), "ternary", start_step=2), params, loss_fn, 4)
-    injected = optax.inject_hyperparams(keep_on_grid, static_args=("inner", "axis"))(
+    injected = optax.inject_hyperparams(keep_on_grid, static_args="inner")(
         optax.sgd(0.1), "ternary", start_step=start_step
     )
     for (a, _), (b, _) in zip(known, walk(injected, params, loss_fn, 4), strict=True):
