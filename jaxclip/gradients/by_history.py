@@ -1,8 +1,8 @@
 """Clips whose threshold is a norm, learned from the norms of the steps before.
 
 Three laws for a threshold t from norms n: a running quantile of n (`autoclip`), `mean + z * std`
-(`zclip`), and for each leaf `relative * average of n` (`adagc`). How a bad step is treated is told
-in `jaxclip.gradients.learning`.
+(`zclip`), and for each leaf `relative * average of n` (`adagc`). `jaxclip.gradients.learning`
+says how bad steps are treated.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Clips the singular values of each matrix of the gradient: `U diag(min(s, c)) V^H`.
 
-The matrices are capped by products alone, without a singular value decomposition; how, and how
-exactly, is told in `jaxclip.norms.singular_values`. A bad step gives zeros for all leaves.
+The matrices are capped by products alone, without a singular value decomposition;
+`jaxclip.norms.singular_values` has the method and its error. A bad step gives zeros for all leaves.
 """
 
 from typing import NamedTuple
@@ -47,8 +47,8 @@ def clip_by_spectral_norm(
     Args:
       max_norm: A threshold: number in [0, inf], traced scalar, schedule, rule, or a prefix
         tree of these, in the units of the gradient; one number a leaf.
-      steps: Rounds of each of the two matrix signs, at least 1; None is 12. More of
-        them are more exact, see `norms.cap_singular_values`.
+      steps: Rounds of each of the two matrix signs, at least 1; None is 12. More
+        are more exact, see `jaxclip.norms.singular_values.cap_singular_values`.
       stacked_axes: Number of leading axes that stack separate matrices, as the layers of a
         scanned model do; None is 0.
 

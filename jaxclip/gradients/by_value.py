@@ -1,7 +1,7 @@
 """Clips each entry of the gradient by itself: `min(max(g, -c), c)`, complex entries by modulus.
 
 An infinity becomes the bound with its sign and a NaN becomes 0; both make a bad step, counted in
-`num_nonfinite`. The other entries are clipped as ever, because they do not depend on these.
+`num_nonfinite`. The other entries do not depend on these, and are clipped as in any step.
 """
 
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ def clip_by_value(max_abs: PyTree) -> optax.GradientTransformationExtraArgs:
 
 
 def clip_entries(tree: optax.Updates, bounds: PyTree) -> tuple[optax.Updates, jax.Array, jax.Array]:
-    """Clips entries to a bound for each leaf; returns also how many, and if the step is bad."""
+    """Clips entries to their leaf's bound; also returns how many, and True for a bad step."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(bounds), strict=True)
     leaves = [(jnp.asarray(g), bound) for g, bound in pairs if is_clippable(g)]
     clipped = [_clip_leaf(g, _bound_in_dtype(g, bound)) for g, bound in leaves]

@@ -1,4 +1,4 @@
-"""Error feedback: the residual that a clip or a compressor cuts off is added to the next gradient.
+"""Error feedback: what a clip or a compressor cuts off is added to the next gradient.
 
 update = inner(g + e),        e <- (g + e) - update
 """
@@ -40,7 +40,7 @@ def error_feedback(
     residual_dtype: DTypeLike | None = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Carries what the inner transform cut off a gradient over into the next step.
+    """Adds what the inner transform cut off a gradient to the next one.
 
     `update = inner(g + e); e <- (g + e) - update`: the updates sum to the sum of the
     gradients less the last e. The inner transform must keep the units and the sign of the

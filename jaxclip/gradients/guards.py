@@ -228,13 +228,9 @@ def skip_or_clip(
     def update_fn(updates, state, params=None, **extra_args):
         norm, leaf_norms = norm_of(updates, extra_args.get("pre_norm"), axis_name=axis_name)
         dtype = norm.norm.dtype
-        num_accepted = state.step - state.num_skipped
-        limit = _usual_norm(state, bound_at(num_deviations, state.step))
-        limit = jnp.where(num_accepted >= min_accepted, limit, jnp.inf)
+        limit = _usual_norm(state, bound_at(num_deviations, state.step), min_accepted)
         threshold = jnp.minimum(bound_at(drop_norm, state.step, dtype), limit.astype(dtype))
-        weight = 1 - jnp.asarray(decay).astype(jnp.float32)
-        weight = jnp.clip(jnp.maximum(weight, 1 / (num_accepted + 1).astype(jnp.float32)), 0, 1)
-
+        weight = _newest_weight(state, decay)
         clipped, clip = clip_to_norm(updates, norm, bound_at(max_norm, state.step, dtype))
         is_bad = clip.is_bad | jnp.isnan(threshold) | jnp.isnan(weight)
         is_spike = ~is_bad & (norm.norm > threshold * norm.rescale)
@@ -282,11 +278,21 @@ def _as_count(name: str, given: int | jax.Array | None) -> jax.Array | np.int32:
     return np.int32(np.iinfo(np.int32).max if given is None else given)
 
 
-def _usual_norm(state: SkipOrClipState, num_deviations: jax.Array) -> jax.Array:
-    """Returns the norm above which the history says that one is a spike."""
+def _usual_norm(
+    state: SkipOrClipState, num_deviations: jax.Array, min_accepted: jax.Array | np.int32
+) -> jax.Array:
+    """Returns the largest norm that is no spike by the history, which in warm-up has no say."""
     # Not 0 times an infinite number of deviations, which would be NaN.
     deviation = jnp.maximum(state.norm_deviation, FLOAT32_TINY)
-    return num_deviations * deviation + state.norm_mean
+    limit = num_deviations * deviation + state.norm_mean
+    return jnp.where(state.step - state.num_skipped >= min_accepted, limit, jnp.inf)
+
+
+def _newest_weight(state: SkipOrClipState, decay: ArrayLike) -> jax.Array:
+    """Returns the weight of the next norm in the moving averages, at first that of a plain mean."""
+    count = state.step - state.num_skipped + 1
+    weight = 1 - jnp.asarray(decay).astype(jnp.float32)
+    return jnp.clip(jnp.maximum(weight, 1 / count.astype(jnp.float32)), 0, 1)
 
 
 def _moved_moments(

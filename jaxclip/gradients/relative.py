@@ -161,7 +161,7 @@ def clip_update_relative(
 
 
 def _weights_of(updates: optax.Updates, params: optax.Params, name: str) -> list[jax.Array]:
-    """Returns the weights of the floating updates; raises, naming the transform, if they lack."""
+    """Returns the weights of the floating updates; raises, naming the transform, without them."""
     checks.check_params_given(name, params)
     checks.check_same_structure("updates", updates, "params", params)
     pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)

@@ -2,7 +2,7 @@
 
     |g| <= sqrt(theta * average of g**2)      or      |g| <= average of max|g| over the leaf
 
-How a bad step is treated is told in `jaxclip.gradients.learning`.
+`jaxclip.gradients.learning` says how bad steps are treated.
 """
 
 from typing import NamedTuple

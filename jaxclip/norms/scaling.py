@@ -136,7 +136,7 @@ def norm_of_norms(norms: jax.Array) -> jax.Array:
 def clip_to_norm(
     tree: PyTree, norm: RescaledNorm, bound: ArrayLike, eps: ArrayLike = 0.0
 ) -> tuple[PyTree, NormClip]:
-    """Scales a tree whose norm is known down to a bound, and says what it did.
+    """Scales a tree whose norm is known down to a bound, and returns the outcome, too.
 
     Returns the input, bit for bit, at or below the bound; zeros if the step is bad.
     """

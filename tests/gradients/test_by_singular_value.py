@@ -176,7 +176,8 @@ def test_the_state_stays_float32_where_float64_is_enabled(dtype):
         before = tx.init(grads)
         clipped, after = tx.update(grads, before)
         assert clipped["w"].dtype == dtype
-        assert [x.dtype for x in after] == [x.dtype for x in before]
+        dtypes = [[x.dtype for x in jax.tree.leaves(state)] for state in (before, after)]
+        assert dtypes[0] == dtypes[1]
 
 
 def test_a_batch_caps_each_matrix_and_leaves_those_within_alone():
