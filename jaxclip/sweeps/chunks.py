@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from jaxclip._core.atomic import replacing
 from jaxclip._core.grids import Bits, code_range
@@ -27,7 +28,7 @@ class Compressor:
 
     def __init__(
         self,
-        evaluate: Callable[[optax.Params], dict[str, Any]],
+        evaluate: Callable[[optax.Params], dict[str, ArrayLike]],
         compress: Callable[[optax.Params, Bits], PyTree],
         coding: str | None,
         bits: Sequence[Bits | None],
@@ -40,8 +41,8 @@ class Compressor:
         check_coding(coding)
         self._coding = coding
 
-        def at_width(width: Bits | None) -> Callable[[optax.Params], tuple[PyTree, Any]]:
-            def round_trip(params: optax.Params) -> tuple[PyTree, Any]:
+        def at_width(width: Bits | None) -> Callable:
+            def round_trip(params: optax.Params) -> tuple[PyTree, dict[str, ArrayLike]]:
                 small = params if width is None else compress(params, width)
                 return small, evaluate(decompress(small))
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxclip._core.trees import PyTree
 from jaxclip.sweeps.tasks import STEP_METRICS, Task, check_unambiguous
 from jaxclip.training.step import StepInfo, TrainState, make_train_step
 from jaxclip.training.stopping import Seen
@@ -27,7 +28,7 @@ class _Row(NamedTuple):
     """A row in training; `code` is that of the stop rule, 0 while the row goes on."""
 
     state: TrainState
-    memory: Any
+    memory: PyTree
     code: jax.Array
     first_loss: jax.Array
     loss_sum: jax.Array
@@ -48,7 +49,7 @@ class Trained(NamedTuple):
       seconds: Time of the training, without compilation.
     """
 
-    params: Any
+    params: PyTree
     code: np.ndarray
     steps: np.ndarray
     first_loss: np.ndarray
@@ -150,15 +151,29 @@ class Program:
         return _over_rows(initial, (0, None), (None, 0))(step_sizes, seed_keys)
 
     def _advance_many(
-        self, rows: _Row, step_sizes: Any, thresholds: Any, seed_keys: Any, first: Any, end: Any
+        self,
+        rows: _Row,
+        step_sizes: jax.Array,
+        thresholds: jax.Array,
+        seed_keys: jax.Array,
+        first: jax.Array,
+        end: jax.Array,
     ) -> _Row:
+        """Returns all rows after the steps from `first` to before `end`."""
+
         def body(i: jax.Array, rows: _Row) -> _Row:
             return self._advance(rows, step_sizes, thresholds, seed_keys, i, i + 1)
 
         return lax.fori_loop(first, end, body, rows)
 
     def _advance(
-        self, rows: _Row, step_sizes: Any, thresholds: Any, seed_keys: Any, i: Any, num_steps: Any
+        self,
+        rows: _Row,
+        step_sizes: jax.Array,
+        thresholds: jax.Array,
+        seed_keys: jax.Array,
+        i: jax.Array,
+        num_steps: jax.Array,
     ) -> _Row:
         """Returns all rows after step `i`, which makes `num_steps` steps in all."""
         keys = jax.vmap(lambda keys: jax.random.fold_in(keys[1], i))(seed_keys)
@@ -177,7 +192,7 @@ class Program:
         return _over_rows(next_row, (0, 0, 0, 0), (0, 0, 0, 0))(rows, states, infos, metrics)
 
     def _step(
-        self, step_size: jax.Array, threshold: jax.Array, state: TrainState, batch: Any
+        self, step_size: jax.Array, threshold: jax.Array, state: TrainState, batch: PyTree
     ) -> tuple[TrainState, StepInfo]:
         box = self._task.weight_threshold
         step = make_train_step(
@@ -188,7 +203,12 @@ class Program:
         return step(state, batch)
 
     def _next_row(
-        self, is_due: jax.Array, row: _Row, state: TrainState, info: StepInfo, metrics: Any
+        self,
+        is_due: jax.Array,
+        row: _Row,
+        state: TrainState,
+        info: StepInfo,
+        metrics: dict[str, jax.Array],
     ) -> _Row:
         """Returns the row after a step, or as it was if it has stopped."""
         numbers = {name: getattr(info, name) for name in STEP_METRICS}
@@ -244,7 +264,7 @@ def _record(rows: _Row, earlier: list[dict[str, np.ndarray]]) -> dict[str, np.nd
     return record
 
 
-def _over_rows(function: Callable[..., Any], by_setting: tuple, by_seed: tuple) -> Any:
+def _over_rows(function: Callable, by_setting: tuple, by_seed: tuple) -> Callable:
     """Returns a function vectorized over settings and seeds; the tuples are its `in_axes`."""
     return jax.vmap(jax.vmap(function, by_seed), by_setting)
 
