@@ -13,8 +13,8 @@ import pytest
 
 import jaxclip
 
-FOLDER = pathlib.Path(jaxclip.__file__).parent.parent / "benchmarks" / "evidence"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not here")
+FOLDER = pathlib.Path(jaxclip.__file__).parent.parent / "evidence"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the folder evidence is not here")
 
 
 @pytest.fixture(scope="module")

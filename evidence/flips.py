@@ -1,6 +1,6 @@
 """What do bit errors in the stored codes cost, with a box and without?
 
-    python benchmarks/evidence/flips.py
+    python evidence/flips.py
 
 The digits networks of run.py, AdamW and Lion in a box at the step sizes that were chosen there,
 at 8 and 4 bits. Each bit of the packed codes is flipped with the given probability (scales and

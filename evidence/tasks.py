@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 
 import jaxclip
 
-sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 import fashion
 
 

@@ -1,6 +1,6 @@
 """How many steps of Lion in a box have gradients of a norm above 1.
 
-python benchmarks/evidence/norms.py
+python evidence/norms.py
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Prints the tables of results/*.jsonl, and draws metric against bytes, task by task.
 
-python benchmarks/evidence/report.py [--pictures docs]
+python evidence/report.py [--pictures docs]
 """
 
 import argparse

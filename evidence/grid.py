@@ -1,6 +1,6 @@
 """Step size against box, at every width: the map behind docs/choosing.md.
 
-    python benchmarks/evidence/grid.py [--task digits] [--picture docs/choosing.png]
+    python evidence/grid.py [--task digits] [--picture docs/choosing.png]
 
 Lion, 5 step sizes x 4 boxes x 5 seeds, in one sweep. Printed are the recommendation, the front,
 and for each width a table of the mean test accuracy.

@@ -1,6 +1,6 @@
 """Variations on training in a box, each to find out whether it helps.
 
-python benchmarks/evidence/run.py language --methods "Adam in a box, ternary from 1/2 on"
+python evidence/run.py language --methods "Adam in a box, ternary from 1/2 on"
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Trains one task by all methods, and writes a row for each method, rule and width.
 
-    python benchmarks/evidence/run.py digits
-    python benchmarks/evidence/run.py language --methods "AdamW" "Adam in a box"
+    python evidence/run.py digits
+    python evidence/run.py language --methods "AdamW" "Adam in a box"
 
 Rows are appended to results/TASK.jsonl as they are found; a method that is there is skipped, so
 an interrupted run goes on. The tables are made by report.py.
