@@ -1,15 +1,16 @@
-"""Weights in a box, exactly: clip(w, -t, t) on arrays, in a chain, or inside the train step.
+"""Weights in a box, exactly: `w <- min(max(w, -t), t)`, and in other sets.
 
-Every set that weights can be projected onto lives here; the box is one of them.
+`clip_weights` boxes arrays, `project_weights(box(t))` does so as the last link of a chain, and
+`make_train_step(weight_threshold=t)` inside the step. `project_weights` takes every other set
+too: `nonnegative`, `max_norm`, `unit_norm`, `spectral_cap`.
 """
 
 from jaxclip.weights.boxes import box as box
 from jaxclip.weights.boxes import nonnegative as nonnegative
 from jaxclip.weights.clipping import clip_weights as clip_weights
 from jaxclip.weights.clipping import kernels_only as kernels_only
-from jaxclip.weights.constraints import constrain as constrain
-from jaxclip.weights.constraints import keep_weights_within as keep_weights_within
-from jaxclip.weights.constraints import project_weights as project_weights
+from jaxclip.weights.clipping import weight_clip_rate as weight_clip_rate
+from jaxclip.weights.projecting import project_weights as project_weights
 from jaxclip.weights.projections import max_norm as max_norm
 from jaxclip.weights.projections import spectral_cap as spectral_cap
 from jaxclip.weights.projections import unit_norm as unit_norm

@@ -1,28 +1,22 @@
-"""Constraints on the parameters themselves: weights stay in a box while training.
-
-`clip_weights` is the exact projection, for after `optax.apply_updates` (and inside
-`make_train_step`). `keep_weights_within` is the same constraint as the last link of a
-chain, for training loops that are not ours to change.
+"""Weights in a box, exactly: `w <- min(max(w, -t), t)`.
 
 Which leaves are boxed follows from the threshold: a number boxes every floating leaf,
 `fan_in` leaves biases and norm scales free, `mask` narrows either.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jaxclip._core import trees
 from jaxclip._core.floats import compute_dtype, not_folded
-from jaxclip._core.trees import Mask, map_clippable
+from jaxclip._core.trees import Mask, PyTree, map_clippable
 from jaxclip._core.updates import bound_in, clip_modulus, is_unbounded
 from jaxclip.thresholds.values import resolve_threshold
 
 
-def kernels_only(params: optax.Params) -> Any:
+def kernels_only(params: optax.Params) -> PyTree:
     """Returns the mask that is True on leaves of two or more dimensions.
 
     Args:
@@ -39,7 +33,11 @@ def kernels_only(params: optax.Params) -> Any:
 
 
 def clip_weights(
-    params: optax.Params, threshold: Any, mask: Mask | None = None, *, step: Any = None
+    params: optax.Params,
+    threshold: PyTree,
+    mask: Mask | None = None,
+    *,
+    step: ArrayLike | None = None,
 ) -> optax.Params:
     """Projects parameters onto the box `[-threshold, threshold]`, exactly.
 
@@ -49,15 +47,15 @@ def clip_weights(
       params: Any pytree of arrays.
       threshold: Number in [0, inf], traced scalar, schedule, rule, or a prefix tree of
         these, in the units of the weights.
-      mask: Tree of bools (a prefix will do), or a function of the parameters that gives
-        one, such as `kernels_only`: which leaves are boxed. None for all.
+      mask: The leaves to box, all if None: a tree of bools (a prefix will do), or a function
+        of the parameters that returns one, such as `kernels_only`.
       step: Scalar integer for schedules; 0 if not given.
 
     Returns:
       New parameters of the same structure, shapes, dtypes and weak types. `|w| <= t`
-      for `t` as given, rounded towards zero into each leaf's dtype; clipped entries are
-      on that bound exactly, the others are untouched. NaN weights stay NaN; a traced
-      threshold of NaN bounds nothing.
+      for `t` as given, rounded towards zero into each leaf's dtype. Clipped entries are
+      on that bound exactly; the others are untouched, bit for bit. NaN weights stay NaN; a
+      traced threshold of NaN bounds nothing.
 
     Raises:
       TypeError: If a threshold is of a wrong type.
@@ -71,20 +69,23 @@ def clip_weights(
       Elsayed et al., Weight Clipping for Deep Continual and Reinforcement Learning, 2024,
       https://arxiv.org/abs/2407.01704
     """
-    bounds = _bounds(params, threshold, mask, step)
-    return map_clippable(clip_modulus, params, bounds)
+    return clip_to_bounds(params, resolve_bounds(params, threshold, mask, step))
 
 
 def weight_clip_rate(
-    params: optax.Params, threshold: Any, mask: Mask | None = None, *, step: Any = None
+    params: optax.Params,
+    threshold: PyTree,
+    mask: Mask | None = None,
+    *,
+    step: ArrayLike | None = None,
 ) -> jax.Array:
-    """Returns the share of boxed weights that are on the bound (or outside).
+    """Returns the fraction of the boxed weights that are on their bound or outside.
 
     Args:
-      params: As in `clip_weights`.
-      threshold: As in `clip_weights`.
-      mask: As in `clip_weights`.
-      step: As in `clip_weights`.
+      params: Any pytree of arrays.
+      threshold: The box, as in `clip_weights`.
+      mask: The boxed leaves, all if None: a tree of bools, or a function that returns one.
+      step: Scalar integer for schedules; 0 if not given.
 
     Returns:
       A float32 scalar in [0, 1]: entries with `|w| >= t`, which no NaN is, over entries that
@@ -98,46 +99,53 @@ def weight_clip_rate(
       >>> weight_clip_rate(jnp.array([-0.5, 0.1, 0.5, 0.2]), 0.5)
       Array(0.5, dtype=float32)
     """
-    return _share_of_boxed(_num_on_bound, params, _bounds(params, threshold, mask, step))
+    return rate_on_bounds(params, resolve_bounds(params, threshold, mask, step))
 
 
-def _share_of_boxed(count: Callable[..., jax.Array], params: Any, bounds: Any) -> jax.Array:
-    """What is counted in each leaf that has a box, over the entries that have one."""
-    counted = boxed = jnp.zeros((), jnp.float32)
-    for w, t in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
-        if not trees.is_clippable(w) or is_unbounded(t):
+# --- A bound for each leaf, resolved once a step --------------------------------------
+
+
+def resolve_bounds(
+    params: optax.Params, threshold: PyTree, mask: Mask | None, step: ArrayLike | None
+) -> PyTree:
+    """Returns the threshold of each leaf, inf where the mask is False."""
+    # A number that is not floating has no bound, and no rule for a whole tree measures it.
+    return resolve_threshold(threshold, trees.masked(mask, params, params, 0), step)
+
+
+def clip_to_bounds(params: optax.Params, bounds: PyTree) -> optax.Params:
+    """Clips weights to what `resolve_bounds` returned."""
+    return map_clippable(clip_modulus, params, bounds)
+
+
+def rate_on_bounds(params: optax.Params, bounds: PyTree) -> jax.Array:
+    """Returns `weight_clip_rate` for what `resolve_bounds` returned."""
+    num_on_bound = jnp.zeros((), jnp.float32)
+    num_boxed = jnp.zeros((), jnp.float32)
+    for w, bound in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
+        if not trees.is_clippable(w) or is_unbounded(bound):
             continue
         w = jnp.asarray(w)
-        t = bound_in(t, w)
-        counted += count(*not_folded((w, t)))
-        boxed += jnp.sum(jnp.isfinite(t), dtype=jnp.float32) * (w.size / max(t.size, 1))
-    return counted / jnp.maximum(boxed, 1)
+        bound = bound_in(bound, w)
+        num_on_bound += _num_on_bound(*not_folded((w, bound)))
+        entries_per_bound = w.size / max(bound.size, 1)
+        num_boxed += jnp.sum(jnp.isfinite(bound), dtype=jnp.float32) * entries_per_bound
+    return num_on_bound / jnp.maximum(num_boxed, 1)
 
 
-def _num_on_bound(w: jax.Array, t: jax.Array) -> jax.Array:
-    """How many entries are on a finite bound or outside, in float32."""
+def _num_on_bound(w: jax.Array, bound: jax.Array) -> jax.Array:
+    """Returns how many entries are on a finite bound or outside, in float32."""
     modulus = jnp.abs(w)
     if jnp.iscomplexobj(w):  # `clip_modulus` stays a few ulps inside the circle
-        modulus = modulus * (1 + 8 * jnp.finfo(t.dtype).eps)
-    below = jnp.where(t == 0, -jnp.ones_like(t), jnp.nextafter(t, jnp.zeros_like(t)))
-    return _num_above(modulus, below, jnp.isfinite(t))
-
-
-def _num_above(modulus: jax.Array, limit: jax.Array, has_box: jax.Array) -> jax.Array:
-    """How many numbers that have a box are above a limit, in float32.
-
-    For a single limit without comparing entries: XLA on CPU writes an array of conditions to
-    memory before it adds them up. Differences are exact near the limit; positive ones count.
-    """
-    if limit.size != 1:
-        return jnp.sum((modulus > limit) & has_box, dtype=jnp.float32)
+        modulus = modulus * (1 + 8 * jnp.finfo(bound.dtype).eps)
+    below = jnp.nextafter(bound, jnp.zeros_like(bound))
+    below = jnp.where(bound == 0, -jnp.ones_like(bound), below)
+    has_box = jnp.isfinite(bound)
+    if bound.size != 1:
+        return jnp.sum((modulus > below) & has_box, dtype=jnp.float32)
+    # Not by comparing entries: XLA on CPU writes an array of conditions to memory before it
+    # adds them up. Differences are exact near the bound; positive ones count.
     wide = compute_dtype(modulus.dtype)
-    excess = modulus.astype(wide) - limit.reshape(()).astype(wide)
+    excess = modulus.astype(wide) - below.reshape(()).astype(wide)
     is_above = jnp.sign(excess + jnp.abs(excess)).astype(jnp.int8)  # an integer: 0 for NaN
     return jnp.where(has_box.reshape(()), jnp.sum(is_above.astype(jnp.float32)), 0)
-
-
-def _bounds(params: Any, threshold: Any, mask: Mask | None, step: Any) -> Any:
-    """The threshold of every leaf, inf where the mask is False."""
-    # A number that is not floating has no bound, and no rule for a tree measures it.
-    return resolve_threshold(threshold, trees.masked(mask, params, params, 0), step)

@@ -83,7 +83,7 @@ def clip_weights(params: Any, threshold: Any) -> Any:
 
 @jax.jit
 def update_and_apply(params: Any, threshold: Any, updates: Any) -> tuple[Any, Any]:
-    tx = jaxclip.weights.keep_weights_within(threshold)
+    tx = jaxclip.project_weights(jaxclip.box(threshold))
     updates, _ = tx.update(updates, tx.init(params), params)
     return optax.apply_updates(params, updates), updates
 

@@ -62,7 +62,7 @@ def project_weights(threshold):
 
 def constrain(threshold):
     box = jaxclip.box(threshold)
-    return jaxclip.weights.constrain(jaxclip.lion(0.1), box, zero_momentum_at_bound=True)
+    return optax.chain(jaxclip.lion(0.1), box, zero_momentum_at_bound=True)
 
 
 def keep_on_grid():

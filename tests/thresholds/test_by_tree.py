@@ -139,7 +139,7 @@ def test_what_the_mask_leaves_out_is_not_measured():
         np.testing.assert_allclose(clipped["kernel"], 1.5 * np.ones((2, 2)), rtol=1e-6)
         assert np.array_equal(clipped["bias"], params["bias"])
         assert float(share(params, per_tree(max_abs()), mask)) == 1
-    masked = optax.masked(jaxclip.weights.keep_weights_within(per_tree(std_multiple(0.5))), mask)
+    masked = optax.masked(jaxclip.project_weights(jaxclip.box(per_tree(std_multiple(0.5)))), mask)
     updates = masked.update(jax.tree.map(jnp.zeros_like, params), masked.init(params), params)[0]
     np.testing.assert_allclose(updates["kernel"], -1.5 * np.ones((2, 2)), rtol=1e-5)
     assert np.array_equal(updates["bias"], np.zeros(2))
@@ -163,7 +163,7 @@ def test_in_a_prefix_tree_it_measures_the_part_that_it_stands_for():
 def test_a_chain_and_a_train_step_keep_all_weights_within_one_threshold():
     params = {"a": jnp.array([0.5, -2.0]), "b": jnp.array([[1.0, 4.0]])}
     rule = per_tree(percentile_abs(75))  # 2, of 0.5, 1, 2 and 4
-    tx = optax.chain(optax.sgd(0.0), jaxclip.weights.keep_weights_within(rule))
+    tx = optax.chain(optax.sgd(0.0), jaxclip.project_weights(jaxclip.box(rule)))
     zeros = jax.tree.map(jnp.zeros_like, params)
     after = optax.apply_updates(params, jax.jit(tx.update)(zeros, tx.init(params), params)[0])
     assert lists_of(after) == {"a": [0.5, -2.0], "b": [[1.0, 2.0]]}

@@ -6,12 +6,13 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxclip
-from jaxclip.weights.boxes import Box, box, nonnegative
+from jaxclip import box, project_weights
+from jaxclip.weights import nonnegative
 from oracles.exact_sets import DTYPES, wide
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -140,7 +141,7 @@ def test_float64_bounds_hold_as_given():
         (jaxclip.fan_in(), 1.0),
         (0.0, 1j),
         (-1.0, None),
-        ({}, None),
+        ({"w": -1.0}, None),
     ],
     ids=repr,
 )
@@ -153,11 +154,179 @@ def test_complex_entries_have_no_interval():
     for projection in (box(0.0, 1.0), nonnegative()):
         with pytest.raises(TypeError, match="complex"):
             projection(jnp.ones(2, jnp.complex64))
-    with pytest.raises(TypeError, match="side"):
-        Box().side("", jnp.ones(1), jnp.ones(1), 0)
 
 
 def test_weak_types_are_kept_and_other_arrays_returned():
     for projection in (box(0.1), box(0.0, 0.1), nonnegative()):
         assert projection(jnp.asarray(2.0)).weak_type
         assert projection(jnp.arange(3, dtype=jnp.int32)).dtype == jnp.int32
+
+
+# --- In a chain -----------------------------------------------------------------------
+
+
+def make_step(wrap):
+    def step(w, u, t):
+        tx = project_weights(box(t))
+        updates, _ = tx.update(u, tx.init(w), w)
+        with jax.numpy_dtype_promotion("standard"):
+            return updates, optax.apply_updates(w, updates)
+
+    return wrap(step)
+
+
+STEPS = {"eager": make_step(lambda f: f), "jit": make_step(jax.jit)}
+every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+
+
+@every_dtype
+@pytest.mark.parametrize("update_dtype", DTYPES)
+@every_step
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**32 - 1), power=st.integers(-8, 4), t=st.floats(0.5, 1, width=32))
+def test_from_inside_no_weight_is_ever_outside_after_apply_updates(
+    dtype, update_dtype, step, seed, power, t
+):
+    t = float(np.float32(t * 2.0**power))
+    rng = np.random.default_rng(seed)
+    w = wide(jaxclip.clip_weights(jnp.asarray((rng.normal(size=64) * t).astype(dtype)), t)).astype(
+        dtype
+    )
+    u = (rng.normal(size=64) * t * 10.0 ** rng.integers(-3, 3, 64)).astype(update_dtype)
+    updates, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(t))
+    assert updates.dtype == update_dtype
+    assert after.dtype == dtype
+    assert np.all(np.abs(wide(after)) <= t)
+
+
+@every_dtype
+@every_step
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), power=st.integers(-8, 4), t=st.floats(0.5, 1, width=32))
+def test_weights_that_start_outside_are_brought_in_by_the_first_step(dtype, step, seed, power, t):
+    t = float(np.float32(t * 2.0**power))
+    rng = np.random.default_rng(seed)
+    w = (rng.normal(size=64) * t * 10.0 ** rng.integers(-2, 4, 64)).astype(dtype)
+    u = (rng.normal(size=64) * t * 10.0 ** rng.integers(-3, 3, 64)).astype(dtype)
+    w = np.where(np.isfinite(w), w, dtype(1000)).astype(dtype)
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(t))
+    assert np.all(np.abs(wide(after)) <= t)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "update_dtype"),
+    [(np.float32, ml_dtypes.bfloat16), (np.float32, np.float16), (np.float16, ml_dtypes.bfloat16)],
+)
+@every_step
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_weights_a_little_outside_are_brought_in_by_coarser_updates_too(
+    dtype, update_dtype, step, seed
+):
+    # Up to 30 times the threshold, where the box is wider than the spacing of the update.
+    rng = np.random.default_rng(seed)
+    w, u = (rng.uniform(-3, 3, 64)).astype(dtype), rng.normal(size=64).astype(update_dtype)
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(0.1))
+    assert np.all(np.abs(wide(after)) <= float(np.float32(0.1)))
+
+
+@pytest.mark.parametrize("update_dtype", [ml_dtypes.bfloat16, np.float16])
+@every_step
+def test_where_no_update_leads_into_the_box_weights_end_as_near_as_one_can_bring_them(
+    step, update_dtype
+):
+    w = np.asarray([2.0041, -2.0041, 1.0, 3.03, 700.3, -1e5, 0.0], np.float32)
+    u, t = jnp.zeros(w.size, update_dtype), np.float32(1e-3)
+    after = np.abs(wide(step(jnp.asarray(w), u, jnp.asarray(t))[1]))
+    # Every update that there is: those by bits, without NaN and infinities.
+    every = np.arange(2**16, dtype=np.uint16).view(update_dtype).astype(np.float32)
+    sums = w[:, None] + every[np.isfinite(every)]
+    nearest = np.min(np.maximum(np.abs(sums.astype(np.float64)), t), axis=1)
+    assert np.array_equal(np.maximum(after, t), nearest)
+    assert np.sum(after > t) >= 2
+    for _ in range(3):  # the next steps bring them in
+        w = step(jnp.asarray(w), u, jnp.asarray(t))[1]
+    assert np.all(np.abs(wide(w)) <= t)
+
+
+@every_dtype
+@every_step
+@settings(max_examples=20)
+@given(data=st.data())
+def test_no_finite_weight_and_update_leave_the_box_whatever_their_size(dtype, step, data):
+    w, u = data.draw(entries_of(dtype)), data.draw(entries_of(dtype))
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(0.1))
+    assert np.all(np.abs(wide(after)) <= float(np.float32(0.1)))
+
+
+@every_dtype
+@every_step
+def test_inside_the_box_the_step_is_the_one_that_was_asked_for(dtype, step):
+    rng = np.random.default_rng(3)
+    w, u = (0.1 * rng.normal(size=256)).astype(dtype), (0.01 * rng.normal(size=256)).astype(dtype)
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(100.0))
+    expected = (w.astype(np.float32) + u.astype(np.float32)).astype(dtype)
+    spacing = np.abs(np.spacing(wide(expected).astype(np.float32))) * 2.0 ** (
+        23 - ml_dtypes.finfo(dtype).nmant
+    )
+    assert np.all(np.abs(wide(after) - wide(expected)) <= spacing)
+
+
+@every_dtype
+def test_weights_driven_to_the_bound_end_within_an_ulp_of_it(dtype):
+    w = (np.random.default_rng(4).uniform(-0.3, 0.3, 256)).astype(dtype)
+    _, after = STEPS["jit"](jnp.asarray(w), jnp.ones(256, dtype), jnp.float32(0.3))
+    bound = inwards(0.0, float(np.float32(0.3)), dtype)[1]
+    assert np.all(wide(after) >= bound * (1 - 2 * float(ml_dtypes.finfo(dtype).eps)))
+
+
+def test_float64_weights_stay_within_the_threshold_as_given():
+    with enable_x64(True):
+        tx = project_weights(box(0.1))
+        w = jnp.asarray(np.random.default_rng(5).uniform(-0.2, 0.2, 256))
+        u = jnp.asarray(np.random.default_rng(6).normal(size=256))
+        updates, _ = jax.jit(tx.update)(u, tx.init(w), w)
+        assert updates.dtype == jnp.float64
+        assert np.all(np.abs(np.asarray(optax.apply_updates(w, updates))) <= 0.1)
+
+
+@every_step
+def test_complex_weights_stay_within_the_modulus(step):
+    rng = np.random.default_rng(7)
+    w, u = rng.normal(size=(2, 2, 2048)).astype(np.float32)
+    w, u = (0.2 * (x[0] + 1j * x[1]) for x in (w, u))
+    _, after = step(jnp.asarray(w), jnp.asarray(u), jnp.float32(0.1))
+    assert np.all(np.abs(np.asarray(after).astype(np.complex128)) <= float(np.float32(0.1)))
+
+
+@every_step
+@pytest.mark.parametrize("t", [np.nan, -1.0, 0.0, np.inf])
+def test_a_traced_nonsense_threshold_never_poisons_the_weights(step, t):
+    w, u = jnp.asarray([0.5, -2.0, 0.0]), jnp.asarray([1.0, 1.0, -1.0])
+    _, after = step(w, u, jnp.float32(t))
+    assert np.all(np.isfinite(after))
+    if t <= 0:
+        assert np.array_equal(np.abs(after), np.zeros(3))
+    if t == np.inf:
+        assert np.array_equal(after, w + u)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_complex_weights_far_outside_end_inside(wrap):
+    # The step is as large as the weight, and rounded as coarsely.
+    rng = np.random.default_rng(4)
+    w = jnp.asarray((rng.normal(size=99) + 1j * rng.normal(size=99)) * 30, jnp.complex64)
+    tx = project_weights(box(jnp.float32(1.0)))
+    after = wrap(lambda w: optax.apply_updates(w, tx.update(0 * w, tx.init(w), w)[0]))(w)
+    modulus = np.abs(np.asarray(after, np.complex128))
+    assert np.all(modulus <= 1)
+    np.testing.assert_allclose(modulus, 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_a_traced_infinite_box_leaves_updates_as_they_are(dtype):
+    w = jnp.array([3e38, 0.1, -1e-3]).astype(dtype)
+    u = jnp.array([3e38, 1e-9, 0.7]).astype(dtype)
+    tx = project_weights(box(jnp.asarray(jnp.inf)))
+    updates, _ = tx.update(u, tx.init(w), w)
+    np.testing.assert_array_equal(updates, u)

@@ -1,4 +1,4 @@
-"""Constraints: after `apply_updates` the weights are in their set, alone and wrapped by optax."""
+"""`project_weights`: after `apply_updates` weights are in their set, also when optax wraps it."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import jaxclip
 from jaxclip import box, project_weights
 from jaxclip._core.updates import rounded_sum
-from jaxclip.weights import constrain, max_norm, nonnegative, spectral_cap, unit_norm
+from jaxclip.weights import max_norm, nonnegative, spectral_cap, unit_norm
 from oracles.exact_sets import DTYPES, drawn, norms, wide
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -299,12 +299,9 @@ def test_in_any_tree_each_leaf_ends_in_the_set_that_any_prefix_tree_has_for_it(d
 
     w, u = drawn_tree(1.0), drawn_tree(0.5)
     updates, after = after_a_step(projection, w, u)
-    wrapped = constrain(optax.identity(), projection)
-    same = wrapped.update(u, wrapped.init(w), w)[0]
-    trees = (jax.tree.leaves(tree) for tree in (names, w, u, updates, after, same))
-    for name, w_leaf, u_leaf, update, got, other in zip(*trees, strict=True):
+    trees = (jax.tree.leaves(tree) for tree in (names, w, u, updates, after))
+    for name, w_leaf, u_leaf, update, got in zip(*trees, strict=True):
         assert (update.dtype, got.dtype, got.shape) == (u_leaf.dtype, w_leaf.dtype, w_leaf.shape)
-        assert np.array_equal(update, other)
         if jnp.issubdtype(got.dtype, jnp.integer):
             assert np.array_equal(got, w_leaf)
             continue
@@ -329,19 +326,62 @@ def test_a_mask_leaves_the_others_free(mask):
     assert np.min(after["head"]["kernel"]) == -1
 
 
-def test_one_box_is_keep_weights_within():
-    rule, grads = jaxclip.fan_in(0.5), jax.tree.map(lambda p: 0.3 * p, {"d": PARAMS["dense"]})
-    params = {"d": PARAMS["dense"]}
-    tx, expected = project_weights(box(rule)), jaxclip.weights.keep_weights_within(rule)
-    got = tx.update(grads, tx.init(params), params)[0]
-    same = expected.update(grads, expected.init(params), params)[0]
-    jax.tree.map(np.testing.assert_array_equal, got, same)
+THRESHOLDS = {
+    "number": 1.0,
+    "array": np.full(3, 1.0),
+    "schedule": lambda step: 1.0 / (1 + step.astype(jnp.float32)),
+    "fan_in": jaxclip.fan_in(1.0),
+    "max_abs": jaxclip.max_abs(axis=-1),
+    "prefix": {"dense": {"kernel": 0.5, "bias": jaxclip.max_abs()}, "head": 1.5, "count": np.inf},
+    "per_tree": jaxclip.thresholds.per_tree(jaxclip.thresholds.std_multiple(0.5)),
+}
+
+
+@eager_and_jit
+@pytest.mark.parametrize("mask", [None, jaxclip.weights.kernels_only], ids=["all", "masked"])
+@pytest.mark.parametrize("threshold", THRESHOLDS.values(), ids=THRESHOLDS)
+def test_a_box_takes_every_threshold_of_clip_weights(threshold, mask, wrap):
+    tx = project_weights(box(threshold), mask)
+    updates, _ = wrap(tx.update)(ZEROS, tx.init(PARAMS), PARAMS)
+    after = optax.apply_updates(PARAMS, updates)
+    expected = wrap(lambda p: jaxclip.clip_weights(p, threshold, mask))(PARAMS)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-7), after, expected)
+    changed = jax.tree.map(lambda a, w: not np.array_equal(a, w), after, PARAMS)
+    assert any(jax.tree.leaves(changed)) == (threshold is not THRESHOLDS["max_abs"])
+
+
+def test_boxes_in_a_prefix_tree_read_the_whole_path():
+    params = {"query": {"kernel": jnp.full((4, 2, 3), 9.0)}, "mlp": jnp.full((4, 2, 3), 9.0)}
+    sets = {"query": box(jaxclip.fan_in(1.0)), "mlp": box(1.0)}
+    _, after = after_a_step(sets, params, jax.tree.map(jnp.zeros_like, params))
+    np.testing.assert_allclose(after["query"]["kernel"], np.sqrt(2 / 4), rtol=1e-6)
+    np.testing.assert_array_equal(after["mlp"], 1.0)
+
+
+def test_schedules_are_called_once_a_step_for_all_leaves():
+    calls = []
+
+    def schedule(step):
+        calls.append(step)
+        return 1.0 - 0.1 * step.astype(jnp.float32)
+
+    for projection in (box(schedule), box(-9.0, schedule), max_norm(schedule)):
+        calls.clear()
+        after_a_step(projection, PARAMS, ZEROS)
+        assert len(calls) == 1
+
+
+def test_a_box_whose_threshold_does_not_fit_is_refused():
+    for threshold, message in [({"v": 1.0}, "prefix"), (np.ones(7), r"dense/bias")]:
+        tx = project_weights(box(threshold))
+        with pytest.raises(ValueError, match=message):
+            tx.update(ZEROS, tx.init(PARAMS), PARAMS)
 
 
 def test_schedules_count_the_steps_of_the_transform():
     bound = lambda step: 1.0 / (1 + step.astype(jnp.float32))  # noqa: E731
-    for tx in (project_weights(box(bound)), constrain(optax.sgd(0.1), max_norm(bound))):
-        w = jnp.asarray([5.0])
+    for projection in (box(bound), box(-9.0, bound), max_norm(bound)):
+        tx, w = project_weights(projection), jnp.asarray([5.0])
         state = tx.init(w)
         for expected in (1.0, 0.5, 1 / 3):
             updates, state = jax.jit(tx.update)(jnp.zeros(1), state, w)
@@ -355,101 +395,49 @@ def test_schedules_count_the_steps_of_the_transform():
     ids=["none", "number", "string", "function", "tree", "factory"],
 )
 def test_what_is_no_projection_is_refused_with_the_path(bad):
-    for make in (project_weights, lambda p: constrain(optax.sgd(0.1), p)):
-        with pytest.raises(TypeError, match="projection"):
-            make(bad)
+    with pytest.raises(TypeError, match="projection"):
+        project_weights(bad)
 
 
-def test_a_tree_that_does_not_fit_missing_params_and_no_optimizer_are_refused():
-    for tx in (project_weights({"v": box(1.0)}), constrain(optax.sgd(0.1), {"v": box(1.0)})):
-        with pytest.raises(ValueError, match="prefix"):
-            tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.ones(2)}), {"w": jnp.ones(2)})
-    for name, tx in (
-        ("project_weights", project_weights(box(1.0))),
-        ("constrain", constrain(optax.sgd(0.1), box(1.0))),
-    ):
-        with pytest.raises(ValueError, match=f"{name} needs the parameters"):
-            tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
-        with pytest.raises(ValueError, match="same structure"):
-            tx.update({"a": jnp.ones(2)}, tx.init({"b": jnp.ones(2)}), {"b": jnp.ones(2)})
-    with pytest.raises(TypeError, match="inner"):
-        constrain(0.1, box(1.0))
-
-
-# --- Momentum at the bound ------------------------------------------------------------
+def test_a_tree_that_does_not_fit_and_missing_params_are_refused():
+    tx = project_weights({"v": box(1.0)})
+    with pytest.raises(ValueError, match="prefix"):
+        tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.ones(2)}), {"w": jnp.ones(2)})
+    tx = project_weights(box(1.0))
+    with pytest.raises(ValueError, match="project_weights needs the parameters"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
 
 
 @pytest.mark.parametrize(
-    ("make", "name"),
+    ("updates", "path"),
     [
-        (lambda: optax.sgd(0.1, momentum=0.9), "trace"),
-        (lambda: optax.adam(0.1), "mu"),
-        (lambda: jaxclip.lion(0.1), "mu"),
-        (lambda: jaxclip.signum(0.1), "mu"),
-        (lambda: optax.masked(optax.adam(0.1), {"w": True, "b": False}), "mu"),
+        ({"layer": {"v": jnp.ones(2)}}, "layer/v"),
+        ({"layer": {"w": jnp.ones(3)}}, "layer/w"),
+        ({"layer": {"w": jnp.ones(2)}, "tail": jnp.ones(1)}, "tail"),
+        ({"layer": {}}, "layer/w"),
     ],
-    ids=["sgd", "adam", "lion", "signum", "masked"],
 )
-def test_momentum_that_pushes_a_weight_on_its_bound_outwards_is_zeroed(make, name):
-    # At the upper bound pushed out, at the lower one pushed out and in, and inside.
-    params = {"w": jnp.asarray([0.5, -0.5, -0.5, 0.0]), "b": jnp.ones(2)}
-    grads = {"w": jnp.asarray([-1.0, 1.0, -1.0, 0.01]), "b": jnp.ones(2)}
-    inner, sets = make(), {"w": box(0.5), "b": None}
-    both = (constrain(inner, sets, zero_momentum_at_bound=True), constrain(inner, sets))
-    with jax.numpy_dtype_promotion("standard"):  # adam promotes
-        got, plain = (jax.jit(tx.update)(grads, tx.init(params), params) for tx in both)
-    jax.tree.map(np.testing.assert_array_equal, got[0], plain[0])  # the step is the same
-
-    def leaves(tree):
-        return jax.tree_util.tree_leaves_with_path(tree)
-
-    found = 0
-    for (path, after), (_, before) in zip(leaves(got[1]), leaves(plain[1]), strict=True):
-        keys = [getattr(key, "name", getattr(key, "key", None)) for key in path]
-        if name in keys and keys[-1] == "w":
-            found += 1
-            assert np.all(np.asarray(before) != 0)
-            assert np.array_equal(after, before * jnp.asarray([0.0, 0.0, 1.0, 1.0]))
-        else:
-            assert np.array_equal(after, before)
-    assert found == 1
+def test_updates_that_do_not_fit_the_parameters_are_refused_with_the_path(updates, path):
+    params = {"layer": {"w": jnp.ones(2)}}
+    tx = project_weights(box(0.5))
+    with pytest.raises(ValueError, match=path):
+        tx.update(updates, tx.init(params), params)
 
 
-def test_a_weight_whose_momentum_was_zeroed_turns_at_once():
-    def steps_until_it_turns(zero_momentum_at_bound):
-        tx = constrain(
-            optax.sgd(0.1, momentum=0.9), box(0.5), zero_momentum_at_bound=zero_momentum_at_bound
-        )
-        w, update = jnp.asarray([0.4]), jax.jit(tx.update)
-        state = tx.init(w)
-        for i in range(40):
-            updates, state = update(jnp.asarray([-1.0 if i < 10 else 0.5]), state, w)
-            w = optax.apply_updates(w, updates)
-            if i >= 10 and w[0] < 0.5:
-                return i - 10
-        return 40
-
-    assert steps_until_it_turns(True) == 0
-    assert steps_until_it_turns(False) > 5
-
-
-def test_bounds_on_one_side_and_complex_boxes_zero_what_pushes_outwards():
-    params = {"w": jnp.asarray([0.0, 1.0]), "z": jnp.asarray([3 + 4j, 0], jnp.complex64)}
-    grads = {"w": jnp.asarray([1.0, 1.0]), "z": jnp.asarray([-3 - 4j, 1], jnp.complex64)}
-    sets = {"w": nonnegative(), "z": box(5.0)}
-    tx = constrain(optax.sgd(0.1, momentum=0.9), sets, zero_momentum_at_bound=True)
-    _, state = tx.update(grads, tx.init(params), params)
-    trace = state.inner_state[0].trace
-    assert np.array_equal(trace["w"], [0, 1])
-    assert np.array_equal(trace["z"], [0, 1])
-
-
-def test_momentum_at_a_bound_is_for_boxes_only():
-    for bad in (max_norm(1.0), {"w": box(1.0), "v": unit_norm()}):
-        with pytest.raises(TypeError, match="zero_momentum_at_bound needs boxes"):
-            constrain(optax.sgd(0.1), bad, zero_momentum_at_bound=True)
-    with pytest.raises(TypeError, match="must be a bool"):
-        constrain(optax.sgd(0.1), box(1.0), zero_momentum_at_bound=1)
+def test_updates_keep_dtype_and_weak_type_and_other_leaves_pass_through():
+    params = {"w": jnp.ones(2), "weak": jnp.asarray(2.0), "n": jnp.arange(3), "none": None}
+    updates = {
+        "w": jnp.ones(2, jnp.bfloat16),
+        "weak": jnp.asarray(1.0),
+        "n": np.zeros(3, jax.dtypes.float0),
+        "none": None,
+    }
+    tx = project_weights(box(0.5))
+    got, _ = tx.update(updates, tx.init(params), params)
+    assert got["w"].dtype == jnp.bfloat16
+    assert got["weak"].weak_type
+    assert got["n"] is updates["n"]
+    assert got["none"] is None
 
 
 # --- Wrapped by optax -----------------------------------------------------------------
@@ -457,14 +445,10 @@ def test_momentum_at_a_bound_is_for_boxes_only():
 
 START = {"a": jnp.full((4, 3), 0.05), "b": jnp.full((3,), 0.05)}
 BOUND = 0.1
-KINDS = {
-    "keep_weights_within": lambda inner: optax.chain(
-        inner, jaxclip.weights.keep_weights_within(BOUND)
-    ),
-    "project_weights": lambda inner: optax.chain(inner, project_weights(box(BOUND))),
-    "constrain": lambda inner: constrain(inner, box(BOUND)),
-}
-every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def boxed(inner, threshold=BOUND):
+    return optax.chain(inner, project_weights(box(threshold)))
 
 
 def largest(tree) -> float:
@@ -482,29 +466,26 @@ def walk(tx, params, num_steps=6):
         yield params, state
 
 
-@every_kind
-def test_inside_partition_and_masked_the_boxed_group_is_boxed_and_the_other_free(kind):
+def test_inside_partition_and_masked_the_boxed_group_is_boxed_and_the_other_free():
     labels = {"a": "boxed", "b": "free"}
-    boxed, free = kind(optax.sgd(1.0)), optax.sgd(1.0)
+    inside, free = boxed(optax.sgd(1.0)), optax.sgd(1.0)
     masked = optax.chain(
-        optax.masked(boxed, {"a": True, "b": False}), optax.masked(free, {"a": False, "b": True})
+        optax.masked(inside, {"a": True, "b": False}), optax.masked(free, {"a": False, "b": True})
     )
-    for tx in (optax.partition({"boxed": boxed, "free": free}, labels), masked):
+    for tx in (optax.partition({"boxed": inside, "free": free}, labels), masked):
         for params, _ in walk(tx, START):
             assert largest(params["a"]) <= BOUND
         assert largest(params["b"]) > BOUND
 
 
-@every_kind
-def test_inside_multi_steps_the_box_holds_after_every_step(kind):
-    for params, _ in walk(optax.MultiSteps(kind(optax.sgd(1.0)), 2), START):
+def test_inside_multi_steps_the_box_holds_after_every_step():
+    for params, _ in walk(optax.MultiSteps(boxed(optax.sgd(1.0)), 2), START):
         assert largest(params) <= BOUND
     assert largest(params) > BOUND / 2
 
 
-@every_kind
-def test_inside_apply_if_finite_the_box_holds_also_where_a_step_is_skipped(kind):
-    tx = optax.apply_if_finite(kind(optax.sgd(1.0)), 2)
+def test_inside_apply_if_finite_the_box_holds_also_where_a_step_is_skipped():
+    tx = optax.apply_if_finite(boxed(optax.sgd(1.0)), 2)
     state, params = tx.init(START), START
     for value in (1.0, np.nan, -1.0, np.inf, 1.0):
         grads = jax.tree.map(lambda p, v=value: jnp.full_like(p, v), params)
@@ -513,10 +494,9 @@ def test_inside_apply_if_finite_the_box_holds_also_where_a_step_is_skipped(kind)
         assert largest(params) <= BOUND
 
 
-@every_kind
-def test_inside_lookahead_fast_weights_are_in_the_box_and_slow_ones_between_two_points_of_it(kind):
+def test_inside_lookahead_fast_weights_are_in_the_box_and_slow_ones_between_two_points_of_it():
     # A convex set: what lies between two of its points is in it, up to the rounding.
-    tx = optax.lookahead(kind(optax.sgd(1.0)), sync_period=2, slow_step_size=0.5)
+    tx = optax.lookahead(boxed(optax.sgd(1.0)), sync_period=2, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(START)
     state, update = tx.init(params), jax.jit(tx.update)
     for i in range(6):
@@ -528,8 +508,7 @@ def test_inside_lookahead_fast_weights_are_in_the_box_and_slow_ones_between_two_
         assert largest(params.fast) <= BOUND * (1 + 2.0**-22)
 
 
-@every_kind
-def test_inside_schedule_free_no_box_holds_and_around_it_that_of_the_trained_weights(kind):
+def test_inside_schedule_free_no_box_holds_and_around_it_that_of_the_trained_weights():
     # Inside, the update from y into the box is added to z, another point.
     def largest_of_run(tx, state_of):
         w, trained, averaged = jnp.asarray([0.05]), [], []
@@ -542,19 +521,51 @@ def test_inside_schedule_free_no_box_holds_and_around_it_that_of_the_trained_wei
         return largest(trained), largest(averaged)
 
     schedule_free = optax.contrib.schedule_free
-    trained, _ = largest_of_run(schedule_free(kind(optax.sgd(1.0)), 1.0), lambda s: s)
+    trained, _ = largest_of_run(schedule_free(boxed(optax.sgd(1.0)), 1.0), lambda s: s)
     assert trained > 1.2 * BOUND
-    around = kind(schedule_free(optax.sgd(1.0), 1.0))
-    trained, averaged = largest_of_run(
-        around, lambda s: s.inner_state if hasattr(s, "inner_state") else s[0]
-    )
+    around = boxed(schedule_free(optax.sgd(1.0), 1.0))
+    trained, averaged = largest_of_run(around, lambda s: s[0])
     assert trained <= BOUND
     assert averaged > 1.2 * BOUND
 
 
-@every_kind
-def test_inside_inject_hyperparams_and_named_chain_the_box_holds(kind):
-    injected = optax.inject_hyperparams(lambda learning_rate: kind(optax.sgd(learning_rate)))(0.7)
-    for tx in (injected, optax.named_chain(("only", kind(optax.sgd(1.0))))):
+def test_inside_inject_hyperparams_and_named_chain_the_box_holds():
+    injected = optax.inject_hyperparams(lambda learning_rate: boxed(optax.sgd(learning_rate)))(0.7)
+    for tx in (injected, optax.named_chain(("only", boxed(optax.sgd(1.0))))):
         for params, _ in walk(tx, START):
             assert largest(params) <= BOUND
+
+
+def test_behind_an_optimizer_that_promotes_dtypes_the_box_holds():
+    for params, _ in walk(boxed(optax.adamw(0.5)), START):
+        assert largest(params) <= BOUND
+
+
+def test_inside_partition_each_group_has_its_own_box():
+    groups = {"a": boxed(optax.sgd(1.0)), "b": boxed(optax.sgd(1.0), 2 * BOUND)}
+    for params, _ in walk(optax.partition(groups, {"a": "a", "b": "b"}), START):
+        assert largest(params["a"]) <= BOUND < largest(params["b"]) <= 2 * BOUND
+
+
+@eager_and_jit
+def test_with_inject_hyperparams_the_threshold_can_be_read_and_changed(wrap):
+    tx = optax.inject_hyperparams(lambda threshold: project_weights(box(threshold)))(BOUND)
+    state = tx.init(START)
+    assert float(state.hyperparams["threshold"]) == pytest.approx(BOUND)
+    state.hyperparams["threshold"] = jnp.float32(0.02)
+    updates, _ = wrap(tx.update)(jax.tree.map(jnp.ones_like, START), state, START)
+    assert largest(optax.apply_updates(START, updates)) <= float(np.float32(0.02))
+
+
+def test_vmap_over_the_threshold_equals_a_loop():
+    thresholds = jnp.asarray([0.0, 0.02, 0.1, np.inf], jnp.float32)
+
+    def run(t):
+        return list(walk(boxed(optax.sgd(1.0), t), START, 3))[-1][0]
+
+    mapped = jax.jit(jax.vmap(run))(thresholds)
+    for i, t in enumerate(thresholds):
+        alone = run(t)
+        assert largest(alone) <= float(t)
+        for key in START:
+            np.testing.assert_allclose(mapped[key][i], alone[key], rtol=1e-6)
