@@ -76,7 +76,7 @@ def make_ideas(num_steps, weight_decay, method, step_sizes):
         return jaxclip.lion(falling(a), weight_decay=0.0, **more)
 
     def boxed(inner, kappa=1.0):
-        return optax.chain(inner, jaxclip.box(jaxclip.fan_in(kappa)))
+        return optax.chain(inner, jaxclip.project_weights(jaxclip.box(jaxclip.fan_in(kappa))))
 
     def narrowing(kappa):
         return jaxclip.fan_in(lambda i: kappa * (4 - 3 * jnp.minimum(i / (0.75 * num_steps), 1)))

@@ -20,7 +20,8 @@ def main():
     for name, step_size in STEP_SIZES.items():
         task = TASKS[name]()
         inner = make_methods(task.num_steps, task.weight_decay)["Lion in a box"].optimizer
-        tx = optax.chain(inner(step_size), jaxclip.box(jaxclip.fan_in(1.0)))
+        box = jaxclip.box(jaxclip.fan_in(1.0))
+        tx = optax.chain(inner(step_size), jaxclip.project_weights(box))
 
         def step(carry, i, task=task, tx=tx):
             params, state = carry

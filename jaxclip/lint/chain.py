@@ -55,7 +55,7 @@ _SKIPPERS = ("skip_nonfinite", "apply_if_finite", "skip_or_clip")
 # On a good step these are the transform inside them.
 _TRANSPARENT = ("skip_nonfinite", "apply_if_finite")
 _DECAYS = ("add_decayed_weights", "_decay_weights")
-_BOX = ("keep_weights_within", "project_weights")
+_BOX = ("project_weights",)
 # Of the weights that a step leaves as they were: in all, and in one leaf.
 _LOST_SHARE, _LOST_LEAF_SHARE = 0.1, 0.5
 
@@ -84,7 +84,7 @@ def lint_chain(tx: optax.GradientTransformation, params: optax.Params) -> list[F
 
     * `clip_without_effect`: a clip in front of a step that does not see the gradient's size;
     * `clip_twice`: a clip by global norm behind one that is at least as tight;
-    * `box_not_kept`: `keep_weights_within` or `project_weights` in front of links that leave
+    * `box_not_kept`: `project_weights` in front of links that leave
       the set;
     * `norm_of_a_group`: a clip by global norm that sees only a part of what is trained;
     * `detector_without_spikes`: a detector of spikes that cannot see one;

@@ -234,8 +234,8 @@ def leaves_box(box: Any, behind: Any, params: Any) -> bool:
       A Python bool; False if one of them cannot be run.
 
     Example:
-      >>> from jaxclip.weights.constraints import keep_weights_within
-      >>> leaves_box(keep_weights_within(1.0), optax.scale(-0.1), jnp.zeros(3))
+      >>> from jaxclip import box, project_weights
+      >>> leaves_box(project_weights(box(1.0)), optax.scale(-0.1), jnp.zeros(3))
       True
     """
     zeros = trees.map_clippable(jnp.zeros_like, params)

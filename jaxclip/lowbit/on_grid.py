@@ -53,7 +53,7 @@ def keep_on_grid(
     There it is float32 for weights in half precision, too, so that small steps add up.
 
     Goes around everything that is to see or bound the unrounded weights: a box goes inside,
-    `keep_on_grid(constrain(inner, box(fan_in(1.0))), ...)`.
+    `keep_on_grid(optax.chain(inner, project_weights(box(fan_in(1.0)))), ...)`.
 
     Args:
       inner: Any optimizer.

@@ -58,9 +58,9 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
 
     `t = rule(w)` for `w` the entries of all floating leaves: of the whole tree, of the part that
     it stands for in a prefix tree, of what a mask leaves, or in `compress` of the leaves that
-    become low-bit by it. `clip_weights`, `keep_weights_within`, `make_train_step` and clips of
+    become low-bit by it. `clip_weights`, `box`, `make_train_step` and clips of
     gradients leaf by leaf take it, and `compress`, where `axis=None` stores one scale a leaf.
-    What sees one leaf at a time does not: projections, `quantize`, and rewriting files.
+    What sees one leaf at a time does not: other projections, `quantize`, and rewriting files.
 
     Args:
       rule: `max_abs`, `percentile_abs`, `std_multiple` or `mse_optimal`, without `axis`,

@@ -35,7 +35,7 @@ from drawn_trees import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_transform_laws import Row, signature
+from test_transform_laws import Row, project_on_box, signature
 
 import jaxclip
 
@@ -50,9 +50,8 @@ EXCEPTIONS = {
         "lion": "as scale_by_signum",
         "cautious": "as the optimizer inside",
         "majority_vote": "as scale_by_sign, and the votes are kept for ties",
-        "keep_weights_within": "a constraint, which does not judge: NaN weights stay NaN",
-        "project_weights": "as keep_weights_within",
-        "constrain": "as the optimizer inside",
+        "project_on_box": "a constraint, which does not judge: NaN weights stay NaN",
+        "project_on_norm": "as project_on_box",
         "keep_on_grid": "as the optimizer inside",
     },
 }
@@ -64,7 +63,7 @@ REPORTED |= {"num_nonfinite", "nonfinite_leaf", "num_skipped", "num_consecutive"
 ULPS = {"clip_by_spectral_norm": 1024}
 few_examples = settings(max_examples=max(2, settings.default.max_examples // 8))
 NARROW_TREE = Width(NARROW, False)
-BOXED = Row(jaxclip.weights.keep_weights_within, "threshold")
+BOXED = Row(project_on_box, "threshold")
 
 
 # --- I6 -------------------------------------------------------------------------------
@@ -83,7 +82,7 @@ def clip_weights(params: Any, threshold: Any) -> Any:
 
 @jax.jit
 def update_and_apply(params: Any, threshold: Any, updates: Any) -> tuple[Any, Any]:
-    tx = jaxclip.project_weights(jaxclip.box(threshold))
+    tx = project_on_box(threshold)
     updates, _ = tx.update(updates, tx.init(params), params)
     return optax.apply_updates(params, updates), updates
 

@@ -163,7 +163,7 @@ def test_before_its_first_step_it_is_the_inner_optimizer():
 
 def test_a_box_inside_bounds_the_unrounded_weights():
     params, loss_fn = params_and_goal()
-    inner = optax.chain(jaxclip.lion(0.3), jaxclip.box(0.5))
+    inner = optax.chain(jaxclip.lion(0.3), jaxclip.project_weights(jaxclip.box(0.5)))
     for now, state in walk(keep_on_grid(inner, "ternary"), params, loss_fn, 6):
         assert (
             max(float(jnp.max(jnp.abs(v))) for v in jax.tree.leaves(unrounded(now, state)))

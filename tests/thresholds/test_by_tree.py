@@ -294,13 +294,12 @@ def test_rules_without_one_threshold_for_many_arrays_are_refused(rule, error, me
 @pytest.mark.parametrize(
     "use",
     [
-        lambda rule: jaxclip.box(rule),
         lambda rule: jaxclip.weights.max_norm(rule),
         lambda rule: jaxclip.weights.spectral_cap(rule),
         lambda rule: jaxclip.quantize(jnp.ones((2, 2)), 4, threshold=rule),
         lambda rule: jaxclip.checkpoints.clip_checkpoint("a.npz", "b.npz", rule),
     ],
-    ids=["box", "max_norm", "spectral_cap", "quantize", "clip_checkpoint"],
+    ids=["max_norm", "spectral_cap", "quantize", "clip_checkpoint"],
 )
 def test_what_sees_one_leaf_at_a_time_refuses_it(use):
     with pytest.raises(TypeError, match="per_tree looks at all leaves"):

@@ -368,8 +368,7 @@ def updated_by(tx, params):
 USES = {
     "clip_weights": jaxclip.clip_weights,
     "jit": lambda params, rule: jax.jit(lambda p: jaxclip.clip_weights(p, rule))(params),
-    "keep_weights_within": lambda p, rule: updated_by(jaxclip.project_weights(jaxclip.box(rule)), p),
-    "constrain": lambda p, rule: updated_by(optax.chain(sgd, jaxclip.box(rule)), p),
+    "project_weights": lambda p, rule: updated_by(jaxclip.project_weights(jaxclip.box(rule)), p),
     "make_train_step": one_step_in_a_box,
     "explain": lambda params, rule: jaxclip.training.explain(
         sgd.init(params), params, threshold=rule

@@ -51,24 +51,27 @@ WITHOUT_EFFECT = {
 NOT_KEPT = {
     "scaled": chain(
         jaxclip.scale_by_sign(),
-        jaxclip.weights.keep_weights_within(1.0),
+        jaxclip.project_weights(jaxclip.box(1.0)),
         optax.scale_by_learning_rate(0.1),
     ),
     "warmed up": chain(
-        jaxclip.weights.keep_weights_within(jaxclip.fan_in()), optax.scale_by_learning_rate(WARMUP)
+        jaxclip.project_weights(jaxclip.box(jaxclip.fan_in())), optax.scale_by_learning_rate(WARMUP)
     ),
     "masked": chain(
-        optax.masked(jaxclip.weights.keep_weights_within(1.0), ONLY_W), optax.scale(-0.1)
+        optax.masked(jaxclip.project_weights(jaxclip.box(1.0)), ONLY_W), optax.scale(-0.1)
     ),
     "norms": chain(jaxclip.project_weights(jaxclip.weights.max_norm(1.0)), optax.scale(-0.1)),
     "injected": chain(
-        optax.inject_hyperparams(jaxclip.weights.keep_weights_within)(1.0), optax.adam(1e-3)
+        optax.inject_hyperparams(lambda threshold: jaxclip.project_weights(jaxclip.box(threshold)))(
+            1.0
+        ),
+        optax.adam(1e-3),
     ),
     "guarded": jaxclip.skip_nonfinite(
-        chain(jaxclip.weights.keep_weights_within(1.0), optax.adam(1e-3))
+        chain(jaxclip.project_weights(jaxclip.box(1.0)), optax.adam(1e-3))
     ),
-    "decayed": chain(jaxclip.weights.keep_weights_within(1.0), optax.add_decayed_weights(1e-4)),
-    "averaged": chain(jaxclip.weights.keep_weights_within(1.0), optax.trace(0.9)),
+    "decayed": chain(jaxclip.project_weights(jaxclip.box(1.0)), optax.add_decayed_weights(1e-4)),
+    "averaged": chain(jaxclip.project_weights(jaxclip.box(1.0)), optax.trace(0.9)),
 }
 OF_A_GROUP = {
     "partition": optax.partition({"w": chain(CLIP, optax.adam(1e-3)), "b": optax.sgd(0.1)}, LABELS),
@@ -145,7 +148,7 @@ SENSIBLE = {
     "guard around all": jaxclip.skip_nonfinite(chain(CLIP, jaxclip.lion(1e-3))),
     "optax guard": optax.apply_if_finite(optax.adam(1e-3), 5),
     "guard, box": chain(
-        jaxclip.skip_nonfinite(optax.adam(1e-3)), jaxclip.weights.keep_weights_within(1.0)
+        jaxclip.skip_nonfinite(optax.adam(1e-3)), jaxclip.project_weights(jaxclip.box(1.0))
     ),
     "clip, guard": chain(CLIP, jaxclip.skip_nonfinite(optax.adam(1e-3))),
     "skip or clip": jaxclip.gradients.skip_or_clip(
@@ -158,24 +161,24 @@ SENSIBLE = {
     "fixed clip, zclip": chain(
         jaxclip.clip_by_global_norm(10.0), jaxclip.gradients.zclip(), optax.adam(1e-3)
     ),
-    "box": chain(jaxclip.lion(1e-3), jaxclip.weights.keep_weights_within(1.0)),
+    "box": chain(jaxclip.lion(1e-3), jaxclip.project_weights(jaxclip.box(1.0))),
     "norms": chain(jaxclip.lion(1e-3), jaxclip.project_weights(jaxclip.weights.max_norm(1.0))),
     "box, half a step": chain(
-        jaxclip.lion(1e-3), jaxclip.weights.keep_weights_within(1.0), optax.scale(0.5)
+        jaxclip.lion(1e-3), jaxclip.project_weights(jaxclip.box(1.0)), optax.scale(0.5)
     ),
     "two boxes": chain(
         jaxclip.lion(1e-3),
-        jaxclip.weights.keep_weights_within(1.0, mask=jaxclip.weights.kernels_only),
-        jaxclip.weights.keep_weights_within(2.0),
+        jaxclip.project_weights(jaxclip.box(1.0), mask=jaxclip.weights.kernels_only),
+        jaxclip.project_weights(jaxclip.box(2.0)),
     ),
     "box of some leaves": chain(
-        jaxclip.lion(1e-3), optax.masked(jaxclip.weights.keep_weights_within(1.0), ONLY_W)
+        jaxclip.lion(1e-3), optax.masked(jaxclip.project_weights(jaxclip.box(1.0)), ONLY_W)
     ),
     "accumulated box": optax.MultiSteps(
-        chain(jaxclip.lion(1e-3), jaxclip.weights.keep_weights_within(1.0)), 4
+        chain(jaxclip.lion(1e-3), jaxclip.project_weights(jaxclip.box(1.0))), 4
     ),
     "guarded box": optax.apply_if_finite(
-        chain(jaxclip.lion(1e-3), jaxclip.weights.keep_weights_within(1.0)), 4
+        chain(jaxclip.lion(1e-3), jaxclip.project_weights(jaxclip.box(1.0))), 4
     ),
     "injected": optax.inject_hyperparams(optax.adamw)(WARMUP),
     "accumulated": optax.MultiSteps(chain(CLIP, optax.adamw(1e-3)), 4),
