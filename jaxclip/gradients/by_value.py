@@ -14,14 +14,13 @@ import optax
 from jaxclip._core import floats
 from jaxclip._core.floats import (
     compute_dtype,
-    exceeds,
     increment,
     keep_weak_type,
     not_folded,
-    phase_and_modulus,
     round_toward_zero,
 )
 from jaxclip._core.trees import PyTree, floating_leaves, is_clippable, replace_floating
+from jaxclip._core.updates import clip_modulus
 from jaxclip.gradients.state import ClipStats
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
@@ -107,12 +106,7 @@ def _clip_leaf(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the leaf with its entries clipped, and how many were; NaN if one is not finite."""
     if jnp.iscomplexobj(g):
         num_clipped = jnp.sum(jnp.abs(g) > bound, dtype=jnp.float32) + floats.zero_or_nan(g)
-        phase, modulus = phase_and_modulus(g)
-        eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
-        inside = (bound * (1 - 4 * eps)).astype(g.dtype)
-        is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
-        clipped = jnp.where(is_outside, phase * inside, g)
-        clipped = jnp.where(jnp.isfinite(g), clipped, jnp.zeros_like(g))
+        has_sign = jnp.isfinite(g)
     else:
         # In arithmetic, because XLA on CPU writes the conditions that it counts to memory.
         wide = compute_dtype(g.dtype)
@@ -121,7 +115,6 @@ def _clip_leaf(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
         excess = jnp.abs(x) - limit
         is_clipped = jnp.sign(excess + jnp.abs(excess)) + (x - x)  # 0 or 1; NaN if not finite
         num_clipped = jnp.sum(is_clipped).astype(jnp.float32)
-        # Not as a minimum and a maximum: those flush subnormals inside the bound to zero.
-        clipped = jnp.where(exceeds(g, bound), jnp.where(g < 0, -bound, bound), g)
-        clipped = jnp.where(jnp.isnan(g), jnp.zeros_like(g), clipped)
+        has_sign = ~jnp.isnan(g)
+    clipped = jnp.where(has_sign, clip_modulus(g, bound), jnp.zeros_like(g))
     return keep_weak_type(clipped, g), num_clipped

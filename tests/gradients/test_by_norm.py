@@ -366,7 +366,7 @@ def test_ordinary_gradients_are_clipped_as_by_optax_over_several_steps(wrap, bou
     assert 0 < num_clipped < 8
 
 
-def test_the_clip_rate_is_the_share_of_steps_and_a_bad_step_is_not_clipped():
+def test_the_clip_rate_is_the_fraction_of_steps_and_a_bad_step_is_not_clipped():
     tx = clip_by_global_norm(1.0)
     state = tx.init(jnp.zeros(2))
     rates = []
@@ -428,7 +428,7 @@ def test_a_factory_that_was_not_called_raises(factory):
 
 
 @pytest.mark.parametrize(("size", "max_norm"), [(1.0, 0.7), (1e308, 1e307)])
-def test_a_float32_leaf_beside_a_float64_one_is_finite_and_bounded(size, max_norm):
+def test_a_float32_leaf_in_a_tree_with_a_float64_one_is_finite_and_bounded(size, max_norm):
     with enable_x64(True):
         grads = {"a": jnp.full(3, 1.1, jnp.float32), "b": jnp.full(1, size, jnp.float64)}
         tx = jaxclip.clip_by_global_norm(max_norm)
@@ -447,7 +447,7 @@ def test_norms_beyond_float32_are_reported_as_its_largest_number():
     assert state.stats.pre_norm == state.stats.post_norm == jnp.finfo(jnp.float32).max
 
 
-def test_what_eps_adds_to_the_norm_is_in_the_reported_norm_after():
+def test_the_reported_norm_after_the_clip_accounts_for_eps():
     grads, tx = jnp.array([3.0, 4.0]), jaxclip.clip_by_global_norm(1.0, eps=5.0)
     clipped, state = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose(clipped, [0.3, 0.4], rtol=2e-6)

@@ -145,7 +145,7 @@ def test_ordinary_gradients_are_clipped_as_by_optax_clip():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_the_share_of_clipped_entries_is_that_of_the_last_finite_step(bad):
+def test_the_clip_rate_of_entries_is_that_of_the_last_finite_step(bad):
     tx = clip_by_value(1.0)
     state = tx.init(jnp.zeros(4))
     rates = []

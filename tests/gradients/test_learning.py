@@ -198,7 +198,7 @@ def test_inside_vmap_with_an_axis_name_all_devices_agree(factory: Any):
 
 
 @every_factory
-def test_float64_leaves_beside_others_keep_their_dtype(factory: Any):
+def test_float64_leaves_keep_their_dtype_in_a_tree_with_others(factory: Any):
     with enable_x64(True):
         dtypes = {"a": jnp.float64, "b": jnp.float32, "c": jnp.complex64, "d": jnp.bfloat16}
         tx = factory()
