@@ -25,7 +25,8 @@ def clip_stats(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
     Costs nothing: the transforms keep these numbers in their states. Works through
     `optax.chain`, `masked`, `partition`, `inject_hyperparams` and `MultiSteps`, and inside
-    jit, scan and vmap.
+    jit, scan and vmap. A transform of your own is found, too, if the class of its state has a
+    `transform_name`; it reports the state's `stats`, a `ClipStats`.
 
     Args:
       opt_state: State of any optimizer that has jaxclip transforms in it.
