@@ -1,14 +1,23 @@
-"""Pictures that read without the text. Needs matplotlib, from the extra `examples`."""
+"""Pictures of accuracy, size, weights and training that read without the text.
+
+They need matplotlib, from the extra `examples`. Each function returns the figure, and saves it
+where asked.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from jaxclip._core import extras
+from jaxclip._core.extras import import_extra
+from jaxclip._core.grids import Bits
 
-# Okabe and Ito's colours, told apart with any colour vision; markers for print in grey.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; markers for grey print.
 _STYLES = (
     ("#D55E00", "v"),
     ("#E69F00", "s"),
@@ -27,13 +36,13 @@ def tradeoff(
     *,
     metric: str = "test accuracy, %",
     title: str = "",
-) -> Any:
+) -> "Figure":
     """Draws a metric against size on disk, one curve for each setting.
 
     Args:
-      curves: For each setting its points `(name, bytes, mean, deviation)`, such as
+      curves: Points `(name, bytes, mean, deviation)` of each setting, such as
         `("4 bits", 16832, 98.7, 0.4)`. The names label the points of the first curve.
-      file: Where to save the picture, by its suffix PNG, SVG or PDF; None not to.
+      file: PNG, SVG or PDF file to save the picture in; None for no file.
       metric: Label of the vertical axis, with its unit.
       title: Line above the picture.
 
@@ -48,7 +57,7 @@ def tradeoff(
       >>> figure.axes[0].get_xlabel()
       'size of the file, KiB'
     """
-    figure, axes = _figure(8, 4.6)
+    figure, [axes] = _new_figure(8, 4.6)
     for i, (label, points) in enumerate(curves.items()):
         _, sizes, means, deviations = zip(*points, strict=True)
         axes.errorbar(
@@ -65,7 +74,7 @@ def tradeoff(
     axes.set_ylim(low, high + 0.18 * (high - low))  # room for the names of the points
     for name, size, *_ in next(iter(curves.values())):
         axes.annotate(name, (size / 1024, high), rotation=45, fontsize=9)
-    _by_size(axes)
+    _draw_size_axis(axes)
     axes.set(ylabel=metric, title=title)
     axes.legend(loc="best")
     return _saved(figure, file)
@@ -79,14 +88,14 @@ def front(
     *,
     metric: str,
     title: str = "",
-) -> Any:
-    """Draws settings by metric and size, their front as a line, the recommended one as a star.
+) -> "Figure":
+    """Draws settings by metric and size, with their front and the recommended one.
 
     Args:
-      rows: `SweepRow`s, or whatever has their attributes.
-      on_front: Those on the front, by size.
-      best: The recommended one.
-      file: As in `tradeoff`.
+      rows: `SweepRow`s of a sweep, or objects with their attributes.
+      on_front: The rows on the Pareto front, in order of size; a line joins them.
+      best: The recommended row, drawn as a star.
+      file: PNG, SVG or PDF file to save the picture in; None for no file.
       metric: Label of the vertical axis.
       title: Line above the picture.
 
@@ -103,14 +112,13 @@ def front(
       >>> len(front([row], [row], row, metric="accuracy").axes[0].texts)
       1
     """
-    figure, axes = _figure(8, 4.8)
+    figure, [axes] = _new_figure(8, 4.8)
     widths = list(dict.fromkeys(row.bits for row in rows))
     for i, bits in enumerate(widths):
-        some = [row for row in rows if row.bits == bits]
-        sizes = [row.file_bytes / 1024 for row in some]
+        of_width = [row for row in rows if row.bits == bits]
         axes.plot(
-            sizes,
-            [row.metric for row in some],
+            [row.file_bytes / 1024 for row in of_width],
+            [row.metric for row in of_width],
             linestyle="",
             alpha=0.35,
             markersize=5,
@@ -137,31 +145,31 @@ def front(
         fontsize=9,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
     )
-    _by_size(axes)
+    _draw_size_axis(axes)
     axes.set(ylabel=metric, title=title)
     axes.legend(loc="best", fontsize=9)
     return _saved(figure, file)
 
 
 def heat_maps(
-    values: Any,
+    values: ArrayLike,
     step_sizes: Sequence[float],
     thresholds: Sequence[float],
-    bits: Sequence[Any],
+    bits: Sequence[Bits | None],
     file: str | os.PathLike | None = None,
     *,
     metric: str,
     title: str = "",
-) -> Any:
+) -> "Figure":
     """Draws a metric over step sizes and thresholds, one map for each width, on one scale.
 
     Args:
-      values: Array of axes (step_size, threshold, bits), such as `SweepResult.means()`.
-      step_sizes: Along the first axis.
-      thresholds: Along the second; inf for no box.
-      bits: Along the third; None for weights as they were trained.
-      file: As in `tradeoff`.
-      metric: What the numbers are.
+      values: Array of shape (step sizes, thresholds, widths), such as `SweepResult.means()`.
+      step_sizes: Step sizes along the first axis.
+      thresholds: Thresholds along the second axis; inf for no box.
+      bits: Widths along the third axis; None for weights as they were trained.
+      file: PNG, SVG or PDF file to save the picture in; None for no file.
+      metric: Name of the metric, the title if there is no other.
       title: Line above the maps.
 
     Returns:
@@ -169,7 +177,7 @@ def heat_maps(
 
     Raises:
       ImportError: If matplotlib is not installed; the message names the extra.
-      ValueError: If `values` does not have these axes.
+      ValueError: If `values` has another shape.
 
     Example:
       >>> figure = heat_maps(np.ones((2, 3, 1)), [0.1, 1], [1, 2, 4], [None], metric="accuracy")
@@ -177,21 +185,19 @@ def heat_maps(
       6
     """
     values = np.asarray(values, np.float64)
-    if values.shape != (len(step_sizes), len(thresholds), len(bits)):
-        raise ValueError(
-            f"values must be of shape {(len(step_sizes), len(thresholds), len(bits))}, "
-            f"got {values.shape}."
-        )
+    shape = (len(step_sizes), len(thresholds), len(bits))
+    if values.shape != shape:
+        raise ValueError(f"values must be of shape {shape}, got {values.shape}.")
     num_columns = min(len(bits), 3)
-    num_lines = -(-len(bits) // num_columns)
-    cell = (0.62 * len(thresholds) + 1.2, 0.36 * len(step_sizes) + 1.0)
-    size = (max(cell[0] * num_columns, 4), max(cell[1] * num_lines, 2.6))
-    figure, grid = _figure(*size, num_lines, num_columns)
+    num_rows = -(-len(bits) // num_columns)
+    width = max((0.62 * len(thresholds) + 1.2) * num_columns, 4)
+    height = max((0.36 * len(step_sizes) + 1.0) * num_rows, 2.6)
+    figure, grid = _new_figure(width, height, num_rows, num_columns)
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     for axes in grid[len(bits) :]:
         axes.set_visible(False)
-    for axes, width, layer in zip(grid, bits, np.moveaxis(values, 2, 0), strict=False):
+    for axes, bit_width, layer in zip(grid, bits, np.moveaxis(values, 2, 0), strict=False):
         axes.imshow(layer, cmap="cividis", vmin=low, vmax=high, origin="lower", aspect="auto")
         for (i, j), value in np.ndenumerate(layer):
             is_dark = not value > (low + high) / 2
@@ -199,26 +205,26 @@ def heat_maps(
             axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=color, fontsize=7)
         axes.set_xticks(range(len(thresholds)), [f"{t:.3g}" for t in thresholds], fontsize=8)
         axes.set_yticks(range(len(step_sizes)), [f"{a:.2g}" for a in step_sizes], fontsize=8)
-        axes.set(title=_width_name(width), xlabel="threshold", ylabel="step size")
+        axes.set(title=_width_name(bit_width), xlabel="threshold", ylabel="step size")
     figure.suptitle(title or metric)
     return _saved(figure, file)
 
 
 def weight_histograms(
-    weights: Mapping[str, Any],
+    weights: Mapping[str, ArrayLike],
     file: str | os.PathLike | None = None,
     *,
     thresholds: Mapping[str, float] | None = None,
-    levels: Mapping[str, Any] | None = None,
+    levels: Mapping[str, ArrayLike] | None = None,
     title: str = "",
-) -> Any:
-    """Draws the distribution of weights, one panel each, with the box and the grid's levels.
+) -> "Figure":
+    """Draws histograms of weights side by side, with the box and the levels of the grid.
 
     Args:
       weights: Arrays by name, such as `{"AdamW": w, "Lion in a box": v}`.
-      file: As in `tradeoff`.
-      thresholds: Half-width of the box by the same names, where there is one.
-      levels: Values that the low-bit grid has, by the same names, where there is one.
+      file: PNG, SVG or PDF file to save the picture in; None for no file.
+      thresholds: Half-width of the box by name; names without a box are left out.
+      levels: Values of the low-bit grid by name; names without a grid are left out.
       title: Line above the panels.
 
     Returns:
@@ -232,7 +238,7 @@ def weight_histograms(
       >>> figure.axes[0].get_title()
       'w'
     """
-    figure, grid = _figure(4.2 * len(weights), 3.4, 1, len(weights))
+    figure, grid = _new_figure(4.2 * len(weights), 3.4, 1, len(weights))
     for axes, (name, values) in zip(grid, weights.items(), strict=True):
         values = np.asarray(values, np.float64).ravel()
         axes.hist(values, 101, color="#0072B2", weights=np.full(values.size, 1 / values.size))
@@ -244,7 +250,7 @@ def weight_histograms(
             for level in np.ravel(levels[name]):
                 axes.axvline(level, color="black", linewidth=0.8, linestyle=":")
             axes.plot([], [], color="black", linestyle=":", label="levels of the grid")
-        axes.set(title=name, xlabel="weight", ylabel="share of the weights")
+        axes.set(title=name, xlabel="weight", ylabel="fraction of the weights")
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, loc="upper center")
     figure.suptitle(title)
@@ -253,21 +259,22 @@ def weight_histograms(
 
 def training_curves(
     steps: Sequence[int],
-    curves: Mapping[str, Any],
+    curves: Mapping[str, ArrayLike],
     file: str | os.PathLike | None = None,
     *,
-    clip_rates: Mapping[str, Any] | None = None,
+    clip_rates: Mapping[str, ArrayLike] | None = None,
     ylabel: str = "training loss",
     title: str = "",
-) -> Any:
-    """Draws losses over the steps, and below them the share of weights on the bound.
+) -> "Figure":
+    """Draws losses over the steps, and below them the fraction of weights on the bound.
 
     Args:
-      steps: Along the horizontal axis.
-      curves: For each setting its values, of shape (steps,), or (seeds, steps) for a line at
-        the mean within a band of a standard deviation.
-      file: As in `tradeoff`.
-      clip_rates: `weight_clip_rate` of the same shapes, in [0, 1], or None.
+      steps: Steps along the horizontal axis.
+      curves: Values of each setting, of shape (steps,) or (seeds, steps). Over seeds the mean is
+        drawn within a band of one standard deviation.
+      file: PNG, SVG or PDF file to save the picture in; None for no file.
+      clip_rates: `weight_clip_rate` of each setting, of the same shapes, in [0, 1]; None to
+        leave that panel out.
       ylabel: Label of the upper axis.
       title: Line above the picture.
 
@@ -282,10 +289,10 @@ def training_curves(
       >>> [axes.get_ylabel() for axes in figure.axes]
       ['training loss', 'weights on the bound, %']
     """
-    panels: list[tuple[str, Mapping[str, Any], float]] = [(ylabel, curves, 1)]
+    panels: list[tuple[str, Mapping[str, ArrayLike], float]] = [(ylabel, curves, 1)]
     if clip_rates is not None:
         panels.append(("weights on the bound, %", clip_rates, 100))
-    figure, grid = _figure(7, 3.2 * len(panels), len(panels), 1)
+    figure, grid = _new_figure(7, 3.2 * len(panels), len(panels), 1)
     for axes, (label, lines, factor) in zip(grid, panels, strict=True):
         for i, (name, values) in enumerate(lines.items()):
             color, _ = _STYLES[i % len(_STYLES)]
@@ -302,28 +309,25 @@ def training_curves(
     return _saved(figure, file)
 
 
-# --- Parts ----------------------------------------------------------------------------
-
-
 def _style(i: int) -> dict[str, str]:
-    """Colour and marker of the i-th curve; hollow markers when all were taken."""
+    """Returns colour and marker of the i-th curve; markers are hollow once all were used."""
     color, marker = _STYLES[i % len(_STYLES)]
     face = color if i // len(_STYLES) % 2 == 0 else "white"
     return {"color": color, "marker": marker, "markerfacecolor": face}
 
 
-def _figure(width: float, height: float, num_lines: int = 0, num_columns: int = 0) -> Any:
-    """A figure and its axes: one, or a flat list of as many as were asked for."""
-    figure = extras.import_extra("matplotlib.figure", "examples").Figure(
-        figsize=(width, height), layout="constrained"
-    )
-    if not num_lines:
-        return figure, figure.add_subplot()
-    return figure, list(figure.subplots(num_lines, num_columns, squeeze=False).flat)
+def _new_figure(
+    width: float, height: float, num_rows: int = 1, num_columns: int = 1
+) -> tuple["Figure", list[Any]]:
+    """Returns a figure and its axes, row by row."""
+    module = import_extra("matplotlib.figure", "examples")
+    figure = module.Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
 
 
-def _by_size(axes: Any) -> None:
-    ticker = extras.import_extra("matplotlib.ticker", "examples")
+def _draw_size_axis(axes: Any) -> None:
+    """Makes the horizontal axis one of file sizes in KiB, on a logarithmic scale."""
+    ticker = import_extra("matplotlib.ticker", "examples")
     axes.set_xscale("log", base=2)
     left, right = axes.get_xlim()
     axes.set_xlim(left, 1.2 * right)
@@ -331,13 +335,14 @@ def _by_size(axes: Any) -> None:
     axes.set_xlabel("size of the file, KiB")
 
 
-def _width_name(bits: Any) -> str:
+def _width_name(bits: Bits | None) -> str:
     if bits is None:
         return "as trained"
     return bits if isinstance(bits, str) else f"{bits} bit{'s' if bits > 1 else ''}"
 
 
-def _saved(figure: Any, file: str | os.PathLike | None) -> Any:
+def _saved(figure: "Figure", file: str | os.PathLike | None) -> "Figure":
+    """Saves the figure if there is a file, and returns it."""
     if file is not None:
         figure.savefig(file, dpi=150)
     return figure
