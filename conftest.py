@@ -4,6 +4,12 @@ import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of a run is compiling: workers share what they compiled, and the next run has it all.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), ".pytest_cache/compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # The sharding tests need eight devices; one process then serves all tests.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -27,8 +33,8 @@ hypothesis.settings.load_profile("jaxclip")
 
 # Scripts that import torch, which the tests do without; collecting doctests imports all.
 collect_ignore = [
-    "peers/recorded/record_torch.py",
-    "peers/recorded/record_compressed_tensors.py",
+    "tests/peers/recorded/record_torch.py",
+    "tests/peers/recorded/record_compressed_tensors.py",
 ]
 
 
