@@ -23,17 +23,18 @@ from jaxclip.checkpoints.format.layout import leaf_name, plan_file
 from jaxclip.checkpoints.format.writing import write_plain, write_tree
 from jaxclip.checkpoints.reading import Source, open_source
 from jaxclip.checkpoints.rows import compress_leaf, outline_leaf
-from jaxclip.checkpoints.sizes import SizeReport, report_plan, with_losses
+from jaxclip.checkpoints.sizes import SizeReport, report_plan, with_errors
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
+    Budget,
     Option,
-    Target,
-    check_target,
-    choose_widths,
+    check_budget,
     outline_of,
+    widths_within_average,
+    widths_within_file,
 )
-from jaxclip.lowbit.distortion import Loss, loss_of
+from jaxclip.lowbit.distortion import QuantizationError, quantization_error
 from jaxclip.lowbit.entropy_coding import check_coding
 from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs
 from jaxclip.lowbit.trees import decompress
@@ -104,8 +105,8 @@ def compress_checkpoint(
       >>> folder.cleanup()
     """
     grid = bits if isinstance(bits, Grid) else Grid(bits, axis=0)
-    target = check_target(grid.bits, target_bits_per_weight, target_bytes)
-    if target is None and grid.bits is None:
+    budget = check_budget(grid.bits, target_bits_per_weight, target_bytes)
+    if budget is None and grid.bits is None:
         grid = dataclasses.replace(grid, bits=4)
     default = LeafSpec(grid, rule, bit_price)
     specs: dict[str, LeafSpec] = {}
@@ -120,25 +121,25 @@ def compress_checkpoint(
                 "bit_price needs a coding: packed codes take the same bytes at any price, and "
                 f"leaf '{priced[0]}' has one."
             )
-        if target is not None:
-            specs.update(_allocated(target, source, specs, coding))
+        if budget is not None:
+            specs.update(_allocated(budget, source, specs, coding))
         return source.leaves | {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items()}
 
-    def rewrite_leaf(name: str, leaf: Any) -> tuple[Any, Loss | None]:
+    def rewrite_leaf(name: str, leaf: Any) -> tuple[Any, QuantizationError | None]:
         if name in specs:
             return compress_leaf(leaf, specs[name], name)
-        return leaf, loss_of(leaf, leaf)
+        return leaf, quantization_error(leaf, leaf)
 
-    num_passes = 1 if target is None else 2
+    num_passes = 1 if budget is None else 2
     return _rewrite(
         src, dst, outline, rewrite_leaf, coding, overwrite, dry_run, progress, num_passes
     )
 
 
 def _allocated(
-    target: Target, source: Source, specs: dict[str, LeafSpec], coding: str | None
+    budget: Budget, source: Source, specs: dict[str, LeafSpec], coding: str | None
 ) -> dict[str, LeafSpec]:
-    """The specs that had no width, with the one that the target gives: a pass over the leaves."""
+    """The specs that had no width, with the one that the budget gives: a pass over the leaves."""
     free = [name for name, spec in specs.items() if spec.grid.bits is None]
     small = {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items() if n not in free}
     small = source.leaves | small
@@ -146,9 +147,9 @@ def _allocated(
     for name in free:
         leaf, options = source.read(name), []
         for width in ALL_WIDTHS:
-            q, loss = compress_leaf(leaf, specs[name], name, width)
-            assert loss is not None
-            options.append(Option(outline_of(q), plan_file(q).data_bytes, loss.squared_error))
+            q, error = compress_leaf(leaf, specs[name], name, width)
+            assert error is not None
+            options.append(Option(outline_of(q), plan_file(q).data_bytes, error.squared_error))
         measured.append(options)
 
     def file_bytes(outlines: list[QuantizedArray]) -> int:
@@ -156,12 +157,13 @@ def _allocated(
         plan = plan_file(source.restore(tree.__getitem__))
         return header_size(plan, coding) + plan.data_bytes
 
-    others = [leaf for leaf in small.values() if is_quantized(leaf)]
-    options = choose_widths(target, measured, others, file_bytes)
-    return {
-        name: specs[name].with_bits(ALL_WIDTHS[option])
-        for name, option in zip(free, options, strict=True)
-    }
+    if budget.bits_per_weight is not None:
+        fixed = [leaf for leaf in small.values() if is_quantized(leaf)]
+        widths = widths_within_average(budget.bits_per_weight, measured, fixed)
+    else:
+        assert budget.num_bytes is not None
+        widths = widths_within_file(budget.num_bytes, measured, file_bytes)
+    return {name: specs[name].with_bits(w) for name, w in zip(free, widths, strict=True)}
 
 
 def decompress_checkpoint(
@@ -271,7 +273,7 @@ def _rewrite(
     src: str | os.PathLike,
     dst: str | os.PathLike,
     outline: Callable[[Source], dict[str, Any]],
-    rewrite_leaf: Callable[[str, Any], tuple[Any, Loss | None]],
+    rewrite_leaf: Callable[[str, Any], tuple[Any, QuantizationError | None]],
     coding: str | None,
     overwrite: bool,
     dry_run: bool,
@@ -310,10 +312,10 @@ def _rewrite(
             return report_plan(plan, header_size(plan, None))
         flat = _flat_names(source)
         names = {leaf_name((key,)): name for key, name in flat.items()} if flat else {}
-        losses: dict[str, Loss | None] = {}
+        errors: dict[str, QuantizationError | None] = {}
 
         def produce(name: str) -> Any:
-            leaf, losses[name] = rewrite_leaf(names.get(name, name), read(names.get(name, name)))
+            leaf, errors[name] = rewrite_leaf(names.get(name, name), read(names.get(name, name)))
             return leaf
 
         if is_plain and any(leaf_name((key,)) != key for key in flat):
@@ -325,7 +327,7 @@ def _rewrite(
         nowhere = Path(os.devnull)
         target = nowhere.open("wb") if dry_run else replacing(dst, overwrite)
         final = write_tree(stack.enter_context(target), plan, produce, coding)
-    return with_losses(report_plan(final, header_size(plan, coding)), losses)
+    return with_errors(report_plan(final, header_size(plan, coding)), errors)
 
 
 def _flat_names(source: Source) -> dict[str, str]:

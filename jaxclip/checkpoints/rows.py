@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxclip._core.grids import Bits
 from jaxclip.lowbit.arrays import QuantizedArray
-from jaxclip.lowbit.distortion import Loss, loss_of
+from jaxclip.lowbit.distortion import QuantizationError, quantization_error
 from jaxclip.lowbit.policies import LeafSpec
 
 _PART_BYTES = 2**24
@@ -35,7 +35,7 @@ def outline_leaf(leaf: Any, spec: LeafSpec, name: str, bits: Bits | None = None)
 
 def compress_leaf(
     leaf: Any, spec: LeafSpec, name: str, bits: Bits | None = None
-) -> tuple[QuantizedArray, Loss | None]:
+) -> tuple[QuantizedArray, QuantizationError | None]:
     """Returns a leaf as low-bit, and what it lost.
 
     Rows are compressed some at a time where no scale is shared between them, the rule looks at no
@@ -54,15 +54,15 @@ def compress_leaf(
       >>> from jaxclip._core.grids import Grid
       >>> spec = LeafSpec(Grid("ternary", axis=0), 0.5)
       >>> compress_leaf(np.array([[0.5, -0.25]], np.float32), spec, "w")[1]
-      Loss(squared_error=0.0625, squared_norm=0.3125, num_clipped=0)
+      QuantizationError(squared_error=0.0625, squared_norm=0.3125, num_clipped=0)
     """
 
     def compress_part(part: Any) -> QuantizedArray:
         return spec.quantize(part, name, bits)
 
-    def compress_whole() -> tuple[QuantizedArray, Loss | None]:
+    def compress_whole() -> tuple[QuantizedArray, QuantizationError | None]:
         small = compress_part(leaf)
-        return small, loss_of(leaf, small)
+        return small, quantization_error(leaf, small)
 
     num_rows = max(_PART_BYTES // max(leaf[:1].nbytes, 1), 1) if leaf.ndim else 1
     if leaf.ndim == 0 or len(leaf) <= num_rows:
@@ -89,9 +89,9 @@ def _by_rows(
     like: QuantizedArray,
     compress_part: Callable[[Any], QuantizedArray],
     num_rows: int,
-) -> tuple[QuantizedArray, Loss | None]:
+) -> tuple[QuantizedArray, QuantizationError | None]:
     whole = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
-    losses = Loss(0.0, 0.0, 0)
+    total = QuantizationError(0.0, 0.0, 0)
     for start in range(0, len(leaf), num_rows):
         part = leaf[start : start + num_rows]
         count = len(part)
@@ -103,7 +103,7 @@ def _by_rows(
         small = jax.tree.map(lambda array, n=count: np.asarray(array)[:n], small)
         for target, rows in zip(jax.tree.leaves(whole), jax.tree.leaves(small), strict=True):
             target[start : start + count] = rows
-        loss = loss_of(part, small)
-        assert loss is not None
-        losses += loss
-    return whole, losses
+        error = quantization_error(part, small)
+        assert error is not None
+        total += error
+    return whole, total

@@ -16,7 +16,7 @@ from jaxclip.checkpoints.format.headers import header_size
 from jaxclip.checkpoints.format.layout import FilePlan, check_has_values, plan_file
 from jaxclip.checkpoints.reading import Source
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
-from jaxclip.lowbit.distortion import Loss, loss_of
+from jaxclip.lowbit.distortion import QuantizationError, quantization_error
 from jaxclip.lowbit.entropy_coding import check_coding
 
 
@@ -205,7 +205,7 @@ def _compared(report: SizeReport, plan: FilePlan, original: Any) -> SizeReport:
     if originals.keys() != plan.leaves.keys():
         odd = sorted(originals.keys() ^ plan.leaves.keys())
         raise ValueError(f"original must have the same leaves; only one tree has {odd[:5]}.")
-    losses = {}
+    errors = {}
     for leaf in report.leaves:
         now, before = plan.leaves[leaf.path], originals[leaf.path]
         if tuple(before.shape) != leaf.shape:
@@ -216,36 +216,36 @@ def _compared(report: SizeReport, plan: FilePlan, original: Any) -> SizeReport:
             for array in (now, before):
                 values = array.qvalue if isinstance(array, QuantizedArray) else array
                 check_has_values(leaf.path, values)
-        losses[leaf.path] = loss_of(before, now)
-    return with_losses(report, losses)
+        errors[leaf.path] = quantization_error(before, now)
+    return with_errors(report, errors)
 
 
-def with_losses(report: SizeReport, losses: Mapping[str, Loss | None]) -> SizeReport:
+def with_errors(report: SizeReport, errors: Mapping[str, QuantizationError | None]) -> SizeReport:
     """Returns a report with what its leaves lost.
 
     Args:
       report: A report without.
-      losses: The loss of each leaf, by path; None of those that are not real floating.
+      errors: The error of each leaf, by path; None of those that are not real floating.
 
     Returns:
       A `SizeReport`.
 
     Example:
       >>> report = report_plan(plan_file({"w": jnp.zeros(3)}), 200)
-      >>> with_losses(report, {"w": Loss(1.0, 4.0, None)}).relative_error
+      >>> with_errors(report, {"w": QuantizationError(1.0, 4.0, None)}).relative_error
       0.25
     """
     leaves, known, clipped, entries = [], [], 0, 0
     for leaf in report.leaves:
-        loss = losses[leaf.path]
-        if loss is not None:
-            known.append(loss)
-            error, share = _ratio(loss.squared_error, loss.squared_norm), None
-            if loss.num_clipped is not None:
+        error = errors[leaf.path]
+        if error is not None:
+            known.append(error)
+            relative, share = _ratio(error.squared_error, error.squared_norm), None
+            if error.num_clipped is not None:
                 size = math.prod(leaf.shape)
-                clipped, entries = clipped + loss.num_clipped, entries + size
-                share = loss.num_clipped / max(size, 1)
-            leaf = dataclasses.replace(leaf, relative_error=error, clipped_share=share)
+                clipped, entries = clipped + error.num_clipped, entries + size
+                share = error.num_clipped / max(size, 1)
+            leaf = dataclasses.replace(leaf, relative_error=relative, clipped_share=share)
         leaves.append(leaf)
     lost, energy = sum(k.squared_error for k in known), sum(k.squared_norm for k in known)
     return dataclasses.replace(

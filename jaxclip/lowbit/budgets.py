@@ -1,42 +1,43 @@
-"""Targets: the width of each leaf, so that all together take no more than they may.
+"""Budgets: the width of each leaf, so that all together take no more bytes than they may.
 
-How a leaf's error falls with its bytes is measured at every width; `allocation` shares the
-bytes out. What is needed of a tree here are numbers, so that its leaves may lie on disk.
+The total error is made small subject to `sum of bytes <= budget`. Each leaf is measured at every
+width; only these numbers are needed here, so the leaves may lie on disk.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxclip._core import checks
+from jaxclip._core.grids import Bits
 from jaxclip.lowbit.arrays import QuantizedArray
 
-# What a target chooses from. One bit is left out: without a code for 0 its error tells less
-# of what a network loses.
-ALL_WIDTHS = ("ternary", 2, 3, 4, 5, 6, 8)
+# The widths that a budget chooses from. One bit is left out: without a code for 0 its error says
+# less about what a network loses.
+ALL_WIDTHS: tuple[Bits, ...] = ("ternary", 2, 3, 4, 5, 6, 8)
 
 
-class Target(NamedTuple):
-    """What a tree may take.
+class Budget(NamedTuple):
+    """The most that a tree may take, in one of two units; the other is None.
 
     Attributes:
-      name: "target_bits_per_weight" or "target_bytes".
-      value: Its value.
+      bits_per_weight: Bits of codes and scales for each entry of a low-bit leaf, on average.
+      num_bytes: Bytes of the file.
     """
 
-    name: str
-    value: float
+    bits_per_weight: float | None = None
+    num_bytes: int | None = None
 
 
 class Option(NamedTuple):
     """A leaf at one width.
 
     Attributes:
-      outline: The low-bit array with shapes for arrays.
-      num_bytes: What it takes in a file, without the header.
+      outline: The low-bit array with shapes for arrays: the codes of all widths would fill memory.
+      num_bytes: Bytes that it takes in a file, without the header.
       error: Its squared error.
     """
 
@@ -45,196 +46,129 @@ class Option(NamedTuple):
     error: float
 
 
-def check_target(bits: Any, bits_per_weight: Any, num_bytes: Any) -> Target | None:
-    """Returns the target that is given, or None; raises if it is no size or not alone.
-
-    Args:
-      bits: One width for all leaves, or None.
-      bits_per_weight: A number in (0, inf), or None.
-      num_bytes: An integer of at least 1, or None.
-
-    Raises:
-      TypeError: If more than one is given, or one is of a wrong type.
-      ValueError: If one is out of range.
-
-    Example:
-      >>> check_target(None, 2.5, None)
-      Target(name='target_bits_per_weight', value=2.5)
-    """
+def check_budget(
+    bits: Bits | None, bits_per_weight: float | None, num_bytes: int | None = None
+) -> Budget | None:
+    """Returns the budget that is given, or None; raises if it is no size or not alone."""
     targets = {"target_bits_per_weight": bits_per_weight, "target_bytes": num_bytes}
     given = {n: v for n, v in {"bits": bits, **targets}.items() if v is not None}
     if len(given) > 1:
         raise TypeError(f"only one of bits and the targets may be given, got {given}.")
     if bits_per_weight is not None:
         if isinstance(bits_per_weight, jax.Array):
-            bits_per_weight = bits_per_weight.item()
+            bits_per_weight = float(bits_per_weight.item())
         checks.check_positive("target_bits_per_weight", bits_per_weight)
-        return Target("target_bits_per_weight", float(bits_per_weight))
+        return Budget(bits_per_weight=float(bits_per_weight))
     if num_bytes is not None:
         checks.check_count("target_bytes", num_bytes)
-        return Target("target_bytes", int(num_bytes))
+        return Budget(num_bytes=int(num_bytes))
     return None
 
 
 def outline_of(leaf: QuantizedArray) -> QuantizedArray:
-    """Returns a low-bit array with shapes for arrays: the codes of all widths would fill memory.
-
-    Args:
-      leaf: A low-bit array.
-
-    Example:
-      >>> from jaxclip.lowbit.quantizer import quantize
-      >>> outline_of(quantize(np.ones(3, np.float32))).qvalue
-      ShapeDtypeStruct(shape=(3,), dtype=int8)
-    """
+    """Returns a low-bit array with shapes for arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
 
 
-def choose_widths(
-    target: Target,
+def widths_within_average(
+    bits_per_weight: float,
     measured: Sequence[Sequence[Option]],
-    others: Sequence[QuantizedArray],
-    file_bytes: Callable[[list[QuantizedArray]], int] | None = None,
-) -> list[int]:
-    """Returns the place in `ALL_WIDTHS` of each leaf's width, of low total error.
-
-    Args:
-      target: What the tree may take.
-      measured: For each leaf, its options in the order of `ALL_WIDTHS`.
-      others: Low-bit leaves whose width is fixed; shapes suffice.
-      file_bytes: The size of the file with these outlines for the leaves; for "target_bytes".
-
-    Raises:
-      ValueError: If the target is out of reach; the message has the least.
-
-    Example:
-      >>> choose_widths(Target("target_bytes", 200), [], [], lambda outlines: 128)
-      []
-    """
-    sizes = np.asarray([[option.num_bytes for option in leaf] for leaf in measured], np.int64)
-    errors = np.asarray([[option.error for option in leaf] for leaf in measured], np.float64)
-    shape = (len(measured), len(ALL_WIDTHS))  # of no leaves too
-    sizes, errors = sizes.reshape(shape), errors.reshape(shape)
-    if target.name == "target_bytes":
-        assert file_bytes is not None
-
-        def total(options: list[int]) -> int:
-            return file_bytes([m[j].outline for m, j in zip(measured, options, strict=True)])
-
-        return _within_file(int(target.value), sizes, errors, total)
-    outlines = [*others, *(leaf[0].outline for leaf in measured)]
-    entries = sum(math.prod(leaf.shape) for leaf in outlines)
-    stored = sum(leaf.num_bytes for leaf in others)
-    return _within_average(target.value, sizes, errors, stored, entries)
-
-
-def _within_average(
-    target: float, sizes: np.ndarray, errors: np.ndarray, others: int, entries: int
-) -> list[int]:
-    """Options of at most `target` bits an entry, with bytes that are spent already."""
+    fixed: Sequence[QuantizedArray],
+) -> list[Bits]:
+    """Returns the widths of the measured leaves; `fixed` leaves share the budget."""
+    sizes, errors = _tables(measured)
+    outlines = [*fixed, *(options[0].outline for options in measured)]
+    num_entries = sum(math.prod(leaf.shape) for leaf in outlines)
+    fixed_bytes = sum(leaf.num_bytes for leaf in fixed)
 
     def average(num_bytes: int) -> float:
-        return 8 * num_bytes / max(entries, 1)
+        return 8 * num_bytes / max(num_entries, 1)
 
-    least = int(sizes.min(axis=1).sum()) + others
-    if average(least) > target:
-        bits = math.ceil(1e4 * average(least)) / 1e4
-        raise ValueError(f"target_bits_per_weight={target} is out of reach: the least is {bits}.")
-    budget = int(target * entries / 8) + 1
-    while budget > least and average(budget) > target:  # as the report will round it
-        budget -= 1
-    return allocate(sizes, errors, max(budget, least) - others)
+    least_bytes = int(sizes.min(axis=1).sum()) + fixed_bytes
+    if average(least_bytes) > bits_per_weight:
+        least = math.ceil(1e4 * average(least_bytes)) / 1e4
+        raise ValueError(
+            f"target_bits_per_weight={bits_per_weight} is out of reach: the least is {least}."
+        )
+    max_bytes = int(bits_per_weight * num_entries / 8) + 1
+    # The average as a report computes it must not exceed the target by a rounding either.
+    while max_bytes > least_bytes and average(max_bytes) > bits_per_weight:
+        max_bytes -= 1
+    chosen = allocate(sizes, errors, max(max_bytes, least_bytes) - fixed_bytes)
+    return [ALL_WIDTHS[i] for i in chosen]
 
 
-def _within_file(
-    target: int, sizes: np.ndarray, errors: np.ndarray, file_bytes: Callable[[list[int]], int]
-) -> list[int]:
-    """Options whose file has at most `target` bytes.
+def widths_within_file(
+    max_bytes: int,
+    measured: Sequence[Sequence[Option]],
+    file_bytes: Callable[[list[QuantizedArray]], int],
+) -> list[Bits]:
+    """Returns widths whose file has at most `max_bytes`; `file_bytes` gives a file's size."""
+    sizes, errors = _tables(measured)
+    leaves = np.arange(len(sizes))
 
-    The header's size depends on the options by some bytes, so that room for it is found by
-    trying: it only grows, and the loop ends.
-    """
-    rows = np.arange(len(sizes))
+    def size_of(chosen: list[int]) -> int:
+        return file_bytes([m[i].outline for m, i in zip(measured, chosen, strict=True)])
 
-    def beside(options: list[int]) -> int:
-        """Bytes of the header and of all other leaves."""
-        return file_bytes(options) - int(sizes[rows, np.asarray(options, int)].sum())
+    def bytes_of_the_rest(chosen: list[int]) -> int:
+        return size_of(chosen) - int(sizes[leaves, np.asarray(chosen, int)].sum())
 
-    least_sum = int(sizes.min(axis=1).sum())
-    least = allocate(sizes, errors, least_sum)
-    candidates = [least] + [[j] * len(sizes) for j in range(len(ALL_WIDTHS))]
-    room = beside(least)
-    while target - room >= least_sum:
-        candidates.append(allocate(sizes, errors, target - room))
-        needed = beside(candidates[-1])
-        if needed <= room:
+    least_bytes = int(sizes.min(axis=1).sum())
+    candidates = [allocate(sizes, errors, least_bytes)]
+    candidates += [[i] * len(sizes) for i in range(len(ALL_WIDTHS))]
+    # The header's size depends on the widths by some bytes. What is set aside for it only
+    # grows, so the loop ends.
+    set_aside = bytes_of_the_rest(candidates[0])
+    while max_bytes - set_aside >= least_bytes:
+        candidates.append(allocate(sizes, errors, max_bytes - set_aside))
+        needed = bytes_of_the_rest(candidates[-1])
+        if needed <= set_aside:
             break
-        room = needed
-    totals = [file_bytes(options) for options in candidates]
-    fitting = [c for c, total in zip(candidates, totals, strict=True) if total <= target]
+        set_aside = needed
+    totals = [size_of(chosen) for chosen in candidates]
+    fitting = [c for c, total in zip(candidates, totals, strict=True) if total <= max_bytes]
     if not fitting:
-        raise ValueError(f"target_bytes={target:,} is out of reach: the least is {min(totals):,}.")
-    return min(fitting, key=lambda options: float(errors[rows, np.asarray(options, int)].sum()))
+        raise ValueError(
+            f"target_bytes={max_bytes:,} is out of reach: the least is {min(totals):,}."
+        )
+    best = min(fitting, key=lambda chosen: float(errors[leaves, np.asarray(chosen, int)].sum()))
+    return [ALL_WIDTHS[i] for i in best]
 
 
-def hull_steps(sizes: Any, errors: Any) -> Iterator[tuple[float, int]]:
-    """Yields the options on the lower convex hull of (bytes, error), from the least bytes on.
+def _tables(measured: Sequence[Sequence[Option]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns bytes and errors, in shape (leaves, widths)."""
+    sizes = [[option.num_bytes for option in options] for options in measured]
+    errors = [[option.error for option in options] for options in measured]
+    shape = (len(measured), len(ALL_WIDTHS))  # of no leaves too
+    return np.asarray(sizes, np.int64).reshape(shape), np.asarray(errors, float).reshape(shape)
 
-    Args:
-      sizes: Bytes of one leaf's options.
-      errors: Their errors.
 
-    Yields:
-      Pairs `(saved, option)`: the error that a byte saves over the option before, which
-      falls from pair to pair; infinite for the first.
+# --- Bytes shared out: Shoham and Gersho, 1988, https://doi.org/10.1109/29.90373 -------
 
-    Example:
-      >>> list(hull_steps([1, 2, 3, 4], [9.0, 8.0, 3.0, 2.0]))
-      [(inf, 0), (3.0, 2), (1.0, 3)]
-    """
-    sizes, errors = np.asarray(sizes).tolist(), np.asarray(errors).tolist()
+
+def hull_steps(sizes: np.ndarray, errors: np.ndarray) -> list[tuple[float, int]]:
+    """Returns the lower convex hull of (bytes, error): error saved a byte, and option."""
     hull: list[tuple[float, int]] = []
-    for j in sorted(range(len(sizes)), key=lambda j: (sizes[j], errors[j])):
-        if hull and errors[j] >= errors[hull[-1][1]]:
+    for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], errors[i])):
+        if hull and errors[i] >= errors[hull[-1][1]]:
             continue  # more bytes for nothing
-        saved = np.inf
+        saved = math.inf  # of the option with the least bytes
         while hull:
-            before = hull[-1][1]
-            saved = (errors[before] - errors[j]) / (sizes[j] - sizes[before])
+            previous = hull[-1][1]
+            saved = float((errors[previous] - errors[i]) / (sizes[i] - sizes[previous]))
             if saved < hull[-1][0]:
                 break
             hull.pop()  # it lies above the line from the one before it to this
-        hull.append((saved, j))
-    yield from hull
+        hull.append((saved, i))
+    return hull
 
 
-def allocate(sizes: Any, errors: Any, budget: int) -> list[int]:
-    """Chooses an option for each leaf, of low total error within a budget of bytes.
-
-    Args:
-      sizes: Bytes, integers of shape (leaves, options).
-      errors: Errors in the same shape, finite; the total is what counts.
-      budget: Bytes that all leaves together may take.
-
-    Returns:
-      The option of each leaf. They fit the budget; their error is no larger than that of any
-      one option for all leaves that fits; and it exceeds the optimum by less than one step
-      saves, as the module's docstring says.
-
-    Raises:
-      ValueError: If the least bytes exceed the budget.
-
-    Example:
-      >>> allocate([[1, 2, 4], [1, 2, 4]], [[9.0, 4.0, 1.0], [2.0, 1.0, 0.5]], 5)
-      [2, 0]
-
-    References:
-      Shoham and Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988,
-      https://doi.org/10.1109/29.90373
-    """
-    sizes, errors = np.asarray(sizes), np.asarray(errors)
+def allocate(sizes: np.ndarray, errors: np.ndarray, budget: int) -> list[int]:
+    """Returns an option for each leaf that together fit the budget, of low total error."""
+    # The error exceeds the optimum by less than one step of a hull saves, and is no larger than
+    # that of any one option for all leaves that fits.
     num_leaves, num_options = sizes.shape
-    hulls = [list(hull_steps(*leaf)) for leaf in zip(sizes, errors, strict=True)]
+    hulls = [hull_steps(*leaf) for leaf in zip(sizes, errors, strict=True)]
     chosen = [hull[0][1] for hull in hulls]
     leaves = np.arange(num_leaves)
     spent = int(sizes[leaves, np.asarray(chosen, int)].sum())
@@ -252,9 +186,10 @@ def allocate(sizes: Any, errors: Any, budget: int) -> list[int]:
         more = int(sizes[leaf, option] - sizes[leaf, chosen[leaf]])
         is_full[leaf] |= spent + more > budget
         if not is_full[leaf]:
-            chosen[leaf], spent = option, spent + more
+            chosen[leaf] = option
+            spent += more
     # A hull's coarse steps can leave bytes over that one option for all would use.
-    uniform = [[j] * num_leaves for j in range(num_options) if sizes[:, j].sum() <= budget]
+    uniform = [[i] * num_leaves for i in range(num_options) if sizes[:, i].sum() <= budget]
     return min(
         [chosen, *uniform],
         key=lambda options: float(errors[leaves, np.asarray(options, int)].sum()),

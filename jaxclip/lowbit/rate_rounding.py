@@ -1,53 +1,51 @@
 """Codes that cost fewer bits once they are entropy coded: rounding that looks at the rate.
 
-The nearest code has the least error, but a rare code is long. A weight goes to the next code
-towards 0 where the bits that this saves are worth the error that it adds:
+The nearest code has the least error, but a rare code is long. A weight goes from code l to the
+next code l' towards 0 where the bits that this saves are worth the error that it adds:
 
-    (w - s l')^2 - (w - s l)^2  <  price * s^2 * (bits(l) - bits(l'))
-
-with `bits(l) = -log2` of the share of code l. At high rates a uniform grid has the error
-s^2 / 12, which falls by 2 ln 2 times itself for a bit more, .116 s^2: the price of a bit.
+    (w - s l')^2 - (w - s l)^2  <  price * s^2 * (bits(l) - bits(l')),   bits(l) = -log2 p(l)
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
+from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.thresholds.by_rate import code_counts
 
-_ROUNDS = 3
+_NUM_ROUNDS = 3  # the bits of a code depend on the codes chosen
 
 
-def cheaper_codes(small: Any, original: Any, *, price: ArrayLike = 0.12) -> Any:
-    """Returns low-bit arrays with codes nearer to 0 where the bits saved are worth the error.
+def cheaper_codes(small: PyTree, original: PyTree, *, price: ArrayLike = 0.12) -> PyTree:
+    """Moves codes one step towards 0 where the bits saved are worth the error.
 
-    For files that are entropy coded, beside `rate_optimal`; the reader does not change. For each
-    array `sum((w - q)**2) + price * mean(scale**2) * bits` is no larger than before, with the
-    bits of an ideal order-0 code (`code_entropy` times the number of entries). The error grows:
-    an entry that moves is within 1.5 steps of its weight, no longer within half of one.
+    For files that are entropy coded, together with `rate_optimal`; the reader does not change.
+    For each array `sum((w - q)**2) + price * mean(scale**2) * bits` is no larger than before, with
+    the bits of an ideal order-0 code (`code_entropy` times the number of entries). The error
+    grows: an entry that moves is within 1.5 steps of its weight, no longer within half of one.
 
     Args:
       small: A `QuantizedArray`, or a tree with some; other leaves stay as they are.
-      original: What was quantized, in the same structure.
-      price: Error that a bit is worth, in squared steps; at least 0. May be traced. At 0 nothing
-        moves.
+      original: The arrays that were quantized, in the same structure.
+      price: Error that a bit is worth, in squared steps; at least 0. May be traced. At 0 no code
+        moves. The default is near the price at high rates: the error `s**2 / 12` of a uniform
+        grid falls by `s**2 * log(2) / 6 = 0.116 s**2` for one more bit.
 
     Returns:
-      The same, each code as it was or one nearer to 0.
+      The same tree, each code as it was or one nearer to 0.
 
     Raises:
       ValueError: If `price` is negative or NaN, an array has one bit or a zero point, or the
         trees do not fit.
 
     Example:
+      >>> import jax
       >>> from jaxclip import quantize
-      >>> from jaxclip.thresholds import rate_optimal
-      >>> from jaxclip.thresholds.by_rate import code_entropy
+      >>> from jaxclip.thresholds import code_entropy, rate_optimal
       >>> w = jax.random.normal(jax.random.key(0), (64, 64))
       >>> q = quantize(w, 8, threshold=rate_optimal(2.0))
       >>> print(f"{code_entropy(cheaper_codes(q, w).qvalue):.2f} bits a weight")
@@ -58,52 +56,53 @@ def cheaper_codes(small: Any, original: Any, *, price: ArrayLike = 0.12) -> Any:
     """
     checks.check_nonnegative("price", price)
 
-    def chosen(path: tuple, q: Any, w: Any) -> Any:
+    def rounded(path: tuple, q: PyTree, w: ArrayLike) -> PyTree:
         if not is_quantized(q):
             return q
         name = f" at '{trees.path_name(path)}'" if path else ""
         if q.bits == 1 or q.zero is not None:
-            what = "one bit" if q.bits == 1 else "a zero point"
-            raise ValueError(f"small{name} must have a code 0 for the value 0, got {what}.")
+            got = "one bit" if q.bits == 1 else "a zero point"
+            raise ValueError(f"small{name} must have a code 0 for the value 0, got {got}.")
         if jnp.shape(w) != q.shape:
             raise ValueError(f"original{name} must have shape {q.shape}, got {jnp.shape(w)}.")
-        codes = _choose(jnp.asarray(w), q, jnp.asarray(price, jnp.float32))
+        codes = _choose_codes(jnp.asarray(w), q, jnp.asarray(price, jnp.float32))
         return dataclasses.replace(q, qvalue=codes)
 
-    return jax.tree_util.tree_map_with_path(chosen, small, original, is_leaf=is_quantized)
+    return jax.tree_util.tree_map_with_path(rounded, small, original, is_leaf=is_quantized)
 
 
 @jax.jit
-def _choose(w: jax.Array, q: QuantizedArray, price: jax.Array) -> jax.Array:
-    codes = jnp.asarray(q.qvalue).astype(jnp.int8)
+def _choose_codes(w: jax.Array, q: QuantizedArray, price: jax.Array) -> jax.Array:
+    nearest = jnp.asarray(q.qvalue).astype(jnp.int8)
+    smaller = nearest - jnp.sign(nearest)
     scale = jnp.asarray(q.scale).astype(jnp.float32)
-    # In units of the steps' root mean square, whose squares neither overflow nor vanish.
-    size = jnp.abs(scale)
-    largest = jnp.max(size, initial=0)
-    unit = jnp.where(largest > 0, largest, 1)
-    relative = size / unit
-    unit = unit * jnp.sqrt(jnp.mean(jnp.square(relative)))
-    step = q.grid.expand(scale / unit, q.shape)
-    x = w.astype(jnp.float32) / unit
-    smaller = codes - jnp.sign(codes)
-    error, more = (jnp.square(x - step * y.astype(jnp.float32)) for y in (codes, smaller))
+    # In multiples of the steps' root mean square, whose squares neither overflow nor vanish.
+    largest = jnp.max(jnp.abs(scale), initial=0)
+    largest = jnp.where(largest > 0, largest, 1)
+    typical = largest * jnp.sqrt(jnp.mean(jnp.square(jnp.abs(scale) / largest)))
+    step = q.grid.expand(scale / typical, q.shape)
+    x = w.astype(jnp.float32) / typical
+    error_of_nearest = jnp.square(x - step * nearest.astype(jnp.float32))
+    error_of_smaller = jnp.square(x - step * smaller.astype(jnp.float32))
 
-    def lengths(chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Bits of each code, those that do not occur as if they did half a time; and of all."""
-        counts = code_counts(chosen).astype(jnp.float32)
-        bits = jnp.log2(max(chosen.size, 1) / jnp.maximum(counts, 0.5))
+    def code_lengths(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the bits of each code, and of all codes together."""
+        counts = code_counts(codes).astype(jnp.float32)
+        # A code that does not occur is as long as if it did half a time.
+        bits = jnp.log2(max(codes.size, 1) / jnp.maximum(counts, 0.5))
         return bits, jnp.sum(counts * bits)
 
-    def cost(chosen: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(chosen == codes, error, more)) + price * lengths(chosen)[1]
+    def cost(codes: jax.Array) -> jax.Array:
+        errors = jnp.where(codes == nearest, error_of_nearest, error_of_smaller)
+        return jnp.sum(errors) + price * code_lengths(codes)[1]
 
-    best, least = codes, cost(codes)
-    chosen = codes
-    for _ in range(_ROUNDS):
-        bits, _ = lengths(chosen)
-        saved = bits[codes.astype(jnp.uint8)] - bits[smaller.astype(jnp.uint8)]
-        chosen = jnp.where(more - error < price * saved, smaller, codes)
-        found = cost(chosen)
-        best = jnp.where(found < least, chosen, best)
+    codes = best = nearest
+    least = cost(nearest)
+    for _ in range(_NUM_ROUNDS):
+        bits, _ = code_lengths(codes)
+        saved = bits[nearest.astype(jnp.uint8)] - bits[smaller.astype(jnp.uint8)]
+        codes = jnp.where(error_of_smaller - error_of_nearest < price * saved, smaller, nearest)
+        found = cost(codes)
+        best = jnp.where(found < least, codes, best)
         least = jnp.minimum(found, least)
     return best.astype(jnp.asarray(q.qvalue).dtype)

@@ -1,24 +1,22 @@
-"""Trees: which leaf is stored at how many bits."""
+"""Trees of low-bit arrays: which leaf is stored at how many bits, and the way back."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits, Grid
 from jaxclip._core.trees import PyTree
-from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
+from jaxclip.lowbit.arrays import dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
     Option,
-    Target,
-    check_target,
-    choose_widths,
+    check_budget,
     outline_of,
+    widths_within_average,
 )
 from jaxclip.lowbit.distortion import squared_error
 from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs
@@ -79,8 +77,9 @@ def compress(
         names leaf and index), or a target is out of reach (the message has the least).
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
-      >>> from jaxclip.thresholds.by_magnitude import max_abs
+      >>> from jaxclip import max_abs
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
       >>> small = compress(params, bits="ternary")
       >>> small["kernel"].bits, small["bias"].dtype
@@ -94,34 +93,69 @@ def compress(
       >>> small = compress(params, target_bits_per_weight=3.5)
       >>> small["a"].bits, small["b"].bits
       ('ternary', 4)
+
+    References:
+      Shoham and Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988,
+      https://doi.org/10.1109/29.90373
     """
     grid = bits if isinstance(bits, Grid) else Grid(bits)
-    target = check_target(grid.bits, target_bits_per_weight, None)
-    if target is None and grid.bits is None:
+    budget = check_budget(grid.bits, target_bits_per_weight)
+    if budget is None and grid.bits is None:
         grid = dataclasses.replace(grid, bits=4)
-    default = LeafSpec(grid, rule, bit_price)
     flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     names, leaves = [trees.path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
-    specs = _with_shared_rules(leaf_specs(names, leaves, policy, default), leaves)
-
-    def quantized(i: int, width: Bits | None = None) -> QuantizedArray:
-        spec = specs[i]
-        assert spec is not None
-        return spec.quantize(leaves[i], names[i], width)
-
-    small, free = list(leaves), []
+    specs = leaf_specs(names, leaves, policy, LeafSpec(grid, rule, bit_price))
+    specs = _with_shared_rules(specs, leaves)
+    small = list(leaves)
+    open_specs: dict[int, LeafSpec] = {}
     for i, spec in enumerate(specs):
         if spec is not None and spec.grid.bits is None:
-            free.append(i)
+            open_specs[i] = spec
         elif spec is not None:
-            small[i] = quantized(i)
-    if target is not None:
-        for i, width in zip(free, _widths(target, small, free, quantized), strict=True):
-            small[i] = quantized(i, width)
+            small[i] = spec.quantize(leaves[i], names[i])
+    if budget is not None and budget.bits_per_weight is not None:
+        fixed = [leaf for leaf in small if is_quantized(leaf)]
+        measured = [_measured(spec, leaves[i], names[i]) for i, spec in open_specs.items()]
+        widths = widths_within_average(budget.bits_per_weight, measured, fixed)
+        for (i, spec), width in zip(open_specs.items(), widths, strict=True):
+            small[i] = spec.quantize(leaves[i], names[i], width)
     return structure.unflatten(small)
 
 
-def decompress(small: Any, dtype: Any = None) -> Any:
+def _measured(spec: LeafSpec, leaf: jax.Array, name: str) -> list[Option]:
+    """Returns a leaf at every width."""
+    options = []
+    for width in ALL_WIDTHS:
+        q = spec.quantize(leaf, name, width)
+        if not checks.is_concrete(q.qvalue):
+            raise TypeError(
+                "target_bits_per_weight needs the weights' values: compress outside of jit."
+            )
+        options.append(Option(outline_of(q), q.num_bytes, squared_error(leaf, q)))
+    return options
+
+
+def _with_shared_rules(
+    specs: Sequence[LeafSpec | None], leaves: Sequence[ArrayLike]
+) -> list[LeafSpec | None]:
+    """Returns the specs with rules for a whole tree measured on all leaves that they are for."""
+
+    def is_shared(spec: LeafSpec | None) -> bool:
+        rule = None if spec is None else spec.rule
+        return isinstance(rule, ThresholdRule) and not rule.is_leafwise
+
+    leaves_of: dict[ThresholdRule, list[ArrayLike]] = {}
+    for spec, leaf in zip(specs, leaves, strict=True):
+        if spec and is_shared(spec):
+            leaves_of.setdefault(spec.rule, []).append(leaf)
+    shared = {rule: shared_over(rule, group) for rule, group in leaves_of.items()}
+    return [
+        dataclasses.replace(spec, rule=shared[spec.rule]) if spec and is_shared(spec) else spec
+        for spec in specs
+    ]
+
+
+def decompress(small: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Returns the tree of arrays that a compressed tree stands for.
 
     Args:
@@ -142,45 +176,3 @@ def decompress(small: Any, dtype: Any = None) -> Any:
         small,
         is_leaf=is_quantized,
     )
-
-
-def _with_shared_rules(
-    specs: Sequence[LeafSpec | None], leaves: Sequence[Any]
-) -> list[LeafSpec | None]:
-    """The specs, with rules for a whole tree measured on all leaves that they are for."""
-
-    def is_shared(spec: LeafSpec | None) -> bool:
-        rule = None if spec is None else spec.rule
-        return isinstance(rule, ThresholdRule) and not rule.is_leafwise
-
-    together: dict[ThresholdRule, list[Any]] = {}
-    for spec, leaf in zip(specs, leaves, strict=True):
-        if spec and is_shared(spec):
-            together.setdefault(spec.rule, []).append(leaf)
-    shared = {rule: shared_over(rule, group) for rule, group in together.items()}
-    return [
-        dataclasses.replace(spec, rule=shared[spec.rule]) if spec and is_shared(spec) else spec
-        for spec in specs
-    ]
-
-
-def _widths(
-    target: Target,
-    small: list[Any],
-    free: list[int],
-    quantized: Callable[[int, Bits], QuantizedArray],
-) -> list[Bits]:
-    """The widths of the free leaves; the others are in `small` as they will be stored."""
-    measured = [_measured(target, small[i], functools.partial(quantized, i)) for i in free]
-    others = [leaf for leaf in small if is_quantized(leaf)]
-    return [ALL_WIDTHS[option] for option in choose_widths(target, measured, others)]
-
-
-def _measured(target: Target, leaf: Any, quantized: Callable[[Bits], Any]) -> list[Option]:
-    options = []
-    for width in ALL_WIDTHS:
-        q = quantized(width)
-        if not checks.is_concrete(q.qvalue):
-            raise TypeError(f"{target.name} needs the weights' values: compress outside of jit.")
-        options.append(Option(outline_of(q), q.num_bytes, squared_error(leaf, q)))
-    return options

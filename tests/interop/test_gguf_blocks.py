@@ -87,7 +87,7 @@ def test_the_error_is_near_the_exact_optimum_of_the_grid(kind, bits, most):
     ours = block_errors(x, encode_blocks(x, kind), kind)
     for i, name in enumerate(distributions(1, BLOCK_SIZE)):
         rows = slice(40 * i, 40 * i + 40)
-        best = sum(exact_optimum(row, bits, True) for row in x[rows])
+        best = sum(exact_optimum(row, bits, "full") for row in x[rows])
         # The last part is float16's: a scale off by 2^-12 of itself.
         rounding = np.sum(np.square(x[rows].astype(np.float64))) * 2.0**-22
         assert np.sum(ours[rows]) <= most * best + rounding, name

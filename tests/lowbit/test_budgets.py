@@ -56,7 +56,7 @@ def random_tables(seed):
 @given(tables())
 def test_the_hull_is_that_of_its_definition_and_a_byte_saves_less_from_step_to_step(tables):
     for sizes, errors in zip(*tables, strict=True):
-        steps = list(hull_steps(sizes, errors))
+        steps = hull_steps(sizes, errors)
         assert [(sizes[j], errors[j]) for _, j in steps] == lower_hull(sizes, errors)
         saved = [s for s, _ in steps]
         assert saved[0] == math.inf
@@ -85,7 +85,7 @@ def test_the_budget_holds_and_the_error_is_within_one_step_of_the_optimum(tables
 @pytest.mark.parametrize("seed", range(10))
 def test_a_budget_that_the_steps_fill_exactly_gives_the_optimum(seed):
     sizes, errors = random_tables(seed)
-    hulls = [list(hull_steps(*leaf)) for leaf in zip(sizes, errors, strict=True)]
+    hulls = [hull_steps(*leaf) for leaf in zip(sizes, errors, strict=True)]
     steps = sorted(
         (-saved, i, place)
         for i, hull in enumerate(hulls)
@@ -102,21 +102,22 @@ def test_a_budget_that_the_steps_fill_exactly_gives_the_optimum(seed):
 
 def test_a_hand_worked_table():
     # Slopes: leaf 0 saves 5, then 1.5 a byte; leaf 1 saves 1, then 0.25.
-    sizes, errors = [[1, 2, 4], [1, 2, 4]], [[9.0, 4.0, 1.0], [2.0, 1.0, 0.5]]
+    sizes, errors = np.array([[1, 2, 4]] * 2), np.array([[9.0, 4.0, 1.0], [2.0, 1.0, 0.5]])
     chosen = {2: [0, 0], 3: [1, 0], 4: [1, 1], 5: [2, 0], 6: [2, 1], 7: [2, 1], 8: [2, 2]}
     assert {budget: allocate(sizes, errors, budget) for budget in chosen} == chosen
 
 
 def test_one_option_for_all_is_taken_where_the_hull_leaves_bytes_unused():
     # Option 1 of leaf 1 lies above its hull, and the step to option 2 does not fit.
-    sizes, errors = [[0, 4, 5], [0, 4, 9]], [[9.0, 1.0, 0.9], [9.0, 8.0, 0.0]]
+    sizes = np.array([[0, 4, 5], [0, 4, 9]])
+    errors = np.array([[9.0, 1.0, 0.9], [9.0, 8.0, 0.0]])
     assert [option for _, option in hull_steps(sizes[1], errors[1])] == [0, 2]
     assert allocate(sizes, errors, 8) == [1, 1]
 
 
 def test_a_budget_below_the_least_bytes_is_refused_with_the_least():
     with pytest.raises(ValueError, match=r"budget must be at least 3.*got 2"):
-        allocate([[1, 5], [2, 6]], [[1.0, 0.0], [1.0, 0.0]], 2)
+        allocate(np.array([[1, 5], [2, 6]]), np.array([[1.0, 0.0]] * 2), 2)
 
 
 def test_no_leaves_take_no_bytes():

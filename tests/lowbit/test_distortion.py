@@ -7,12 +7,20 @@ import pytest
 
 from jaxclip import Grid, dequantize, max_abs, quantize
 from jaxclip.lowbit import distortion
+from jaxclip.lowbit.distortion import QuantizationError, quantization_error
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
 
 
 def weights(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def clipped_rate(w, q) -> float:
+    error = quantization_error(w, q)
+    assert error is not None
+    assert error.num_clipped is not None
+    return error.num_clipped / max(w.size, 1)
 
 
 @DTYPES
@@ -44,7 +52,7 @@ def test_pieces_add_up(monkeypatch):
 def test_arrays_without_entries_lose_nothing():
     w = np.zeros((0, 3), np.float32)
     assert (distortion.squared_norm(w), distortion.squared_error(w, w)) == (0.0, 0.0)
-    assert distortion.clipped_share(w, quantize(w, 4, threshold=1.0)) == 0.0
+    assert clipped_rate(w, quantize(w, 4, threshold=1.0)) == 0.0
 
 
 @pytest.mark.parametrize("bits", [1, "ternary", 2, 4])
@@ -61,19 +69,19 @@ def test_clipped_entries_are_those_beyond_the_ends_of_their_blocks_levels(bits, 
     ends = np.sort(np.stack([scale * low, scale * high]), axis=0)
     outside = (w < ends[0] * (1 + 1e-6)) | (w > ends[1] * (1 + 1e-6))
     assert 0 < outside.mean() < 1
-    assert distortion.clipped_share(w, q) == pytest.approx(outside.mean())
+    assert clipped_rate(w, q) == pytest.approx(outside.mean())
 
 
 def test_with_a_zero_point_the_ends_are_uneven():
     w = np.linspace(-1, 3, 17, dtype=np.float32)
     q = quantize(w, Grid(4, axis=None, zero_point=True), threshold=2.0)  # reaches from -1 to 2
-    assert distortion.clipped_share(w, q) == pytest.approx(np.mean(w > 2.1), abs=1e-9)
+    assert clipped_rate(w, q) == pytest.approx(np.mean(w > 2.1), abs=1e-9)
 
 
 @pytest.mark.parametrize("bits", ["ternary", 3, 8])
 def test_max_abs_clips_nothing(bits):
     w = weights(40, 9)
-    assert distortion.clipped_share(w, quantize(w, Grid(bits, axis=0), threshold=max_abs)) == 0.0
+    assert clipped_rate(w, quantize(w, Grid(bits, axis=0), threshold=max_abs)) == 0.0
 
 
 @DTYPES
@@ -108,9 +116,9 @@ def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
     w = weights(6, 8)
     q = quantize(w, Grid(2, axis=0), threshold=0.8)
     rows = [slice(0, 2), slice(2, 6)]
-    parts = [distortion.loss_of(w[r], jax.tree.map(lambda x, r=r: x[r], q)) for r in rows]
-    whole, added = distortion.loss_of(w, q), parts[0] + parts[1]
+    parts = [quantization_error(w[r], jax.tree.map(lambda x, r=r: x[r], q)) for r in rows]
+    whole, added = quantization_error(w, q), parts[0] + parts[1]
     assert added.num_clipped == whole.num_clipped > 0
     assert added.squared_error == pytest.approx(whole.squared_error, rel=1e-12)
-    assert distortion.loss_of(np.arange(3), np.arange(3)) is None
-    assert distortion.loss_of(w, w) == distortion.Loss(0.0, distortion.squared_norm(w), None)
+    assert quantization_error(np.arange(3), np.arange(3)) is None
+    assert quantization_error(w, w) == QuantizationError(0.0, distortion.squared_norm(w), None)

@@ -69,7 +69,7 @@ def test_the_rule_takes_the_optimum_where_the_search_may_miss_it(bits):
     low, high = code_range(bits)
     q = jaxclip.quantize(w, jaxclip.Grid(bits, axis=0), threshold=jaxclip.mse_optimal(exact=True))
     x = np.asarray(w, np.float64)
-    best = [exact_optimum(r, bits, True) for r in x]
+    best = [exact_optimum(r, bits, "full") for r in x]
     np.testing.assert_allclose(errors_of(x, q.scale, low, high), best, rtol=1e-5, atol=1e-12)
 
 

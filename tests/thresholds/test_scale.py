@@ -53,14 +53,14 @@ def test_low_precision_weights_have_the_scale_of_their_values(dtype):
     x = weights(16, 128).astype(dtype)
     got = best_scale(jnp.asarray(x), (1,), np.float32(128), *SIGNED)
     assert got.dtype == jnp.float32
-    best = exact_total(x.astype(np.float64), 4, True)
+    best = exact_total(x.astype(np.float64), 4, "full")
     assert np.sum(errors_of(x.astype(np.float64), got, *SIGNED)) <= 1.005 * best
 
 
 def test_a_whole_tensor_is_searched_in_slabs():
     x = weights(300_001)  # several slabs, the last of which begins in the one before
     got = best_scale(jnp.asarray(x), (0,), np.float32(x.size), *SIGNED)
-    assert errors_of(x, got, *SIGNED) <= 1.005 * exact_optimum(x, 4, True)
+    assert errors_of(x, got, *SIGNED) <= 1.005 * exact_optimum(x, 4, "full")
 
 
 @pytest.mark.parametrize("row", [16, 160])
@@ -72,7 +72,7 @@ def test_many_rows_are_searched_in_chunks_and_each_as_if_alone(row):
     alone = best_scale(jnp.asarray(x[few]), (1,), np.float32(row), *SIGNED)
     mine, theirs = errors_of(x[few], got[few], *SIGNED), errors_of(x[few], alone, *SIGNED)
     np.testing.assert_allclose(mine, theirs, rtol=1e-4)
-    assert np.sum(mine) <= 1.01 * exact_total(x[few], 4, True)
+    assert np.sum(mine) <= 1.01 * exact_total(x[few], 4, "full")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_axes_of_a_block_may_lie_anywhere(shape, axes):
     last = tuple(range(-len(axes), 0))
     rows = np.moveaxis(x, axes, last).reshape(-1, count)
     error = np.sum(errors_of(rows, got.reshape(-1, 1), *SIGNED))
-    assert error <= 1.006 * exact_total(rows, 4, True)
+    assert error <= 1.006 * exact_total(rows, 4, "full")
 
 
 def test_jit_vmap_and_eager_agree():
