@@ -1,20 +1,8 @@
-"""Arrays at 1 to 8 bits: thresholds to scales and codes, and back.
+"""Low-bit arrays: integer codes and scales, and the array that they stand for.
 
-    code = clip(round(w / scale), low, high)                   round half to even
-    w'   = scale * code
+    w ~ scale * (code - zero)
 
-`scale = threshold / high`, one for each tensor, channel or group. Inside the threshold
-`|w - w'| <= |scale| / 2`. One bit has no zero: `code = 1 if w >= 0 else -1`, and
-`scale = threshold`. A full signed grid has one level more on one side, `low = -high - 1`;
-the sign of the scale puts it where it lowers the squared error.
-
-With a zero point the grid is moved by whole codes, so 0 stays on it exactly:
-
-    code = clip(round(w / scale) + zero, low, high)            zero in low .. high
-    w'   = scale * (code - zero)
-
-The scale is rounded to its format first and the codes are made with what is stored, so that
-the bound of half a step holds for the scale that decoding uses.
+One scale, and one zero where there is a zero point, for each block of the grid.
 """
 
 import dataclasses
@@ -26,7 +14,8 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+import numpy.typing as npt
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core.floats import saturate
 from jaxclip._core.grids import Bits, Grid
@@ -69,7 +58,7 @@ class QuantizedArray:
     scale: jax.Array
     grid: Grid
     dtype: Any
-    zero: Any = None
+    zero: jax.Array | None = None
 
     @property
     def bits(self) -> Bits:
@@ -98,9 +87,9 @@ class QuantizedArray:
 
     @property
     def threshold(self) -> jax.Array:
-        """The clip threshold of each block, `|scale| * high`; float32.
+        """The clip threshold of each block, float32.
 
-        With a zero point, the magnitude of the level that is farthest from 0.
+        `|scale| * high`; with a zero point, the magnitude of the level that is farthest from 0.
         """
         low, high = self.grid.code_range
         step = jnp.abs(jnp.asarray(self.scale).astype(jnp.float32))
@@ -112,7 +101,7 @@ class QuantizedArray:
     def __jax_array__(self) -> jax.Array:
         return dequantize(self)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("a QuantizedArray is computed from codes: copy=False cannot be met.")
         return np.array(dequantize(self), dtype, copy=copy)
@@ -128,10 +117,10 @@ class QuantizedArray:
             raise TypeError("len() of a QuantizedArray without dimensions.")
         return self.shape[0]
 
-    def __bool__(self) -> bool:  # else that of the length
+    def __bool__(self) -> bool:  # without it Python would take the length
         return bool(dequantize(self))
 
-    def with_code_dtype(self, dtype: Any) -> "QuantizedArray":
+    def with_code_dtype(self, dtype: DTypeLike) -> "QuantizedArray":
         """Returns the same array with its codes in int8, int4 or int2.
 
         Args:
@@ -143,7 +132,7 @@ class QuantizedArray:
 
         Raises:
           TypeError: If `dtype` is none of these.
-          ValueError: If the codes of `bits` do not fit, or jax is too old.
+          ValueError: If the codes do not fit, or jax is too old.
         """
         name = jnp.dtype(dtype).name
         if name not in _CODE_DTYPES:
@@ -163,11 +152,11 @@ class QuantizedArray:
         """Raises unless all equations of the class hold.
 
         Args:
-          name: What to call the array in errors.
+          name: Name of the array in errors.
 
         Raises:
           TypeError: If `dtype` is not floating.
-          ValueError: If a part has a wrong dtype, shape or value; names the part.
+          ValueError: If a part has a wrong dtype, shape or value; the message names the part.
         """
         self.check_parts(name)
         self.check_values(name)
@@ -175,34 +164,41 @@ class QuantizedArray:
 
     def check_parts(self, name: str) -> None:
         """Raises unless dtypes and shapes of the parts fit; needs no values."""
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise TypeError(f"QuantizedArray '{name}' must stand for a float, got {self.dtype}.")
-        try:
-            wanted = self.grid.scale_shape(self.shape)
-        except ValueError as error:
-            raise ValueError(f"QuantizedArray '{name}': {error}") from error
+        self._check_grid(name)
         if jnp.dtype(self.qvalue.dtype).name not in _CODE_DTYPES:
             raise ValueError(
                 f"QuantizedArray '{name}' of shape {self.shape} must have codes of a dtype in "
                 f"{_CODE_DTYPES}, got {self.qvalue.dtype}."
             )
+        self._check_part(name, "scale", self.scale, dtype_in_memory(self.grid.scale_dtype))
+        if self.zero is not None:
+            self._check_part(name, "zero", self.zero, "int8")
+
+    def _check_grid(self, name: str) -> None:
+        """Raises unless the grid fits the array."""
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise TypeError(f"QuantizedArray '{name}' must stand for a float, got {self.dtype}.")
         if self.grid.bits is None or self.grid.zero_point != (self.zero is not None):
             raise ValueError(
                 f"QuantizedArray '{name}' must have a grid with bits, and a zero if and only if "
                 f"it has a zero point, got {self.grid}."
             )
-        parts = {"scale": (self.scale, dtype_in_memory(self.grid.scale_dtype))}
-        if self.zero is not None:
-            parts["zero"] = (self.zero, "int8")
-        for part, (array, dtype) in parts.items():
-            if (array.dtype, tuple(array.shape)) != (jnp.dtype(dtype), wanted):
-                raise ValueError(
-                    f"QuantizedArray '{name}' of shape {self.shape} must have {part} of dtype "
-                    f"{dtype} and shape {wanted}, got {array.dtype} and {tuple(array.shape)}."
-                )
+        try:
+            self.grid.scale_shape(self.shape)
+        except ValueError as error:
+            raise ValueError(f"QuantizedArray '{name}': {error}") from error
+
+    def _check_part(self, name: str, part: str, array: jax.Array, dtype: str) -> None:
+        """Raises unless `array` has the dtype, and one value for each block."""
+        shape = self.grid.scale_shape(self.shape)
+        if (array.dtype, tuple(array.shape)) != (jnp.dtype(dtype), shape):
+            raise ValueError(
+                f"QuantizedArray '{name}' of shape {self.shape} must have {part} of dtype "
+                f"{dtype} and shape {shape}, got {array.dtype} and {tuple(array.shape)}."
+            )
 
     def check_values(self, name: str) -> None:
-        """Raises unless the values of scales and zeros are those of the class's equations."""
+        """Raises unless scales and zeros have values that the class allows."""
         scale = np.asarray(self.scale).astype(np.float32)
         if not np.all(np.isfinite(scale) & (scale != 0)):
             raise ValueError(f"'{name}': scales must be finite and not 0.")
@@ -216,7 +212,7 @@ class QuantizedArray:
                 )
 
     def check_codes(self, codes: np.ndarray, name: str) -> None:
-        """Raises unless `codes`, some of the array's, are in the range of its bits."""
+        """Raises unless `codes`, some of the array's, are on the grid."""
         low, high = self.grid.code_range
         codes = codes.astype(np.int8, copy=False)
         inside = low <= codes.min(initial=high) and codes.max(initial=low) <= high
@@ -224,11 +220,11 @@ class QuantizedArray:
             raise ValueError(f"'{name}': codes are not in the range of bits={self.bits!r}.")
 
 
-def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
+def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax.Array:
     """Returns `scale * (code - zero)`, the array that a `QuantizedArray` stands for.
 
     Args:
-      quantized: What `quantize` returned, or a file held.
+      quantized: A low-bit array, from `quantize` or from a file.
       dtype: Floating dtype of the result; None for the dtype that was quantized.
 
     Returns:
@@ -236,8 +232,8 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
       fuses into its consumer.
 
     Raises:
-      ValueError: If groups do not fit the shape: codes and scales were stacked, or one was cut,
-        in an array whose channel axes are counted from the front.
+      ValueError: If groups do not fit the shape. That happens if codes and scales whose channel
+        axes are counted from the front were stacked, or if one of them was sliced.
 
     Example:
       >>> from jaxclip import quantize
@@ -253,7 +249,7 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> jax.Array:
     if quantized.zero is not None:
         levels = levels - expanded(quantized.zero)
     values = expanded(quantized.scale) * levels
-    dtype = quantized.dtype if dtype is None else dtype
+    dtype = jnp.dtype(quantized.dtype if dtype is None else dtype)
     # The largest code times the scale may round past the largest number of the dtype.
     return saturate(values, dtype).astype(dtype)
 

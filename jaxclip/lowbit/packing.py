@@ -5,66 +5,56 @@ Code i becomes the unsigned `u = code - low`; one bit is 0 for -1 and 1 for 1.
     1, 2, 3, 4, 5, 6, 8 bits   bits [i * b, (i + 1) * b) of a little-endian bit stream
     ternary                    five a byte in base 3, the first the least significant digit
 
-Two, four or eight codes fill whole bytes, eight at every width. So codes, a byte each, are read
-as words of so many bytes and pushed together: neighbours to pairs, pairs to fours, fours to
-eights. All of it is shifts and masks of whole words, and bytes move as columns.
+Eight codes fill whole bytes at every width, two or four at some. So codes, a byte each, are read
+as words of that many bytes and pushed together: neighbours to pairs, pairs to fours, fours to
+eights.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxclip._core.grids import Bits, code_range
 
-# Codes that NumPy works on at a time, so that what lies between stays in the cache; a
-# multiple of 40, which ends on a byte at every width.
+_Array: TypeAlias = Any  # of NumPy or of jax; what comes out is of the kind that went in
+# Codes that NumPy works on at a time, so that intermediate arrays stay in
+# the cache; a multiple of 40, which ends on a byte at every width.
 _PIECE = 40 * 2**15
 _TRITS = np.arange(256)[:, None] // 3 ** np.arange(8) % 3 * (np.arange(8) < 5)
 _TRITS_OF_BYTE = _TRITS.astype(np.uint8).view(np.uint64)[:, 0]
 
 
 def num_packed_bytes(count: int, bits: Bits) -> int:
-    """Returns how many bytes `pack_codes` makes of `count` codes.
-
-    Args:
-      count: Number of codes.
-      bits: 1, 2, 3, 4, 5, 6, 8 or "ternary" (five codes a byte).
-
-    Returns:
-      A count of bytes.
-
-    Raises:
-      ValueError: If `bits` is not allowed.
-
-    Example:
-      >>> num_packed_bytes(10, "ternary"), num_packed_bytes(10, 3)
-      (2, 4)
-    """
+    """Returns the number of bytes that `pack_codes` makes of `count` codes."""
     code_range(bits)
     return -(-count // 5) if bits == "ternary" else -(-count * int(bits) // 8)
 
 
-def pack_codes(codes: Any, bits: Bits, *, levels: str = "full") -> Any:
-    """Packs integer codes densely into bytes, as the module's docstring says.
+def pack_codes(codes: _Array, bits: Bits, *, levels: str = "full") -> _Array:
+    """Packs integer codes densely into bytes.
 
-    What is left of the last byte is filled up with zeros.
+    Code i becomes the unsigned `u = code - low`; one bit is 0 for -1 and 1 for 1. A width of b
+    bits takes the bits [i * b, (i + 1) * b) of a little-endian stream. Ternary codes are base-3
+    digits, five a byte, the first the least significant. The last byte is filled up with zeros.
 
     Args:
-      codes: Integer array of any shape, entries in `code_range(bits, levels)`; taken
+      codes: Integer array of any shape, entries on the grid; taken
         in row-major order. NumPy arrays stay NumPy; jax arrays may be traced.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
       levels: "full", or "narrow" for a grid without the level -2**(bits-1).
 
     Returns:
-      A flat uint8 array of `num_packed_bytes(codes.size, bits)` bytes.
+      A flat uint8 array.
 
     Raises:
       ValueError: If `bits` is not allowed.
 
     Example:
+      >>> import numpy as np
       >>> pack_codes(np.array([1, -1, 0, 1, 1]), "ternary")
       array([227], dtype=uint8)
     """
@@ -79,13 +69,13 @@ def pack_codes(codes: Any, bits: Bits, *, levels: str = "full") -> Any:
     return packed
 
 
-def unpack_codes(packed: Any, bits: Bits, count: int, *, levels: str = "full") -> Any:
+def unpack_codes(packed: _Array, bits: Bits, count: int, *, levels: str = "full") -> _Array:
     """Unpacks what `pack_codes` packed.
 
     Args:
       packed: Flat uint8 array, NumPy or jax.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
-      count: How many codes were packed.
+      count: Number of codes that were packed.
       levels: "full", or "narrow" for a grid without the level -2**(bits-1).
 
     Returns:
@@ -95,6 +85,7 @@ def unpack_codes(packed: Any, bits: Bits, count: int, *, levels: str = "full") -
       ValueError: If `bits` is not allowed, or `packed` does not have the right length.
 
     Example:
+      >>> import numpy as np
       >>> unpack_codes(np.array([227], np.uint8), "ternary", 5)
       array([ 1, -1,  0,  1,  1], dtype=int8)
     """
@@ -122,7 +113,7 @@ def _bytes_of_piece(start: int, count: int, bits: Bits) -> slice:
 # --- A piece, in NumPy or jax ---------------------------------------------------------
 
 
-def _pack(codes: Any, bits: Bits, low: int) -> Any:
+def _pack(codes: _Array, bits: Bits, low: int) -> _Array:
     xp = np if isinstance(codes, np.ndarray) else jnp
     size = codes.size
     codes = codes if codes.dtype == np.int8 else codes.astype(np.int8)
@@ -143,7 +134,7 @@ def _pack(codes: Any, bits: Bits, low: int) -> Any:
     return packed.reshape(-1)[: num_packed_bytes(size, bits)]
 
 
-def _unpack(packed: Any, bits: Bits, count: int, low: int) -> Any:
+def _unpack(packed: _Array, bits: Bits, count: int, low: int) -> _Array:
     xp = np if isinstance(packed, np.ndarray) else jnp
     if bits == "ternary":
         unsigned = _digits(packed).reshape(-1)[:count]
@@ -158,8 +149,8 @@ def _unpack(packed: Any, bits: Bits, count: int, low: int) -> Any:
     return codes * np.int8(2) - np.int8(1) if bits == 1 else codes + np.int8(low)
 
 
-def _digits(packed: Any) -> Any:
-    """The five base-3 digits of each byte."""
+def _digits(packed: _Array) -> _Array:
+    """Returns the five base-3 digits of each byte."""
     if isinstance(packed, np.ndarray):
         return _first_columns(_TRITS_OF_BYTE.take(packed).view(np.uint8).reshape(-1, 8), 5)
     rest, digits = packed.astype(np.uint16), []
@@ -170,15 +161,15 @@ def _digits(packed: Any) -> Any:
     return jnp.stack(digits, axis=1)
 
 
-def _join(unsigned: Any, bits: int) -> Any:
-    """Codes, a byte each, side by side in `bits` bits each; a row for some whole bytes."""
+def _join(unsigned: _Array, bits: int) -> _Array:
+    """Returns codes, a byte each, joined side by side; a row for some whole bytes."""
     shared = math.gcd(bits, 8)
     rows = unsigned.reshape(-1, 8 // shared)  # the fewest codes that fill whole bytes
     if isinstance(unsigned, np.ndarray):
         if bits == 1:
             return np.packbits(unsigned, bitorder="little")
         words = rows.view(f"<u{8 // shared}")
-        return _first_columns(_squeezed(words, bits).view(np.uint8), bits // shared)
+        return _first_columns(_compact(words, bits).view(np.uint8), bits // shared)
     # jax has 64-bit words on request only; of bytes XLA makes vectors by itself.
     columns = []
     for j in range(bits // shared):
@@ -192,8 +183,8 @@ def _join(unsigned: Any, bits: int) -> Any:
     return jnp.stack(columns, axis=1)
 
 
-def _split(packed: Any, bits: int) -> Any:
-    """The inverse of `_join`: codes, a byte each, in rows."""
+def _split(packed: _Array, bits: int) -> _Array:
+    """Returns the codes, a byte each, that `_join` joined; in rows."""
     if isinstance(packed, np.ndarray):
         if bits == 1:
             return np.unpackbits(packed, bitorder="little")
@@ -202,7 +193,7 @@ def _split(packed: Any, bits: int) -> Any:
         rows = np.zeros((len(packed), 8 // shared), np.uint8)
         for j in range(packed.shape[1]):
             rows[:, j] = packed[:, j]
-        return _spread(rows.view(f"<u{8 // shared}"), bits).view(np.uint8)
+        return _expand(rows.view(f"<u{8 // shared}"), bits).view(np.uint8)
     packed = packed.reshape(-1, bits)
     halves = [jnp.zeros(packed.shape[0], np.uint32)] * 2
     for j in range(bits):
@@ -213,53 +204,54 @@ def _split(packed: Any, bits: int) -> Any:
             halves[1] = halves[1] | byte << np.uint32(place)
         elif place > -8:
             halves[1] = halves[1] | byte >> np.uint32(-place)
-    # A byte that both halves share leaves bits above the first, which spreading drops.
+    # A byte that both halves share leaves bits above the first, which `_expand` drops.
     return jnp.concatenate(
-        [lax.bitcast_convert_type(_spread(half, bits), jnp.uint8) for half in halves], axis=1
+        [lax.bitcast_convert_type(_expand(half, bits), jnp.uint8) for half in halves], axis=1
     )
 
 
 def _first_columns(rows: np.ndarray, count: int) -> np.ndarray:
-    """The first columns of an array. NumPy copies columns far faster than short rows."""
+    """Returns the first columns of an array."""
+    # NumPy copies columns far faster than short rows.
     columns = np.empty((len(rows), count), rows.dtype)
     for j in range(count):
         columns[:, j] = rows[:, j]
     return columns
 
 
-def _squeezed(word: np.ndarray, bits: int) -> np.ndarray:
-    """Words with a code in each byte, overwritten by the codes side by side in the lowest bits."""
-    for field, room, mask in _steps(word.dtype, bits):
-        upper = word >> (room - field)
+def _compact(word: np.ndarray, bits: int) -> np.ndarray:
+    """Returns words with a code in each byte, overwritten by the codes in their lowest bits."""
+    for field, place, mask in _steps(word.dtype, bits):
+        upper = word >> (place - field)
         upper &= mask << field
         word &= mask
         word |= upper
     return word
 
 
-def _spread(word: Any, bits: int) -> Any:
-    """The inverse of `_squeezed`, also for jax; higher bits are dropped."""
-    for field, room, mask in reversed(_steps(word.dtype, bits)):
+def _expand(word: _Array, bits: int) -> _Array:
+    """Returns the words that `_compact` overwrote, also for jax; higher bits are dropped."""
+    for field, place, mask in reversed(_steps(word.dtype, bits)):
         upper = word & mask << field
-        upper <<= room - field
+        upper <<= place - field
         word &= mask
         word |= upper
     return word
 
 
-def _steps(dtype: Any, bits: int) -> list[tuple[Any, Any, Any]]:
-    """How neighbours join: bits of a field, bits that it has room in, mask of every other."""
-    as_word = np.dtype(dtype).type
-    steps, width = [], 8 * np.dtype(dtype).itemsize
-    for room in (8, 16, 32):
-        if room < width:
-            field = bits * room // 8
-            mask = sum((1 << field) - 1 << place for place in range(0, width, 2 * room))
-            steps.append((as_word(field), as_word(room), as_word(mask)))
+def _steps(dtype: np.dtype, bits: int) -> list[tuple[np.unsignedinteger, ...]]:
+    """Returns, for each doubling: bits of a field, bits of its place, mask of every other."""
+    as_word = dtype.type
+    steps, width = [], 8 * dtype.itemsize
+    for place in (8, 16, 32):
+        if place < width:
+            field = bits * place // 8
+            mask = sum((1 << field) - 1 << shift for shift in range(0, width, 2 * place))
+            steps.append((as_word(field), as_word(place), as_word(mask)))
     return steps
 
 
-def _reinterpret(array: Any, dtype: Any) -> Any:
+def _reinterpret(array: _Array, dtype: DTypeLike) -> _Array:
     if isinstance(array, np.ndarray):
         return array.view(dtype)
     return lax.bitcast_convert_type(jnp.asarray(array), dtype)

@@ -1,9 +1,9 @@
-"""Policies: how each leaf of a tree becomes low-bit, by what its path matches."""
+"""Policies: how each leaf of a tree becomes low-bit, by the first regex that matches its path."""
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits, Grid
+from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.quantizer import quantize
 from jaxclip.lowbit.rate_rounding import cheaper_codes
@@ -92,36 +93,47 @@ _GRID_FIELDS = tuple(field.name for field in dataclasses.fields(Grid))
 _FIELDS = (*_GRID_FIELDS, "rule", "bit_price")
 
 
+class _Entry(NamedTuple):
+    """One pair of a policy."""
+
+    pattern: re.Pattern
+    spec: LeafSpec | None
+    has_width: bool
+
+
 def leaf_specs(
-    names: Sequence[str], leaves: Sequence[Any], policy: Policy, default: LeafSpec
+    names: Sequence[str], leaves: Sequence[PyTree], policy: Policy, default: LeafSpec
 ) -> list[LeafSpec | None]:
     """Returns the spec of each leaf by the first regex that matches it; None: it stays as it is."""
-    rules = list(_parsed(policy, default))
-    firsts = [next((n for n, (p, _) in enumerate(rules) if p.search(name)), None) for name in names]
-    unmatched = [pattern.pattern for n, (pattern, _) in enumerate(rules) if n not in firsts]
+    entries = [_parse_entry(pair, default) for pair in policy]
+    firsts = [next((i for i, e in enumerate(entries) if e.pattern.search(n)), None) for n in names]
+    unmatched = [entry.pattern.pattern for i, entry in enumerate(entries) if i not in firsts]
     if unmatched:
         raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
     specs = []
-    for leaf, n in zip(leaves, firsts, strict=True):
-        spec = default if n is None else rules[n][1]
-        has_width = n is not None and _has_width(policy[n][1])
-        stays = not _can_be_low_bit(leaf) or not (has_width or np.ndim(leaf) >= 2)
-        specs.append(None if stays else spec)
+    for leaf, i in zip(leaves, firsts, strict=True):
+        spec = default if i is None else entries[i].spec
+        has_width = i is not None and entries[i].has_width
+        is_low_bit = _can_be_low_bit(leaf) and (has_width or np.ndim(leaf) >= 2)
+        specs.append(spec if is_low_bit else None)
     return specs
 
 
-def _parsed(policy: Policy, default: LeafSpec) -> Iterator[tuple[re.Pattern, LeafSpec | None]]:
-    for pair in policy:
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise ValueError(f"policy must be pairs (regex, spec), got {pair!r}.")
-        text, given = pair
-        try:
-            pattern = re.compile(text)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"policy has {text!r}, which is no regular expression: {error}"
-            ) from error
-        yield pattern, None if given is None else _spec_of(given, default, f"policy {text!r}")
+def _parse_entry(pair: tuple[str, Any], default: LeafSpec) -> _Entry:
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise ValueError(f"policy must be pairs (regex, spec), got {pair!r}.")
+    text, given = pair
+    try:
+        pattern = re.compile(text)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"policy has {text!r}, which is no regular expression: {error}") from error
+    if given is None:
+        return _Entry(pattern, None, False)
+    if isinstance(given, Grid):
+        has_width = given.bits is not None
+    else:
+        has_width = not isinstance(given, Mapping) or "bits" in given
+    return _Entry(pattern, _spec_of(given, default, f"policy {text!r}"), has_width)
 
 
 def _spec_of(given: Bits | Grid | Mapping[str, Any], default: LeafSpec, origin: str) -> LeafSpec:
@@ -143,13 +155,6 @@ def _spec_of(given: Bits | Grid | Mapping[str, Any], default: LeafSpec, origin: 
         raise type(error)(f"{origin}: {error}") from error
 
 
-def _has_width(given: Any) -> bool:
-    if isinstance(given, Grid):
-        return given.bits is not None
-    return "bits" in given if isinstance(given, Mapping) else given is not None
-
-
-def _can_be_low_bit(leaf: Any) -> bool:
-    if is_quantized(leaf) or not trees.is_clippable(leaf):
-        return False
-    return not jnp.iscomplexobj(leaf)
+def _can_be_low_bit(leaf: PyTree) -> bool:
+    is_floating = trees.is_clippable(leaf) and not jnp.iscomplexobj(leaf)
+    return is_floating and not is_quantized(leaf)

@@ -1,4 +1,12 @@
-"""From floats to codes and scales."""
+"""Quantizing: from floats to codes and scales.
+
+    scale = threshold / high
+    code  = clip(round(w / scale), low, high)                  round half to even
+    code  = clip(round(w / scale) + zero, low, high)           with a zero point
+
+Inside the threshold `|w - w'| <= |scale| / 2`. One bit has no zero: `code = 1 if w >= 0 else -1`,
+and `scale = threshold`.
+"""
 
 import functools
 from typing import Any
@@ -115,6 +123,7 @@ def _encode(
     """Returns codes and scales of a grid around 0."""
     low, high = grid.code_range
     x = array.astype(jnp.float32)
+    # Rounded first, so the codes and the bound of half a step are those of the stored scale.
     stored = round_scale(jnp.clip(t / high, FLOAT32_TINY, FLOAT32_MAX), grid.scale_dtype)
     if grid.bits == 1:
         return jnp.where(x < 0, -1, 1).astype(jnp.int8), stored
@@ -124,14 +133,14 @@ def _encode(
         return _ratio(x, scale, grid)
 
     def block_error(scale: jax.Array) -> jax.Array:
-        """Squared error of each block in units of the scale, so that it cannot overflow."""
+        """Returns the squared error of each block in steps, which cannot overflow."""
         r = ratio(scale)
         squares = jnp.square(r - jnp.clip(jnp.round(r), low, high))
         squares = squares if importance is None else squares * importance
         blocks, axes = grid.split(squares)
         return grid.compact(jnp.sum(blocks, axis=axes, keepdims=True), x.ndim)
 
-    if low < -high:
+    if low < -high:  # the sign of the scale puts the longer side where the error is lower
         is_mirrored = block_error(-scale) < block_error(scale)
         # As a product, since a selection would want scales that are sharded as the errors are.
         scale = scale * (1 - 2 * is_mirrored.astype(jnp.float32))
@@ -162,7 +171,7 @@ def _encode_with_zero(
 def _range_scale(
     blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, low: int, high: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The least scale whose grid spans each block and 0, and the code for 0; dims kept."""
+    """Returns the least scale whose grid spans each block and 0, and the code for 0."""
     del counts
     top = jnp.max(blocks, axis=axes, keepdims=True, initial=0)
     bottom = jnp.min(blocks, axis=axes, keepdims=True, initial=0)
@@ -172,5 +181,5 @@ def _range_scale(
 
 
 def _ratio(x: jax.Array, scale: jax.Array, grid: Grid) -> jax.Array:
-    """Returns `x` in units of the scale of its block."""
+    """Returns `x` over the scale of its block."""
     return quotient(x, grid.expand(scale, x.shape))

@@ -1,8 +1,10 @@
-"""Trains the scales of low-bit leaves and the other weights, with the codes fixed."""
+"""Training of scales: the codes of a low-bit tree stay, factors of its scales learn.
+
+w = (factor * scale) * (code - zero)
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +12,37 @@ import numpy as np
 from jax import lax
 
 from jaxclip._core import trees
-from jaxclip._core.trees import is_clippable
+from jaxclip._core.trees import PyTree, is_clippable
 from jaxclip.lowbit.arrays import is_quantized
 from jaxclip.lowbit.scale_formats import round_scale
 
 
-def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Returns what a low-bit tree may still learn, and how to put it back.
+def trainable_parts(
+    small: PyTree,
+) -> tuple[dict[str, jax.Array], Callable[[Mapping[str, jax.Array]], PyTree]]:
+    """Returns the parts of a low-bit tree that can be trained, and a function to put them back.
 
-    The codes stay. Each low-bit leaf gives factors of its scales, ones to begin with, so that
-    one step size does for scales of all sizes; the other floating leaves, biases and norm
-    scales, are given as they are. A short training of these recovers much of what rounding
-    lost, and the file has the same size.
+    The codes stay. Each low-bit leaf gives factors of its scales, ones at first, so one step size
+    suits scales of all sizes. The other floating leaves, biases and norm scales, are given as
+    they are. A short training of these recovers much of what rounding lost, and the file has the
+    same size.
 
     Args:
-      small: What `compress` returned, with at least one low-bit leaf.
+      small: A tree from `compress`, with at least one low-bit leaf.
 
     Returns:
-      `parts`, a dict from path to array, and `rebuild`: `rebuild(parts)` is the low-bit tree
-      with these. It has a derivative, straight through the rounding of scales to their format,
-      and `rebuild(parts)` at once is `small` itself.
+      `parts`, a dict from path to array, and `rebuild`: `rebuild(parts)` is the low-bit tree with
+      these parts. Its derivative is straight through the rounding of scales to their format, and
+      `rebuild` of the first parts is `small` itself.
 
     Raises:
       TypeError: By `rebuild`, if the parts are no dict.
-      ValueError: If no leaf is low-bit, or two have the same path, as of a key with a "/"; by
-        `rebuild`, if the parts are of other paths or shapes.
+      ValueError: If no leaf is low-bit, or two have the same path because a key has a "/"; by
+        `rebuild`, if the parts have other paths or shapes.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> from jaxclip import compress, decompress
       >>> small = compress({"kernel": jnp.array([[1.0], [-2.0]])}, 1)
       >>> parts, rebuild = trainable_parts(small)
@@ -59,7 +65,7 @@ def trainable_parts(small: Any) -> tuple[Any, Callable[[Any], Any]]:
             parts[name] = jnp.asarray(leaf)
     shapes = {name: part.shape for name, part in parts.items()}
 
-    def rebuild(parts: Any) -> Any:
+    def rebuild(parts: Mapping[str, jax.Array]) -> PyTree:
         if not isinstance(parts, Mapping):
             raise TypeError(f"parts must be a dict from path to array, got {parts!r}.")
         given = {name: np.shape(part) for name, part in parts.items()}
@@ -87,8 +93,8 @@ def _names_of(paths: list[tuple]) -> list[str]:
     return list(names)
 
 
-def _with_part(leaf: Any, part: Any) -> Any:
-    if not is_quantized(leaf):
+def _with_part(leaf: PyTree, part: jax.Array | None) -> PyTree:
+    if part is None or not is_quantized(leaf):
         return leaf if part is None else part
     # Factors keep the signs of scales; a negative one would break a grid with a zero point.
     scale = leaf.scale.astype(jnp.float32) * jnp.abs(part).astype(jnp.float32)

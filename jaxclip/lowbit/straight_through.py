@@ -3,9 +3,8 @@
     value        dequantize(quantize(w))
     derivative   1 where w lies on the grid's range, 0 outside
 
-The range of a block reaches from its lowest level to its highest, up to one part in a
-million, so the largest weight of `max_abs` counts as inside. The threshold itself has no
-derivative: scales and zeros are measured anew from the weights and taken as constants.
+The threshold itself has no derivative: scales and zeros are measured anew from the weights and
+taken as constants.
 """
 
 from typing import Any
@@ -20,6 +19,7 @@ from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.quantizer import quantize
 from jaxclip.thresholds.by_error import mse_optimal
 
+# The range is wider by a millionth, so the largest weight of `max_abs` counts as inside.
 _SLACK = 2.0**-20
 
 
@@ -29,7 +29,7 @@ def fake_quantize(
     *,
     threshold: Any = mse_optimal,
 ) -> jax.Array:
-    """Returns what an array is after quantization, with the straight-through derivative.
+    """Returns an array rounded to a low-bit grid, with the straight-through derivative.
 
     For training with the grid in the loop: apply it to the weights inside the loss.
 
@@ -37,7 +37,7 @@ def fake_quantize(
       array: Real floating array of any shape. May be traced.
       bits: A `Grid`; or its width, 1, 2, 3, 4, 5, 6, 8 or "ternary", for one scale for the whole
         array.
-      threshold: As in `quantize`: a rule, its factory, a number, or an array of one a block.
+      threshold: A rule or its factory; or a number in (0, inf), or an array of one a block.
 
     Returns:
       An array of the shape and dtype of `array`. The derivative passes where the entry is
@@ -48,6 +48,8 @@ def fake_quantize(
       ValueError: If an argument is not allowed, or a concrete entry is NaN or infinite.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> w = jnp.array([0.3, 0.8, -2.0])
       >>> round_trip = lambda w: fake_quantize(w, "ternary", threshold=1.0)
       >>> print(round_trip(w), jax.grad(lambda w: round_trip(w).sum())(w))
@@ -77,13 +79,12 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.A
 
 
 def _is_inside(array: jax.Array, quantized: QuantizedArray) -> jax.Array:
-    """Whether each entry lies between the outermost levels of its block."""
+    """Returns True for entries between the outermost levels of their block."""
     low, high = quantized.grid.code_range
     zero = 0 if quantized.zero is None else quantized.zero.astype(jnp.float32)
     scale = quantized.scale.astype(jnp.float32) * (1 + _SLACK)
     ends = scale * (low - zero), scale * (high - zero)  # a negative scale swaps them
-    bottom, top = (
-        quantized.grid.expand(end, array.shape) for end in (jnp.minimum(*ends), jnp.maximum(*ends))
-    )
+    bottom = quantized.grid.expand(jnp.minimum(*ends), array.shape)
+    top = quantized.grid.expand(jnp.maximum(*ends), array.shape)
     x = array.astype(jnp.float32)
     return (bottom <= x) & (x <= top)

@@ -260,7 +260,7 @@ def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
         scale_shape = grid.scale_shape(shape)
         qvalue: Any = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))
         scale: Any = jax.ShapeDtypeStruct(scale_shape, jnp.dtype(dtype_in_memory(scale_dtype)))
-        zero = jax.ShapeDtypeStruct(scale_shape, np.dtype(np.int8)) if has_zero else None
+        zero: Any = jax.ShapeDtypeStruct(scale_shape, np.dtype(np.int8)) if has_zero else None
         return QuantizedArray(qvalue, scale, grid, stored, zero)
     except (TypeError, ValueError) as error:
         raise ValueError(f"tensor {name!r}: {error}") from error
