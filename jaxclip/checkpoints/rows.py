@@ -71,7 +71,7 @@ def compress_leaf(
     has_own_scales = like.scale.shape[:1] == like.shape[:1]
     importance: Any = getattr(spec.rule, "importance", None)
     factors = np.shape(importance)
-    # An importance may have a factor for each row; log8 has a unit for the whole array, and
+    # An importance may have a factor for each row, log8 measures all scales of the array, and
     # prices count all codes.
     is_joint = (
         not getattr(spec.rule, "is_blockwise", True)

@@ -80,10 +80,11 @@ class QuantizedArray:
     def num_bytes(self) -> int:
         """Bytes of the packed codes, scales and zeros, as a file stores them."""
         is_log8 = self.grid.scale_dtype == "log8"
-        per_scale, unit = (1, 4) if is_log8 else (self.scale.dtype.itemsize, 0)
-        per_scale += 0 if self.zero is None else 1
+        per_block = 1 if is_log8 else self.scale.dtype.itemsize
+        per_block += 0 if self.zero is None else 1
         codes = num_packed_bytes(math.prod(self.shape), self.bits)
-        return codes + math.prod(self.scale.shape) * per_scale + unit
+        # log8 also stores its largest scale, a float32.
+        return codes + math.prod(self.scale.shape) * per_block + 4 * is_log8
 
     @property
     def threshold(self) -> jax.Array:

@@ -40,11 +40,11 @@ def restore_leaf(
     coding: str | None = None,
     *,
     zero: np.ndarray | None = None,
-    unit: np.ndarray | None = None,
+    largest_scale: np.ndarray | None = None,
 ) -> QuantizedArray:
     """Returns a low-bit array from its tensors; `like` has shapes for arrays."""
-    if unit is not None:
-        scale = _decoded_log8(name, scale, unit)
+    if largest_scale is not None:
+        scale = _decoded_log8(name, scale, largest_scale)
     q = dataclasses.replace(like, scale=scale, zero=zero)
     q.check_values(name)
     if coding is None:
@@ -54,12 +54,12 @@ def restore_leaf(
     return dataclasses.replace(q, qvalue=codes.reshape(like.shape))
 
 
-def _decoded_log8(name: str, codes: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Returns log8 scales; refuses bytes and units that `round_scale` never makes."""
+def _decoded_log8(name: str, codes: np.ndarray, largest_scale: np.ndarray) -> np.ndarray:
+    """Returns log8 scales; refuses bytes that `round_scale` never makes."""
     with np.errstate(over="ignore", invalid="ignore"):
-        scale = decode_log8(codes, unit)
+        scale = decode_log8(codes, largest_scale)
         parts = log8_parts(name, scale)
-    if parts[":unit"] != unit or not np.array_equal(parts[":scale"], codes):
+    if parts[":unit"] != largest_scale or not np.array_equal(parts[":scale"], codes):
         raise ValueError(f"'{name}': scales are not encoded as the format says.")
     return scale
 

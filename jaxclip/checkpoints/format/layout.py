@@ -248,7 +248,7 @@ def _packed_chunks(name: str, leaf: QuantizedArray) -> Iterator[np.ndarray]:
 
 
 def _side_part(name: str, leaf: QuantizedArray, part: str) -> np.ndarray:
-    """Returns scale, unit or zero of a low-bit leaf as a file holds it."""
+    """Returns scales, their largest (":unit") or zeros of a low-bit leaf as a file holds it."""
     leaf.check_values(name)
     if part == ":zero":
         return np.asarray(leaf.zero)
@@ -257,9 +257,9 @@ def _side_part(name: str, leaf: QuantizedArray, part: str) -> np.ndarray:
 
 
 def log8_parts(name: str, scale: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the bytes and the unit that a file holds for log8 scales."""
+    """Returns the tensors of log8 scales: their bytes, and the largest as ":unit"."""
     try:
-        codes, unit = encode_log8(scale)
+        codes, largest_scale = encode_log8(scale)
     except ValueError as error:
         raise ValueError(f"'{name}': {error}") from error
-    return {":scale": codes, ":unit": unit}
+    return {":scale": codes, ":unit": largest_scale}

@@ -63,8 +63,16 @@ class FileContents:
             return read(self.tensors[name])
         scale, stored = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
         zero = None if like.zero is None else read(self.tensors[f"{name}:zero"])
-        unit = read(self.tensors[f"{name}:unit"]) if like.grid.scale_dtype == "log8" else None
-        return restore_leaf(name, like, scale, stored, self.codings[name], zero=zero, unit=unit)
+        is_log8 = like.grid.scale_dtype == "log8"
+        return restore_leaf(
+            name,
+            like,
+            scale,
+            stored,
+            self.codings[name],
+            zero=zero,
+            largest_scale=read(self.tensors[f"{name}:unit"]) if is_log8 else None,
+        )
 
 
 def header_length(prefix: bytes, file_size: int) -> int:
