@@ -11,20 +11,7 @@ import pytest
 
 import jaxclip
 from jaxclip import Grid, QuantizedArray, checkpoints, compress, decompress
-
-
-def make_params():
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
-    return {
-        "embed": {"embedding": draw(11, 6)},
-        "dense": {"kernel": draw(6, 5), "bias": draw(5)},
-        "half": {"kernel": draw(4, 6).astype(jnp.bfloat16), "scale": draw(4)},
-        "step": jnp.arange(4),
-        "rotation": draw(2, 2).astype(jnp.complex64),
-        "none": None,
-        "temperature": draw(),
-    }
+from oracles.small_params import make_params, uneven_params
 
 
 @pytest.mark.parametrize("bits", [1, 4])
@@ -116,119 +103,10 @@ def test_trees_without_kernels_come_back_as_they_are(params):
     assert jax.tree.structure(decompress(compress(params))) == jax.tree.structure(params)
 
 
-# --- Policy ----------------------------------------------------------------------------
-
-
-def test_the_first_pattern_that_matches_decides_the_width():
-    small = compress(
-        make_params(),
-        "ternary",
-        policy=[("^embed/", 8), ("half", None), ("kernel", 3), ("bias", 6)],
-    )
-    assert small["embed"]["embedding"].bits == 8
-    assert not isinstance(small["half"]["kernel"], QuantizedArray)
-    assert small["dense"]["kernel"].bits == 3
-    assert small["dense"]["bias"].bits == 6
-    assert small["dense"]["bias"].scale.shape == (1,)
-    assert not isinstance(small["temperature"], QuantizedArray)
-
-
-def test_a_pattern_that_matches_no_leaf_is_refused_by_name():
-    with pytest.raises(ValueError, match="attention"):
-        compress(make_params(), 4, policy=[("kernel", 4), ("attention", 8)])
-
-
-def test_a_pattern_that_is_no_regular_expression_is_refused_by_name():
-    with pytest.raises((TypeError, ValueError), match="policy"):
-        compress(make_params(), 4, policy=[("(", 4)])
-    with pytest.raises((TypeError, ValueError), match="policy"):
-        compress(make_params(), 4, policy=["kernel"])
-
-
-def test_a_spec_replaces_the_arguments_that_it_names():
-    spec = {
-        "bits": 2,
-        "rule": jaxclip.max_abs,
-        "axis": 0,
-        "group_size": 3,
-        "scale_dtype": "float16",
-    }
-    policy = [("embed", spec), ("half", {"levels": "narrow", "zero_point": True}), ("bias", {})]
-    params = make_params()
-    small = compress(params, 5, rule=0.5, policy=policy)
-    grid = Grid(**{k: v for k, v in spec.items() if k != "rule"})
-    alone = jaxclip.quantize(params["embed"]["embedding"], grid, threshold=jaxclip.max_abs)
-    assert jax.tree.structure(small["embed"]["embedding"]) == jax.tree.structure(alone)
-    assert np.array_equal(small["embed"]["embedding"].qvalue, alone.qvalue)
-    assert np.array_equal(small["embed"]["embedding"].scale, alone.scale)
-    half = small["half"]["kernel"]
-    assert (half.bits, half.grid.levels, half.zero is not None) == (5, "narrow", True)
-    assert small["dense"]["kernel"].threshold.max() == 0.5
-    assert small["dense"]["bias"] is params["dense"]["bias"]  # no width is given
-
-
-def test_a_spec_without_a_width_leaves_it_to_the_target():
-    policy = [("large", {"scale_dtype": "float16"}), ("easy", {"bits": 3})]
-    small = squeeze(uneven_params(), target_bits_per_weight=5.5, policy=policy)
-    assert small["large"].grid.scale_dtype == "float16"
-    assert small["large"].bits in WIDTHS
-    assert small["easy"].bits == 3
-    assert jaxclip.size_report(small).bits_per_weight <= 5.5
-
-
-def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
-    params = uneven_params()
-    plain = squeeze(params, 4)
-    price = jnp.asarray(0.5)
-    priced = squeeze(params, 4, bit_price=0.5, policy=[("small", {"bit_price": 0.0})])
-    traced = jax.jit(lambda p, price: squeeze(p, 4, bit_price=price))(params, price)
-    chosen = jaxclip.lowbit.cheaper_codes(plain["large"], params["large"], price=0.5)
-    for found in (priced, traced):
-        assert np.array_equal(found["large"].qvalue, chosen.qvalue)
-    assert not np.array_equal(chosen.qvalue, plain["large"].qvalue)
-    assert np.array_equal(priced["small"].qvalue, plain["small"].qvalue)
-    assert not np.array_equal(traced["small"].qvalue, plain["small"].qvalue)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"width": 4}, "'width' is none of"),
-        ({"bits": 7}, "bits must be one of"),
-        ({"bits": None}, "bits=None"),
-        ({"group_size": 0}, "group_size must be"),
-        ({"axis": "last"}, "axis must be an integer"),
-        ({"axis": 5}, r"kernel.*axis must be in \[-2, 2\)"),
-        ({"scale_dtype": "int8"}, "scale_dtype must be one of"),
-        ({"rule": "mse"}, "rule must be"),
-        ({"zero_point": 1}, "zero_point must be True or False"),
-        ({"bits": 1, "zero_point": True}, "zero_point needs a code for 0"),
-        ({"bits": 4, "rule": jaxclip.thresholds.rate_optimal(2.0)}, "rate_optimal needs bits=8"),
-        ({"bit_price": -0.1}, "bit_price must be finite and not negative"),
-        ({"bit_price": "low"}, "bit_price must be a non-negative number"),
-        ({"bits": 1, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
-        ({"zero_point": True, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
-    ],
-    ids=str,
-)
-def test_a_wrong_spec_is_refused_by_its_rule_and_field(spec, message):
-    with pytest.raises((TypeError, ValueError), match=rf"policy 'dense/k'.*{message}"):
-        compress(make_params(), 4, rule=jaxclip.max_abs, policy=[("dense/k", spec)])
-
-
 # --- Targets ---------------------------------------------------------------------------
 
 WIDTHS = ["ternary", 2, 3, 4, 5, 6, 8]
 squeeze = functools.partial(compress, rule=jaxclip.max_abs)  # which compiles fast
-
-
-@functools.cache
-def uneven_params():
-    """Leaves that one width does not suit: small and large weights, easy and hard ones."""
-    rng = np.random.default_rng(1)
-    draw = lambda size: jnp.asarray((size * rng.normal(size=(24, 16))).astype(np.float32))  # noqa: E731
-    easy = jnp.asarray(rng.choice([-1.0, 0.0, 1.0], (24, 16)).astype(np.float32))
-    return {"large": draw(3.0), "small": draw(0.1), "easy": easy, "bias": jnp.ones(16)}
 
 
 def widths(small):

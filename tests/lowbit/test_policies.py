@@ -1,0 +1,137 @@
+"""Policies: which spec a leaf gets, and what the errors name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxclip
+from jaxclip import Grid, QuantizedArray, compress
+from jaxclip.lowbit.budgets import ALL_WIDTHS
+from oracles.small_params import make_params, uneven_params
+
+
+def test_the_first_pattern_that_matches_decides_the_width():
+    small = compress(
+        make_params(),
+        "ternary",
+        policy=[("^embed/", 8), ("half", None), ("kernel", 3), ("bias", 6)],
+    )
+    assert small["embed"]["embedding"].bits == 8
+    assert not isinstance(small["half"]["kernel"], QuantizedArray)
+    assert small["dense"]["kernel"].bits == 3
+    assert small["dense"]["bias"].bits == 6
+    assert small["dense"]["bias"].scale.shape == (1,)
+    assert not isinstance(small["temperature"], QuantizedArray)
+
+
+def test_a_pattern_that_matches_no_leaf_is_refused_by_name():
+    with pytest.raises(ValueError, match="attention"):
+        compress(make_params(), 4, policy=[("kernel", 4), ("attention", 8)])
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused_by_name():
+    with pytest.raises((TypeError, ValueError), match="policy"):
+        compress(make_params(), 4, policy=[("(", 4)])
+    with pytest.raises((TypeError, ValueError), match="policy"):
+        compress(make_params(), 4, policy=["kernel"])
+
+
+def test_a_spec_replaces_the_arguments_that_it_names():
+    spec = {
+        "bits": 2,
+        "rule": jaxclip.max_abs,
+        "axis": 0,
+        "group_size": 3,
+        "scale_dtype": "float16",
+    }
+    policy = [("embed", spec), ("half", {"levels": "narrow", "zero_point": True}), ("bias", {})]
+    params = make_params()
+    small = compress(params, 5, rule=0.5, policy=policy)
+    grid = Grid(**{k: v for k, v in spec.items() if k != "rule"})
+    alone = jaxclip.quantize(params["embed"]["embedding"], grid, threshold=jaxclip.max_abs)
+    assert jax.tree.structure(small["embed"]["embedding"]) == jax.tree.structure(alone)
+    assert np.array_equal(small["embed"]["embedding"].qvalue, alone.qvalue)
+    assert np.array_equal(small["embed"]["embedding"].scale, alone.scale)
+    half = small["half"]["kernel"]
+    assert (half.bits, half.grid.levels, half.zero is not None) == (5, "narrow", True)
+    assert small["dense"]["kernel"].threshold.max() == 0.5
+    assert small["dense"]["bias"] is params["dense"]["bias"]  # no width is given
+
+
+def test_a_grid_as_a_spec_replaces_the_whole_grid():
+    params = make_params()
+    policy = [("embed", Grid(2, axis=0)), ("half", Grid(None, group_size=4)), ("bias", Grid(8))]
+    small = compress(params, Grid(5, zero_point=True), policy=policy)
+    assert small["embed"]["embedding"].grid == Grid(2, axis=-2)
+    assert small["half"]["kernel"].grid == Grid(5, group_size=4)  # the width is left open
+    assert small["dense"]["kernel"].grid == Grid(5, zero_point=True)
+    assert small["dense"]["bias"].grid == Grid(8, axis=None)
+
+
+def test_a_wrong_grid_of_a_spec_is_refused_by_its_regex():
+    policy = [("dense/k", Grid(4, axis=5))]
+    with pytest.raises(ValueError, match=r"policy 'dense/k'.*axis must be in \[-2, 2\)"):
+        compress(make_params(), policy=policy)
+    with pytest.raises(ValueError, match="policy 'dense/k': bit_price needs a code"):
+        compress(make_params(), bit_price=0.1, policy=[("dense/k", Grid(1))])
+
+
+def test_an_open_width_is_4_bits_without_a_target():
+    small = compress(make_params(), Grid(None, group_size=4), rule=jaxclip.max_abs)
+    assert small["dense"]["kernel"].grid == Grid(4, group_size=4)
+
+
+def test_a_spec_without_a_width_leaves_it_to_the_target():
+    policy = [("large", {"scale_dtype": "float16"}), ("easy", {"bits": 3})]
+    small = compress(
+        uneven_params(), target_bits_per_weight=5.5, rule=jaxclip.max_abs, policy=policy
+    )
+    assert small["large"].grid.scale_dtype == "float16"
+    assert small["large"].bits in ALL_WIDTHS
+    assert small["easy"].bits == 3
+    assert jaxclip.size_report(small).bits_per_weight <= 5.5
+
+
+def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
+    params = uneven_params()
+    plain = compress(params, 4, rule=jaxclip.max_abs)
+    price = jnp.asarray(0.5)
+    priced = compress(
+        params, 4, rule=jaxclip.max_abs, bit_price=0.5, policy=[("small", {"bit_price": 0.0})]
+    )
+    traced = jax.jit(lambda p, price: compress(p, 4, rule=jaxclip.max_abs, bit_price=price))(
+        params, price
+    )
+    chosen = jaxclip.lowbit.cheaper_codes(plain["large"], params["large"], price=0.5)
+    for found in (priced, traced):
+        assert np.array_equal(found["large"].qvalue, chosen.qvalue)
+    assert not np.array_equal(chosen.qvalue, plain["large"].qvalue)
+    assert np.array_equal(priced["small"].qvalue, plain["small"].qvalue)
+    assert not np.array_equal(traced["small"].qvalue, plain["small"].qvalue)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"width": 4}, "'width' is none of"),
+        ({"bits": 7}, "bits must be one of"),
+        ({"bits": None}, "bits=None"),
+        ({"group_size": 0}, "group_size must be"),
+        ({"axis": "last"}, "axis must be an integer"),
+        ({"axis": 5}, r"kernel.*axis must be in \[-2, 2\)"),
+        ({"scale_dtype": "int8"}, "scale_dtype must be one of"),
+        ({"rule": "mse"}, "rule must be"),
+        ({"zero_point": 1}, "zero_point must be True or False"),
+        ({"bits": 1, "zero_point": True}, "zero_point needs a code for 0"),
+        ({"bits": 4, "rule": jaxclip.thresholds.rate_optimal(2.0)}, "rate_optimal needs bits=8"),
+        ({"bit_price": -0.1}, "bit_price must be finite and not negative"),
+        ({"bit_price": "low"}, "bit_price must be a non-negative number"),
+        ({"bits": 1, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
+        ({"zero_point": True, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_spec_is_refused_by_its_rule_and_field(spec, message):
+    with pytest.raises((TypeError, ValueError), match=rf"policy 'dense/k'.*{message}"):
+        compress(make_params(), 4, rule=jaxclip.max_abs, policy=[("dense/k", spec)])
