@@ -1,9 +1,12 @@
 """Exports that other libraries load without this one.
 
-to_safetensors          plain weights: every reader of safetensors
-to_compressed_tensors   4- and 8-bit codes: compressed-tensors, so transformers and vLLM
-to_gguf                 blocks of 32 at 4 and 8 bits: llama.cpp and the gguf package
-export_checkpoint       any of them from a file, which need not fit into memory
+    to_safetensors          plain weights, for every reader of safetensors
+    to_compressed_tensors   4- and 8-bit codes, for compressed-tensors, transformers and vLLM
+    to_gguf                 blocks of 32 at 4 and 8 bits, for llama.cpp and the gguf package
+    export_checkpoint       any of them from a file, which need not fit into memory
+
+Names are the keys of the tree joined by a separator. Files, and folders of shards, appear whole
+or not at all, and are written tensor by tensor.
 """
 
 from jaxclip.interop.checkpoint import export_checkpoint as export_checkpoint

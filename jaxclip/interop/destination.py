@@ -1,4 +1,4 @@
-"""Where an export goes: a file, or a folder of shards with an index."""
+"""The destination of an export: a file, or a new folder of shards with an index."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxclip._core import checks
 from jaxclip._core.atomic import new_folder, replacing
@@ -18,15 +19,23 @@ from jaxclip.checkpoints.format.writing import write_plain
 from jaxclip.interop.leaves import ExportTensor
 
 
-def _floating_dtype(dtype: Any) -> np.dtype | None:
+def floating_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+    """Returns a floating dtype or None as given; raises TypeError for other dtypes."""
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be floating, got {dtype!r}.")
     return None if dtype is None else jnp.dtype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where tensors go: a file, or a new folder of shards if these have a size."""
+class Destination:
+    """A safetensors file, or a new folder of shards if these have a size.
+
+    Attributes:
+      path: The file or folder.
+      max_shard_bytes: Bytes of tensors in a shard, at least 1; None for one file.
+      overwrite: True to replace an existing file.
+      companions: Files to copy into the folder.
+    """
 
     path: str | os.PathLike
     max_shard_bytes: int | None
@@ -40,7 +49,10 @@ class _Place:
     def write(
         self, leaves: dict[str, dict[str, ExportTensor]], quantization: dict[str, Any] | None = None
     ) -> None:
-        """Writes the tensors of each leaf, and the model's other files."""
+        """Writes the tensors of the leaves, and the companions; all appear at once or not at all.
+
+        `config.json` among the companions gets `quantization` as its `quantization_config`.
+        """
         tensors: dict[str, ExportTensor] = {}
         for parts in leaves.values():
             for name, tensor in parts.items():
@@ -52,25 +64,32 @@ class _Place:
                 _write_tensors(file, tensors)
             return
         sizes = {n: sum(t.num_bytes for t in parts.values()) for n, parts in leaves.items()}
-        parts = shards.split_shards(sizes, self.max_shard_bytes)
-        files = shards.shard_names(len(parts))
-        inside = {f: [t for n in s for t in leaves[n]] for f, s in zip(files, parts, strict=True)}
+        split = shards.split_shards(sizes, self.max_shard_bytes)
+        files = shards.shard_names(len(split))
+        names_in = {
+            file: [t for name in names for t in leaves[name]]
+            for file, names in zip(files, split, strict=True)
+        }
         with new_folder(self.path) as folder:
-            for file_name, names in inside.items():
+            for file_name, names in names_in.items():
                 with replacing(folder / file_name) as file:
                     _write_tensors(file, {name: tensors[name] for name in names})
-            if len(inside) > 1:
+            if len(names_in) > 1:
                 with replacing(folder / shards.INDEX_NAME) as file:
-                    file.write(shards.make_index(inside, sum(sizes.values())))
+                    file.write(shards.make_index(names_in, sum(sizes.values())))
             for companion in self.companions:
-                with companion.open("rb") as read, replacing(folder / companion.name) as file:
-                    if companion.name == "config.json" and quantization:
-                        config = json.loads(read.read()) | {"quantization_config": quantization}
-                        file.write(json.dumps(config, indent=2).encode() + b"\n")
-                    else:
-                        shutil.copyfileobj(read, file)
+                _copy(companion, folder, quantization)
 
 
 def _write_tensors(file: BinaryIO, tensors: dict[str, ExportTensor]) -> None:
     specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
     write_plain(file, specs, lambda name: tensors[name].make())
+
+
+def _copy(companion: Path, folder: Path, quantization: dict[str, Any] | None) -> None:
+    with companion.open("rb") as source, replacing(folder / companion.name) as file:
+        if companion.name == "config.json" and quantization:
+            config = json.loads(source.read()) | {"quantization_config": quantization}
+            file.write(json.dumps(config, indent=2).encode() + b"\n")
+        else:
+            shutil.copyfileobj(source, file)

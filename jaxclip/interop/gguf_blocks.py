@@ -1,11 +1,11 @@
-"""Rows of weights as GGUF blocks: 32 entries, a float16 scale, codes; and codes that fit them.
+"""GGUF blocks of 32 weights: a float16 scale, perhaps an offset, and 32 codes.
 
     Q4_0   w' = d * (q - 8)    q in 0..15     18 bytes a block
     Q4_1   w' = d * q + m      q in 0..15     20 bytes
     Q8_0   w' = d * q          q in int8      34 bytes
 
-d and m are float16, and d may be negative: Q4_0 and Q8_0 are full signed grids with a signed
-scale. Scales are rounded to float16 before codes are chosen, so codes fit what is stored.
+d may be negative. d and m are rounded to float16 before codes are chosen, so the codes fit what
+is stored.
 """
 
 import functools
@@ -23,35 +23,16 @@ from jaxclip.lowbit.quantizer import quantize
 BLOCK_SIZE = 32
 BYTES_PER_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 _CODES = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-128, 127)}
-# Parts of a block's range that a start of the affine fit leaves out below and above: first
-# all pairs of these, then pairs of steps from the best of them.
+# Starts of the affine fit: fractions of a block's range that are cut off below and above. The
+# first are tried for all blocks, the second are steps from the best of them.
 _COARSE = np.array(list(itertools.product((-0.03, 0.01, 0.06, 0.12, 0.2), repeat=2)), np.float32)
 _FINE = np.array(list(itertools.product((-0.025, -0.01, 0.01, 0.025), repeat=2)), np.float32)
-# Blocks that are encoded at once: bounds memory, and one compilation serves all chunks.
+# Blocks encoded at once: this bounds memory, and one compilation serves all chunks.
 _CHUNK = 2**14
 
 
 def encode_blocks(array: np.ndarray, kind: str) -> np.ndarray:
-    """Returns the bytes of an array's rows as GGUF blocks of little squared error.
-
-    Q4_0 and Q8_0 take the scale of `mse_optimal`, Q4_1 the best of several least-squares
-    fits. What the largest magnitude, or the least and the largest entry, give is among the
-    candidates, so no block is worse than under them.
-
-    Args:
-      array: Real, finite; rows along the last axis, a multiple of 32 long.
-      kind: "Q4_0", "Q4_1" or "Q8_0".
-
-    Returns:
-      uint8, the last axis in bytes instead of entries.
-
-    Raises:
-      ValueError: If a block is too large for a float16 scale.
-
-    Example:
-      >>> encode_blocks(np.ones((2, 64), np.float32), "Q4_0").shape
-      (2, 36)
-    """
+    """Returns the rows of an array as blocks of small squared error, uint8 along the last axis."""
     blocks = np.ascontiguousarray(array, np.float32).reshape(-1, BLOCK_SIZE)
     encode = _encode_affine if kind == "Q4_1" else functools.partial(_encode_scaled, kind=kind)
     chunks = [encode(blocks[i : i + _CHUNK]) for i in range(0, len(blocks), _CHUNK)]
@@ -63,38 +44,21 @@ def encode_blocks(array: np.ndarray, kind: str) -> np.ndarray:
 def blocks_of_codes(
     codes: np.ndarray, scale: np.ndarray, kind: str, zeros: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns the bytes of blocks that have codes already.
-
-    Args:
-      codes: Integers in -8..7, in int8 for Q8_0; shape (blocks, 32).
-      scale: One number a block, of shape (blocks, 1); rounded to float16.
-      kind: "Q4_0" or "Q8_0", or "Q4_1" with zero points.
-      zeros: The code that stands for 0 in each block, of shape (blocks, 1), for Q4_1.
-
-    Returns:
-      uint8 of shape (blocks, bytes).
-
-    Raises:
-      ValueError: If a scale is too large for float16, or becomes 0 there.
-
-    Example:
-      >>> blocks_of_codes(np.full((1, 32), 7), np.array([[1.0]]), "Q4_0")[0, :4]
-      array([  0,  60, 255, 255], dtype=uint8)
-    """
+    """Returns codes (blocks, 32) with scales and zero codes (blocks, 1) as the bytes of blocks."""
     d = _as_float16(scale)
     if np.any((d == 0) & (scale != 0)):
         smallest = np.min(np.abs(scale[d == 0]))
         raise ValueError(f"a scale of {smallest:.3g} is 0 in float16.")
     if zeros is None:
         return _packed(codes, [d], kind)
-    # The offset that puts the zero code on 0, for the scale as it is stored.
+    # The zero code stands for 0 with the scale as it is stored, not as it was given.
     low = _CODES["Q4_0"][0]
     offset = _as_float16(d.astype(np.float32) * (low - zeros))
     return _packed(codes.astype(np.int16) - low, [d, offset], kind)
 
 
 def _packed(codes: np.ndarray, header: list[np.ndarray], kind: str) -> np.ndarray:
-    """float16 headers, then codes: a byte each, or entries j and j + 16 in one byte."""
+    """Returns blocks: float16 headers, then a byte a code, or codes j and j + 16 in one byte."""
     if kind == "Q8_0":
         data = codes.astype(np.int8).view(np.uint8)
     else:
@@ -112,9 +76,13 @@ def _as_float16(x: np.ndarray) -> np.ndarray:
 
 
 # --- Choosing scales ------------------------------------------------------------------
+#
+# `quantize` with float16 scales alone is not enough: one block of 4 bits in fifty would be worse
+# than the gguf package's, and whole zero codes would cost Q4_1 a quarter of its error.
 
 
 def _encode_scaled(blocks: np.ndarray, kind: str) -> np.ndarray:
+    """Returns Q4_0 or Q8_0 blocks, none worse than with the scale of the largest entry."""
     low, high = _CODES[kind]
     grid = Grid(4 if kind == "Q4_0" else 8, axis=0)
     searched = quantize(jnp.asarray(_padded(blocks)), grid).scale
@@ -122,7 +90,7 @@ def _encode_scaled(blocks: np.ndarray, kind: str) -> np.ndarray:
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
     candidates = [
         searched,
-        # Rounding to float16 may have moved it to the worse side of the best scale.
+        # Rounding to float16 may have moved the scale to the worse side of the best one.
         np.nextafter(searched, np.float16(0)),
         np.nextafter(searched, np.copysign(np.float16(65504), searched)),
         _as_float16(largest / low),
@@ -133,6 +101,7 @@ def _encode_scaled(blocks: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _encode_affine(blocks: np.ndarray) -> np.ndarray:
+    """Returns Q4_1 blocks, none worse than with a grid from the least to the largest entry."""
     d, m = (np.asarray(a)[: len(blocks), None] for a in _affine_fit(_padded(blocks).T))
     lowest, highest = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
     candidates = [[d, m], [(highest - lowest) / 15, lowest]]
@@ -145,7 +114,7 @@ def _encode_affine(blocks: np.ndarray) -> np.ndarray:
 def _best_of(
     blocks: np.ndarray, candidates: list[list[np.ndarray]], low: int, high: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """The candidate of least error of each block, [d] or [d, m], and its codes."""
+    """Returns the [d] or [d, m] of least squared error for each block, and its codes."""
     least = np.full((len(blocks), 1), np.inf, np.float32)
     best, best_codes = candidates[0], np.zeros_like(blocks)
     for candidate in candidates:
@@ -162,13 +131,13 @@ def _best_of(
 
 
 def _padded(blocks: np.ndarray) -> np.ndarray:
-    """Blocks of zeros added up to a power of two, so that few shapes are compiled."""
+    """Returns blocks padded with zeros to a power of two, so that few shapes are compiled."""
     size = max(1 << (len(blocks) - 1).bit_length(), 64)
     return np.pad(blocks, ((0, size - len(blocks)), (0, 0)))
 
 
 class _AffineFit(NamedTuple):
-    """d and m, what they explain of the sum of squares, and the start that they came from."""
+    """d and m, the sum of squares that they explain, and the start from which they came."""
 
     d: jax.Array
     m: jax.Array
@@ -179,11 +148,10 @@ class _AffineFit(NamedTuple):
 
 @jax.jit
 def _affine_fit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """d and m of `d * q + m`, q in 0..15, of little squared error over axis 0.
+    """Returns d and m of `d * q + m`, q in 0..15, of small squared error over axis 0.
 
-    From every start codes are rounded once, and d and m fitted to them by least squares; the
-    best fit is refined further. The sums are written out, so that one vectorized loop
-    over the blocks computes them.
+    From every start codes are rounded once, and d and m are fitted to them by least squares; the
+    best fit is refined further.
     """
     mean = jnp.mean(x, axis=0)
     x = x - mean[None]
@@ -193,6 +161,7 @@ def _affine_fit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     def refit(d: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         inverse = 1 / jnp.where(d > 0, d, 1)
         codes, squares, products = (jnp.zeros_like(d) for _ in range(3))
+        # Sums are written out, so that XLA makes one vectorized loop over the blocks of them.
         for row in x:
             q = jnp.clip(jnp.round((row - m) * inverse), 0, 15)
             codes, squares, products = codes + q, squares + q * q, products + q * row
@@ -211,8 +180,8 @@ def _affine_fit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
         return lax.scan(try_start, best, jnp.asarray(starts))[0]
 
-    nothing = _AffineFit(*(jnp.zeros_like(span) for _ in _AffineFit._fields))
-    best = search(nothing, _COARSE, nothing)
+    no_fit = _AffineFit(*(jnp.zeros_like(span) for _ in _AffineFit._fields))
+    best = search(no_fit, _COARSE, no_fit)
     best = search(best, _FINE, best)
     d, m, _ = lax.fori_loop(0, 3, lambda _, fit: refit(fit[0], fit[1]), best[:3])
     return d, m + mean

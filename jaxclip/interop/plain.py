@@ -1,56 +1,62 @@
-"""Plain safetensors files that every reader loads."""
+"""Plain safetensors files, which every reader of the format loads."""
 
 import os
-from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
-from jaxclip.interop.destination import _floating_dtype, _Place
+from jaxclip._core.trees import PyTree
+from jaxclip.interop.destination import Destination, floating_dtype
 from jaxclip.interop.leaves import NamedLeaf, named_leaves, plain_tensor
 
 
 def to_safetensors(
     path: str | os.PathLike,
-    tree: Any,
+    tree: PyTree,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     separator: str = ".",
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a tree as plain weights, low-bit leaves dequantized, for any safetensors reader.
+    """Writes a tree as plain weights, low-bit leaves dequantized.
 
     Args:
-      path: Where to.
+      path: File to write, or a new folder if `max_shard_bytes` is given.
       tree: Pytree of arrays and `QuantizedArray`.
-      dtype: Floating dtype of all floating tensors; None for each leaf's own.
-      separator: What joins the keys of nested trees to a name.
-      max_shard_bytes: None for one file. Else `path` is a new folder of shards with an index, or of
-        one `model.safetensors` if that holds all; a shard has at most so many bytes of tensors,
-        but for a leaf that is larger by itself. The tensors of a leaf stay together.
-      overwrite: Whether an existing file may be replaced; a folder is not.
+      dtype: Floating dtype of all floating tensors; None keeps the dtype of each leaf.
+      separator: String that joins the keys of nested trees to a name.
+      max_shard_bytes: Largest size of a shard, in bytes of tensors; None for one file. The folder
+        gets shards and an index, or one `model.safetensors` if that holds all. The tensors of a
+        leaf stay together, so a leaf that is larger is alone in its shard.
+      overwrite: True to replace an existing file. A folder is never replaced.
 
     Raises:
-      TypeError: If `dtype` is not floating, or a leaf is no array of a dtype that
+      TypeError: If `dtype` is not floating, or a leaf is not an array of a dtype that
         safetensors has.
       ValueError: If two leaves get the same name, a finite entry is infinite in `dtype`, or
-        `max_shard_bytes` is no integer of at least 1.
-      OSError: As `checkpoints.save`.
+        `max_shard_bytes` is not an integer of at least 1.
+      FileExistsError: If `path` exists, unless it is a file and `overwrite` is set.
+      OSError: If the directory of `path` does not exist or cannot be written.
 
     Example:
       >>> import pathlib, tempfile
+      >>> import jax.numpy as jnp
       >>> from jaxclip import checkpoints, compress
       >>> folder = tempfile.TemporaryDirectory()
       >>> path = pathlib.Path(folder.name, "net.safetensors")
-      >>> small = compress({"layer": {"kernel": jnp.ones((2, 2))}}, bits="ternary")
+      >>> small = compress({"layer": {"kernel": jnp.ones((2, 2))}}, "ternary")
       >>> to_safetensors(path, small, dtype=jnp.float16)
       >>> checkpoints.load(path)["layer.kernel"].dtype
       dtype('float16')
       >>> folder.cleanup()
     """
-    place = _Place(path, max_shard_bytes, overwrite)
-    _write_values(place, named_leaves(tree, separator), _floating_dtype(dtype))
+    destination = Destination(path, max_shard_bytes, overwrite)
+    write_values(destination, named_leaves(tree, separator), floating_dtype(dtype))
 
 
-def _write_values(place: _Place, leaves: dict[str, NamedLeaf], dtype: np.dtype | None) -> None:
-    place.write({n: {n: plain_tensor(leaf, dtype)} for n, leaf in leaves.items()})
+def write_values(
+    destination: Destination, leaves: dict[str, NamedLeaf], dtype: np.dtype | None
+) -> None:
+    """Writes leaves as plain tensors."""
+    destination.write({name: {name: plain_tensor(leaf, dtype)} for name, leaf in leaves.items()})

@@ -1,0 +1,190 @@
+"""GGUF files, read by the gguf package."""
+
+import pathlib
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxclip
+from jaxclip import interop
+from oracles.exported_trees import (
+    drawn,
+    quantized,
+    random_weights,
+)
+
+
+@pytest.fixture
+def gguf() -> Any:
+    return pytest.importorskip("gguf", reason="the gguf package is in the extra gguf")
+
+
+def read_gguf(gguf: Any, path: pathlib.Path) -> dict[str, tuple[str, np.ndarray]]:
+    """GGUF's type and the values of each tensor, by the gguf package alone."""
+    tensors = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        is_plain = tensor.tensor_type.name[0] in "FI"
+        values = tensor.data if is_plain else gguf.dequantize(tensor.data, tensor.tensor_type)
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        tensors[tensor.name] = (tensor.tensor_type.name, np.array(values).reshape(shape))
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_the_gguf_package_reads_every_leaf(tmp_path, gguf, kind):
+    path = tmp_path / "net.gguf"
+    w = random_weights(6, 64)
+    tree = {
+        "blk": [{"w": jnp.asarray(w), "stack": w.reshape(2, 3, 64), "b": w[0]}],
+        "odd": w[:, :33],
+        "half": w[:, :5].astype(np.float16),
+        "brain": w[:, :64].astype(ml_dtypes.bfloat16),
+        "ids": np.arange(5, dtype=np.int32),
+        "scalar": np.float32(2.5),
+    }
+    interop.to_gguf(path, tree, "llama", kind=kind)
+    read = read_gguf(gguf, path)
+    types = {name: type_name for name, (type_name, _) in read.items()}
+    assert types == {
+        "blk.0.w": kind,
+        "blk.0.stack": kind,
+        "blk.0.b": "F32",
+        "odd": "F32",
+        "half": "F16",
+        "brain": kind,
+        "ids": "I32",
+        "scalar": "F32",
+    }
+    for name, exact in [("blk.0.b", w[0]), ("odd", w[:, :33]), ("ids", tree["ids"])]:
+        assert np.array_equal(read[name][1], exact)
+    assert np.array_equal(read["half"][1], tree["half"])
+    assert read["scalar"][1].tolist() == [2.5]
+    step = np.abs(w).max() / (127 if kind == "Q8_0" else 7)
+    assert np.abs(read["blk.0.w"][1] - w).max() <= step
+    assert np.array_equal(read["blk.0.stack"][1].reshape(6, 64), read["blk.0.w"][1])
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "axis", "type_name"),
+    [
+        (4, 32, 0, "Q4_0"),
+        (4, None, 0, "Q4_0"),
+        (4, None, None, "Q4_0"),
+        (4, 64, 0, "Q4_0"),
+        ("ternary", None, 0, "Q4_0"),
+        (1, 32, 0, "Q4_0"),
+        (5, 32, 0, "Q8_0"),
+        (8, 32, None, "Q8_0"),
+    ],
+)
+def test_low_bit_leaves_keep_their_codes(tmp_path, gguf, bits, group_size, axis, type_name):
+    path = tmp_path / "net.gguf"
+    q = drawn(bits, (3, 128), group_size, axis)
+    interop.to_gguf(path, {"w": q}, "llama", kind=None)
+    read_type, values = read_gguf(gguf, path)["w"]
+    assert read_type == type_name
+    halved = np.asarray(q.scale).astype(np.float16).astype(np.float64)
+    blocks = np.broadcast_to(np.repeat(halved, 128 // halved.shape[1], 1), (3, 128))
+    assert np.array_equal(values, blocks * np.asarray(q.qvalue))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_low_bit_leaves_with_zero_points_keep_their_codes_as_q4_1(tmp_path, gguf, bits):
+    path = tmp_path / "net.gguf"
+    w = random_weights(3, 64) + 0.5
+    q = jaxclip.quantize(w, jaxclip.Grid(bits, axis=0, group_size=32, zero_point=True))
+    interop.to_gguf(path, {"w": q}, "llama")
+    read_type, values = read_gguf(gguf, path)["w"]
+    assert read_type == "Q4_1"
+    expected = np.asarray(jaxclip.dequantize(q)).astype(np.float64)
+    # The scale and the offset, up to 15 scales, are rounded to float16.
+    step = np.repeat(np.asarray(q.scale), 32, 1)
+    assert np.all(np.abs(values - expected) <= 2.0**-11 * (np.abs(expected) + 32 * step))
+    assert np.abs(values - expected).max() > 0
+
+
+def test_without_a_kind_floating_leaves_stay_as_they_are(tmp_path, gguf):
+    path = tmp_path / "net.gguf"
+    w = random_weights(4, 32)
+    interop.to_gguf(path, {"w": w, "h": w.astype(np.float16), "d": w.astype(float)}, "x", kind=None)
+    read = read_gguf(gguf, path)
+    assert {name: t for name, (t, _) in read.items()} == {"w": "F32", "h": "F16", "d": "F64"}
+    assert np.array_equal(read["w"][1], w)
+
+
+def test_metadata_is_read_back(tmp_path, gguf):
+    path = tmp_path / "net.gguf"
+    metadata = {
+        "llama.block_count": 12,
+        "x.negative": -5,
+        "x.eps": 0.25,
+        "x.flag": True,
+        "general.name": "a name",
+        "tokenizer.ggml.tokens": ["a", "bc"],
+        "x.sizes": (1, 2, 3),
+    }
+    interop.to_gguf(path, {"w": random_weights(2, 32)}, "llama", metadata=metadata)
+    fields = gguf.GGUFReader(path).fields
+
+    def value(key: str) -> Any:
+        field = fields[key]
+        parts = [field.parts[i] for i in field.data]
+        if field.types[-1] == gguf.GGUFValueType.STRING:
+            texts = [bytes(part).decode() for part in parts]
+            return texts if len(field.types) > 1 else texts[0]
+        numbers = [part.tolist()[0] for part in parts]
+        return numbers if len(field.types) > 1 else numbers[0]
+
+    assert value("general.architecture") == "llama"
+    assert value("general.quantization_version") == 2
+    assert {key: value(key) for key in metadata} == {**metadata, "x.sizes": [1, 2, 3]}
+    assert fields["llama.block_count"].types == [gguf.GGUFValueType.UINT32]
+    assert fields["x.flag"].types == [gguf.GGUFValueType.BOOL]
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "message"),
+    [
+        ({"w": drawn(4, (2, 64), axis=1)}, ValueError, "'w': its scale must be the same for each"),
+        ({"w": drawn(4, (2, 64), 16)}, ValueError, "group_size=16"),
+        (
+            {"w": quantized(np.ones((1, 32)), [[1]], 8, zero=[[1]])},
+            ValueError,
+            "'w' has zero points, which GGUF has up to 4 bits only",
+        ),
+        ({"w": drawn(4, (2, 33))}, ValueError, "'w' must have rows of a multiple of 32, got 33"),
+        ({"w": np.full((1, 32), np.nan)}, ValueError, "'w': a weight is NaN or infinite"),
+        ({"w": np.full((1, 32), 1e9)}, ValueError, "'w': a scale of .* too large for float16"),
+        ({"w": np.zeros((1,) * 5)}, ValueError, "'w' must have at most 4 dimensions, got 5"),
+        ({"w" * 64: np.zeros(1)}, ValueError, "a name of at most 63 bytes, got 64"),
+        ({"w": np.zeros(3, bool)}, TypeError, "'w' has dtype bool, which GGUF lacks"),
+        ({"w": quantized(np.full((1, 32), 9), [[1]], 4)}, ValueError, "codes are not in the range"),
+        ({"w": drawn(4, (1, 32)), "x": {"y": 0.5}}, TypeError, "'x.y' is the Python number"),
+    ],
+)
+def test_what_gguf_has_not_is_refused_by_name(tmp_path, gguf, tree, error, message):
+    with pytest.raises(error, match=message):
+        interop.to_gguf(tmp_path / "net.gguf", tree, "llama")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "q4_0", 4, True])
+def test_other_kinds_are_refused(tmp_path, gguf, kind):
+    with pytest.raises(ValueError, match="kind must be one of"):
+        interop.to_gguf(tmp_path / "net.gguf", {}, "llama", kind=kind)
+
+
+def test_metadata_of_another_type_is_refused(tmp_path, gguf):
+    with pytest.raises(TypeError, match=r"metadata has \{\} under 'a\.b'"):
+        interop.to_gguf(tmp_path / "net.gguf", {}, "llama", metadata={"a.b": {}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_gguf_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"jaxclip\[gguf\]"):
+        interop.to_gguf(tmp_path / "net.gguf", {}, "llama")
