@@ -12,7 +12,7 @@ from jaxclip._core import checks
 from jaxclip.checkpoints import shards
 from jaxclip.checkpoints.reading import open_source
 from jaxclip.interop.compressed_tensors import write_packed
-from jaxclip.interop.destination import Destination, floating_dtype
+from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
 from jaxclip.interop.gguf import check_gguf, write_gguf
 from jaxclip.interop.gguf_blocks import BYTES_PER_BLOCK
 from jaxclip.interop.leaves import stored_leaves
@@ -33,7 +33,7 @@ def export_checkpoint(
     max_shard_bytes: int | None = None,
     model_files: str | os.PathLike | None = None,
     overwrite: bool = False,
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """Writes a file or folder of weights in the format of another library, leaf by leaf.
 
     Memory is bounded by a few times the largest leaf. The new file equals what `to_safetensors`,

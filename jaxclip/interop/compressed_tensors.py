@@ -9,13 +9,13 @@ A weight is `scale * code`, or `scale * (code - zero)` with a positive scale.
 """
 
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from jaxclip._core.trees import PyTree
-from jaxclip.interop.destination import Destination, floating_dtype
+from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
 from jaxclip.interop.leaves import (
     ExportTensor,
     NamedLeaf,
@@ -53,7 +53,7 @@ def to_compressed_tensors(
     separator: str = ".",
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Writes low-bit weights in the pack-quantized layout, and returns its configuration.
 
     A low-bit leaf `layer.weight` becomes `layer.weight_packed` (int32, codes packed along the
@@ -109,7 +109,7 @@ def write_packed(
     leaves: dict[str, NamedLeaf],
     dtype: np.dtype | None,
     separator: str,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Writes leaves in the pack-quantized layout, and returns the `quantization_config`."""
     tensors: dict[str, dict[str, ExportTensor]] = {}
     schemes: dict[Scheme, list[str]] = {}
@@ -207,7 +207,7 @@ def _packed_rows(codes: np.ndarray, num_bits: int) -> np.ndarray:
     return np.concatenate([*words, np.empty(0, np.int32)]).reshape(len(codes), -1)
 
 
-def _quantization_config(schemes: dict[Scheme, list[str]], ignored: list[str]) -> dict[str, Any]:
+def _quantization_config(schemes: dict[Scheme, list[str]], ignored: list[str]) -> JsonObject:
     """Returns `quantization_config` for the modules of each scheme and those without codes."""
     groups = {}
     for i, (scheme, modules) in enumerate(schemes.items()):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jaxclip._core.atomic import new_folder, replacing
 from jaxclip.checkpoints import shards
 from jaxclip.checkpoints.format.writing import write_plain
 from jaxclip.interop.leaves import ExportTensor
+
+JsonObject: TypeAlias = dict[str, Any]
 
 
 def floating_dtype(dtype: DTypeLike | None) -> np.dtype | None:
@@ -47,7 +49,7 @@ class Destination:
             checks.check_count("max_shard_bytes", self.max_shard_bytes)
 
     def write(
-        self, leaves: dict[str, dict[str, ExportTensor]], quantization: dict[str, Any] | None = None
+        self, leaves: dict[str, dict[str, ExportTensor]], quantization: JsonObject | None = None
     ) -> None:
         """Writes the tensors of the leaves, and the companions; all appear at once or not at all.
 
@@ -86,7 +88,7 @@ def _write_tensors(file: BinaryIO, tensors: dict[str, ExportTensor]) -> None:
     write_plain(file, specs, lambda name: tensors[name].make())
 
 
-def _copy(companion: Path, folder: Path, quantization: dict[str, Any] | None) -> None:
+def _copy(companion: Path, folder: Path, quantization: JsonObject | None) -> None:
     with companion.open("rb") as source, replacing(folder / companion.name) as file:
         if companion.name == "config.json" and quantization:
             config = json.loads(source.read()) | {"quantization_config": quantization}

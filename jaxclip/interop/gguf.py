@@ -5,6 +5,7 @@ The bytes of the blocks are made in `gguf_blocks`; the gguf package writes the f
 
 import os
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def to_gguf(
     write_gguf(path, leaves, architecture, kind, metadata or {}, overwrite)
 
 
-def check_gguf(kind: str | None) -> Any:
+def check_gguf(kind: str | None) -> ModuleType:
     """Returns the gguf package; raises if it is not installed or `kind` cannot be written."""
     gguf = extras.import_extra("gguf", "gguf")
     checks.check_choice("kind", kind, (*BYTES_PER_BLOCK, None))

@@ -6,14 +6,14 @@ A leaf is in memory, or on disk and read when its tensors are written; its shape
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxclip._core.trees import PyTree
-from jaxclip.checkpoints.format import layout
+from jaxclip.checkpoints.format.layout import check_has_values, check_leaf
 from jaxclip.checkpoints.reading import Source
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 
@@ -28,8 +28,8 @@ class NamedLeaf(NamedTuple):
     """
 
     name: str
-    outline: Any
-    read: Callable[[], Any]
+    outline: PyTree
+    read: Callable[[], PyTree]
 
     @property
     def is_low_bit(self) -> bool:
@@ -61,8 +61,8 @@ def named_leaves(tree: PyTree, separator: str) -> dict[str, NamedLeaf]:
     leaves = _by_name(tree, separator)
     for name, leaf in leaves.items():
         for part in jax.tree.leaves(leaf):  # codes, scales and zeros of a low-bit leaf
-            layout.check_leaf(name, part)
-            layout.check_has_values(name, part)
+            check_leaf(name, part)
+            check_has_values(name, part)
         if is_quantized(leaf):
             leaf.check_parts(name)
             leaf.check_values(name)
@@ -71,9 +71,9 @@ def named_leaves(tree: PyTree, separator: str) -> dict[str, NamedLeaf]:
 
 def stored_leaves(source: Source, separator: str) -> dict[str, NamedLeaf]:
     """Returns the leaves of an open file by name; names of foreign files stay as they are."""
-    last: list[tuple[str, Any]] = []  # the tensors of a low-bit leaf are read from it once
+    last: list[tuple[str, PyTree]] = []  # the tensors of a low-bit leaf are read from it once
 
-    def read(stored: str) -> Any:
+    def read(stored: str) -> PyTree:
         if not last or last[0][0] != stored:
             last.clear()  # before the next is read: one leaf bounds the memory
             last.append((stored, source.read(stored)))
@@ -86,8 +86,8 @@ def stored_leaves(source: Source, separator: str) -> dict[str, NamedLeaf]:
     }
 
 
-def _by_name(tree: PyTree, separator: str) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def _by_name(tree: PyTree, separator: str) -> dict[str, PyTree]:
+    leaves: dict[str, PyTree] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized):
         name = jax.tree_util.keystr(path, simple=True, separator=separator) or "array"
         if name in leaves:
