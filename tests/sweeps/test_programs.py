@@ -1,0 +1,121 @@
+"""One program for all settings, over devices and with either loop."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import jaxclip
+from jaxclip.sweeps import programs
+from jaxclip.sweeps.tasks import Task
+from oracles.small_sweeps import (
+    TASK,
+    evaluate,
+    loss_fn,
+    run,
+    run_small,
+)
+
+
+def test_the_program_is_traced_once_for_any_number_of_settings_and_chunks():
+    def traces(**changes):
+        count = 0
+
+        def counted(params, batch):
+            nonlocal count
+            count += 1
+            return loss_fn(params, batch)
+
+        run(loss_fn=counted, bits=(None,), seeds=1, **changes)
+        return count
+
+    few = traces(step_sizes=[0.1], thresholds=[1.0])
+    assert traces(step_sizes=[0.1, 0.2, 0.3, 0.4], chunk_size=3) == few
+
+
+@pytest.mark.parametrize(("devices", "loop"), [(1, "compiled"), (2, "host")])
+def test_the_time_of_a_step_is_without_compiling(monkeypatch, devices, loop):
+    compiled = []
+
+    def listener(event, seconds, **kwargs):
+        if event.startswith("/jax/core/compile/"):
+            compiled.append(event)
+
+    # In place of seconds, what has been compiled so far is counted.
+    clock = types.SimpleNamespace(monotonic=lambda: float(len(compiled)))
+    monkeypatch.setattr(programs, "time", clock)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    few = {"step_sizes": [0.1, 0.2, 0.3], "chunk_size": 1, "loop": loop}
+    try:
+        found = run_small(devices=jax.devices()[:devices], **few)
+    finally:  # jax 0.7 keeps its listeners
+        forget = getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)
+        forget(listener)
+    assert compiled
+    assert found.seconds_per_step.tolist() == [[0.0]] * 3
+
+
+def test_chunks_and_the_host_loop_give_what_one_program_gives(result):
+    changes = ({"chunk_size": 4}, {"loop": "host"}, {"record_every": 5})
+    for other in (run(bits=(None,), **change) for change in changes):
+        for mine, one in zip(
+            jax.tree.leaves(other.params), jax.tree.leaves(result.params), strict=True
+        ):
+            np.testing.assert_allclose(mine, one, rtol=1e-5, atol=1e-6)
+    assert other.recorded_at.tolist() == [5, 10, 12]
+    np.testing.assert_allclose(
+        other.history["loss"][..., -1], result.history["loss"][..., -2:].mean(-1), rtol=1e-5
+    )
+
+
+def test_settings_are_shared_out_over_devices(result):
+    many = run(devices=jax.devices(), bits=(None,))
+    for mine, one in zip(jax.tree.leaves(many.params), jax.tree.leaves(result.params), strict=True):
+        np.testing.assert_allclose(mine, one, rtol=1e-5, atol=1e-6)
+
+
+def test_the_settings_of_a_program_are_on_all_of_its_devices():
+    task = dataclasses.replace(TASK, stop=jaxclip.max_steps(2))
+    program = programs.Program(task, 16, [0], jax.devices(), None, 1)
+    trained = program.run(np.full(16, 0.1), np.full(16, 1.0))
+    leaf = trained.params["hidden"]["kernel"]
+    assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {2}
+    assert len(leaf.sharding.device_set) == len(jax.devices())
+
+
+def test_convolutions_on_cpu_get_a_loop_outside_of_the_program():
+    def conv_loss(params, batch):
+        image = batch[0][:, :4].reshape(-1, 2, 2, 1)
+        out = jax.lax.conv(image, params["kernel"], (1, 1), "SAME")
+        return jnp.mean(out**2)
+
+    task = Task(
+        conv_loss,
+        lambda key: {"kernel": jax.random.normal(key, (2, 2, 2, 2))},
+        optax.sgd,
+        lambda key: (jnp.ones((2, 8)),),
+        stop=jaxclip.max_steps(2),
+        evaluate=evaluate,
+        metric="test",
+    )
+    assert programs.Program(task, 1, [0], jax.devices()[:1], None, 1).loop == "host"
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+def test_constants_of_jaxprs_inside_of_others_are_told_apart(as_array):
+    def traced(data):
+        inner = jax.jit(lambda x: x + as_array(np.float32([1, data])))
+
+        def outer(x):
+            x = jax.checkpoint(lambda x: lax.fori_loop(0, 3, lambda i, x: inner(x), x))(x)
+            return lax.cond(x[0] > 0, jnp.sin, jnp.cos, x)
+
+        return jax.jit(outer).trace(jnp.ones(2))
+
+    found = [programs.fingerprint(traced(data)) for data in (2, 2, 3)]
+    assert found[0] == found[1] != found[2]
