@@ -1,6 +1,6 @@
 """Bits and error of low-bit grids: codes of a fixed width beside codes that are entropy coded.
 
-    python benchmarks/rates.py model.safetensors [--match encoder] [--picture docs/rates.png]
+    python benchmarks/lowbit/rates.py model.safetensors [--match encoder] [--picture docs/rates.png]
 
 The weights are the two-dimensional float leaves of a safetensors file whose name has `--match` in
 it. Error is |W - Q|^2 / |W|^2 over all of them. "ideal" is the order-0 entropy of each leaf's codes

@@ -1,6 +1,6 @@
 """Widths chosen leaf by leaf beside one width for all leaves, at equal bytes.
 
-    python benchmarks/allocation.py model.safetensors [--match REGEX]
+    python benchmarks/lowbit/allocation.py model.safetensors [--match REGEX]
 
 The weights are the two-dimensional float leaves of a safetensors file whose name `--match` finds.
 A scale of 16 bits serves 64 weights. Error is |W - Q|^2 / |W|^2 over all leaves; "one width" is

@@ -1,6 +1,6 @@
 """Time of a step of Adam within `keep_on_grid`, by the rule that chooses the grid.
 
-    python benchmarks/training_on_grid.py [--rounds 15]
+    python benchmarks/lowbit/training_on_grid.py [--rounds 15]
 
 Milliseconds a step, medians of alternating rounds, and in brackets the seconds to compile it. The
 gradients are given: there is no forward and no backward pass in it. "before" is a step before

@@ -1,8 +1,8 @@
 """Files of other packages beside entropy-coded ones of the same error: how much smaller are these?
 
-    GGML_LIBRARY=libggml-base.so python benchmarks/sizes.py FILE.safetensors ... \\
+    GGML_LIBRARY=libggml-base.so python benchmarks/lowbit/sizes.py FILE.safetensors ... \\
         --results sizes.json [--model MODEL_FOLDER --words wordsim353.tsv]
-    python benchmarks/sizes.py --results sizes.json --picture docs/sizes.png
+    python benchmarks/lowbit/sizes.py --results sizes.json --picture docs/sizes.png
 
 The files are those of `real_weights.py`. For each of them and each setting of each package in
 `peers.py` (and ours of a fixed width) all matrices are made low-bit and written to one safetensors
@@ -41,7 +41,7 @@ from jaxclip.thresholds.by_rate import code_entropy
 from peers import PACKAGES as THEIRS
 from peers import peers, versions
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 
 FIXED = [(bits, group_size) for bits in ("ternary", 2, 3, 4) for group_size in (None, 64)]
 ERRORS = np.geomspace(0.2, 0.003, 7)

@@ -1,6 +1,6 @@
 """Size and compile time of the transforms' programs, beside optax's in the same run.
 
-    python benchmarks/transforms.py
+    python benchmarks/gradients/transforms.py
 
 Equations are counted in the jaxpr for one more leaf of the same shape: those of inner loops are
 included, those of a function that is called for every leaf, and traced once for its shape, once.

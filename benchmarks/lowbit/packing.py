@@ -1,6 +1,6 @@
 """Time of packing and unpacking codes, beside a plain copy of the codes.
 
-    python benchmarks/packing.py [--codes 16777216] [--rounds 7]
+    python benchmarks/lowbit/packing.py [--codes 16777216] [--rounds 7]
 
 Medians of alternating rounds, in GB of int8 codes a second of CPU time, which other work on the
 machine disturbs less than it does the clock. The copy reads and writes every code once; packing

@@ -1,6 +1,6 @@
 """Error and time of GGUF blocks as `jaxclip.interop.to_gguf` makes them, beside the gguf package.
 
-    python benchmarks/gguf_export.py [model.safetensors] [--match encoder]
+    python benchmarks/interop/gguf_export.py [model.safetensors] [--match encoder]
 
 takes all two-dimensional float leaves of a safetensors file whose names contain `--match` and
 whose rows are a multiple of 32 long, and weights drawn from several distributions. Error is

@@ -1,6 +1,6 @@
 """Which clip keeps training alive when gradients spike or turn into NaN?
 
-    python benchmarks/spikes.py [sgd | adamw]
+    python benchmarks/gradients/spikes.py [sgd | adamw]
 
 First a 64-64-10 network learns scikit-learn's digits for 300 steps, five seeds at once, with
 both optimizers or the one that is named. On a schedule that is the same for every method, 15

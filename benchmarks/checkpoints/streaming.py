@@ -1,6 +1,6 @@
 """How fast, and in how much memory, a large checkpoint is compressed leaf by leaf.
 
-    python benchmarks/streaming.py [--gigabytes 3.2] [--folder /tmp]
+    python benchmarks/checkpoints/streaming.py [--gigabytes 3.2] [--folder /tmp]
 
 Makes a sharded folder of float32 weights (drawn once for each shape, matrices as in a language
 model with 4096 channels), compresses it in a process of its own to 4 bits in groups of 64 with
