@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, clamp, increment
-from jaxclip._core.trees import floating_leaves, replace_floating
+from jaxclip._core.trees import PyTree, floating_leaves, replace_floating
 from jaxclip.gradients.learning import (
     LearningState,
     LearningStep,
@@ -119,16 +119,8 @@ def autoclip(
             history = jnp.concatenate([history[1:], size[None]])
             t = _quantile_of_window(history, fraction)
         # Decided in float32, as `t` is: the first norm is not above itself.
-        clipped, clip = clip_to_norm(updates, norm, jnp.where(size > t, t, jnp.inf))
-        return LearningStep(
-            updates=clipped,
-            norm=norm,
-            leaf_norms=leaf_norms,
-            post_norm=clip.post_norm,
-            clip_rate=clip.is_clipped,
-            threshold=t,
-            learned=history,
-        )
+        bound = jnp.where(size > t, t, jnp.inf)
+        return _clip_globally(updates, norm, leaf_norms, bound, t, history)
 
     return learning_transform(AutoclipState, start, rule, (quantile, learning_rate))
 
@@ -203,7 +195,6 @@ def zclip(
         spike_bound = mean + max_deviation * (max_deviation / jnp.where(is_spike, deviation, 1))
         usual_bound = jnp.where(has_std, jnp.inf, bound_at(max_norm, state.step))
         bound = jnp.where(is_spike, spike_bound, usual_bound)
-        clipped, clip = clip_to_norm(updates, norm, bound)
 
         # In warm-up the plain mean and variance (Welford), then moving averages.
         decay = jnp.where(is_warm, 1 - 1 / count.astype(jnp.float32), clamp(alpha, 0, 1))
@@ -211,15 +202,9 @@ def zclip(
         off_mean = change * jnp.where(is_warm, jnp.sqrt(decay), decay)
         std = jnp.hypot(jnp.sqrt(decay) * std, jnp.sqrt(1 - decay) * off_mean)
         mean, std = mean + (1 - decay) * change, clamp(std, 0, FLOAT32_MAX)
-        return LearningStep(
-            updates=clipped,
-            norm=norm,
-            leaf_norms=leaf_norms,
-            post_norm=clip.post_norm,
-            clip_rate=clip.is_clipped,
-            threshold=mean + jnp.where(std > 0, num_stds * std, 0),  # z may be inf
-            learned={"mean": mean, "std": std},
-        )
+        threshold = mean + jnp.where(std > 0, num_stds * std, 0)  # z may be inf
+        learned = {"mean": mean, "std": std}
+        return _clip_globally(updates, norm, leaf_norms, bound, threshold, learned)
 
     return learning_transform(ZclipState, start, rule, (z, alpha))
 
@@ -290,9 +275,6 @@ def adagc(
         sizes = _stack(map(norm_in_float32, norms))
         coefs = _stack(clip.clip_coef for _, clip in clips)
         clipped_sizes = jnp.where(is_warm, sizes * coefs, jnp.minimum(sizes, max_own))
-        average = reference + (1 - clamp(beta, 0, 1)) * (clipped_sizes - reference)
-        moved = jnp.where(is_warm, jnp.minimum(reference, clipped_sizes), average)
-        moved = jnp.where(reference > 0, moved, clipped_sizes)
         is_finite = _stack(jnp.isfinite(n.norm) for n in norms).astype(bool)
         max_global = jnp.minimum(max_global, FLOAT32_MAX).astype(jnp.float32)
         return LearningStep(
@@ -302,13 +284,44 @@ def adagc(
             post_norm=norm_of_norms(clipped_sizes),
             clip_rate=jnp.sum(_stack(clip.is_clipped for _, clip in clips)) / max(len(leaves), 1),
             threshold=jnp.where(is_warm, max_global, norm_of_norms(clamp(max_own, 0, FLOAT32_MAX))),
-            learned=jnp.where(clipped_sizes > 0, moved, reference),
+            learned=_moved_reference(reference, clipped_sizes, beta, is_warm),
         )
 
     return learning_transform(AdagcState, zero_per_leaf, rule, (relative, beta))
 
 
 # --- Parts ----------------------------------------------------------------------------
+
+
+def _clip_globally(
+    updates: optax.Updates,
+    norm: RescaledNorm,
+    leaf_norms: jax.Array | None,
+    bound: jax.Array,
+    threshold: jax.Array,
+    learned: PyTree,
+) -> LearningStep:
+    """Clips the global norm to a bound, as the outcome of a rule."""
+    clipped, clip = clip_to_norm(updates, norm, bound)
+    return LearningStep(
+        updates=clipped,
+        norm=norm,
+        leaf_norms=leaf_norms,
+        post_norm=clip.post_norm,
+        clip_rate=clip.is_clipped,
+        threshold=threshold,
+        learned=learned,
+    )
+
+
+def _moved_reference(
+    reference: jax.Array, clipped_sizes: jax.Array, beta: ArrayLike, is_warm: jax.Array
+) -> jax.Array:
+    """Returns the references of leaves after a step: the smallest in warm-up, then an average."""
+    average = reference + (1 - clamp(beta, 0, 1)) * (clipped_sizes - reference)
+    moved = jnp.where(is_warm, jnp.minimum(reference, clipped_sizes), average)
+    moved = jnp.where(reference > 0, moved, clipped_sizes)
+    return jnp.where(clipped_sizes > 0, moved, reference)
 
 
 def _stack(scalars: Iterable[jax.Array]) -> jax.Array:

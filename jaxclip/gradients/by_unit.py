@@ -27,7 +27,7 @@ from jaxclip._core.trees import (
 from jaxclip.gradients.state import ClipStats, LeafReport
 from jaxclip.norms.magnitudes import RescaledNorm
 from jaxclip.norms.of_units import MeasuredUnits, join_units, measure_units
-from jaxclip.norms.scaling import norm_of_norms, scale_leaf, scaling_to
+from jaxclip.norms.scaling import NormClip, norm_of_norms, scale_leaf, scaling_to
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 # What a bound is computed from besides the norm: for each leaf a scalar or `MeasuredUnits`.
@@ -228,19 +228,11 @@ def clip_units(
             _clip_leaf(bound_of, g, u.norm, is_bad, *map(_norm_or_scalar, leaf_terms))
             for g, u, *leaf_terms in zip(leaves, units, *terms, strict=True)
         ]
-        pre_norm = _finite_norm(clip.pre_norm)
-        post_norm = _finite_norm(clip.post_norm)
-        rate = jnp.sum(clip.is_clipped) / max(norm.norm.size, 1)
-        stats = state.stats.update(
-            is_bad,
-            pre_norm=pre_norm,
-            post_norm=post_norm,
-            clip_coef=jnp.where(pre_norm > 0, jnp.minimum(post_norm / pre_norm, 1), 1),
-            clip_rate=jnp.where(is_bad, 0, rate),
-        )
         leaf_norms = _leaf_norms(norm, clip.pre_norm, counts)
         return replace_floating(updates, clipped), state_type(
-            step=increment(state.step), stats=stats, leaves=state.leaves.update(leaf_norms, is_bad)
+            step=increment(state.step),
+            stats=_stats_after(state.stats, clip, is_bad),
+            leaves=state.leaves.update(leaf_norms, is_bad),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -281,6 +273,19 @@ def _join_terms(terms: Terms, counts: np.ndarray) -> ArrayLike | RescaledNorm:
         for term, num_units in zip(terms, counts, strict=True)
     ]
     return jnp.concatenate(entries)
+
+
+def _stats_after(stats: ClipStats, clip: NormClip, is_bad: jax.Array) -> ClipStats:
+    """Returns the statistics after a clip of all units."""
+    pre_norm, post_norm = _finite_norm(clip.pre_norm), _finite_norm(clip.post_norm)
+    rate = jnp.sum(clip.is_clipped) / max(clip.is_clipped.size, 1)
+    return stats.update(
+        is_bad,
+        pre_norm=pre_norm,
+        post_norm=post_norm,
+        clip_coef=jnp.where(pre_norm > 0, jnp.minimum(post_norm / pre_norm, 1), 1),
+        clip_rate=jnp.where(is_bad, 0, rate),
+    )
 
 
 def _leaf_norms(norm: RescaledNorm, sizes: jax.Array, counts: np.ndarray) -> jax.Array:

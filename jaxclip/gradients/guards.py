@@ -26,7 +26,7 @@ from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, increment, keep_weak
 from jaxclip._core.trees import floating_leaves, is_clippable, map_clippable
 from jaxclip.gradients.state import ClipStats, LeafReport
 from jaxclip.norms.of_trees import is_nonfinite
-from jaxclip.norms.scaling import bound_at, clip_to_norm, norm_of
+from jaxclip.norms.scaling import NormClip, bound_at, clip_to_norm, norm_of
 from jaxclip.thresholds.values import check_number_or_schedule
 
 
@@ -239,27 +239,11 @@ def skip_or_clip(
         new = inner.update(clipped, state.inner_state, params, **extra_args)
         updates, inner_state = _step_unless(is_skipped, state.inner_state, *new)
 
-        step = increment(state.step)
-        stats = state.stats.update(
-            is_bad,
-            pre_norm=clip.pre_norm,
-            post_norm=jnp.where(is_skipped, 0, clip.post_norm),
-            clip_coef=jnp.where(is_skipped, 0, clip.clip_coef),
-            clip_rate=jnp.where(is_skipped, 0, clip.is_clipped),
-            num_steps=step,
-        )
-        mean, deviation = _moved_moments(state, stats.pre_norm, weight)
         threshold = jnp.minimum(threshold, FLOAT32_MAX).astype(jnp.float32)
-        num_consecutive = jnp.where(is_skipped, state.num_consecutive, 0)
-        return updates, SkipOrClipState(
-            step=step,
+        state = _counted(state, clip, weight, is_bad, is_dropped)
+        return updates, state._replace(
             inner_state=inner_state,
-            stats=stats,
             threshold=jnp.where(is_bad, state.threshold, threshold),
-            norm_mean=jnp.where(is_skipped, state.norm_mean, mean),
-            norm_deviation=jnp.where(is_skipped, state.norm_deviation, deviation),
-            num_consecutive=increment(num_consecutive, is_dropped),
-            num_skipped=increment(state.num_skipped, is_skipped),
             leaves=state.leaves.update(leaf_norms, is_bad),
         )
 
@@ -295,14 +279,36 @@ def _newest_weight(state: SkipOrClipState, decay: ArrayLike) -> jax.Array:
     return jnp.clip(jnp.maximum(weight, 1 / count.astype(jnp.float32)), 0, 1)
 
 
-def _moved_moments(
-    state: SkipOrClipState, norm: jax.Array, weight: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean and standard deviation of the norms after one more of some weight."""
-    change = norm - state.norm_mean
+def _counted(
+    state: SkipOrClipState,
+    clip: NormClip,
+    weight: jax.Array,
+    is_bad: jax.Array,
+    is_dropped: jax.Array,
+) -> SkipOrClipState:
+    """Returns the state with one more step in its statistics, counts and moving averages."""
+    is_skipped, step = is_bad | is_dropped, increment(state.step)
+    stats = state.stats.update(
+        is_bad,
+        pre_norm=clip.pre_norm,
+        post_norm=jnp.where(is_skipped, 0, clip.post_norm),
+        clip_coef=jnp.where(is_skipped, 0, clip.clip_coef),
+        clip_rate=jnp.where(is_skipped, 0, clip.is_clipped),
+        num_steps=step,
+    )
+    change = stats.pre_norm - state.norm_mean
     # Of the deviation, not the variance: squares of large norms overflow.
     deviation = jnp.hypot(state.norm_deviation, jnp.sqrt(weight) * change)
-    return state.norm_mean + weight * change, jnp.sqrt(1 - weight) * deviation
+    deviation = jnp.sqrt(1 - weight) * deviation
+    num_consecutive = jnp.where(is_skipped, state.num_consecutive, 0)
+    return state._replace(
+        step=step,
+        stats=stats,
+        norm_mean=jnp.where(is_skipped, state.norm_mean, state.norm_mean + weight * change),
+        norm_deviation=jnp.where(is_skipped, state.norm_deviation, deviation),
+        num_consecutive=increment(num_consecutive, is_dropped),
+        num_skipped=increment(state.num_skipped, is_skipped),
+    )
 
 
 def _on_any_device(flag: jax.Array, axis_name: str | None) -> jax.Array:

@@ -98,22 +98,12 @@ def learning_transform(
         is_nan = [jnp.isnan(jnp.asarray(x)) for x in (*settings, new.threshold)]
         is_bad = jnp.any(jnp.stack([~jnp.isfinite(new.norm.norm), *is_nan]))
         is_learned = ~is_bad & (size > 0)
-        rate = jnp.where(is_bad, 0, new.clip_rate)
-        # The norm itself where nothing was clipped: the rule's may be rounded.
-        post_norm = jnp.where(rate > 0, jnp.minimum(new.post_norm, size), size)
         step = increment(state.step)
+        stats = _stats_after(state.stats, new, size, is_bad, step)
 
         def learn(new, old):
             return jax.tree.map(lambda n, o: jnp.where(is_learned, n, o), new, old)
 
-        stats = state.stats.update(
-            is_bad,
-            pre_norm=size,
-            post_norm=post_norm,
-            clip_coef=jnp.where(size > 0, post_norm / size, 1),
-            clip_rate=rate,
-            num_steps=step,
-        )
         return zero_if(is_bad, new.updates), state_type(
             step=step,
             stats=stats,
@@ -124,6 +114,23 @@ def learning_transform(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _stats_after(
+    stats: ClipStats, new: LearningStep, size: jax.Array, is_bad: jax.Array, step: jax.Array
+) -> ClipStats:
+    """Returns the statistics after the outcome of a rule."""
+    rate = jnp.where(is_bad, 0, new.clip_rate)
+    # The norm itself where nothing was clipped: the rule's may be rounded.
+    post_norm = jnp.where(rate > 0, jnp.minimum(new.post_norm, size), size)
+    return stats.update(
+        is_bad,
+        pre_norm=size,
+        post_norm=post_norm,
+        clip_coef=jnp.where(size > 0, post_norm / size, 1),
+        clip_rate=rate,
+        num_steps=step,
+    )
 
 
 def norm_in_float32(norm: RescaledNorm) -> jax.Array:
