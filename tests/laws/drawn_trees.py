@@ -256,11 +256,11 @@ def run(
 
 
 def fields_of(state: Any, name: str) -> list[Any]:
-    """All fields of one name in a state, outermost first."""
+    """All fields of one name in a state that are not None, outermost first."""
     found = []
 
     def look(node: Any) -> None:
-        if hasattr(node, name):
+        if getattr(node, name, None) is not None:
             found.append(getattr(node, name))
         if isinstance(node, dict):
             node = tuple(node.values())
