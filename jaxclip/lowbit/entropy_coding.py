@@ -17,8 +17,9 @@ import numpy as np
 
 from jaxclip._core import checks, extras
 
-# Codes worked on at a time: a multiple of every number of digits.
-_CHUNK = 40 * 2**15
+# Codes worked on at a time: a multiple of every number of digits in a byte, so only the last byte
+# of all is padded.
+_CHUNK = 120 * 2**13
 # Codes that a byte may stand for: a bit for eight is Huffman's best, more would be a bomb.
 _MAX_GROWTH = 64
 # Codes that any data may stand for in asymmetric numeral systems, where constants are free.

@@ -1,6 +1,8 @@
 """Training on a low-bit grid: an optimizer whose weights are rounded after every step.
 
-v <- v + inner(g, v),    w <- Q(v)
+    v <- v + inner(g, v),    w <- Q(v)
+
+Gradients are taken at the rounded weights w; the weights v before rounding accumulate the steps.
 """
 
 from typing import Any, NamedTuple

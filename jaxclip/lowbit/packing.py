@@ -1,7 +1,5 @@
 """Integer codes as dense bytes, and back: the same bytes from NumPy and from jax.
 
-Code i becomes the unsigned `u = code - low`; one bit is 0 for -1 and 1 for 1.
-
     1, 2, 3, 4, 5, 6, 8 bits   bits [i * b, (i + 1) * b) of a little-endian bit stream
     ternary                    five a byte in base 3, the first the least significant digit
 
@@ -21,9 +19,10 @@ from jax.typing import DTypeLike
 from jaxclip._core.grids import Bits, code_range
 
 _Array: TypeAlias = Any  # of NumPy or of jax; what comes out is of the kind that went in
-# Codes that NumPy works on at a time, so that intermediate arrays stay in
-# the cache; a multiple of 40, which ends on a byte at every width.
+# Codes that NumPy works on at a time, so that intermediate arrays stay in the cache; a multiple of
+# 40, which ends on a byte at every width.
 _PIECE = 40 * 2**15
+# The base-3 digits of each byte, eight bytes read as one word: five digits and three zeros.
 _TRITS = np.arange(256)[:, None] // 3 ** np.arange(8) % 3 * (np.arange(8) < 5)
 _TRITS_OF_BYTE = _TRITS.astype(np.uint8).view(np.uint64)[:, 0]
 
@@ -42,8 +41,8 @@ def pack_codes(codes: _Array, bits: Bits, *, levels: str = "full") -> _Array:
     digits, five a byte, the first the least significant. The last byte is filled up with zeros.
 
     Args:
-      codes: Integer array of any shape, entries on the grid; taken
-        in row-major order. NumPy arrays stay NumPy; jax arrays may be traced.
+      codes: Integer array of any shape, entries on the grid; taken in row-major order. NumPy
+        arrays stay NumPy; jax arrays may be traced.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
       levels: "full", or "narrow" for a grid without the level -2**(bits-1).
 

@@ -1,6 +1,8 @@
-"""Training of scales: the codes of a low-bit tree stay, factors of its scales learn.
+"""Training of scales: the codes of a low-bit tree stay, factors of its scales are trained.
 
-w = (factor * scale) * (code - zero)
+    w = (factor * scale) * (code - zero)
+
+One factor for each block, 1 at first.
 """
 
 import dataclasses

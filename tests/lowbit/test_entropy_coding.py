@@ -59,6 +59,15 @@ def test_chunks_join(kind, count, step):
     np.testing.assert_array_equal(decode_codes(encode_codes(codes, kind), kind, count), codes)
 
 
+@pytest.mark.parametrize(("step", "digits"), [(8, 8), (4, 5), (3, 4), (2, 3), (1, 2), (0.3, 1)])
+def test_chunks_join_at_every_number_of_digits_in_a_byte(step, digits):
+    codes = rounded(np.random.default_rng(0).standard_normal(2_500_003), step)
+    coded = encode_codes(codes, "huffman")
+    assert coded is not None
+    assert struct.unpack("<bB", coded[:2])[1] == digits
+    np.testing.assert_array_equal(decode_codes(coded, "huffman", codes.size), codes)
+
+
 @pytest.mark.parametrize("step", [0.1, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("draw", ["gaussian", "student_t", "uniform"])
 def test_the_coded_size_is_near_the_entropy(draw, step):
