@@ -27,7 +27,8 @@ def code_range(bits: Bits | None, levels: str = "full") -> tuple[int, int]:
     checks.check_choice("levels", levels, _LEVELS)
     if bits in (1, "ternary"):
         return -1, 1
-    half = 2 ** (int(bits or 0) - 1)
+    assert bits is not None
+    half = 2 ** (int(bits) - 1)
     return (-half if levels == "full" else 1 - half), half - 1
 
 

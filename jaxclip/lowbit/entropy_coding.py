@@ -80,7 +80,7 @@ _HUFFMAN_PREFIX = "<bBxxxxxxQ"
 
 @dataclasses.dataclass(frozen=True)
 class _Digits:
-    """How codes become digits: `k` a byte, digit 0 is the code `lowest`, `num_beyond` have none."""
+    """Codes as `k` digits a byte; digit 0 is the code `lowest`, `num_beyond` codes have none."""
 
     k: int
     lowest: int

@@ -18,9 +18,9 @@ from jaxclip._core.floats import compute_dtype, increment, keep_weak_type
 from jaxclip._core.grids import Bits, Grid, as_grid
 from jaxclip._core.trees import PyTree, is_clippable, map_clippable
 from jaxclip._core.updates import rounded_sum, update_between
-from jaxclip.lowbit.arrays import dequantize, is_quantized
+from jaxclip.lowbit.arrays import is_quantized
 from jaxclip.lowbit.policies import Policy
-from jaxclip.lowbit.trees import compress
+from jaxclip.lowbit.trees import compress, decompress
 from jaxclip.thresholds.by_error import least_squares
 
 
@@ -112,19 +112,13 @@ def keep_on_grid(
     def update_fn(updates, state, params=None, **extra_args):
         checks.check_params_given("keep_on_grid", params)
         checks.check_same_structure("updates", updates, "params", params)
-        unrounded = map_clippable(_unrounded, params, state.residual)
-        updates, inner_state = inner.update(updates, state.inner_state, unrounded, **extra_args)
+        before = map_clippable(_unrounded, params, state.residual)
+        updates, inner_state = inner.update(updates, state.inner_state, before, **extra_args)
         after = map_clippable(_moved, params, state.residual, updates)
         small = jax.eval_shape(compressed, after)
         is_on = state.step >= start_step
-
-        def on_grid(after: optax.Params) -> optax.Params:
-            return jax.tree.map(
-                lambda v, q: dequantize(q) if is_quantized(q) else v, after, compressed(after)
-            )
-
         # A condition: before `start_step` the grid costs nothing, unless the condition is batched.
-        target = lax.cond(is_on, on_grid, lambda after: after, after)
+        target = lax.cond(is_on, lambda v: decompress(compressed(v)), lambda v: v, after)
 
         # Leaves that are not low-bit move as `inner` says, and have no residual.
         def move(u: PyTree, w: PyTree, t: PyTree, q: PyTree) -> PyTree:

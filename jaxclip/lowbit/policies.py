@@ -24,7 +24,7 @@ Policy: TypeAlias = Sequence[tuple[str, Bits | Grid | Mapping[str, Any] | None]]
 
 @dataclasses.dataclass(frozen=True)
 class LeafSpec:
-    """How one leaf becomes low-bit.
+    """The grid and the threshold rule of one leaf.
 
     Attributes:
       grid: Its grid; `bits` is None where a budget chooses the width.
