@@ -217,7 +217,7 @@ def test_low_bit_leaves_may_stand_for_arrays_and_their_grids_are_compared(tmp_pa
     loaded = checkpoints.load(tmp_path / "x.safetensors", like=params)
     np.testing.assert_array_equal(loaded["kernel"].qvalue, small["kernel"].qvalue)
     checkpoints.load(tmp_path / "x.safetensors", like=small)
-    with pytest.raises(CheckpointError, match=r"'kernel' has grid bits=4.*bits=2"):
+    with pytest.raises(CheckpointError, match=r"'kernel' has grid Grid\(bits=4.*bits=2"):
         checkpoints.load(tmp_path / "x.safetensors", like=jaxclip.compress(params, 2))
 
 

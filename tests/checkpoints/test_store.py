@@ -92,7 +92,7 @@ def test_low_bit_leaves_come_back_bit_for_bit(bits, path):
             axes = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
             num_channel_axes = len({a % len(shape) for a in axes}) if shape else 0
             if (axes and not shape) or (group_size and num_channel_axes == len(shape)):
-                continue  # no such granularity
+                continue  # no such blocks
             if len(axes) == 2 and len(shape) < 2:
                 continue
             codes = np.random.default_rng(1).integers(-1, 2, size=shape, dtype=np.int8)
