@@ -491,7 +491,7 @@ def limited(limit: int, prefix: bytes, file_size: int) -> int:
 # --- Memory -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("goal", ["bits=4", "target_bits_per_weight=4.0, rule=jaxclip.max_abs"])
 def test_memory_is_bounded_by_the_largest_leaf(goal, tmp_path):
     script = textwrap.dedent(

@@ -165,7 +165,7 @@ def test_gguf_is_one_file(tmp_path):
         interop.export_checkpoint(*paths, "Q4_0", model_files=model_folder(tmp_path / "model"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("to", ["safetensors", "compressed-tensors", "Q8_0"])
 def test_exporting_a_file_takes_the_memory_of_its_largest_leaf(tmp_path, to):
     if to == "Q8_0":

@@ -58,7 +58,7 @@ def test_names_are_names_and_nothing_more(name, path, tmp_path):
     assert sorted(os.listdir(tmp_path)) == files
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_hundred_thousand_tensors_come_back(path):
     tree = {f"layer_{i}": np.full((), i, np.int32) for i in range(100_000)}
     checkpoints.save(path, tree)
@@ -186,7 +186,7 @@ while True:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_killed_compression_leaves_a_whole_file_and_its_source(path, tmp_path):
     rng, source = random.Random(0), tmp_path / "source.npz"
     checkpoints.save(source, {f"w{i}": np.full((200, 500), i, np.float32) for i in range(8)})

@@ -111,6 +111,7 @@ def draw_steps(data: Any, row: Row, width: Width, num_steps: int = 2) -> tuple[A
 # --- I1 -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @every_row
 @both_widths
 @some_examples
@@ -126,6 +127,7 @@ def test_finite_gradients_give_finite_updates_and_states(row: Row, width: Width,
 # --- I2 -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @with_norm_bound
 @both_widths
 @some_examples
@@ -147,6 +149,7 @@ def test_the_norm_is_at_most_the_threshold_in_exact_arithmetic(row: Row, width: 
 # --- I3 -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @with_norm_bound
 @both_widths
 @some_examples
@@ -181,6 +184,7 @@ def test_a_clip_by_norm_is_one_exact_coefficient(row: Row, width: Width, data: A
 # --- I4 -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @every_row
 @both_widths
 @some_examples
@@ -205,6 +209,7 @@ def test_what_a_clip_says_it_has_not_clipped_is_bit_identical(row: Row, width: W
             assert np.all(is_same | is_lost)
 
 
+@pytest.mark.thorough
 @with_norm_bound
 @both_widths
 @some_examples
@@ -224,6 +229,7 @@ def test_gradients_below_the_threshold_are_bit_identical(
 # --- I5 -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @with_entry_bound
 @both_widths
 @some_examples
@@ -249,6 +255,7 @@ def test_entries_are_at_most_the_threshold_and_untouched_within(row: Row, width:
 # --- I9 -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @with_direction
 @both_widths
 @some_examples

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from drawn_trees import (
     NARROW,
     Width,
@@ -102,6 +103,7 @@ def train_step(params: Any, threshold: Any, grads: Any) -> tuple[Any, Any]:
     return before, step(before, grads)[0]
 
 
+@pytest.mark.thorough
 @both_widths
 @some_examples
 @given(data=st.data())
@@ -149,6 +151,7 @@ def test_structure_dtype_and_weak_type_never_change(row: Row, width: Width):
 # --- I8 -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @every_row
 @both_widths
 @few_examples
@@ -177,6 +180,7 @@ def scanned(row: Row) -> Any:
     return jax.jit(jax.vmap(steps, in_axes=(0, None, None, None, None)))
 
 
+@pytest.mark.thorough
 @every_row
 @few_examples
 @given(data=st.data())
@@ -217,6 +221,7 @@ def spoil(data: Any, grads: Any) -> tuple[str, Any]:
     return name, grads | {name: leaf}
 
 
+@pytest.mark.thorough
 @every_row
 @both_widths
 @some_examples
@@ -238,6 +243,7 @@ def test_a_bad_gradient_changes_nothing_but_a_count(row: Row, width: Width, data
     assert bits_of(learned_of(after)) == bits_of(learned_of(before))
 
 
+@pytest.mark.thorough
 @both_widths
 @some_examples
 @given(data=st.data())
@@ -255,6 +261,7 @@ def test_a_bad_train_step_changes_nothing_but_a_count(width: Width, data: Any):
 # --- I11 ------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @every_row
 @both_widths
 @some_examples

@@ -148,7 +148,7 @@ def run_both(script: str, timeout: float = 120.0) -> list[str]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_both_processes_skip_the_step_at_which_one_has_a_nan():
     first, second = run_both(START + SKIPS + END)
@@ -162,7 +162,7 @@ def test_both_processes_skip_the_step_at_which_one_has_a_nan():
         assert len(set(digests)) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_a_step_of_two_processes_is_that_of_one_with_a_nan_on_one_host():
     first, second = run_both(START + STEPS + END)

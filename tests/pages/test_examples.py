@@ -43,7 +43,7 @@ def run(example: pathlib.Path, *arguments: object, cwd: pathlib.Path, path: str 
     return result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
 def test_an_example_runs_and_its_claims_hold(example: pathlib.Path, tmp_path: pathlib.Path):
     assert "FAILS" not in run(example, cwd=tmp_path)
@@ -224,7 +224,7 @@ def test_batches_after_a_restart_are_those_of_a_run_without_one(fashion):
     assert len(np.unique(np.concatenate(whole[6:12]))) == 48
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["nnx_fashion", "linen_fashion"])
 def test_the_fashion_examples_take_idx_files_and_a_number_of_steps(name, tmp_path):
     write_idx(tmp_path, is_gzipped=True)
@@ -233,7 +233,7 @@ def test_the_fashion_examples_take_idx_files_and_a_number_of_steps(name, tmp_pat
     assert "ternary" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_nnx_example_goes_on_from_its_checkpoint_on_digits(tmp_path):
     path = write_dpkg(tmp_path / "bin", "exit 1")
     example, arguments = FOLDER / "nnx_fashion.py", ("--checkpoint-dir", tmp_path / "run")

@@ -120,7 +120,7 @@ def test_a_damaged_chunk_is_an_error(tmp_path):
         run(**small)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
     script = textwrap.dedent("""
         import signal, sys, jax, jax.numpy as jnp, jaxclip

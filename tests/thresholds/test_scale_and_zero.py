@@ -115,7 +115,7 @@ def test_degenerate_rows_have_finite_scales_and_no_needless_error():
     assert np.all(errors_of(x / size, scale / size, zero, -8, 7) <= 1e-11 * row)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_many_rows_are_searched_in_chunks_and_each_as_if_alone():
     row = 64
     num_rows = candidates._SLAB // row + 11  # a second chunk, which begins in the first

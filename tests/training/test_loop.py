@@ -312,7 +312,7 @@ def start(directory, pause):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_a_killed_run_ends_as_the_one_that_was_left_alone(tmp_path):
     pytest.importorskip("orbax.checkpoint")
