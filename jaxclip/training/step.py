@@ -26,7 +26,7 @@ from jaxclip.norms.of_trees import measure_norm
 from jaxclip.thresholds.values import check_threshold_tree
 from jaxclip.training.stochastic_rounding import apply_updates_stochastically
 from jaxclip.training.telemetry import clip_stats
-from jaxclip.weights.clipping import clip_weights, weight_clip_rate
+from jaxclip.weights.clipping import clip_to_bounds, rate_on_bounds, resolve_bounds
 
 
 class TrainState(NamedTuple):
@@ -179,6 +179,7 @@ def make_train_step(
         check_threshold_tree("weight_threshold", weight_threshold)
     elif mask is not None:
         raise ValueError("mask says which weights are boxed: it needs a weight_threshold.")
+    threshold = float("inf") if weight_threshold is None else weight_threshold
     checks.check_choice("stochastic_rounding", stochastic_rounding, (False, True))
     optimizer = optax.with_extra_args_support(optimizer)
     key_kind = _find_key_parameter(loss_fn)
@@ -198,16 +199,15 @@ def make_train_step(
             params = apply_updates_stochastically(state.params, updates, rounding_key)
         else:
             params = optax.apply_updates(state.params, updates)
-        if weight_threshold is not None:
-            params = clip_weights(params, weight_threshold, mask, step=state.step)
+        bounds = resolve_bounds(params, threshold, mask, state.step)
+        params = clip_to_bounds(params, bounds)
 
         is_good = jnp.isfinite(loss) & jnp.isfinite(measured.norm.norm)
         stats = clip_stats(opt_state)
         params = _select(is_good, params, state.params)
         opt_state = _select(is_good, opt_state, state.opt_state)
-        on_bound = jnp.zeros((), jnp.float32)
-        if weight_threshold is not None:
-            on_bound = weight_clip_rate(params, weight_threshold, mask, step=state.step)
+        # Of the same bounds: measured again, a rule would answer for the clipped weights.
+        on_bound = rate_on_bounds(params, bounds)
         num_skipped = state.num_skipped + jnp.where(is_good, 0, 1)
         info = StepInfo(
             loss=loss,
