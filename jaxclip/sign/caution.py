@@ -1,17 +1,17 @@
-"""Cautious updates: entries that disagree with the gradient are masked."""
+"""Cautious updates: `u <- u * [u * g < 0]`, rescaled; entries that go up the gradient wait."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from jaxclip._core import checks, trees
+from jaxclip._core import checks
 from jaxclip._core.floats import compute_dtype, keep_weak_type
-from jaxclip._core.trees import map_clippable
-from jaxclip.sign.optimizers import _alignment, _saturate
-
-# --- Caution --------------------------------------------------------------------------
+from jaxclip._core.trees import PyTree, is_clippable, map_clippable
+from jaxclip.sign.kinds import alignment
+from jaxclip.sign.optimizers import cast_saturated
 
 
 class CautiousState(NamedTuple):
@@ -19,11 +19,11 @@ class CautiousState(NamedTuple):
 
     Attributes:
       inner_state: State of the inner transformation.
-      agreement_rate: Scalar float32 in [0, 1], share of the entries that the last step
+      agreement_rate: Scalar float32 in [0, 1], fraction of the entries that the last step
         kept; 1 before the first step.
     """
 
-    inner_state: Any
+    inner_state: optax.OptState
     agreement_rate: jax.Array
 
 
@@ -33,12 +33,12 @@ def cautious(
     """Keeps only the entries of an optimizer's step that go down the current gradient.
 
     `u <- u * [u * g < 0] * size / (count + 1)` leaf by leaf, where u is the update of
-    `inner`, g the gradient and count the number of entries kept: a momentum that points up
-    the gradient of this step waits, the others step further. (A leaf of one entry takes
+    `inner`, g the gradient and count the number of entries kept. An entry that points up
+    the gradient of this step waits; the others step further. (A leaf of one entry takes
     half its step.)
 
     Args:
-      inner: An optimizer, whose updates `optax.apply_updates` adds. Decay put inside is
+      inner: An optimizer, whose updates `optax.apply_updates` adds. Weight decay inside it is
         masked with the rest; the paper decays outside.
       is_direction: True if `inner` returns a direction that is subtracted later, as
         `scale_by_lion` does: entries are then kept where `u * g > 0`.
@@ -62,20 +62,17 @@ def cautious(
       Liang et al., Cautious Optimizers: Improving Training with One Line of Code, 2024,
       https://arxiv.org/abs/2411.16085
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"inner must be a gradient transformation, got {inner!r}.")
+    inner = checks.check_transformation("inner", inner)
     checks.check_choice("is_direction", is_direction, (False, True))
-    inner = optax.with_extra_args_support(inner)
 
-    def agrees(u: jax.Array, g: Any) -> jax.Array:
-        alignment = _alignment(u, jnp.asarray(g))
-        return alignment > 0 if is_direction else alignment < 0
+    def is_kept(u: jax.Array, g: ArrayLike) -> jax.Array:
+        sign = alignment(u, jnp.asarray(g))
+        return sign > 0 if is_direction else sign < 0
 
-    def keep(u: jax.Array, g: Any) -> jax.Array:
-        kept = agrees(u, g)
+    def keep(u: jax.Array, kept: jax.Array) -> jax.Array:
         wide = compute_dtype(u.dtype)
         factor = u.size / (jnp.sum(kept, dtype=jnp.finfo(wide).dtype) + 1)
-        scaled = _saturate(u.astype(wide) * factor.astype(wide), u.dtype)
+        scaled = cast_saturated(u.astype(wide) * factor.astype(wide), u.dtype)
         return keep_weak_type(jnp.where(kept, scaled, jnp.zeros_like(u)), u)
 
     def init_fn(params):
@@ -84,17 +81,17 @@ def cautious(
     def update_fn(updates, state, params=None, **extra_args):
         steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         checks.check_same_structure("updates", updates, "updates of inner", steps)
-        rate = _share_of_true(map_clippable(agrees, steps, updates), steps)
-        steps = map_clippable(keep, steps, updates)
-        return steps, CautiousState(inner_state, rate)
+        kept = map_clippable(is_kept, steps, updates)
+        rate = _rate_of_true(kept, steps)
+        return map_clippable(keep, steps, kept), CautiousState(inner_state, rate)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _share_of_true(flags: Any, like: Any) -> jax.Array:
-    """Share of True among the entries of the floating leaves of `like`; 1 if it has none."""
+def _rate_of_true(flags: PyTree, like: PyTree) -> jax.Array:
+    """Returns the fraction of True at the floating leaves of `like`; 1 if it has none."""
     leaves = zip(jax.tree.leaves(flags), jax.tree.leaves(like), strict=True)
-    counted = [flag for flag, x in leaves if trees.is_clippable(x)]
+    counted = [flag for flag, x in leaves if is_clippable(x)]
     size = sum(flag.size for flag in counted)
     if size == 0:
         return jnp.ones((), jnp.float32)

@@ -2,26 +2,25 @@
 
 The sign of an entry is -1, 0 or 1: 0 for 0, -0 and NaN, and 1 or -1 for the infinities.
 A complex entry becomes `z / |z|`, 0 where it is not finite. Float32 subnormals have sign 0
-where the backend flushes them to zero (XLA on CPU does).
+where the backend flushes them to zero (XLA on CPU does). Every transform here takes a sign
+kind of `sign.kinds` (soft, stochastic, scaled) in place of the sign.
 
-The sign is replaceable: every transform here takes a sign kind from `jaxclip.sign_kinds`
-(soft, stochastic, scaled) in its place.
-
-A non-finite gradient entry never enters a momentum: that entry of the momentum stays as
-it was, and `num_nonfinite` in the state counts the steps at which it happened.
+A gradient entry that is not finite never enters a momentum: that entry of the momentum stays
+as it was, and `num_nonfinite` in the state counts the steps at which it happened.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxclip._core import checks, floats, trees
+from jaxclip._core import checks
 from jaxclip._core.floats import compute_dtype, increment, keep_weak_type
-from jaxclip._core.trees import map_clippable
-from jaxclip.norms.of_trees import MeasuredNorm
+from jaxclip._core.trees import PyTree, is_clippable, map_clippable
+from jaxclip.norms.of_trees import MeasuredNorm, is_nonfinite
 from jaxclip.sign.kinds import SignKind, resolve_sign_kind
 
 
@@ -36,14 +35,14 @@ class ScaleBySignState(NamedTuple):
     transform_name = "scale_by_sign"
 
     num_nonfinite: jax.Array
-    sign_state: Any = ()
+    sign_state: PyTree = ()
 
 
 class ScaleBySignumState(NamedTuple):
     """State of `scale_by_signum`.
 
     Attributes:
-      mu: Momentum, a tree like the parameters; finite always.
+      mu: Momentum, a tree like the parameters; always finite.
       num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
       sign_state: State of the sign kind; an empty tuple for those that have none.
     """
@@ -52,36 +51,30 @@ class ScaleBySignumState(NamedTuple):
 
     mu: optax.Updates
     num_nonfinite: jax.Array
-    sign_state: Any = ()
+    sign_state: PyTree = ()
 
 
 class ScaleByLionState(NamedTuple):
-    """State of `scale_by_lion`.
-
-    Attributes:
-      mu: Momentum, a tree like the parameters; finite always.
-      num_nonfinite: Scalar int32, steps so far with a NaN or infinity in the gradient.
-      sign_state: State of the sign kind; an empty tuple for those that have none.
-    """
+    """State of `scale_by_lion`, with the fields of `ScaleBySignumState`."""
 
     transform_name = "scale_by_lion"
 
     mu: optax.Updates
     num_nonfinite: jax.Array
-    sign_state: Any = ()
+    sign_state: PyTree = ()
 
 
 # --- Directions -----------------------------------------------------------------------
 
 
-def scale_by_sign(kind: SignKind | None = None) -> optax.GradientTransformationExtraArgs:
+def scale_by_sign(sign: SignKind | None = None) -> optax.GradientTransformationExtraArgs:
     """Replaces every gradient entry by its sign: -1, 0 or 1.
 
-    As `optax.scale_by_sign`, except that NaN becomes 0 and is counted, and that another
-    sign kind may stand in the place of the sign.
+    Differs from `optax.scale_by_sign` in that NaN becomes 0 and is counted, and in that
+    another sign kind may take the place of the sign.
 
     Args:
-      kind: `soft_sign(...)`, `stochastic_sign(...)`, `scaled_sign(...)`, or None for the
+      sign: `soft_sign(...)`, `stochastic_sign(...)`, `scaled_sign(...)`, or None for the
         sign itself.
 
     Returns:
@@ -89,7 +82,7 @@ def scale_by_sign(kind: SignKind | None = None) -> optax.GradientTransformationE
       not floating (integers, bools, float0, keys) pass through.
 
     Raises:
-      TypeError: If `kind` is not a sign kind.
+      TypeError: If `sign` is not a sign kind.
 
     Example:
       >>> tx = scale_by_sign()
@@ -100,8 +93,7 @@ def scale_by_sign(kind: SignKind | None = None) -> optax.GradientTransformationE
     References:
       Bernstein et al., signSGD, 2018, https://arxiv.org/abs/1802.04434
     """
-
-    kind = resolve_sign_kind(kind)
+    kind = resolve_sign_kind(sign)
 
     def init_fn(params):
         del params
@@ -110,7 +102,7 @@ def scale_by_sign(kind: SignKind | None = None) -> optax.GradientTransformationE
     def update_fn(updates, state, params=None, **extra_args):
         del params
         signs, sign_state = kind.apply(updates, updates, state.sign_state)
-        count = _count(state.num_nonfinite, updates, extra_args.get("pre_norm"))
+        count = _count_nonfinite(state.num_nonfinite, updates, extra_args.get("pre_norm"))
         return signs, ScaleBySignState(num_nonfinite=count, sign_state=sign_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -118,7 +110,7 @@ def scale_by_sign(kind: SignKind | None = None) -> optax.GradientTransformationE
 
 def scale_by_signum(
     beta: ArrayLike = 0.9,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     sign: SignKind | None = None,
@@ -131,8 +123,9 @@ def scale_by_signum(
     Args:
       beta: Decay rate in [0, 1]. May be traced.
       accumulator_dtype: Dtype of the momentum; None for the dtype of each parameter.
-      nesterov: Whether to look one step ahead.
-      sign: A sign kind, as in `scale_by_sign`.
+      nesterov: True to look one step ahead.
+      sign: `soft_sign(...)`, `stochastic_sign(...)`, `scaled_sign(...)`, or None for the
+        sign itself.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept.
@@ -152,31 +145,18 @@ def scale_by_signum(
       Bernstein et al., signSGD, 2018, https://arxiv.org/abs/1802.04434
     """
     checks.check_decay_rate("beta", beta)
-    kind = resolve_sign_kind(sign)
 
     def direction(g: jax.Array, m: jax.Array) -> jax.Array:
         new = _average(m, g, beta)
         return _average(new, g, beta) if nesterov else new
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del params
-        directions, mu = _momentum_step(updates, state.mu, direction, beta)
-        signs, sign_state = kind.apply(directions, updates, state.sign_state)
-        count = _count(state.num_nonfinite, updates, extra_args.get("pre_norm"))
-        return signs, ScaleBySignumState(mu=mu, num_nonfinite=count, sign_state=sign_state)
-
-    def init_fn(params):
-        mu = _zero_momentum(params, accumulator_dtype)
-        count = jnp.zeros((), jnp.int32)
-        return ScaleBySignumState(mu=mu, num_nonfinite=count, sign_state=kind.init())
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _scale_by_momentum(ScaleBySignumState, direction, beta, accumulator_dtype, sign)
 
 
 def scale_by_lion(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     sign: SignKind | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -188,7 +168,8 @@ def scale_by_lion(
       b1: Weight of the momentum in the direction, in [0, 1]. May be traced.
       b2: Decay rate of the momentum, in [0, 1]. May be traced.
       mu_dtype: Dtype of the momentum; None for the dtype of each parameter.
-      sign: A sign kind, as in `scale_by_sign`.
+      sign: `soft_sign(...)`, `stochastic_sign(...)`, `scaled_sign(...)`, or None for the
+        sign itself.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept.
@@ -209,66 +190,81 @@ def scale_by_lion(
     """
     checks.check_decay_rate("b1", b1)
     checks.check_decay_rate("b2", b2)
-    kind = resolve_sign_kind(sign)
 
     def direction(g: jax.Array, m: jax.Array) -> jax.Array:
         return _average(m, g, b1)
 
+    return _scale_by_momentum(ScaleByLionState, direction, b2, mu_dtype, sign)
+
+
+# --- Momentum -------------------------------------------------------------------------
+
+
+def _scale_by_momentum(
+    state_type: type[ScaleBySignumState] | type[ScaleByLionState],
+    direction: Callable[[jax.Array, jax.Array], jax.Array],
+    decay: ArrayLike,
+    mu_dtype: DTypeLike | None,
+    sign: SignKind | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradient g by the sign of `direction(g, m)`, m its moving average."""
+    kind = resolve_sign_kind(sign)
+
     def init_fn(params):
-        mu = _zero_momentum(params, mu_dtype)
-        count = jnp.zeros((), jnp.int32)
-        return ScaleByLionState(mu=mu, num_nonfinite=count, sign_state=kind.init())
+        return state_type(
+            mu=_zero_momentum(params, mu_dtype),
+            num_nonfinite=jnp.zeros((), jnp.int32),
+            sign_state=kind.init(),
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del params
-        directions, mu = _momentum_step(updates, state.mu, direction, b2)
+        checks.check_same_structure("updates", updates, "momentum", state.mu)
+        directions = map_clippable(direction, updates, state.mu)
         signs, sign_state = kind.apply(directions, updates, state.sign_state)
-        count = _count(state.num_nonfinite, updates, extra_args.get("pre_norm"))
-        return signs, ScaleByLionState(mu=mu, num_nonfinite=count, sign_state=sign_state)
+        return signs, state_type(
+            mu=_next_momentum(updates, state.mu, decay),
+            num_nonfinite=_count_nonfinite(
+                state.num_nonfinite, updates, extra_args.get("pre_norm")
+            ),
+            sign_state=sign_state,
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-# --- Parts ----------------------------------------------------------------------------
+def _zero_momentum(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
+    """Returns zeros like the floating leaves, and a scalar in place of each other leaf."""
 
-
-def _average(m: jax.Array, g: jax.Array, beta: ArrayLike) -> jax.Array:
-    """beta * m + (1 - beta) * g in float32 or wider."""
-    wide = compute_dtype(m.dtype, g.dtype)
-    real = jnp.finfo(wide).dtype
-    beta = jnp.asarray(beta).astype(real)
-    return beta.astype(wide) * m.astype(wide) + (1 - beta).astype(wide) * g.astype(wide)
-
-
-def _momentum_step(updates: Any, mu: Any, direction: Any, decay: ArrayLike) -> tuple[Any, Any]:
-    """The directions `direction(g, m)`, and the momentum averaged where g is finite."""
-    checks.check_same_structure("updates", updates, "momentum", mu)
-
-    def average(g: Any, m: jax.Array) -> jax.Array:
-        new = _average(m, jnp.asarray(g), decay).astype(m.dtype)
-        return keep_weak_type(jnp.where(jnp.isfinite(g) & jnp.isfinite(new), new, m), m)
-
-    directions = map_clippable(direction, updates, mu)
-    mu = jax.tree.map(lambda g, m: average(g, m) if trees.is_clippable(g) else m, updates, mu)
-    return directions, mu
-
-
-def _zero_momentum(params: optax.Params, dtype: Any) -> Any:
-    """Zeros like the floating leaves; other leaves keep a scalar zero as a placeholder."""
-
-    def zeros(p: Any) -> jax.Array:
-        if not trees.is_clippable(p):
+    def zeros(p: ArrayLike) -> jax.Array:
+        if not is_clippable(p):
             return jnp.zeros((), jnp.int32)
         return jnp.zeros_like(p, dtype=dtype)
 
     return jax.tree.map(zeros, params)
 
 
-def _count(num_nonfinite: jax.Array, updates: Any, pre_norm: Any) -> jax.Array:
-    """One more if any floating entry of `updates` is not finite.
+def _next_momentum(updates: optax.Updates, mu: optax.Updates, decay: ArrayLike) -> optax.Updates:
+    """Returns the momentum, averaged where the gradient is finite."""
 
-    Where the norm of the gradient at the head of the chain is known, that says so: no pass.
-    """
-    if isinstance(pre_norm, MeasuredNorm):
-        return increment(num_nonfinite, ~jnp.isfinite(pre_norm.norm.norm))
-    return increment(num_nonfinite, floats.has_nonfinite(updates))
+    def average(g: ArrayLike, m: jax.Array) -> jax.Array:
+        if not is_clippable(g):
+            return m
+        new = _average(m, jnp.asarray(g), decay).astype(m.dtype)
+        return keep_weak_type(jnp.where(jnp.isfinite(g) & jnp.isfinite(new), new, m), m)
+
+    return jax.tree.map(average, updates, mu)
+
+
+def _average(m: jax.Array, g: jax.Array, beta: ArrayLike) -> jax.Array:
+    """Returns `beta * m + (1 - beta) * g` in float32 or wider."""
+    wide = compute_dtype(m.dtype, g.dtype)
+    beta = jnp.asarray(beta).astype(jnp.finfo(wide).dtype)
+    return beta.astype(wide) * m.astype(wide) + (1 - beta).astype(wide) * g.astype(wide)
+
+
+def _count_nonfinite(count: jax.Array, updates: optax.Updates, pre_norm: PyTree) -> jax.Array:
+    """Returns one more if an entry of the gradient is not finite."""
+    # The gradient at the head of the chain, where it was measured: that costs no pass.
+    gradient = pre_norm.tree if isinstance(pre_norm, MeasuredNorm) else updates
+    return increment(count, is_nonfinite(gradient, pre_norm))

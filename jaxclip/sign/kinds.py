@@ -1,110 +1,87 @@
-"""What may stand in the place of the sign: hard, soft, stochastic, scaled.
+"""Sign kinds, which may take the place of the sign: hard, soft, stochastic, scaled.
 
-A sign kind is a value made by a factory of this module, given to `scale_by_sign` and its
-family. It maps a direction x to a step, leaf by leaf:
+A sign kind is a value made by a factory of this module, for the argument `sign` of
+`scale_by_sign` and its family. It maps a direction x to a step, leaf by leaf:
 
     hard        sign(x)                          the default
     soft        tanh(x / (temperature * q))      q a quantile of |x| in the leaf
     stochastic  +1 or -1 with mean x / max|x|
     scaled      s * sign(x)                      s measured on the leaf
 
-For every kind 0 and NaN give 0 and an infinity counts as the sign it has; what is measured
-on a leaf is measured on its finite entries. A complex entry keeps its phase: `z / |z|`
-stands for the sign, and `|z|` for `|x|`.
+For every kind 0 and NaN give 0, and an infinity has its own sign. q, max and s are taken over
+the finite entries of a leaf. A complex entry keeps its phase: `z / |z|` stands for the sign,
+and `|z|` for `|x|`.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, phase_and_modulus
-from jaxclip._core.trees import map_clippable
+from jaxclip._core.trees import PyTree, map_clippable
 from jaxclip.thresholds.values import check_number_or_schedule
 
 
 def sign_and_modulus(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the sign and the modulus of every entry.
-
-    Args:
-      x: Real or complex floating array.
-
-    Returns:
-      The sign in the dtype of `x` (-1, 0 or 1; `z / |z|` if complex; 0 for NaN), and |x|
-      in its real dtype.
-
-    Example:
-      >>> sign, modulus = sign_and_modulus(jnp.array([-2.0, 0.0, jnp.nan]))
-      >>> print(sign, modulus)
-      [-1.  0.  0.] [ 2.  0. nan]
-    """
+    """Returns the sign of every entry, `z / |z|` if complex and 0 for NaN, and its modulus."""
     if jnp.iscomplexobj(x):
         return phase_and_modulus(x)
     return jnp.where(jnp.isnan(x), jnp.zeros_like(x), jnp.sign(x)), jnp.abs(x)
 
 
+def alignment(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the sign of `a * b`, real, without its overflow or underflow; 0 for NaN."""
+    sign_a, sign_b = sign_and_modulus(a)[0], sign_and_modulus(b)[0]
+    wide = compute_dtype(a.dtype, b.dtype)
+    return jnp.sign(jnp.real(jnp.conj(sign_a.astype(wide)) * sign_b.astype(wide)))
+
+
 @dataclasses.dataclass(frozen=True)
 class SignKind:
-    """A sign kind: a value, hashable by its fields, without arrays of its own state.
+    """A sign kind: a value, hashable by its fields, whose state is kept elsewhere.
 
     The class itself is the hard sign. Other kinds come from the factories of this module.
     """
 
-    def init(self) -> Any:
+    def init(self) -> PyTree:
         """Returns the state before the first step; an empty tuple for most kinds."""
         return ()
 
-    def apply(self, directions: Any, updates: Any, state: Any) -> tuple[Any, Any]:
-        """Returns steps like `updates` for a tree of directions, and the next state.
+    def apply(
+        self, directions: PyTree, updates: optax.Updates, state: PyTree
+    ) -> tuple[optax.Updates, PyTree]:
+        """Returns the steps for a tree of directions, and the next state."""
 
-        Args:
-          directions: Tree of what to take the sign of, in any floating dtypes.
-          updates: Tree of the incoming gradients; the steps get their dtypes and weak
-            types, and leaves that are not floating come from here.
-          state: As `init` or the last call returned it.
-        """
-
-        def leaf(g: jax.Array, x: Any) -> jax.Array:
+        # Steps have the dtypes and weak types of `updates`, whose other leaves pass through.
+        def leaf(g: jax.Array, x: ArrayLike) -> jax.Array:
             return keep_weak_type(self.step(jnp.asarray(x), g).astype(g.dtype), g)
 
         return map_clippable(leaf, updates, directions), state
 
     def step(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        """The step for one leaf, of direction `x` and incoming gradient `g`."""
+        """Returns the step for one leaf, of direction `x` and incoming gradient `g`."""
         del g
         return sign_and_modulus(x)[0]
 
 
-def resolve_sign_kind(kind: SignKind | None) -> SignKind:
-    """Returns the sign kind that was given; None means the hard sign.
-
-    Args:
-      kind: What a factory of this module returned, or None.
-
-    Returns:
-      A `SignKind`.
-
-    Raises:
-      TypeError: If `kind` is something else, such as a factory that was not called.
-
-    Example:
-      >>> resolve_sign_kind(None)
-      SignKind()
-    """
-    if kind is None:
+def resolve_sign_kind(sign: SignKind | None) -> SignKind:
+    """Returns the sign kind that was given, the hard sign for None; raises TypeError."""
+    if sign is None:
         return SignKind()
-    if not isinstance(kind, SignKind):
-        hint = "a factory: call it" if callable(kind) else f"of type {type(kind).__name__}"
+    if not isinstance(sign, SignKind):
+        hint = "a factory: call it" if callable(sign) else f"of type {type(sign).__name__}"
         raise TypeError(
             f"The sign kind must be None or made by soft_sign(...), stochastic_sign(...) or "
-            f"scaled_sign(...), got {kind!r}, {hint}."
+            f"scaled_sign(...), got {sign!r}, {hint}."
         )
-    return kind
+    return sign
 
 
 def _widen(x: jax.Array) -> jax.Array:
@@ -119,20 +96,22 @@ def _finite_modulus(modulus: jax.Array) -> jax.Array:
 
 
 class _SoftSignState(NamedTuple):
-    """Scalar int32 step count, for schedules of the temperature."""
+    """State of a soft sign whose temperature is a schedule: a scalar int32 step count."""
 
     step: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class _SoftSign(SignKind):
-    temperature: Any = 0.5
+    temperature: ArrayLike | optax.Schedule = 0.5
     quantile: float = 0.5
 
-    def init(self) -> Any:
+    def init(self) -> PyTree:
         return _SoftSignState(jnp.zeros((), jnp.int32)) if callable(self.temperature) else ()
 
-    def apply(self, directions: Any, updates: Any, state: Any) -> tuple[Any, Any]:
+    def apply(
+        self, directions: PyTree, updates: optax.Updates, state: PyTree
+    ) -> tuple[optax.Updates, PyTree]:
         if not callable(self.temperature):
             return super().apply(directions, updates, state)
         now = dataclasses.replace(self, temperature=self.temperature(state.step))
@@ -153,20 +132,20 @@ class _SoftSign(SignKind):
         return jnp.where(is_soft, sign * size.astype(sign.dtype), sign)
 
 
-def soft_sign(temperature: Any = 0.5, *, quantile: float = 0.5) -> SignKind:
+def soft_sign(temperature: ArrayLike | optax.Schedule = 0.5, *, quantile: float = 0.5) -> SignKind:
     """Makes the smooth sign `tanh(x / (temperature * q))`, q a quantile of |x| in the leaf.
 
-    Entries well above the typical magnitude of their leaf take the full step, small ones a
-    proportional step, so that weights come to rest instead of oscillating. The scale is
-    the leaf's own: a step is the same for the gradient times any factor. As the
-    temperature goes to 0 this is the hard sign. SoftSignum's rule, the value 1 - eps at the
-    quantile, is `temperature = 1 / atanh(1 - eps)`.
+    Entries well above the typical magnitude of their leaf take the full step. Small entries
+    take a proportional step, so weights come to rest instead of oscillating. The scale is
+    the leaf's own: a gradient times any factor gives the same step. As the temperature goes
+    to 0 this is the hard sign. SoftSignum's rule, the value 1 - eps at the quantile, is
+    `temperature = 1 / atanh(1 - eps)`.
 
     Args:
       temperature: Number >= 0, traced scalar, or a schedule `step -> number`. A traced
         NaN or negative one counts as 0.
-      quantile: In (0, 1]: the share of a leaf's finite non-zero |x| that is at most q. The
-        quantile is found by counting, without a sort, to 7 bits (rounded down).
+      quantile: In (0, 1]: the fraction of a leaf's finite non-zero |x| that is at most q. It
+        is found by counting, without a sort, to 7 bits (rounded down).
 
     Returns:
       A sign kind with values in [-1, 1]; stateless unless the temperature is a schedule.
@@ -194,29 +173,27 @@ def soft_sign(temperature: Any = 0.5, *, quantile: float = 0.5) -> SignKind:
 
 @functools.partial(jax.jit, inline=True)
 def _quantile(modulus: jax.Array, quantile: ArrayLike) -> jax.Array:
-    """The `quantile` of the finite non-zero entries, rounded down to 8 significant bits.
-
-    Bisection on the bit patterns, which are ordered as the numbers are: about 15 passes of
-    comparing and counting, of which no device needs more than its own entries.
-    """
+    """Returns the quantile of the finite non-zero entries, rounded down to 8 significant bits."""
+    # By bisection on the bit patterns, which are ordered as the numbers are: about 15 passes
+    # of comparing and counting, for which a device needs only its own entries.
     info = jnp.finfo(modulus.dtype)
     integers = jnp.uint64 if info.bits == 64 else jnp.uint32
     codes = lax.bitcast_convert_type(modulus, integers) >> jnp.asarray(info.nmant - 7, integers)
-    counts = (modulus > 0) & jnp.isfinite(modulus)
-    total = jnp.sum(counts, dtype=modulus.dtype)
+    is_counted = (modulus > 0) & jnp.isfinite(modulus)
+    total = jnp.sum(is_counted, dtype=modulus.dtype)
     wanted = jnp.asarray(quantile).astype(modulus.dtype) * total
     top = jnp.asarray(2 ** (info.nexp + 7), integers)
-    low = jnp.min(jnp.where(counts, codes, top), initial=top)
-    high = jnp.max(jnp.where(counts, codes, jnp.zeros_like(codes)), initial=0)
+    low = jnp.min(jnp.where(is_counted, codes, top), initial=top)
+    high = jnp.max(jnp.where(is_counted, codes, jnp.zeros_like(codes)), initial=0)
 
     def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low) // jnp.asarray(2, integers)
-        at_most = jnp.sum(counts & (codes <= middle), dtype=modulus.dtype)
-        enough = at_most >= wanted
-        return jnp.where(enough, low, middle + jnp.asarray(1, integers)), jnp.where(
-            enough, middle, high
-        )
+        num_at_most = jnp.sum(is_counted & (codes <= middle), dtype=modulus.dtype)
+        is_enough = num_at_most >= wanted
+        low = jnp.where(is_enough, low, middle + jnp.asarray(1, integers))
+        high = jnp.where(is_enough, middle, high)
+        return low, high
 
     code, _ = lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, (low, high))
     code = jnp.where(total > 0, code, jnp.zeros_like(code))
@@ -227,28 +204,30 @@ def _quantile(modulus: jax.Array, quantile: ArrayLike) -> jax.Array:
 
 
 class _StochasticSignState(NamedTuple):
-    """PRNG key of the next step."""
+    """State of a stochastic sign: the PRNG key of the next step."""
 
     key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _StochasticSign(SignKind):
-    key: Any = None
+    key: jax.Array
     axis_name: str | None = None
 
-    def init(self) -> Any:
-        # Copied, since the state may be donated and the key here is used again.
+    def init(self) -> PyTree:
+        # A copy, because the state may be donated and the key here is used again.
         return _StochasticSignState(jnp.copy(self.key))
 
-    def apply(self, directions: Any, updates: Any, state: Any) -> tuple[Any, Any]:
+    def apply(
+        self, directions: PyTree, updates: optax.Updates, state: PyTree
+    ) -> tuple[optax.Updates, PyTree]:
         next_key, key = jax.random.split(state.key)
         if self.axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(self.axis_name))
         leaves, treedef = jax.tree.flatten(updates)
         keys = jax.tree.unflatten(treedef, range(len(leaves)))
 
-        def leaf(g: jax.Array, x: Any, position: int) -> jax.Array:
+        def leaf(g: jax.Array, x: ArrayLike, position: int) -> jax.Array:
             x = _draw(jnp.asarray(x), jax.random.fold_in(key, position))
             return keep_weak_type(x.astype(g.dtype), g)
 
@@ -256,25 +235,25 @@ class _StochasticSign(SignKind):
 
 
 def _draw(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Signs with mean x / max|x|; real ones are never 0 where x is not."""
+    """Returns signs with mean `x / max|x|`; real ones are never 0 where x is not."""
     sign, modulus = sign_and_modulus(_widen(x))
     largest = jnp.max(_finite_modulus(modulus), initial=0)
     is_normal = largest >= jnp.finfo(modulus.dtype).tiny
-    share = modulus / jnp.where(is_normal, largest, jnp.ones_like(largest))
-    share = jnp.where(is_normal, share, jnp.ones_like(share))
+    relative = modulus / jnp.where(is_normal, largest, jnp.ones_like(largest))
+    relative = jnp.where(is_normal, relative, jnp.ones_like(relative))
     uniform = jax.random.uniform(key, x.shape, modulus.dtype)
     if jnp.iscomplexobj(x):
-        return jnp.where(uniform < share, sign, jnp.zeros_like(sign))
-    return jnp.where(uniform < (1 + share) / 2, sign, -sign)
+        return jnp.where(uniform < relative, sign, jnp.zeros_like(sign))
+    return jnp.where(uniform < (1 + relative) / 2, sign, -sign)
 
 
 def stochastic_sign(key: jax.Array, *, axis_name: str | None = None) -> SignKind:
     """Makes the unbiased sign: +1 with probability `(1 + x / B) / 2`, else -1.
 
-    B is the largest finite |x| of the leaf, so that the expectation is `x / B`: on average
-    the step points along the gradient, where the hard sign of a noisy gradient need not
-    (and majority votes of many workers converge). Entries that are exactly 0 stay 0. A
-    complex entry is `z / |z|` with probability `|z| / B`, else 0.
+    B is the largest finite |x| of the leaf, so the expectation is `x / B`. On average the step
+    points along the gradient, which the hard sign of a noisy gradient need not do, and
+    majority votes of many workers converge. Entries that are exactly 0 stay 0. A complex
+    entry is `z / |z|` with probability `|z| / B`, else 0.
 
     Args:
       key: PRNG key (`jax.random.key(0)`); the state carries it and splits it every step.
@@ -331,24 +310,24 @@ class _ScaledSign(SignKind):
 
 
 def _root_mean_square(x: jax.Array, count: ArrayLike) -> jax.Array:
-    """sqrt(sum(x**2) / count) of entries that are not negative, at any magnitude."""
+    """Returns `sqrt(sum(x**2) / count)` of entries >= 0, without overflow or underflow."""
     largest = jnp.max(x, initial=0)
-    unit = x / jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    return largest * jnp.sqrt(jnp.sum(jnp.square(unit)) / count)
+    relative = x / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    return largest * jnp.sqrt(jnp.sum(jnp.square(relative)) / count)
 
 
 def scaled_sign(scale: Literal["mean_abs", "rms", "gradient_norm"] = "mean_abs") -> SignKind:
     """Makes the sign that keeps a magnitude: `s * sign(x)`, s measured on each leaf.
 
-    Steps then shrink with the gradient, as those of SGD do: a compressed gradient rather
-    than a normalized one, which is what error feedback needs.
+    Steps then shrink with the gradient, as those of SGD do. Error feedback needs this: a
+    compressed gradient, not a normalized one.
 
     Args:
-      scale: What s is. "mean_abs": the mean of |x|, which makes `s * sign(x)` the closest
+      scale: The size s. "mean_abs": the mean of |x|, which makes `s * sign(x)` the closest
         such vector to x and the step of EF-signSGD. "rms": the root mean square of x, which
-        keeps the norm of x (of a leaf without zeros). "gradient_norm": such that the step
-        has the norm of the incoming gradient of the leaf (grafting), whatever momentum made
-        of the direction.
+        keeps the norm of x (of a leaf without zeros). "gradient_norm": the step gets the norm
+        of the incoming gradient of the leaf (grafting), whatever momentum made of the
+        direction.
 
     Returns:
       A stateless sign kind.

@@ -1,26 +1,21 @@
-"""Sign optimizers, ready for `optax.apply_updates`: sign_sgd, signum, lion; and caution.
+"""Sign optimizers, ready for `optax.apply_updates`: `w <- w - alpha * (sign(d) + decay * w)`.
 
-An optimizer here is a direction from `jaxclip.sign`, decoupled weight decay, and a step
-size, which may be relative to the weight box. `cautious` wraps any optimizer.
+An optimizer here is a direction d of `sign.directions`, decoupled weight decay, and a step
+size alpha, which may be relative to the weight box.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import (
-    compute_dtype,
-    increment,
-    keep_weak_type,
-    saturate,
-)
-from jaxclip._core.trees import map_clippable
+from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, saturate
+from jaxclip._core.trees import Mask, PyTree, map_clippable
 from jaxclip.sign.directions import scale_by_lion, scale_by_sign, scale_by_signum
-from jaxclip.sign.kinds import SignKind, sign_and_modulus
+from jaxclip.sign.kinds import SignKind, alignment
 from jaxclip.thresholds.values import (
     check_number_or_schedule,
     check_threshold_tree,
@@ -29,17 +24,21 @@ from jaxclip.thresholds.values import (
 
 
 def sign_sgd(
-    learning_rate: Any, *, relative_to: Any = None, sign: SignKind | None = None
+    learning_rate: ArrayLike | optax.Schedule,
+    *,
+    relative_to: PyTree = None,
+    sign: SignKind | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Steps by the sign of the gradient: exactly `w <- w - learning_rate * sign(g)`.
 
     Args:
       learning_rate: Step size alpha, in units of the weights: a finite number, a traced
         scalar, or a schedule `step -> number`. It is rounded once, to each leaf's dtype.
-      relative_to: A threshold (number, schedule, rule or prefix tree). The step of each
-        leaf is then `learning_rate * threshold`, so that alpha is a share of the weight
-        box; leaves without a box (threshold inf) take `learning_rate` itself.
-      sign: A sign kind, as in `scale_by_sign`.
+      relative_to: A threshold (number, schedule, rule or prefix tree) that multiplies the step
+        of each leaf, so that alpha is a fraction of the weight box. Leaves without a box
+        (threshold inf) take `learning_rate` itself.
+      sign: `soft_sign(...)`, `stochastic_sign(...)`, `scaled_sign(...)`, or None for the
+        sign itself.
 
     Returns:
       An optimizer, for `optax.apply_updates`.
@@ -62,14 +61,14 @@ def sign_sgd(
 
 
 def signum(
-    learning_rate: Any,
+    learning_rate: ArrayLike | optax.Schedule,
     beta: ArrayLike = 0.9,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    relative_to: Any = None,
+    weight_decay: ArrayLike | optax.Schedule = 0.0,
+    mask: Mask | None = None,
+    relative_to: PyTree = None,
     sign: SignKind | None = None,
     cautious_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -78,17 +77,22 @@ def signum(
     `w <- w - learning_rate * (sign(m) + weight_decay * w)`, `m` as in `scale_by_signum`.
 
     Args:
-      learning_rate: As in `sign_sgd`.
+      learning_rate: Step size alpha, in units of the weights: a finite number, a traced
+        scalar, or a schedule `step -> number`. It is rounded once, to each leaf's dtype.
       beta: Decay rate of the momentum, in [0, 1]. May be traced.
       accumulator_dtype: Dtype of the momentum; None for the dtype of each parameter.
-      nesterov: Whether to look one step ahead.
+      nesterov: True to look one step ahead.
       weight_decay: Coefficient of the decay, not negative: a number, a traced scalar, or a
         schedule.
-      mask: Tree of bools, or a function of the parameters that gives one: what decays.
-      relative_to: As in `sign_sgd`.
-      sign: A sign kind, as in `scale_by_sign`.
-      cautious_decay: Whether to decay only the weights whose sign is not opposite to that
-        of the direction, which is where decay and step both lead towards 0.
+      mask: The leaves that decay, all if None: a tree of bools, or a function of the
+        parameters that returns one.
+      relative_to: A threshold (number, schedule, rule or prefix tree) that multiplies the step
+        of each leaf, so that alpha is a fraction of the weight box. Leaves without a box
+        (threshold inf) take `learning_rate` itself.
+      sign: `soft_sign(...)`, `stochastic_sign(...)`, `scaled_sign(...)`, or None for the
+        sign itself.
+      cautious_decay: True to decay only the weights whose sign is not opposite to that of
+        the direction: there decay and step both lead towards 0.
 
     Returns:
       An optimizer, for `optax.apply_updates`.
@@ -116,14 +120,14 @@ def signum(
 
 
 def lion(
-    learning_rate: Any,
+    learning_rate: ArrayLike | optax.Schedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
-    mu_dtype: Any = None,
-    weight_decay: Any = 1e-3,
-    mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: ArrayLike | optax.Schedule = 1e-3,
+    mask: Mask | None = None,
     *,
-    relative_to: Any = None,
+    relative_to: PyTree = None,
     sign: SignKind | None = None,
     cautious_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -133,17 +137,22 @@ def lion(
     arguments are those of `optax.lion`, in its order.
 
     Args:
-      learning_rate: As in `sign_sgd`.
+      learning_rate: Step size alpha, in units of the weights: a finite number, a traced
+        scalar, or a schedule `step -> number`. It is rounded once, to each leaf's dtype.
       b1: Weight of the momentum in the direction, in [0, 1]. May be traced.
       b2: Decay rate of the momentum, in [0, 1]. May be traced.
       mu_dtype: Dtype of the momentum; None for the dtype of each parameter.
       weight_decay: Coefficient of the decay, not negative: a number, a traced scalar, or a
         schedule.
-      mask: Tree of bools, or a function of the parameters that gives one: what decays.
-      relative_to: As in `sign_sgd`.
-      sign: A sign kind, as in `scale_by_sign`.
-      cautious_decay: Whether to decay only the weights whose sign is not opposite to that
-        of the direction, which is where decay and step both lead towards 0.
+      mask: The leaves that decay, all if None: a tree of bools, or a function of the
+        parameters that returns one.
+      relative_to: A threshold (number, schedule, rule or prefix tree) that multiplies the step
+        of each leaf, so that alpha is a fraction of the weight box. Leaves without a box
+        (threshold inf) take `learning_rate` itself.
+      sign: `soft_sign(...)`, `stochastic_sign(...)`, `scaled_sign(...)`, or None for the
+        sign itself.
+      cautious_decay: True to decay only the weights whose sign is not opposite to that of
+        the direction: there decay and step both lead towards 0.
 
     Returns:
       An optimizer, for `optax.apply_updates`.
@@ -171,97 +180,85 @@ def lion(
     )
 
 
-# --- Parts ----------------------------------------------------------------------------
-
-
-def _alignment(a: jax.Array, b: jax.Array) -> jax.Array:
-    """-1, 0 or 1: the sign of `a * b` without its overflow or underflow; 0 for NaN."""
-    unit_a, unit_b = sign_and_modulus(a)[0], sign_and_modulus(b)[0]
-    wide = compute_dtype(a.dtype, b.dtype)
-    return jnp.sign(jnp.real(jnp.conj(unit_a.astype(wide)) * unit_b.astype(wide)))
-
-
-def _saturate(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x` in `dtype`, within its finite range, in modulus, too; NaN stays NaN."""
-    fraction = 0.7 if jnp.iscomplexobj(x) else 1.0  # of each part, so that the modulus is finite
-    return saturate(x, dtype, fraction).astype(dtype)
+# --- Decay and step size --------------------------------------------------------------
 
 
 class _StepState(NamedTuple):
-    """Scalar int32 step count, for schedules."""
+    """State of a link with a schedule: a scalar int32 step count."""
 
     step: jax.Array
 
 
 def _decay_weights(
-    weight_decay: Any, mask: Any, is_cautious: bool
+    weight_decay: ArrayLike | optax.Schedule, mask: Mask | None, is_cautious: bool
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.add_decayed_weights`, keeping dtypes under a traced coefficient.
-
-    A traced coefficient that is not finite counts as 0. If cautious, only where the
-    direction `g` and the weight `p` have `g * p >= 0`.
-    """
+    """Adds `weight_decay * w` to the direction, in its dtype."""
     check_number_or_schedule("weight_decay", weight_decay, checks.check_nonnegative)
-    schedule: Any = weight_decay if callable(weight_decay) else None
     checks.check_choice("cautious_decay", is_cautious, (False, True))
+    is_off = isinstance(weight_decay, (int, float)) and weight_decay == 0
 
-    def decayed(g: jax.Array, p: Any, coefficient: Any) -> jax.Array:
+    def decayed(g: jax.Array, p: ArrayLike, coefficient: ArrayLike) -> jax.Array:
         wide, p = compute_dtype(g.dtype), jnp.asarray(p)
         decay = jnp.asarray(coefficient).astype(wide)
+        # A traced coefficient that is not finite counts as 0.
         decay = jnp.where(jnp.isfinite(decay), decay, jnp.zeros_like(decay))
         shrink = decay * p.astype(wide)
         if is_cautious:
-            shrink = jnp.where(_alignment(g, p) >= 0, shrink, jnp.zeros_like(shrink))
+            shrink = jnp.where(alignment(g, p) >= 0, shrink, jnp.zeros_like(shrink))
         return keep_weak_type((g.astype(wide) + shrink).astype(g.dtype), g)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-            checks.check_params_given("weight_decay", params)
-            checks.check_same_structure("updates", updates, "params", params)
-            coefficient = schedule(state.step) if schedule else weight_decay
-            updates = map_clippable(lambda g, p: decayed(g, p, coefficient), updates, params)
-        return updates, _StepState(increment(state.step)) if schedule else state
 
     def init_fn(params):
         del params
-        return _StepState(jnp.zeros((), jnp.int32)) if schedule else optax.EmptyState()
+        return (
+            _StepState(jnp.zeros((), jnp.int32)) if callable(weight_decay) else optax.EmptyState()
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if is_off:
+            return updates, state
+        checks.check_params_given("weight_decay", params)
+        checks.check_same_structure("updates", updates, "params", params)
+        coefficient = weight_decay(state.step) if callable(weight_decay) else weight_decay
+        updates = map_clippable(lambda g, p: decayed(g, p, coefficient), updates, params)
+        return updates, _StepState(increment(state.step)) if callable(weight_decay) else state
 
     decay = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     return decay if mask is None else optax.masked(decay, mask)
 
 
 def _scale_by_step(
-    learning_rate: Any, relative_to: Any = None
+    learning_rate: ArrayLike | optax.Schedule, relative_to: PyTree = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_learning_rate` in float32, rounded once, or relative to a threshold.
-
-    A traced step that is not finite counts as 0.
-    """
+    """Multiplies by minus the step size in float32, and rounds once."""
     check_number_or_schedule("learning_rate", learning_rate, checks.check_finite)
     if relative_to is not None:
         check_threshold_tree("relative_to", relative_to)
 
-    def scaled(u: jax.Array, step: jax.Array, size: Any) -> jax.Array:
+    def scaled(u: jax.Array, step_size: jax.Array) -> jax.Array:
         wide = compute_dtype(u.dtype)
-        step = step * jnp.where(jnp.isinf(size), jnp.ones_like(size), size)
-        step = jnp.where(jnp.isfinite(step), step, jnp.zeros_like(step))
-        # A step beyond the leaf's dtype is its largest number, not infinity.
-        step = _saturate(step, jnp.finfo(wide).dtype)
-        return keep_weak_type(_saturate(-step.astype(wide) * u.astype(wide), u.dtype), u)
+        # A traced step size that is not finite counts as 0; one beyond the leaf's dtype is its
+        # largest number, not infinity.
+        step_size = jnp.where(jnp.isfinite(step_size), step_size, jnp.zeros_like(step_size))
+        step_size = cast_saturated(step_size, jnp.finfo(wide).dtype)
+        return keep_weak_type(cast_saturated(-step_size.astype(wide) * u.astype(wide), u.dtype), u)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        step = jnp.asarray(rate)
-        step = step if step.dtype == jnp.float64 else step.astype(jnp.float32)
+        rate = jnp.asarray(rate)
+        rate = rate if rate.dtype == jnp.float64 else rate.astype(jnp.float32)
         if relative_to is None:
-            updates = map_clippable(lambda u: scaled(u, step, jnp.ones_like(step)), updates)
+            updates = map_clippable(lambda u: scaled(u, rate), updates)
         else:
             checks.check_params_given("relative_to", params)
-            sizes = resolve_threshold(relative_to, params, state.step)
-            sizes = jax.tree.map(lambda t: jnp.asarray(t, step.dtype), sizes)
-            updates = map_clippable(lambda u, t: scaled(u, step, t), updates, sizes)
+
+            def relative(u: jax.Array, threshold: ArrayLike) -> jax.Array:
+                size = jnp.asarray(threshold, rate.dtype)
+                return scaled(u, rate * jnp.where(jnp.isinf(size), jnp.ones_like(size), size))
+
+            thresholds = resolve_threshold(relative_to, params, state.step)
+            updates = map_clippable(relative, updates, thresholds)
         return updates, _StepState(step=increment(state.step))
 
     def init_fn(params):
@@ -269,3 +266,9 @@ def _scale_by_step(
         return _StepState(step=jnp.zeros((), jnp.int32))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def cast_saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Casts to a dtype, within its finite range, in modulus too; NaN stays NaN."""
+    fraction = 0.7 if jnp.iscomplexobj(x) else 1.0  # of each part, so that the modulus is finite
+    return saturate(x, dtype, fraction).astype(dtype)

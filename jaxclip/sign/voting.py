@@ -1,26 +1,29 @@
 """The majority vote of workers about a direction, one bit per coordinate and worker.
 
-Every worker has a direction of its own, from its own share of the batch and, with Lion,
-its own momentum. Only signs are sent, packed 8 to a byte:
+Every worker has its own direction, from its own part of the batch and, with Lion, its own
+momentum. Only signs are sent, packed 8 to a byte:
 
-    all-to-all    worker j gets everyone's bits for the j-th part of the coordinates,
-                  counts them, and knows the majority there;
-    all-gather    everyone gets the majorities of all parts.
+    all-to-all    worker j gets all workers' bits for the j-th part of the coordinates,
+                  and counts the majority there;
+    all-gather    every worker gets the majorities of all parts.
 
-A coordinate costs each worker 1 bit on the way out and 1 or 2 bits on the way back,
-however many workers there are. An all-reduce of float32 moves 32 bits each way.
+A coordinate costs each worker 1 bit out and 1 or 2 bits back, whatever the number of
+workers. An all-reduce of float32 moves 32 bits each way.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
-from jaxclip._core import checks, floats, trees
-from jaxclip._core.floats import increment, keep_weak_type
-from jaxclip._core.trees import map_clippable
+from jaxclip._core import checks
+from jaxclip._core.floats import has_nonfinite, increment, keep_weak_type
+from jaxclip._core.trees import PyTree, is_clippable, map_clippable, path_name
+
+_AxisName: TypeAlias = str | tuple[str, ...]
 
 
 class MajorityVoteState(NamedTuple):
@@ -38,11 +41,11 @@ class MajorityVoteState(NamedTuple):
 
     step: jax.Array
     num_nonfinite: jax.Array
-    previous: Any = ()
+    previous: PyTree = ()
 
 
 def majority_vote(
-    axis_name: Any,
+    axis_name: _AxisName | None,
     *,
     ties: Literal["zero", "previous"] = "zero",
     zeros: Literal["alternate", "abstain"] = "alternate",
@@ -55,24 +58,23 @@ def majority_vote(
 
         chain(scale_by_lion(), majority_vote("workers"), optax.scale(-1e-3))
 
-    The momentum in front is then each worker's own (Distributed Lion): give the optimizer
-    state a leading axis of workers, sharded over `axis_name`. Parameters stay replicated.
-    Under `shard_map` say `check_vma=False`: JAX cannot see that an all-gather gives every
-    worker the same, and with the check on, `jax.grad` of replicated parameters sums over
-    the workers by itself, after which there is nothing to vote on. For error feedback,
-    wrap what each worker compresses, `error_feedback(scale_by_sign(scaled_sign()))`, and
-    chain the vote behind it.
+    Each worker then has its own momentum (Distributed Lion): give the optimizer state a
+    leading axis of workers, sharded over `axis_name`. Parameters stay replicated. Under
+    `shard_map` pass `check_vma=False`: JAX cannot see that an all-gather gives every worker
+    the same result. With the check on, `jax.grad` of replicated parameters sums over the
+    workers by itself, and no vote is left to take. For error feedback, wrap what each worker
+    compresses, `error_feedback(scale_by_sign(scaled_sign()))`, and chain the vote behind it.
 
     Args:
       axis_name: Mapped axis (or tuple of axes) of the workers. None for a single worker:
         its sign, nothing sent.
-      ties: What an even split gives: "zero", no step; or "previous", the last majority of
+      ties: The result of an even split. "zero": no step. "previous": the last majority of
         that coordinate (0 if there was none), kept in the state.
-      zeros: What a worker with a 0 (or NaN) sends, there being no third value of a bit.
-        "alternate": a vote, 1 for one half of the workers and -1 for the other, the sides
-        changing every step. A coordinate that is 0 on all workers then gets 0 if their
-        number is even, and 1 and -1 by turns if it is odd. "abstain": no vote, which takes
-        a second bit on the way out; a coordinate that is 0 on all workers stays 0.
+      zeros: The vote of a worker with a 0 (or NaN), because a bit has no third value.
+        "alternate": 1 for one half of the workers and -1 for the other; the sides change
+        every step. A coordinate that is 0 on all workers then gets 0 if their number is
+        even, and 1 and -1 by turns if it is odd. "abstain": no vote, which takes a second
+        bit on the way out; a coordinate that is 0 on all workers stays 0.
 
     Returns:
       A transform with values in {-1, 0, 1}; shapes, dtypes and weak types of the updates
@@ -112,62 +114,59 @@ def majority_vote(
         del params, extra_args
         if keeps_previous:
             checks.check_same_structure("updates", updates, "previous votes", state.previous)
-        voters, is_bad = _voters(updates)
-        signs = _elect(voters, axis_name, zeros == "abstain", state.step)
-        leaves, treedef = jax.tree.flatten(updates)
-        elected = iter(signs)
-        votes = [next(elected) if trees.is_clippable(x) else jnp.int8(0) for x in leaves]
-        votes = jax.tree.unflatten(treedef, votes)
+        directions = _real_leaves(updates)
+        signs = iter(_elect(directions, axis_name, zeros == "abstain", state.step))
+        votes = jax.tree.map(lambda u: next(signs) if is_clippable(u) else jnp.int8(0), updates)
         if keeps_previous:
             votes = jax.tree.map(lambda v, old: jnp.where(v == 0, old, v), votes, state.previous)
         result = map_clippable(lambda u, v: keep_weak_type(v.astype(u.dtype), u), updates, votes)
         return result, MajorityVoteState(
             step=increment(state.step),
-            num_nonfinite=increment(state.num_nonfinite, is_bad),
+            num_nonfinite=increment(state.num_nonfinite, has_nonfinite(directions)),
             previous=votes if keeps_previous else (),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _no_vote_yet(p: Any) -> jax.Array:
-    if not trees.is_clippable(p):
+def _no_vote_yet(p: ArrayLike) -> jax.Array:
+    if not is_clippable(p):
         return jnp.zeros((), jnp.int8)
     return jnp.zeros_like(p, dtype=jnp.int8)
 
 
-def _voters(updates: Any) -> tuple[list[jax.Array], jax.Array]:
-    """The floating leaves, and whether one of their entries is not finite."""
+def _real_leaves(updates: optax.Updates) -> list[jax.Array]:
+    """Returns the floating leaves; raises TypeError if one is complex."""
     leaves = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
-        if not trees.is_clippable(leaf):
+        if not is_clippable(leaf):
             continue
         leaf = jnp.asarray(leaf)
         if jnp.iscomplexobj(leaf):
-            name = trees.path_name(path)
+            name = path_name(path)
             raise TypeError(f"majority_vote needs real updates; '{name}' is {leaf.dtype}.")
         leaves.append(leaf)
-    return leaves, floats.has_nonfinite(leaves)
+    return leaves
 
 
 def _elect(
-    leaves: list[jax.Array], axis_name: Any, can_abstain: bool, step: jax.Array
+    leaves: list[jax.Array], axis_name: _AxisName | None, can_abstain: bool, step: jax.Array
 ) -> list[jax.Array]:
-    """The majority of every entry, in int8: 0 where votes for 1 and -1 are as many."""
+    """Returns the majority of every entry, in int8: 0 where the votes are split evenly."""
     size = sum(x.size for x in leaves)
     if axis_name is None or size == 0:
         return [(x > 0).astype(jnp.int8) - (x < 0).astype(jnp.int8) for x in leaves]
     num_workers = int(lax.psum(1, axis_name))
     # Zeros vote by turns: by worker, so that they cancel now, and by step.
-    side = (lax.axis_index(axis_name) + step) % 2 == 0
+    zero_is_up = (lax.axis_index(axis_name) + step) % 2 == 0
 
-    def flat(bits: Any) -> jax.Array:
-        bits = jnp.concatenate([bits(x).reshape(-1) for x in leaves])
+    def flat(bits_of_leaves: list[jax.Array]) -> jax.Array:
+        bits = jnp.concatenate([bits.reshape(-1) for bits in bits_of_leaves])
         return jnp.pad(bits, (0, -size % (8 * num_workers))).reshape(num_workers, -1)
 
-    planes = [flat(lambda x: (x > 0) | (~(x < 0) & side))]
+    planes = [flat([(x > 0) | (~(x < 0) & zero_is_up) for x in leaves])]
     if can_abstain:
-        planes.append(flat(lambda x: (x > 0) | (x < 0)))
+        planes.append(flat([(x > 0) | (x < 0) for x in leaves]))
     majority = _exchange(jnp.stack(planes), axis_name, num_workers)
 
     elected, start = [], 0
@@ -177,21 +176,19 @@ def _elect(
     return elected
 
 
-def _exchange(planes: jax.Array, axis_name: Any, num_workers: int) -> jax.Array:
-    """Sends bits to where they are counted, and the majorities back, as a flat array.
-
-    `planes[0, j]` is whether this worker votes 1 on the entries that worker j counts;
-    `planes[1, j]`, if there is one, whether it votes at all.
-    """
+def _exchange(planes: jax.Array, axis_name: _AxisName, num_workers: int) -> jax.Array:
+    """Sends bits to the workers that count them, and returns the majorities as a flat array."""
+    # planes[0, j]: True where this worker votes 1 on the entries that worker j counts;
+    # planes[1, j], if there is one: True where it votes at all.
     sent = jnp.packbits(planes, axis=2)
     received = jnp.unpackbits(lax.all_to_all(sent, axis_name, 1, 1, tiled=True), axis=2)
-    ups = jnp.sum(jnp.prod(received, axis=0, dtype=jnp.uint8), axis=0, dtype=jnp.int32)
-    votes = jnp.sum(received[-1], axis=0, dtype=jnp.int32)
-    everyone_votes = planes.shape[0] == 1
-    if everyone_votes:
-        votes = jnp.full_like(ups, num_workers)
-    can_tie = not everyone_votes or num_workers % 2 == 0
-    results = [2 * ups > votes] + ([2 * ups < votes] if can_tie else [])
+    num_up = jnp.sum(jnp.prod(received, axis=0, dtype=jnp.uint8), axis=0, dtype=jnp.int32)
+    num_votes = jnp.sum(received[-1], axis=0, dtype=jnp.int32)
+    all_vote = planes.shape[0] == 1
+    if all_vote:
+        num_votes = jnp.full_like(num_up, num_workers)
+    can_tie = not all_vote or num_workers % 2 == 0
+    results = [2 * num_up > num_votes] + ([2 * num_up < num_votes] if can_tie else [])
     packed = jnp.packbits(jnp.stack(results), axis=1)
     gathered = lax.all_gather(packed, axis_name, axis=1, tiled=True)
     bits = jnp.unpackbits(gathered, axis=1).astype(jnp.int8)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -19,10 +20,10 @@ from jaxclip._core.trees import PyTree
 from jaxclip._core.updates import clip_modulus, rounded_sum, update_between, update_within
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.values import check_number_or_schedule, check_threshold_tree
-from jaxclip.weights.projections import Bound, Projection, Schedule
+from jaxclip.weights.projections import Bound, Projection
 
 
-def box(low: PyTree, high: ArrayLike | Schedule | None = None) -> Projection:
+def box(low: PyTree, high: ArrayLike | optax.Schedule | None = None) -> Projection:
     """Makes the projection onto arrays with entries in `[low, high]`, or in `[-low, low]`.
 
     `w <- min(max(w, low), high)`. With one argument it is the box of `clip_weights`.
@@ -101,8 +102,8 @@ class _Box(Projection):
 
 @dataclasses.dataclass(frozen=True)
 class _Interval(Projection):
-    low: ArrayLike | Schedule = 0.0
-    high: ArrayLike | Schedule = 0.0
+    low: ArrayLike | optax.Schedule = 0.0
+    high: ArrayLike | optax.Schedule = 0.0
 
     def at_step(self, step: ArrayLike) -> Projection:
         low = self.low(step) if callable(self.low) else self.low

@@ -7,13 +7,14 @@ in such a set while they are trained. Sets with a bound for each entry are in `b
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import EllipsisType
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -28,7 +29,6 @@ from jaxclip.norms.singular_values import cap_leaf
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.values import check_one_threshold, resolve_threshold
 
-Schedule: TypeAlias = Callable[[ArrayLike], ArrayLike]
 Bound: TypeAlias = float | jax.Array  # a leaf of what `resolve_threshold` returns
 # Over which axes a norm is taken; None for a unit by flax's layouts, ... for the whole leaf.
 _Axis: TypeAlias = int | Sequence[int] | EllipsisType | None
@@ -78,7 +78,9 @@ class Projection:
         return keep_weak_type(jnp.where(target == moved, u, update_to(target, u, w)), u)
 
 
-def max_norm(max_norm: ArrayLike | Schedule | ThresholdRule, axis: _Axis = None) -> Projection:
+def max_norm(
+    max_norm: ArrayLike | optax.Schedule | ThresholdRule, axis: _Axis = None
+) -> Projection:
     """Makes the projection onto arrays whose units have a norm of at most `max_norm`.
 
     `w <- w * min(1, max_norm / norm(w))`, unit by unit.
@@ -144,7 +146,7 @@ def unit_norm(axis: _Axis = None) -> Projection:
 
 
 def spectral_cap(
-    max_singular_value: ArrayLike | Schedule | ThresholdRule,
+    max_singular_value: ArrayLike | optax.Schedule | ThresholdRule,
     steps: int | None = None,
     *,
     stacked_axes: int | None = None,
@@ -200,15 +202,15 @@ class _MaxNorm(Projection):
     axis: _Axis = None
 
     def project(self, path: str, w: jax.Array, bound: Bound) -> jax.Array:
+        axes = _axes_of(path, w, self.axis)
         if is_unbounded(bound):
             return w
-        axes = _axes_of(path, w, self.axis)
         return keep_weak_type(_to_norm(w, _norm_bound(path, w, bound, axes), axes), w)
 
     def correct(self, path: str, u: jax.Array, w: jax.Array, bound: Bound) -> jax.Array:
+        axes = _axes_of(path, w, self.axis)
         if is_unbounded(bound):
             return u
-        axes = _axes_of(path, w, self.axis)
         return keep_weak_type(_update_to_norm(u, w, _norm_bound(path, w, bound, axes), axes), u)
 
 
