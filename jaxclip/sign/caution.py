@@ -51,7 +51,8 @@ def cautious(
       ValueError: If `is_direction` is not a bool.
 
     Example:
-      >>> tx = cautious(signum(0.5, beta=0.5))
+      >>> import jaxclip
+      >>> tx = cautious(jaxclip.signum(0.5, beta=0.5))
       >>> w = jnp.zeros(3)
       >>> _, state = tx.update(jnp.array([4.0, 4.0, 4.0]), tx.init(w), w)
       >>> updates, _ = tx.update(jnp.array([-1.0, 1.0, 1.0]), state, w)

@@ -313,6 +313,25 @@ def test_the_clip_rate_is_the_share_of_boxed_weights_on_the_bound(threshold, mas
     assert float(infos[-1].weight_clip_rate) == 0.5
 
 
+def test_the_threshold_of_a_step_is_resolved_once():
+    calls = []
+
+    def narrowing(step):
+        calls.append(step)
+        return 1.0 / (1 + step.astype(jnp.float32))
+
+    a = jnp.zeros(100).at[0].set(1000.0).at[1].set(30.0)
+    tx, params = optax.sgd(0.0), {"a": a, "b": jnp.ones(100)}
+    step = make_train_step(lambda p, _: jnp.sum(p["a"]), tx, weight_threshold=narrowing)
+    jax.eval_shape(step, TrainState.create(params, tx), None)
+    assert len(calls) == 1
+    # 100 before the clip, which one weight reaches; measured again, 10, which 30 exceeds too.
+    rule = jaxclip.thresholds.std_multiple(1.0)
+    step = make_train_step(lambda p, _: jnp.sum(p["a"]), tx, weight_threshold={"a": rule, "b": 2.0})
+    _, info = step(TrainState.create(params, tx), None)
+    np.testing.assert_allclose(info.weight_clip_rate, 1 / 200, rtol=1e-6)
+
+
 def test_without_a_box_the_clip_rate_is_zero():
     tx = make_optimizer()
     _, info = make_train_step(linear_loss, tx)(TrainState.create(make_params(), tx), make_batch())
