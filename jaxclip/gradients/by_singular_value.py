@@ -15,7 +15,7 @@ from jaxclip._core.floats import increment, is_bad_step
 from jaxclip._core.trees import PyTree, path_name
 from jaxclip.gradients.state import ClipStats
 from jaxclip.norms.scaling import zero_if
-from jaxclip.norms.singular_values import _num_matrices, cap_leaf
+from jaxclip.norms.singular_values import cap_leaf, count_matrices
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 
@@ -96,7 +96,7 @@ def clip_by_spectral_norm(
             cap_leaf("max_norm", path_name(path), g, bound, steps, stacked_axes)
             for (path, g), bound in pairs
         ]
-        num_matrices = sum(_num_matrices(g, stacked_axes) for _, g in entries)
+        num_matrices = sum(count_matrices(g, stacked_axes) for _, g in entries)
         num_clipped = sum((x.num_clipped for x in leaves), jnp.zeros((), jnp.float32))
         capped = jax.tree.unflatten(treedef, [x.capped for x in leaves])
         stats = state.stats.update(

@@ -1,26 +1,20 @@
 """Norms that are right for every finite input, in one pass over memory.
 
-A sum of squares in float32 overflows from 1.8e19 on and loses small numbers below
-1e-19. Both are noticed from the sum itself, and only then is a second pass taken, over
-the input times a power of two, so that ordinary gradients pay nothing.
+A sum of squares in float32 overflows from 1.8e19 on and loses numbers below 1e-19. The sum
+itself shows both. Only then does a second pass measure the input times a power of two:
 
     norm(tree) = norm_of_rescaled / rescale,        rescale in {2**-k, 1, 2**k}
-
-The pair is kept apart where it matters: the norm of finite float32 numbers can itself
-exceed float32, and a clip coefficient still has to come out right.
-
-Every leaf's own sum is kept on the way to the norm of the tree, as one vector: it costs
-nothing, tells which leaf is to blame for a spike, and is added up in pairs, so that rounding
-grows with the logarithm of the number of leaves.
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxclip._core.checks import check_choice
 from jaxclip._core.floats import (
@@ -28,39 +22,39 @@ from jaxclip._core.floats import (
     has_nonfinite,
     power_of_two,
 )
-from jaxclip._core.trees import is_clippable
+from jaxclip._core.trees import PyTree, floating_leaves
 from jaxclip.norms.magnitudes import (
-    _ORDERS,
+    ORDERS,
     RescaledNorm,
-    _root,
     accumulator,
     change_of_norm,
     largest_of,
     over_devices,
     rescaled_total,
+    root_of_total,
 )
 
 
 class MeasuredNorm(NamedTuple):
-    """The norm of a tree, to be used again where that same tree comes by.
+    """The norm of a tree, kept so that transforms of that same tree need not measure it again.
 
     Attributes:
-      tree: What was measured.
-      norm: Its `RescaledNorm`, of scalars.
+      tree: The tree that was measured.
+      norm: Its `RescaledNorm`, of scalars. Only this has a derivative.
       leaf_norms: Float32 vector, the norm of each floating leaf in order, at most the largest
         float32; not finite where an entry is not.
-      ord: Which norm.
+      ord: 1, 2 or inf.
       axis_name: The mapped axis that it was taken over, if any.
     """
 
-    tree: Any
+    tree: PyTree
     norm: RescaledNorm
     leaf_norms: jax.Array
     ord: float = 2
     axis_name: str | None = None
 
-    def is_of(self, tree: Any, ord: float, axis_name: str | None) -> bool:
-        """Whether this is that norm of the very arrays in `tree`."""
+    def is_of(self, tree: PyTree, ord: float, axis_name: str | None) -> bool:
+        """Returns True if this is the same norm of the same array objects."""
         if (self.ord, self.axis_name) != (ord, axis_name):
             return False
         mine, theirs = jax.tree.leaves(self.tree), jax.tree.leaves(tree)
@@ -68,21 +62,18 @@ class MeasuredNorm(NamedTuple):
         return len(mine) == len(theirs) and all(a is b for a, b in pairs)
 
 
-# --- Of a tree ------------------------------------------------------------------------
-
-
-def global_norm(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> jax.Array:
+def global_norm(tree: PyTree, *, ord: float = 2, axis_name: str | None = None) -> jax.Array:
     """Returns the norm of all floating entries of a tree taken as one vector.
 
-    `(sum |x|**ord) ** (1 / ord)`, or `max |x|` for `ord=inf`. Every leaf is accumulated in
-    float32 (float64 leaves in float64) whatever its dtype, and magnitudes whose squares
-    overflow or underflow are rescaled. Integer, bool, float0 and key leaves do not count.
+    `(sum |x|**ord) ** (1 / ord)`, or `max |x|` for `ord=inf`. Sums are in float32 whatever the
+    dtype (in float64 for float64 leaves). Magnitudes whose squares overflow or underflow are
+    rescaled. Integer, bool, float0 and key leaves do not count.
 
     Args:
       tree: Any pytree of arrays; complex entries count by modulus.
       ord: 1, 2 or inf.
       axis_name: Mapped axis to reduce over inside `shard_map`, `pmap` or `vmap`. Under
-        `jit` on sharded arrays leave it None: the norm is global already.
+        `jit` on sharded arrays leave it None, because there the norm is global already.
 
     Returns:
       A float32 scalar (float64 if a leaf is float64). 0 for an empty tree; inf if the norm
@@ -106,51 +97,20 @@ def global_norm(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> j
 
 
 def rescaled_global_norm(
-    tree: Any, *, ord: float = 2, axis_name: str | None = None
+    tree: PyTree, *, ord: float = 2, axis_name: str | None = None
 ) -> RescaledNorm:
-    """Returns `global_norm` as a norm and a power-of-two rescale that divides it.
-
-    Args:
-      tree: As in `global_norm`.
-      ord: As in `global_norm`.
-      axis_name: As in `global_norm`.
-
-    Returns:
-      A `RescaledNorm` of scalars: finite whenever every entry of `tree` is.
-
-    Raises:
-      ValueError: If `ord` is not 1, 2 or inf.
-
-    Example:
-      >>> norm, rescale = rescaled_global_norm(jnp.full(16, 3e38))
-      >>> bool(jnp.isfinite(norm)), float(rescale) == 2.0**-90
-      (True, True)
-    """
+    """Returns `global_norm` as two scalars that are finite whenever every entry is."""
+    # The norm of finite float32 numbers can itself exceed float32, and a clip coefficient still
+    # has to come out right.
     return measure_norm(tree, ord=ord, axis_name=axis_name).norm
 
 
-def measure_norm(tree: Any, *, ord: float = 2, axis_name: str | None = None) -> MeasuredNorm:
-    """Returns `global_norm` with what was learned on the way: each leaf's norm.
-
-    Args:
-      tree: As in `global_norm`.
-      ord: As in `global_norm`.
-      axis_name: As in `global_norm`.
-
-    Returns:
-      A `MeasuredNorm`. Only its `norm` has a derivative.
-
-    Raises:
-      ValueError: If `ord` is not 1, 2 or inf.
-
-    Example:
-      >>> measured = measure_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)})
-      >>> print(measured.norm.value(), measured.leaf_norms)
-      5.0 [4. 3.]
-    """
-    check_choice("ord", ord, _ORDERS)
-    norm, leaf_norms_ = _tree_norm(_floating_leaves(tree), float(ord), axis_name)
-    return MeasuredNorm(tree, norm, leaf_norms_, ord, axis_name)
+def measure_norm(tree: PyTree, *, ord: float = 2, axis_name: str | None = None) -> MeasuredNorm:
+    """Returns the norm of a tree with the norms of its leaves, which cost nothing extra."""
+    check_choice("ord", ord, ORDERS)
+    leaves = [jnp.asarray(x) for x in floating_leaves(tree)]
+    norm, norms_of_leaves = _tree_norm(leaves, float(ord), axis_name)
+    return MeasuredNorm(tree, norm, norms_of_leaves, ord, axis_name)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -174,57 +134,39 @@ def _tree_norm(
     zeros = jnp.zeros((len(leaves),), dtype) + _zero_that_varies(leaves, dtype, axis_name)
     totals, exponent = _in_two_rounds(totals_at, exponent_for, zeros)
     rescale, largest = power_of_two(exponent, dtype), jnp.asarray(FLOAT32_MAX, dtype)
-    each = jnp.minimum(_root(totals, ord) / rescale, largest)
-    each = jnp.where(jnp.isfinite(totals), each, totals).astype(jnp.float32)
-    return RescaledNorm(_root(_add_up(totals, ord), ord), rescale), each
+    norms = jnp.minimum(root_of_total(totals, ord) / rescale, largest)
+    norms = jnp.where(jnp.isfinite(totals), norms, totals).astype(jnp.float32)
+    return RescaledNorm(root_of_total(_add_up(totals, ord), ord), rescale), norms
 
 
 @_tree_norm.defjvp
-def _tree_norm_jvp(ord: float, axis_name: str | None, primals: Any, tangents: Any) -> tuple:
-    """`d norm = sum(x * dx) / norm` for ord 2; 0 at 0, so that a clip there is the identity."""
+def _tree_norm_jvp(ord: float, axis_name: str | None, primals: tuple, tangents: tuple) -> tuple:
+    """Returns `d norm = sum(x * dx) / norm` for ord 2; 0 at 0, so that a clip is the identity."""
     leaves, changes = primals[0], tangents[0]
-    norm, each = _tree_norm(leaves, ord, axis_name)
+    norm, norms_of_leaves = _tree_norm(leaves, ord, axis_name)
     total = jnp.zeros_like(norm.norm)
     for x, dx in zip(leaves, changes, strict=True):
         total += jnp.sum(change_of_norm(x, dx, norm, ord))
     total = total if axis_name is None else lax.psum(total, axis_name)
     change = RescaledNorm(total, jnp.zeros_like(norm.rescale))
-    return (norm, each), (change, jnp.zeros_like(each))
+    return (norm, norms_of_leaves), (change, jnp.zeros_like(norms_of_leaves))
 
 
-def is_nonfinite(tree: Any, given: Any = None) -> jax.Array:
-    """Returns whether a floating entry of a tree is not finite.
-
-    Args:
-      tree: Any pytree of arrays.
-      given: A `MeasuredNorm`, which says so without a pass if it is of this tree; else
-        anything, such as None.
-
-    Returns:
-      A scalar bool.
-
-    Example:
-      >>> print(is_nonfinite({"w": jnp.array([1.0, jnp.inf])}))
-      True
-    """
+def is_nonfinite(tree: PyTree, given: object = None) -> jax.Array:
+    """Returns True if a floating entry is not finite; a `MeasuredNorm` of the tree saves a pass."""
     if isinstance(given, MeasuredNorm) and given.is_of(tree, given.ord, given.axis_name):
         return ~jnp.isfinite(given.norm.norm)
     return has_nonfinite(tree)
 
 
-# --- Parts ----------------------------------------------------------------------------
-
-
-def _floating_leaves(tree: Any) -> list[jax.Array]:
-    return [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_clippable(x)]
-
-
-def _in_two_rounds(totals_at: Any, exponent_for: Any, zeros: jax.Array) -> tuple[Any, Any]:
-    """Totals at the rescale that suits them, and the sign of its exponent.
-
-    A loop that ends after its first round for ordinary magnitudes. The program holds the
-    reductions once, where a branch for the second round would hold them twice.
-    """
+def _in_two_rounds(
+    totals_at: Callable[[jax.Array], jax.Array],
+    exponent_for: Callable[[jax.Array], jax.Array],
+    zeros: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the totals at the rescale that suits them, and the sign of its exponent."""
+    # A loop, which ends after its first round for ordinary magnitudes. The program holds the
+    # reductions once; with a branch for the second round it would hold them twice.
 
     def another_round(carry: tuple) -> tuple:
         exponent, _, num_rounds = carry
@@ -239,9 +181,9 @@ def _in_two_rounds(totals_at: Any, exponent_for: Any, zeros: jax.Array) -> tuple
 
 
 def _better_exponent(totals: jax.Array, ord: float) -> jax.Array:
-    """-1 for each total that is too large, 1 for each that may have sunk, else 0 (for NaN)."""
+    """Returns -1 for a total that is too large, 1 for one that may have sunk, else 0 (NaN too)."""
     info = jnp.finfo(totals.dtype)
-    # Well within the range for the other norms, so that `1 / norm` is normal, too.
+    # For the other norms well within the range, so that `1 / norm` is normal too.
     largest = float(info.max) if ord == 2 else 2.0 ** (info.maxexp // 2)
     exponent = jnp.where(totals > largest, jnp.int32(-1), jnp.int32(0))
     if ord != 2:
@@ -251,7 +193,8 @@ def _better_exponent(totals: jax.Array, ord: float) -> jax.Array:
 
 
 def _add_up(totals: jax.Array, ord: float) -> jax.Array:
-    """The sum of a vector, in pairs, or its largest entry; 0 if it is empty."""
+    """Returns the sum of a vector, or its largest entry for `ord=inf`; 0 if it is empty."""
+    # In pairs: rounding then grows with the logarithm of the number of leaves.
     if ord == np.inf or totals.size == 0:
         return largest_of(totals)
     while totals.size > 1:
@@ -261,12 +204,14 @@ def _add_up(totals: jax.Array, ord: float) -> jax.Array:
     return totals[0]
 
 
-def _zero_that_varies(leaves: list[jax.Array], dtype: Any, axis_name: str | None) -> jax.Array:
-    """0, which inside `shard_map` varies over the mesh axes that the totals vary over."""
+def _zero_that_varies(
+    leaves: list[jax.Array], dtype: DTypeLike, axis_name: str | None
+) -> jax.Array:
+    """Returns 0, which inside `shard_map` varies over the mesh axes that the totals vary over."""
     zero = jnp.zeros((), dtype)
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return zero
-    for x in leaves:  # from no entries at all, or from one, so that nothing is computed
+    for x in leaves:  # from none or one of the entries, so that nothing is computed
         one = jnp.sum(x[..., :0]) if x.ndim else jnp.where(x == x, 0, 0)
         zero += jnp.real(one).astype(dtype)
     return zero if axis_name is None else lax.psum(zero, axis_name)

@@ -78,14 +78,14 @@ def scaling_to(
 ) -> tuple[Scaling, NormClip]:
     """Returns the scaling that brings norms of any shape down to a bound, and its outcome."""
     size, rescale = norm
-    # The norm that decides and divides; `size` itself stays what telemetry reports.
+    # This norm decides and divides; telemetry reports `size` itself.
     padded = size + jnp.asarray(eps).astype(size.dtype) * rescale
     bound = as_bound(bound, size.dtype)
     # Compared without dividing by `rescale`, so that neither side overflows.
     is_above = padded > bound * rescale
     is_bad = ~jnp.isfinite(size) | jnp.isnan(bound)
     divisor = jnp.where(is_above & ~is_bad, padded, jnp.ones_like(size))
-    # Covers the rounding of the norm, the quotient and the products.
+    # The margin covers the rounding of the norm, the quotient and the products.
     margin = 1 - 8 * jnp.finfo(size.dtype).eps
     bound = jnp.where(is_above, bound, jnp.ones_like(size))
     whole = bound / divisor * margin
@@ -122,7 +122,7 @@ def norm_of(
         if given is None or not given.is_of(updates, ord, axis_name):
             given = measure_norm(updates, ord=ord, axis_name=axis_name)
         return given.norm, given.leaf_norms
-    # The norm of a number, which is rescaled if need be.
+    # As the norm of that number, which rescales it where its square would overflow.
     dtype = None if is_clippable(given) else jnp.float32
     return rescaled_global_norm(jnp.asarray(given, dtype)), None
 

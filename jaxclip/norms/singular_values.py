@@ -7,19 +7,13 @@ matrix signs, each a few rounds of products:
     M = sign(c I - O^H W), +1 on right singular vectors with s < c, -1 where s > c
     capped = W (I + M) / 2 + c O (I - M) / 2
 
-The sign is taken of `O^H W`, whose eigenvalues are the singular values, rather than of
-`W^H W`: squares would cost half of the digits. `O` has to be right only where s > c. Where
-s is so small that the rounds do not bring it to a polar factor, `O^H W` is smaller still,
-and that part of W comes through by its first term.
-
-A round is `x <- a x (3 - (a x)**2) / 2` on the singular values, which sends [l, 1] into
-[l', 1] with the `a` that makes l' largest. It never exceeds 1, and the number of rounds
-says in advance how far a singular value close to c can end above it, as a share of the
-norm of W. The cap is lowered by that much.
+A round maps the singular values by `x <- a x (3 - (a x)**2) / 2`. The number of rounds fixes
+in advance how far a singular value close to c can end above it, and the cap is lowered by that.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,20 +30,20 @@ from jaxclip._core.floats import (
     keep_weak_type,
     round_toward_zero,
 )
+from jaxclip._core.trees import PyTree
 
-# Rounds of each matrix sign.
-_DEFAULT_STEPS = 12
+_DEFAULT_STEPS = 12  # rounds of each matrix sign
 
 
 def cap_singular_values(matrix: ArrayLike, cap: ArrayLike, steps: int | None = None) -> jax.Array:
     """Returns `U diag(min(s, cap)) V^H` for a matrix `U diag(s) V^H`, or a batch of them.
 
-    With r the largest singular value over the cap, measured against exact ones over many
-    shapes and spectra: none comes out above `cap` by more than 1e-6 of it, and the result is
-    within `3e-5 * r * cap` of the exact one in spectral norm (1e-3 at 8 steps, 2e-4 at 10,
+    The accuracy depends on r, the largest singular value over the cap. Measured over many
+    shapes and spectra, no singular value ends above `cap` by more than 1e-6 of it. The result
+    is within `3e-5 * r * cap` of the exact one in spectral norm (1e-3 at 8 steps, 2e-4 at 10,
     5e-6 at 14), besides the rounding of half precision. That holds for r up to 500 (12 at
     8 steps, 80 at 10, 3000 at 14). A lower cap is met by capping at that ratio and
-    multiplying by the rest, which shrinks also singular values below the cap.
+    multiplying by the rest, which also shrinks singular values below the cap.
 
     Args:
       matrix: Shape (..., m, n), real or complex floating.
@@ -94,59 +88,43 @@ class Capped(NamedTuple):
 
     Attributes:
       capped: The leaf.
-      norm: Scalar float32, the largest norm before, from below.
-      num_clipped: Scalar float32, how many matrices were clipped.
+      norm: Scalar float32, a lower estimate of the largest spectral norm before.
+      num_clipped: Scalar float32, the number of matrices that were clipped.
     """
 
-    capped: Any
+    capped: jax.Array
     norm: jax.Array
     num_clipped: jax.Array
 
 
-def cap_leaf(name: str, path: str, g: Any, cap: Any, steps: int | None, num_stacked: int) -> Capped:
-    """Returns a leaf with the singular values of its matrices capped, and what was seen.
-
-    Args:
-      name: The cap's name, for the message.
-      path: The leaf's path, for the message.
-      g: The leaf; one that has no matrices is passed.
-      cap: As `resolve_threshold` gives it: one number.
-      steps: As in `cap_singular_values`; None is 12.
-      num_stacked: Leading axes that number matrices; the last is taken against the others.
-
-    Returns:
-      A `Capped`.
-
-    Raises:
-      ValueError: If `cap` has several values.
-
-    Example:
-      >>> cap_leaf("cap", "w", 3 * jnp.ones((1, 1)), 1.0, 12, 0).capped.round(3)
-      Array([[1.]], dtype=float32)
-    """
-    if not _num_matrices(g, num_stacked):
+def cap_leaf(
+    name: str, path: str, g: PyTree, cap: ArrayLike, steps: int | None, num_stacked: int
+) -> Capped:
+    """Caps the singular values of a leaf's matrices; a leaf without matrices passes through."""
+    if not count_matrices(g, num_stacked):
         return Capped(g, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     if np.size(cap) != 1:
         raise ValueError(
-            f"{name} must be one number a leaf; at '{path}' it has shape {np.shape(cap)}."
+            f"{name} must be one number for a leaf; at '{path}' it has shape {np.shape(cap)}."
         )
     g = jnp.asarray(g)
     cap = cap if isinstance(cap, float) else jnp.reshape(cap, ())
     steps = _DEFAULT_STEPS if steps is None else steps
     cap_matrices = functools.partial(_cap, steps=steps, num_stacked=num_stacked)
-    found = _with_auto_axes(cap_matrices, g)(g, cap)
-    return found._replace(capped=keep_weak_type(found.capped, g))
+    result = _with_auto_axes(cap_matrices, g)(g, cap)
+    return result._replace(capped=keep_weak_type(result.capped, g))
 
 
-def _num_matrices(g: Any, num_stacked: int) -> int:
+def count_matrices(g: PyTree, num_stacked: int) -> int:
+    """Returns the number of matrices in a leaf: its last axis against those after the stack."""
     if not trees.is_clippable(g) or np.ndim(g) - num_stacked < 2 or np.size(g) == 0:
         return 0
     return math.prod(np.shape(g)[:num_stacked])
 
 
-def _with_auto_axes(fn: Any, g: jax.Array) -> Any:
-    """`fn`, inside which Explicit mesh axes are Auto: products over a sharded axis and
-    reshapes of one are ambiguous where every sharding has to be said."""
+def _with_auto_axes(fn: Callable[..., Capped], g: jax.Array) -> Callable:
+    """Makes the Explicit mesh axes Auto inside `fn`."""
+    # Products over a sharded axis and reshapes of one are ambiguous under Explicit sharding.
     sharding = jax.typeof(g).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return fn
@@ -159,7 +137,7 @@ def _with_auto_axes(fn: Any, g: jax.Array) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("steps", "num_stacked"), inline=True)
 def _cap(g: jax.Array, cap: ArrayLike, steps: int, num_stacked: int) -> Capped:
-    """Caps matrices, all axes after `num_stacked` but the last against the last."""
+    """Caps matrices whose columns are the last axis and whose rows all others after the stack."""
     dtype = compute_dtype(g.dtype)
     real = jnp.finfo(dtype).dtype
     cap = jnp.maximum(jnp.asarray(round_toward_zero(cap, real)), 0)
@@ -168,7 +146,7 @@ def _cap(g: jax.Array, cap: ArrayLike, steps: int, num_stacked: int) -> Capped:
     is_wide = x.shape[-2] < x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if is_wide else x
     size = _measure(x)
-    # The rounding of the bound must not clip what is at the cap exactly.
+    # The rounding of the bound must not clip a matrix that is exactly at the cap.
     tolerance = 1 - 8 * jnp.finfo(real).eps
     is_above = (size.bound * tolerance > cap * size.inverse) | (cap == 0)
     capped = lax.cond(
@@ -178,7 +156,7 @@ def _cap(g: jax.Array, cap: ArrayLike, steps: int, num_stacked: int) -> Capped:
     if g.dtype.itemsize < 4:
         capped = round_toward_zero(capped, g.dtype)
     norm = jnp.max(size.norm * size.unit).astype(jnp.float32)
-    # Chosen in the shape of the leaf, from which the result takes its sharding.
+    # Select in the shape of the leaf, from which the result takes its sharding.
     choice = is_above.reshape(*stack, *(1 for _ in g.shape[num_stacked:]))
     return Capped(
         capped=jnp.where(choice, capped.astype(g.dtype), g),
@@ -187,13 +165,18 @@ def _cap(g: jax.Array, cap: ArrayLike, steps: int, num_stacked: int) -> Capped:
     )
 
 
+# The sign is that of `O^H W`, whose eigenvalues are the singular values, and not of `W^H W`,
+# whose squares would cost half of the digits. `O` has to be right only where s > c. Where s is
+# so small that the rounds do not reach a polar factor, `O^H W` is smaller still, and that part
+# of W passes by the first term. A round sends [l, 1] into [l', 1], never above 1, with the `a`
+# that makes l' largest.
 def _cap_tall(x: jax.Array, cap: jax.Array, size: "_Size", steps: int) -> jax.Array:
     """Caps matrices with at least as many rows as columns."""
     plan = _plan(steps)
     real = jnp.finfo(x.dtype).dtype
     x = x * size.inverse.astype(x.dtype) / size.bound.astype(x.dtype)  # norm at most 1
     cap_of_x = cap * size.inverse / size.bound
-    # Below this share of the norm the rounds do not reach; such a cap is met by a factor.
+    # The rounds do not reach below this fraction of the norm; a factor meets such a cap.
     lowest = 4 * plan.resolution
     is_low = cap_of_x < lowest
     aim = jnp.clip(cap_of_x, lowest, 1)
@@ -213,23 +196,18 @@ def _cap_tall(x: jax.Array, cap: jax.Array, size: "_Size", steps: int) -> jax.Ar
 
 
 class _Size(NamedTuple):
-    """How large matrices are: their norm is at most `bound * unit`, about `norm * unit`.
+    """Spectral norms of matrices: at most `bound * unit`, about `norm * unit`."""
 
-    The inverse of the unit is kept, for XLA turns `x / a / b` into `x / (a * b)`.
-    """
-
-    unit: jax.Array
-    inverse: jax.Array
+    unit: jax.Array  # a power of two
+    inverse: jax.Array  # of the unit, because XLA turns `x / a / b` into `x / (a * b)`
     bound: jax.Array
     norm: jax.Array
 
 
 def _measure(x: jax.Array) -> _Size:
-    """Bounds the norms of tall matrices by the norms of powers of their Gram matrices.
-
-    `norm(W)**2 = norm(G) <= frobenius(G**4)**(1/4)`: for r equal singular values that is
-    above the norm by `r**(1/16)`, where the Frobenius norm of W is by `r**(1/2)`.
-    """
+    """Bounds the norms of tall matrices by the norms of powers of their Gram matrices."""
+    # `norm(W)**2 = norm(G) <= frobenius(G**4)**(1/4)`. With r equal singular values this bound is
+    # above the norm by a factor of `r**(1/16)`, but the Frobenius norm of W by `r**(1/2)`.
     x = lax.stop_gradient(x)
     unit, inverse = _power_of_two(x)
     x = x * inverse.astype(x.dtype)
@@ -247,7 +225,7 @@ def _measure(x: jax.Array) -> _Size:
 
 
 def _power_norm(x: jax.Array, gram_power: jax.Array) -> jax.Array:
-    """The norm from below, by a few power steps from the longest column of a Gram power."""
+    """Returns a lower estimate of the norm, by power steps from a Gram power's longest column."""
     diagonal = jnp.real(jnp.diagonal(gram_power, axis1=-2, axis2=-1))
     longest = jnp.argmax(diagonal, axis=-1)[..., None, None]
     v = jnp.take_along_axis(gram_power, longest, axis=-1)
@@ -261,7 +239,7 @@ def _power_norm(x: jax.Array, gram_power: jax.Array) -> jax.Array:
 
 
 def _power_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The power of two near the largest entry of each matrix, and its inverse; 1 if none is."""
+    """Returns a power of two near each matrix's largest entry (1 if unusual), and its inverse."""
     magnitude = jnp.maximum(jnp.abs(jnp.real(x)), jnp.abs(jnp.imag(x)))
     largest = jnp.max(magnitude, axis=(-2, -1), keepdims=True)
     info = jnp.finfo(largest.dtype)
@@ -280,7 +258,7 @@ def _nonzero(x: jax.Array) -> jax.Array:
 
 
 def _frobenius(x: jax.Array) -> jax.Array:
-    """Frobenius norms, dims kept, of matrices that are neither huge nor tiny."""
+    """Returns Frobenius norms, dims kept, of matrices of ordinary magnitude."""
     squares = jnp.real(x * jnp.conj(x))
     return jnp.sqrt(jnp.sum(squares, axis=(-2, -1), keepdims=True))
 
@@ -290,7 +268,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _identity(x: jax.Array) -> jax.Array:
-    """The identity that a product of tall matrices with their adjoints is compared with."""
+    """Returns the identity in the shape of a tall matrix's Gram matrix."""
     eye = jnp.eye(x.shape[-1], dtype=x.dtype)
     return jnp.expand_dims(eye, tuple(range(x.ndim - 2)))
 
@@ -303,7 +281,7 @@ def _adjoint(x: jax.Array) -> jax.Array:
 
 
 def _sign(x: jax.Array, scales: tuple[float, ...]) -> jax.Array:
-    """The polar factor of a tall matrix of norm 1; the sign of a Hermitian one."""
+    """Returns the polar factor of a tall matrix of norm 1, the sign of a Hermitian one."""
     eye = _identity(x)
 
     def one_round(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, None]:
@@ -314,21 +292,20 @@ def _sign(x: jax.Array, scales: tuple[float, ...]) -> jax.Array:
 
 
 class _Plan(NamedTuple):
-    """The rounds of a sign: their scales, the smallest magnitude that they bring to 1, and
-    how far a singular value at the cap can end above it, as a share of the norm."""
+    """The rounds of a matrix sign."""
 
     scales: tuple[float, ...]
-    resolution: float
-    excess: float
+    resolution: float  # the smallest magnitude that they bring to 1
+    excess: float  # by which a singular value at the cap can end above it, over the norm
 
 
 @functools.cache
 def _plan(steps: int) -> _Plan:
-    """The rounds that reach as far down as `steps` of them can."""
+    """Returns the rounds that reach as far down as `steps` of them can."""
     low, high = -40.0, 0.0  # powers of two; from the higher one the rounds converge
     for _ in range(40):
         middle = (low + high) / 2
-        # So close that also the derivative is right: the rounds oscillate below 1.
+        # So close to 1 that the derivative is right too: the rounds oscillate below 1.
         is_reached = _rounds(2.0**middle, steps)[1] > 1 - 1e-12
         low, high = (low, middle) if is_reached else (middle, high)
     scales, _ = _rounds(2.0**high, steps)
@@ -339,14 +316,14 @@ def _plan(steps: int) -> _Plan:
 
 
 def _rounds(lowest: float, steps: int) -> tuple[tuple[float, ...], float]:
-    """The scales of rounds from [lowest, 1], and where the lower end comes to."""
+    """Returns the scales of rounds from [lowest, 1], and where the lower end goes."""
     scales = []
     for _ in range(steps):
-        # With larger scales the largest values fall below a tenth, and lose digits.
+        # With larger scales the largest values would fall below a tenth, and lose digits.
         scales.append(min(math.sqrt(3 / (1 + lowest + lowest**2)), 1.7))
         lowest = min(_one_round(lowest, scales[-1]), _one_round(1.0, scales[-1]))
     return tuple(scales), lowest
 
 
-def _one_round(x: Any, scale: float) -> Any:
+def _one_round(x: Any, scale: float) -> Any:  # a number or an array
     return scale * x * (3 - (scale * x) ** 2) / 2
