@@ -53,7 +53,7 @@ def quantize(
     Raises:
       TypeError: If `array` is not real floating, or `threshold` is no threshold.
       ValueError: If `bits` is not allowed, or a concrete entry is NaN or infinite; if
-        `mse_optimal` is `exact` or has an `importance` and the grid has a zero point.
+        `mse_optimal` has an `importance` and the grid has a zero point.
 
     Example:
       >>> q = quantize(jnp.array([0.9, -1.1, 1.0, 0.05]), "ternary")
@@ -75,8 +75,8 @@ def quantize(
         v = None if importance is None else importance_for(importance, array.shape, name)
         codes, scale = _encode(array, _block_thresholds(array, grid, threshold), grid, v)
         return QuantizedArray(codes, scale, grid, array.dtype)
-    if importance is not None or getattr(threshold, "exact", False):
-        raise ValueError("exact and importance are for grids without a zero point.")
+    if importance is not None:
+        raise ValueError("importance is for grids without a zero point.")
     is_searched = isinstance(threshold, type(mse_optimal()))
     t = None if is_searched else _block_thresholds(array, grid, threshold)
     codes, scale, zero = _encode_with_zero(array, t, grid)

@@ -19,14 +19,12 @@ from jaxclip._core.floats import FLOAT32_MAX
 from jaxclip._core.grids import Bits, Grid
 from jaxclip.thresholds.by_magnitude import _inverse_size, _magnitude, _num_entries, _total
 from jaxclip.thresholds.rules import ThresholdRule
-from jaxclip.thresholds.search.exact import optimal_scale
 from jaxclip.thresholds.search.scale import best_common_scale, best_scale
 
 
 @dataclasses.dataclass(frozen=True)
 class _MseOptimal(ThresholdRule):
     grid_name: ClassVar[str] = "mse_optimal"
-    exact: bool = False
     importance: Any = dataclasses.field(default=None, compare=False)
 
     def compact(self, array: jax.Array) -> jax.Array:
@@ -58,9 +56,6 @@ class _MseOptimal(ThresholdRule):
                 return jnp.sum(size / counts, axis=axes, keepdims=True)
             share = v / jnp.sum(v, axis=axes, keepdims=True)
             return jnp.sum(size * share, axis=axes, keepdims=True)
-        if self.exact:
-            scale = optimal_scale(blocks, axes, low, high, v)
-            return jnp.asarray(np.abs(scale) * high, jnp.float32)
         return jnp.abs(best_scale(blocks, axes, counts, low, high, v)) * high
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
@@ -139,7 +134,6 @@ def mse_optimal(
     axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
     levels: str = "full",
-    exact: bool = False,
     importance: ArrayLike | None = None,
 ) -> ThresholdRule:
     """Makes the rule that minimizes the squared error of rounding to a low-bit grid.
@@ -157,12 +151,10 @@ def mse_optimal(
       axis: Channel axis or axes with a threshold each; None for one threshold.
       group_size: Entries that share a threshold along the last non-channel axis.
       levels: As in `Grid`.
-      exact: Whether to take the true optimum, by enumeration in float64 on the host: for
-        concrete arrays only, far slower, and with all breakpoints of a block in memory.
       importance: Factors in [0, inf) of the squared errors, broadcastable to the array: the
         mean square of each input makes the error that of the layer's outputs for inputs
         without correlation. A block with zeros alone has the scale it has without. May be
-        traced, but not if `exact`.
+        traced.
 
     Returns:
       A rule: array -> float32 thresholds that broadcast against the array.
@@ -171,8 +163,7 @@ def mse_optimal(
       TypeError: If `axis` is not an integer, a tuple of them or None, or comes with a `Grid`, or
         `importance` is not of numbers; when it is used, for a complex array.
       ValueError: If `bits` or `group_size` is not allowed, or an importance is negative, NaN or
-        infinite; when it is used, if `exact` meets a traced array, or `importance` does not
-        broadcast to the array.
+        infinite; when it is used, if `importance` does not broadcast to the array.
 
     Example:
       >>> w = jnp.array([0.9, -1.1, 1.0, 0.05])
@@ -185,7 +176,7 @@ def mse_optimal(
     """
     grid = _grid_for(bits, axis, group_size, levels)
     _check_importance(importance)
-    return _MseOptimal(grid, exact, importance)
+    return _MseOptimal(grid, importance)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
 
     Args:
       rule: `max_abs`, `percentile_abs`, `std_multiple` or `mse_optimal`, without `axis`,
-        `group_size`, `exact` and `importance`.
+        `group_size` and `importance`.
 
     Returns:
       A rule: tree -> float32 scalar, 0 for a tree without entries. Leaves may have different
@@ -75,7 +75,7 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
     Raises:
       TypeError: If `rule` is no rule, or one that has no threshold for many arrays; when it is
         used, if `mse_optimal` meets a complex leaf.
-      ValueError: If `rule` has an axis or groups, is `exact` or has an `importance`; when it is
+      ValueError: If `rule` has an axis, groups or an `importance`; when it is
         used, if `percentile_abs` has 2**31 entries or more to count.
 
     Example:
@@ -92,8 +92,8 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
         )
     if rule.grid != _of_all_entries(rule.grid):
         raise ValueError(f"rule must have no axis and no group_size in per_tree, got {rule!r}.")
-    if getattr(rule, "exact", False) or getattr(rule, "importance", None) is not None:
-        raise ValueError("rule must not be exact and must have no importance in per_tree.")
+    if getattr(rule, "importance", None) is not None:
+        raise ValueError("rule must have no importance in per_tree.")
     return _PerTree(rule=rule)
 
 

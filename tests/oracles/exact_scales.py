@@ -1,4 +1,13 @@
-"""The exact optimum of a low-bit scale, by enumeration, and shapes of weights to try it on."""
+"""The exact optimum of a low-bit scale, by enumeration in float64, and weights to try it on.
+
+As the scale falls, weight i moves from level k - 1 to level k at `|w_i| / (k - 1/2)`, and
+between two such breakpoints no code changes. For codes l and importances v the best scale is
+A / B with `A = sum v |w| l` and `B = sum v l**2`, and it saves `A**2 / B` of the energy. The
+largest saving over all breakpoints is the optimum.
+
+Idelbayev et al., Optimal Quantization Using Scaled Codebook, 2021,
+https://doi.org/10.1109/CVPR46437.2021.01191
+"""
 
 import numpy as np
 
@@ -6,11 +15,7 @@ from jaxclip._core.grids import code_range
 
 
 def exact_optimum(x: np.ndarray, bits, levels: str) -> float:
-    """Least squared error over all scales, by enumeration of the breakpoints.
-
-    For codes l the best scale is A / B, A = sum |x| l, B = sum l**2, and it saves A**2 / B.
-    As the scale falls, weight i moves from level k - 1 to k at |x_i| / (k - 1/2).
-    """
+    """Least squared error of an array over all scales."""
     x = np.asarray(x, np.float64)
     energy = float(np.sum(x * x))
     if bits == 1:
@@ -29,14 +34,52 @@ def exact_affine_optimum(x: np.ndarray, low: int, high: int) -> float:
 
 def _best_gain(x: np.ndarray, down: int, up: int) -> float:
     """What the best scale saves with codes from `-down` to `up`."""
-    size, levels = np.abs(x)[:, None], np.arange(1, max(down, up) + 1)
-    allowed = levels[None] <= np.where(x > 0, up, down)[:, None]
-    breakpoints = (size / (levels - 0.5)[None])[allowed]
-    in_a = np.broadcast_to(size, allowed.shape)[allowed]
-    in_b = np.broadcast_to((2 * levels - 1)[None], allowed.shape)[allowed]
-    order = np.argsort(-breakpoints, kind="stable")
-    gains = np.cumsum(in_a[order]) ** 2 / np.cumsum(in_b[order])
-    return float(np.max(gains, initial=0.0))
+    return float(_best_of_sign(x[None], np.ones((1, x.size)), down, up)[0][0])
+
+
+def optimal_scale(
+    blocks, axes: tuple[int, ...], low: int, high: int, importance=None
+) -> np.ndarray:
+    """The scale of least weighted squared error of each block, dims kept.
+
+    Negative where the level `low` helps on the positive side; 0 for blocks of zeros.
+    """
+    shape = tuple(1 if a in axes else n for a, n in enumerate(np.shape(blocks)))
+    x = _as_rows(blocks, axes)
+    v = np.ones((1, x.shape[1])) if importance is None else _as_rows(importance, axes)
+    v = np.broadcast_to(v, x.shape)
+    gain, scale = _best_of_sign(x, v, -low, high)
+    if low < -high:
+        mirrored_gain, mirrored = _best_of_sign(-x, v, -low, high)
+        scale = np.where(mirrored_gain > gain, -mirrored, scale)
+    return scale.reshape(shape)
+
+
+def _as_rows(blocks, axes: tuple[int, ...]) -> np.ndarray:
+    array = np.moveaxis(np.asarray(blocks, np.float64), axes, range(-len(axes), 0))
+    num_rows = int(np.prod(array.shape[: array.ndim - len(axes)]))
+    return array.reshape(num_rows, -1) if array.size else np.zeros((num_rows, 0))
+
+
+def _best_of_sign(
+    x: np.ndarray, v: np.ndarray, down: int, up: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the best positive scale of each row saves with codes from `-down` to `up`, and it."""
+    largest = np.max(np.abs(x), axis=1, keepdims=True, initial=0)
+    unit = np.where(largest > 0, largest, 1)
+    size, levels = np.abs(x / unit)[:, :, None], np.arange(1, max(down, up) + 1)
+    is_allowed = levels <= np.where(x > 0, up, down)[:, :, None]
+    breakpoints = np.where(is_allowed, size / (levels - 0.5), 0).reshape(len(x), -1)
+    order = np.argsort(-breakpoints, axis=1, kind="stable")
+    counted = np.where(is_allowed, v[:, :, None], 0)
+    a, b = ((counted * y).reshape(len(x), -1) for y in (size, 2 * levels - 1))
+    a, b = (np.cumsum(np.take_along_axis(y, order, axis=1), axis=1) for y in (a, b))
+    a, b = (np.pad(y, ((0, 0), (1, 0))) for y in (a, b))
+    safe = np.where(b > 0, b, 1)
+    gains = a**2 / safe
+    best = np.argmax(gains, axis=1)[:, None]
+    gain, scale = (np.take_along_axis(y, best, axis=1) for y in (gains, a / safe))
+    return (gain * unit**2)[:, 0], (scale * unit)[:, 0]
 
 
 def distributions(num_rows: int, row: int, seed: int = 7) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from jaxclip import fan_in, max_abs, mse_optimal
 from jaxclip._core.grids import code_range
 from jaxclip.thresholds import per_tree, percentile_abs, rate_optimal
 from jaxclip.thresholds.by_magnitude import std_multiple
-from jaxclip.thresholds.search.exact import optimal_scale
+from oracles.exact_scales import optimal_scale
 
 RNG = np.random.default_rng(0)
 # Leaves of many sizes and dtypes; the largest magnitude and the most entries are not in one leaf.
@@ -282,7 +282,6 @@ def test_compressing_a_sharded_tree_gives_the_codes_of_one_device():
         (max_abs, TypeError, "rule is the factory max_abs"),
         (max_abs(axis=0), ValueError, "no axis and no group_size"),
         (mse_optimal(4, group_size=8), ValueError, "no axis and no group_size"),
-        (mse_optimal(4, exact=True), ValueError, "must not be exact"),
         (mse_optimal(4, importance=[1.0]), ValueError, "must have no importance"),
     ],
 )

@@ -13,8 +13,8 @@ import jaxclip
 from jaxclip._core.grids import code_range
 from jaxclip.checkpoints import rows
 from jaxclip.thresholds.search import candidates
-from jaxclip.thresholds.search.exact import optimal_scale
 from jaxclip.thresholds.search.scale import best_scale
+from oracles.exact_scales import optimal_scale
 
 
 def errors_of(x, scale, low: int, high: int, importance) -> np.ndarray:
@@ -47,19 +47,20 @@ def draw(num_rows: int, row: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     return rng.standard_t(4, (num_rows, row)).astype(np.float32), v.astype(np.float32)
 
 
-@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(("bits", "levels"), [("ternary", "full"), (3, "full"), (4, "narrow")])
-def test_the_weighted_error_is_that_of_a_brute_force_search(bits, levels, exact):
+def test_the_weighted_error_is_that_of_a_brute_force_search(bits, levels):
     x, v = draw(8, 32)
     low, high = code_range(bits, levels)
-    rule = jaxclip.mse_optimal(exact=exact, importance=v)
+    rule = jaxclip.mse_optimal(importance=v)
     q = jaxclip.quantize(x, jaxclip.Grid(bits, levels=levels, axis=0), threshold=rule)
     got = errors_of(x, q.scale, low, high, v)
     best = np.asarray(
         [brute_force(*map(np.float64, row), low, high) for row in zip(x, v, strict=True)]
     )
     assert np.all(got >= best * (1 - 1e-5))
-    assert np.sum(got) <= np.sum(best) * (1 + 1e-5 if exact else 1.01)
+    assert np.sum(got) <= np.sum(best) * 1.01
+    exact = errors_of(x, optimal_scale(x, (1,), low, high, v), low, high, v)
+    np.testing.assert_allclose(exact, best, rtol=1e-5)
 
 
 # One piece, several pieces, and slabs.
@@ -87,13 +88,11 @@ def test_importance_of_each_input_broadcasts_and_follows_the_groups():
 
 def test_a_constant_importance_of_any_size_and_zeros_alone_change_nothing():
     x, _ = draw(4, 64)
-    plain = jaxclip.mse_optimal(3, axis=0, exact=True)(x)
-    for v in (3e-30, 5e30, 0.0):
-        weighted = jaxclip.mse_optimal(3, axis=0, exact=True, importance=v)(x)
-        np.testing.assert_allclose(weighted, plain, rtol=1e-6)
-        searched = jaxclip.mse_optimal(3, axis=0, importance=v)(x)
-        assert np.all(np.isfinite(searched))
-        assert np.all(np.asarray(searched) > 0)
+    weighted = [jaxclip.mse_optimal(3, axis=0, importance=v)(x) for v in (1.0, 3e-30, 5e30, 0.0)]
+    assert np.all(np.isfinite(weighted))
+    assert np.all(np.asarray(weighted) > 0)
+    for other in weighted[1:]:
+        np.testing.assert_allclose(other, weighted[0], rtol=1e-6)
 
 
 def test_one_bit_has_the_weighted_mean():
@@ -192,3 +191,9 @@ def test_an_importance_that_fits_one_leaf_alone_is_refused_with_the_other():
         ValueError, match=r"importance must broadcast to params at 'b', \(3, 2\), got"
     ):
         jaxclip.compress(params, 4, rule=jaxclip.mse_optimal(importance=np.ones((2, 3))))
+
+
+def test_with_a_zero_point_an_importance_is_refused():
+    rule = jaxclip.mse_optimal(importance=np.ones(3))
+    with pytest.raises(ValueError, match="importance is for grids without a zero point"):
+        jaxclip.quantize(jnp.ones(3), jaxclip.Grid(4, zero_point=True), threshold=rule)

@@ -348,7 +348,6 @@ ON_A_GRID = {
     "mse_optimal": mse_optimal(4),
     "one bit": mse_optimal(1),
     "importance": mse_optimal(4, importance=1.0),
-    "exact": mse_optimal(4, exact=True),
     "least_squares": least_squares(4),
     "rate_optimal": rate_optimal(3.0),
     "per_tree": jaxclip.thresholds.per_tree(mse_optimal(4)),
