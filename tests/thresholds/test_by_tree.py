@@ -259,7 +259,9 @@ def test_sharded_leaves_are_measured_where_they_are(rule, kind):
 def test_compressing_a_sharded_tree_gives_the_codes_of_one_device():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     one = {"a": TREE["kernel"], "b": TREE["kernel"] * 2}
-    small = functools.partial(jaxclip.compress, bits=4, rule=per_tree(mse_optimal()), axis=0)
+    small = functools.partial(
+        jaxclip.compress, bits=jaxclip.Grid(4, axis=0), rule=per_tree(mse_optimal())
+    )
     expected = small(one)
     with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
         split = NamedSharding(mesh, PartitionSpec("x"))

@@ -151,6 +151,7 @@ NUMBER_OR_SCHEDULE = {
 # Whatever says "schedule" beside "rule", or is handed on; `step` is what schedules are given.
 OTHER_ARGUMENTS = {
     ("make_train_step", "weight_threshold"),
+    ("project_weights", "projection"),
     ("sweep", "optimizer"),
     ("sweep", "weight_threshold"),
 }
