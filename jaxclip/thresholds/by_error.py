@@ -1,13 +1,11 @@
-"""Rules that choose a threshold from the weights, for low-bit grids.
+"""Threshold rules that minimize the squared error of rounding to a low-bit grid.
 
-Rules measure with reductions along axes and never sort or flatten, so they run on sharded
-arrays. What has a threshold of its own is said by `axis` and `group_size`, as in
-`jaxclip.Grid`.
+min over s of sum (w - s * clip(round(w / s), low, high))**2,        t = s * high
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip._core.floats import FLOAT32_MAX
 from jaxclip._core.grids import Bits, Grid
-from jaxclip.thresholds.by_magnitude import _inverse_size, _magnitude, _num_entries, _total
+from jaxclip.thresholds.by_magnitude import add_up, count_entries, inverse_size, magnitude
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.scale import best_common_scale, best_scale
 
@@ -25,7 +23,7 @@ from jaxclip.thresholds.search.scale import best_common_scale, best_scale
 @dataclasses.dataclass(frozen=True)
 class _MseOptimal(ThresholdRule):
     grid_name: ClassVar[str] = "mse_optimal"
-    importance: Any = dataclasses.field(default=None, compare=False)
+    importance: ArrayLike | None = dataclasses.field(default=None, compare=False)
 
     def compact(self, array: jax.Array) -> jax.Array:
         if self.importance is None:
@@ -48,21 +46,21 @@ class _MseOptimal(ThresholdRule):
         v = importance
         if v is not None:
             largest = jnp.max(v, axis=axes, keepdims=True, initial=0)
-            # Where nothing is important everything is so alike.
+            # If all weights have importance 0, they count alike.
             v = jnp.where(largest > 0, v / jnp.where(largest > 0, largest, 1), 1)
         if self.grid.bits == 1:
-            size = _magnitude(blocks)
+            size = magnitude(blocks)
             if v is None:
                 return jnp.sum(size / counts, axis=axes, keepdims=True)
-            share = v / jnp.sum(v, axis=axes, keepdims=True)
-            return jnp.sum(size * share, axis=axes, keepdims=True)
+            fraction = v / jnp.sum(v, axis=axes, keepdims=True)
+            return jnp.sum(size * fraction, axis=axes, keepdims=True)
         return jnp.abs(best_scale(blocks, axes, counts, low, high, v)) * high
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
         low, high = self._code_range()
         if self.grid.bits == 1:
-            count = _num_entries(arrays)
-            return _total([jnp.sum(_magnitude(x) / count) for x in arrays])
+            count = count_entries(arrays)
+            return add_up([jnp.sum(magnitude(x) / count) for x in arrays])
         return jnp.abs(best_common_scale(arrays, low, high)) * high
 
     def _code_range(self) -> tuple[int, int]:
@@ -74,35 +72,18 @@ class _MseOptimal(ThresholdRule):
 def importance_for(
     importance: ArrayLike, shape: tuple[int, ...], name: str = "the array"
 ) -> jax.Array:
-    """Returns an importance for every entry of an array, in float32.
-
-    Args:
-      importance: Array that broadcasts to `shape`. May be traced.
-      shape: Shape of the array.
-      name: What to call the array in errors.
-
-    Returns:
-      float32 array of that shape.
-
-    Raises:
-      ValueError: If `importance` does not broadcast to `shape`.
-
-    Example:
-      >>> importance_for(jnp.array([[1.0], [2.0]]), (2, 3)).shape
-      (2, 3)
-    """
+    """Returns an importance for every entry of an array, in float32."""
     given = jnp.asarray(importance, jnp.float32)
+    padded = given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
     try:
-        return jnp.broadcast_to(
-            given.reshape((1,) * (len(shape) - given.ndim) + given.shape), shape
-        )
+        return jnp.broadcast_to(padded, shape)
     except ValueError as error:
         raise ValueError(
             f"importance must broadcast to {name}, {shape}, got shape {given.shape}."
         ) from error
 
 
-def _check_importance(importance: Any) -> None:
+def _check_importance(importance: ArrayLike | None) -> None:
     if importance is None or not checks.is_concrete(importance):
         return
     values = np.asarray(importance)
@@ -138,12 +119,12 @@ def mse_optimal(
 ) -> ThresholdRule:
     """Makes the rule that minimizes the squared error of rounding to a low-bit grid.
 
-    Searches `min over s of sum (w - s * clip(round(w / s), low, high))**2` as `jaxclip.scales`
-    says; `t = s * high`. On the distributions of the tests (boxed, Gaussian, heavy-tailed, with
-    outliers; 64 entries a block) the error is within 0.5 % of the exact optimum up to 4 bits,
-    3 % at 5 and 6 bits and 6 % at 8, and it is nearer in larger blocks: a fine grid over a few
-    entries has more dips than a search can visit. For one bit the optimum is `t = mean |w|`.
-    Never worse than `max_abs`, up to rounding: its scale is a candidate.
+    Searches `min over s of sum (w - s * clip(round(w / s), low, high))**2` in a few passes;
+    `t = s * high`. The tests hold its error against the exact optimum (boxed, Gaussian and
+    heavy-tailed weights, with outliers; 64 entries a block): within 0.5 % up to 4 bits, 3 % at 5
+    and 6 bits and 6 % at 8. It is nearer in larger blocks, because a fine grid over a few entries
+    has more dips than a search can visit. For one bit the optimum is `t = mean |w|`. The rule is
+    never worse than `max_abs`, up to rounding, because the scale of `max_abs` is a candidate.
 
     Args:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary", or a `Grid` instead of all fields of one; None
@@ -151,10 +132,9 @@ def mse_optimal(
       axis: Channel axis or axes with a threshold each; None for one threshold.
       group_size: Entries that share a threshold along the last non-channel axis.
       levels: As in `Grid`.
-      importance: Factors in [0, inf) of the squared errors, broadcastable to the array: the
-        mean square of each input makes the error that of the layer's outputs for inputs
-        without correlation. A block with zeros alone has the scale it has without. May be
-        traced.
+      importance: Factors in [0, inf) of the squared errors, broadcastable to the array. The
+        mean square of each input makes the error that of the layer's outputs, for uncorrelated
+        inputs. A block of zeros counts as a block of ones. May be traced.
 
     Returns:
       A rule: array -> float32 thresholds that broadcast against the array.
@@ -188,7 +168,7 @@ class _LeastSquares(ThresholdRule):
         if self.grid.bits is None:
             raise ValueError("least_squares needs bits: least_squares(4)(array).")
         low, high = self.grid.code_range
-        size = _magnitude(blocks)
+        size = magnitude(blocks)
         if self.grid.bits == 1:
             return jnp.sum(size / counts, axis=axes, keepdims=True)
 
@@ -196,19 +176,20 @@ class _LeastSquares(ThresholdRule):
             return jnp.sum(x, axis=axes, keepdims=True)
 
         largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
-        factor = _inverse_size(largest)
+        factor = inverse_size(largest)
         x = blocks.astype(jnp.float32) * factor
 
         def refit(step: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """The scale of least error for the codes, and by how much it is below that of 0."""
+            """Returns the best scale for the codes of a step, and how much error it saves."""
             codes = jnp.clip(jnp.round(x / jnp.where(step > 0, step, 1)), low, high)
             squares, products = total(jnp.square(codes)), total(x * codes)
-            found = products / jnp.maximum(squares, 1)
-            return jnp.where(squares > 0, found, step), found * products
+            refitted = products / jnp.maximum(squares, 1)
+            return jnp.where(squares > 0, refitted, step), refitted * products
 
         step = _STEPS[low, high] * jnp.sqrt(total(jnp.square(x)) / counts)
         if self.num_refits:
-            (step, gain), (other, other_gain) = refit(step), refit(largest * factor / high)
+            step, gain = refit(step)
+            other, other_gain = refit(largest * factor / high)
             step = jnp.where(other_gain > gain, other, step)
         for _ in range(self.num_refits - 1):
             step, _ = refit(step)
@@ -216,9 +197,20 @@ class _LeastSquares(ThresholdRule):
 
 
 # The best step of each grid for the normal distribution, in standard deviations.
-_STEPS = {(-1, 1): 1.224, (-2, 1): 1.048, (-3, 3): 0.651, (-4, 3): 0.602, (-7, 7): 0.353}
-_STEPS |= {(-8, 7): 0.339, (-15, 15): 0.193, (-16, 15): 0.189, (-31, 31): 0.1055}
-_STEPS |= {(-32, 31): 0.104, (-127, 127): 0.0309, (-128, 127): 0.0308}
+_STEPS = {
+    (-1, 1): 1.224,
+    (-2, 1): 1.048,
+    (-3, 3): 0.651,
+    (-4, 3): 0.602,
+    (-7, 7): 0.353,
+    (-8, 7): 0.339,
+    (-15, 15): 0.193,
+    (-16, 15): 0.189,
+    (-31, 31): 0.1055,
+    (-32, 31): 0.104,
+    (-127, 127): 0.0309,
+    (-128, 127): 0.0308,
+}
 
 
 def least_squares(
@@ -232,17 +224,17 @@ def least_squares(
     """Makes the rule that refits the scale to the codes a few times.
 
     Alternates `q = clip(round(w / s), low, high)` and `s = sum w q / sum q**2`, the scale of least
-    error for those codes; `t = s * high`. The first refit is made of the best scale of a normal
-    distribution and of that of the largest weight, and the better is kept, so that the squared
-    error is never above that of `max_abs`; each other one lowers it or leaves it. For grids
-    that are chosen anew at every step of a training: near the optimum for ternary and 2 bits.
-    From 3 bits on, and for files, the search of `mse_optimal` is better.
+    error for those codes; `t = s * high`. The first refit starts from two scales, the best one
+    of a normal distribution and that of the largest weight, and keeps the better result. So the
+    squared error is never above that of `max_abs`; further refits never raise it. This is for
+    grids that are chosen anew at every training step, and near the optimum for ternary and 2
+    bits. From 3 bits on, and for files, the search of `mse_optimal` is better.
 
     Args:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary", or a `Grid` instead of all fields of one; None
         where `quantize` or `compress` fills it.
-      num_refits: How many times, at least 0; with 0 the scale is that of the normal
-        distribution. For one bit `t = mean |w|` at once.
+      num_refits: Number of refits, at least 0; 0 takes the scale of a normal distribution. For
+        one bit `t = mean |w|` at once.
       axis: Channel axis or axes with a threshold each; None for one threshold.
       group_size: Entries that share a threshold along the last non-channel axis.
       levels: As in `Grid`.

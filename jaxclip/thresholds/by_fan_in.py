@@ -1,4 +1,7 @@
-"""The rule that goes by what a layer is: `fan_in`, from a leaf's path and shape."""
+"""The rule that reads a layer's fan-in from a leaf's path and shape.
+
+t = kappa * sqrt(2 / fan_in)
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,12 +10,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.grids import WHOLE_ARRAY
 from jaxclip.thresholds.by_magnitude import max_abs
-from jaxclip.thresholds.rules import ThresholdRule
+from jaxclip.thresholds.rules import Bound, ThresholdRule
 from jaxclip.thresholds.values import (
     as_threshold,
     check_number_or_schedule,
@@ -23,16 +27,16 @@ from jaxclip.thresholds.values import (
 
 @dataclasses.dataclass(frozen=True)
 class _FanIn(ThresholdRule):
-    kappa: Any = 1.0
+    kappa: ArrayLike | optax.Schedule = 1.0
     stacked_axes: int = 0
     out_axes: tuple[int, ...] | None = None
     path: str = ""
     is_blockwise: ClassVar[bool] = False  # the shape of the whole array counts
 
-    def __call__(self, array: ArrayLike) -> Any:
+    def __call__(self, array: ArrayLike) -> Any:  # inf, a number, for an unbounded leaf
         return self.for_leaf(self.path, array, jnp.zeros((), jnp.int32))
 
-    def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
+    def for_leaf(self, path: str, leaf: ArrayLike, step: ArrayLike) -> Bound:
         num_inputs = self.num_inputs(path, np.shape(leaf))
         if num_inputs is None:
             return float("inf")
@@ -40,7 +44,7 @@ class _FanIn(ThresholdRule):
         return as_threshold(kappa) * float(np.sqrt(2 / max(num_inputs, 1)))
 
     def num_inputs(self, path: str, shape: tuple[int, ...]) -> int | None:
-        """The number of inputs each output sums; None for leaves that stay free."""
+        """Returns the number of inputs that each output sums; None for unbounded leaves."""
         names = path.split("/")
         shape = shape[self.stacked_axes :]
         if len(shape) < 2 or names[-1] in ("bias", "scale"):
@@ -61,7 +65,7 @@ class _FanIn(ThresholdRule):
         if self.num_inputs(self.path, np.shape(array)) is None:
             if not self.path:
                 raise ValueError(f"fan_in needs two dimensions or more, got shape {array.shape}.")
-            # A free leaf is not clipped.
+            # An unbounded leaf is not clipped.
             return dataclasses.replace(max_abs(), grid=self.grid).compact(array)
         return jnp.full(self.grid.scale_shape(array.shape), self(array), jnp.float32)
 
@@ -76,22 +80,25 @@ def _axes_within(axes: tuple[int, ...], path: str, shape: tuple[int, ...]) -> se
 
 
 def fan_in(
-    kappa: Any = 1.0, *, stacked_axes: int = 0, out_axes: int | Sequence[int] | None = None
+    kappa: ArrayLike | optax.Schedule = 1.0,
+    *,
+    stacked_axes: int = 0,
+    out_axes: int | Sequence[int] | None = None,
 ) -> ThresholdRule:
     """Makes the rule `t = kappa * sqrt(2 / fan_in)`, kappa times the He standard deviation.
 
-    Fan-in is read from the shape as flax lays layers out: all axes but the last (Dense,
-    Conv HWIO and DHWIO with their groups, DenseGeneral with one output axis, the output
-    kernel of attention); the first for the query, key and value kernels of attention; the last
-    for an `embedding`. Leaves with fewer than two dimensions, and what is called `bias` or
-    `scale`, get `inf`: they stay free.
+    Fan-in is read from the shape by flax's layouts. It is the product of all axes but the last
+    (Dense, Conv HWIO and DHWIO with their groups, DenseGeneral with one output axis, the output
+    kernel of attention); the first axis for the query, key and value kernels of attention; the
+    last axis for an `embedding`. Leaves with fewer than two dimensions, and those named `bias`
+    or `scale`, get `inf`: they stay free.
 
     Args:
       kappa: Number in [0, inf], a traced scalar, or a schedule `step -> number`.
       stacked_axes: Leading axes that stack layers (scan over layers), not counted.
       out_axes: Axis or axes of the outputs, counted without the stacked ones; the inputs are
-        the others. For what the shape does not say: `(-2, -1)` for a DenseGeneral with two
-        output axes, 0 for kernels as PyTorch lays them out. None goes by the above.
+        the others. Give it where the shape is ambiguous: `(-2, -1)` for a DenseGeneral with two
+        output axes, 0 for kernels in PyTorch's layout. None follows the rules above.
 
     Returns:
       A rule; on one array it gives a scalar threshold. For layers of different layout, a
@@ -118,8 +125,7 @@ def fan_in(
             raise ValueError(f"out_axes must be one or more integers, got {out_axes!r}.")
         out_axes = tuple(int(a) for a in axes)
     check_number_or_schedule("kappa", kappa)
-    if stacked_axes != 0:
-        checks.check_count("stacked_axes", stacked_axes)
+    checks.check_count("stacked_axes", stacked_axes, at_least=0)
     return _FanIn(WHOLE_ARRAY, kappa, stacked_axes, out_axes)
 
 

@@ -1,4 +1,7 @@
-"""Threshold rules that look at magnitudes alone: a maximum, a percentile, a deviation."""
+"""Threshold rules that measure magnitudes: their maximum, a percentile, or a deviation.
+
+All are reductions along axes, without a sort or a flattening, so they run on sharded arrays.
+"""
 
 import dataclasses
 import functools
@@ -21,25 +24,28 @@ from jaxclip.thresholds.rules import ThresholdRule
 class _MaxAbs(ThresholdRule):
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
         del counts
-        return jnp.max(_magnitude(blocks), axis=axes, keepdims=True, initial=0)
+        return jnp.max(magnitude(blocks), axis=axes, keepdims=True, initial=0)
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        return _largest_of(arrays)
+        return _largest_magnitude(arrays)
 
 
-def _magnitude(x: jax.Array) -> jax.Array:
+def magnitude(x: jax.Array) -> jax.Array:
+    """Returns `|x|` in float32."""
     return jnp.abs(x).astype(jnp.float32)
 
 
-def _largest_of(arrays: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.maximum, [jnp.max(_magnitude(x), initial=0) for x in arrays])
+def _largest_magnitude(arrays: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.maximum, [jnp.max(magnitude(x), initial=0) for x in arrays])
 
 
-def _total(numbers: Sequence[jax.Array]) -> jax.Array:
+def add_up(numbers: Sequence[jax.Array]) -> jax.Array:
+    """Returns the sum of one or more arrays."""
     return functools.reduce(operator.add, numbers)
 
 
-def _num_entries(arrays: Sequence[jax.Array]) -> int:
+def count_entries(arrays: Sequence[jax.Array]) -> int:
+    """Returns the number of entries of all arrays, at least 1."""
     return max(sum(x.size for x in arrays), 1)
 
 
@@ -71,7 +77,7 @@ class _PercentileAbs(ThresholdRule):
     q: float = 100.0
 
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
-        size = _magnitude(blocks)
+        size = magnitude(blocks)
         largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
         if self.q == 100 or blocks.size == 0:
             return largest
@@ -82,20 +88,23 @@ class _PercentileAbs(ThresholdRule):
         return _least_exceeded_by(self._num_above(counts), count_above, largest)
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        sizes, largest = [_magnitude(x) for x in arrays], _largest_of(arrays)
-        count = _num_entries(arrays)
+        sizes, largest = [magnitude(x) for x in arrays], _largest_magnitude(arrays)
+        count = count_entries(arrays)
         if self.q == 100:
             return largest
         if count > np.iinfo(np.int32).max:
-            raise ValueError(f"percentile_abs counts to 2**31 - 1 entries, the tree has {count}.")
+            raise ValueError(
+                f"percentile_abs counts up to 2**31 - 1 entries, but the tree has {count}."
+            )
 
         def count_above(bound: jax.Array) -> jax.Array:
-            return _total([jnp.sum(size > bound, dtype=jnp.int32) for size in sizes])
+            return add_up([jnp.sum(size > bound, dtype=jnp.int32) for size in sizes])
 
         return _least_exceeded_by(self._num_above(count), count_above, largest)
 
     def _num_above(self, counts: ArrayLike) -> np.ndarray:
-        """Weights that may lie above; counted from the top, where a group has no padding."""
+        """Returns how many weights may lie above."""
+        # Counted from the top, because padding of a group is at the bottom.
         counts = np.asarray(counts, np.float64)
         return counts - np.ceil(counts * self.q / 100)
 
@@ -103,10 +112,8 @@ class _PercentileAbs(ThresholdRule):
 def _least_exceeded_by(
     num_above: np.ndarray, count_above: Callable[[jax.Array], jax.Array], largest: jax.Array
 ) -> jax.Array:
-    """The least number that no more than `num_above` weights exceed: a weight, or 0.
-
-    Floats of one sign are in the order of their bits, so 32 halvings find it.
-    """
+    """Returns the least number that no more than `num_above` weights exceed: a weight, or 0."""
+    # Floats of one sign are ordered like their bits, so 32 halvings find it.
     most = jnp.broadcast_to(jnp.asarray(num_above, jnp.int32), largest.shape)
     high = lax.bitcast_convert_type(largest, jnp.int32)
 
@@ -116,8 +123,8 @@ def _least_exceeded_by(
         is_enough = count_above(lax.bitcast_convert_type(middle, jnp.float32)) <= most
         return jnp.where(is_enough, low, middle + 1), jnp.where(is_enough, middle, high)
 
-    _, found = lax.fori_loop(0, 32, halve, (0 * high, high))
-    return lax.bitcast_convert_type(found, jnp.float32)
+    _, least = lax.fori_loop(0, 32, halve, (0 * high, high))
+    return lax.bitcast_convert_type(least, jnp.float32)
 
 
 def percentile_abs(
@@ -126,11 +133,11 @@ def percentile_abs(
     axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
 ) -> ThresholdRule:
-    """Makes the rule `t = the q-th percentile of |w|`: the share `1 - q / 100` is clipped.
+    """Makes the rule `t = the q-th percentile of |w|`: a fraction `1 - q / 100` is clipped.
 
-    The least `|w|` that at least `q` percent of the entries do not exceed, exactly: one of
-    the magnitudes, as `numpy.quantile` gives with method "inverted_cdf". Found by 32 passes
-    that count, without a sort, so that it runs on sharded arrays.
+    The least `|w|` that at least `q` percent of the entries do not exceed. It is one of the
+    magnitudes, as in `numpy.quantile` with method "inverted_cdf". 32 counting passes find it
+    without a sort, so the rule runs on sharded arrays.
 
     Args:
       q: Number in (0, 100]; 100 is `max_abs`.
@@ -160,22 +167,22 @@ class _StdMultiple(ThresholdRule):
     k: float = 1.0
 
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
-        size = _magnitude(blocks)
-        factor = _inverse_size(jnp.max(size, axis=axes, keepdims=True, initial=0))
+        size = magnitude(blocks)
+        factor = inverse_size(jnp.max(size, axis=axes, keepdims=True, initial=0))
         mean = jnp.sum(jnp.square(size * factor), axis=axes, keepdims=True) / counts
         return self._multiple(mean, factor)
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        factor = _inverse_size(_largest_of(arrays))
-        sums = [jnp.sum(jnp.square(_magnitude(x) * factor)) for x in arrays]
-        return self._multiple(_total(sums) / _num_entries(arrays), factor)
+        factor = inverse_size(_largest_magnitude(arrays))
+        sums = [jnp.sum(jnp.square(magnitude(x) * factor)) for x in arrays]
+        return self._multiple(add_up(sums) / count_entries(arrays), factor)
 
     def _multiple(self, mean_square: jax.Array, factor: jax.Array) -> jax.Array:
         return jnp.minimum(np.float32(self.k) * jnp.sqrt(mean_square) / factor, FLOAT32_MAX)
 
 
-def _inverse_size(largest: jax.Array) -> jax.Array:
-    """A power of two near 1 over the largest weight, which keeps squares in range."""
+def inverse_size(largest: jax.Array) -> jax.Array:
+    """Returns a power of two near `1 / largest`, which keeps squares in range."""
     _, exponent = jnp.frexp(largest)
     return jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
 
@@ -188,8 +195,8 @@ def std_multiple(
 ) -> ThresholdRule:
     """Makes the rule `t = k * sqrt(mean(w**2))`, k standard deviations around zero.
 
-    The deviation is taken from 0, not from the mean, since clipping is around 0 too: it is
-    the root mean square, and weights whose mean is not 0 get a wider threshold.
+    The deviation is taken from 0 and not from the mean, because clipping is around 0 too. So
+    it is the root mean square, and weights with another mean get a wider threshold.
 
     Args:
       k: Finite number above 0; 2 to 4 are usual.

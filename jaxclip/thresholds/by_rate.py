@@ -1,26 +1,15 @@
-"""Thresholds for files that are entropy coded: choose a step, not what to clip.
+"""The threshold rule for entropy coded files, which chooses a step and clips nothing.
 
-With codes of a fixed width the threshold spends few levels where they help most. An entropy
-coder makes rare levels cheap: then clipping costs error and saves nothing, and what is left to
-choose is the step of a uniform grid. A coarser step costs fewer bits a weight, a finer one less
-error.
+An entropy coder makes rare levels cheap, so that clipping costs error and saves nothing. The
+step of a uniform grid trades bits for error. Bits are those of an ideal order-0 code:
 
-Bits are counted as an ideal order-0 code spends them, with one table for the whole array:
-
-    R = -sum over codes k of p_k log2 p_k,    p_k the share of the weights with code k
-
-A Huffman code or a range coder comes within a percent or two of it. Scales and tables are not
-in R.
-
-Where blocks have steps of their own, they share the table, and `step_b = c * sqrt(rms_b)` with
-one constant c for the array. One step for all blocks would be best if each had a table of its
-own, steps in proportion to the root mean square would make the shared table fit best; the
-geometric mean of the two is taken, a choice made on real weights.
+    R = -sum over codes k of p_k log2 p_k,    p_k the fraction of the weights with code k
 """
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,23 +22,21 @@ from jaxclip._core.floats import FLOAT32_MAX
 from jaxclip._core.grids import Grid, code_range
 from jaxclip.thresholds.rules import ThresholdRule
 
-_BITS = 8
-"""Width of the codes before they are coded."""
+RateAndError: TypeAlias = Callable[[jax.Array], tuple[jax.Array, jax.Array]]  # of log2 c
+
+_BITS = 8  # width of the codes before they are coded
 _LARGEST_CODE = code_range(_BITS)[1]
-_LOG2_SPAN = 24
-"""The search for c spans steps from "all is 0" to 2**24 times finer."""
-_TOLERANCE = 5e-4
-"""Bits from the target at which the search stops."""
+_LOG2_SPAN = 24  # the search goes from a step so coarse that all codes are 0 to 2**24 times finer
+_TOLERANCE = 5e-4  # bits from the target at which the search stops
 _MOST_HALVINGS = 30
-_LEAST_RMS = 1e-18
-"""Relative to the largest weight; below, squares are lost and a block is not worth a code."""
+_LEAST_RMS = 1e-18  # over the largest weight; below, squares are lost
 
 
 def code_entropy(codes: ArrayLike) -> jax.Array:
-    """Returns the bits a code that an ideal order-0 entropy code of an array spends.
+    """Returns the bits per code of an ideal order-0 entropy code of an array.
 
-    `-sum p_k log2 p_k` with the shares p_k of the values: what a Huffman code or a range coder
-    with one table for the array comes near to, the table left out.
+    `-sum p_k log2 p_k`, where p_k is the fraction of the entries with value k. A Huffman code or
+    a range coder with one table comes within a percent or two of it, without the table itself.
 
     Args:
       codes: Integer array of any shape; entries fit in 8 bits, signed or unsigned. May be
@@ -73,37 +60,25 @@ def code_entropy(codes: ArrayLike) -> jax.Array:
 
 @jax.jit
 def code_counts(codes: jax.Array) -> jax.Array:
-    """Returns how often each value occurs, modulo 256.
-
-    Args:
-      codes: Integer array of any shape. May be traced, and sharded.
-
-    Returns:
-      int32 of shape (256,); negative values count from the end.
-
-    Example:
-      >>> counts = code_counts(jnp.array([0, 1, -1, 1]))
-      >>> counts[0].item(), counts[1].item(), counts[-1].item()
-      (1, 2, 1)
-    """
+    """Returns how often each value modulo 256 occurs, as int32 of shape (256,)."""
     unsigned = codes.astype(jnp.uint8)
     if not floats.is_sharded(codes):
         return jnp.zeros(256, jnp.int32).at[unsigned].add(1)
-    # On an explicit mesh entries may not be scattered, but comparisons can be summed.
+    # On an explicit mesh scattering is not allowed, but a sum of comparisons is.
     values = jnp.arange(256).astype(jnp.uint8)
     return lax.map(lambda k: jnp.sum(unsigned == k, dtype=jnp.int32), values)
 
 
 def _entropy(counts: jax.Array, total: int) -> jax.Array:
-    share = counts.astype(jnp.float32) / total
-    return -jnp.sum(share * jnp.log2(jnp.where(counts > 0, share, 1)))
+    fraction = counts.astype(jnp.float32) / total
+    return -jnp.sum(fraction * jnp.log2(jnp.where(counts > 0, fraction, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _RateOptimal(ThresholdRule):
     grid_name: ClassVar[str] = "rate_optimal"
     goal: str = "bits_per_weight"
-    target: Any = None
+    target: ArrayLike = 4.0
     is_blockwise: ClassVar[bool] = False  # one table of codes for the whole array
 
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
@@ -117,8 +92,8 @@ class _RateOptimal(ThresholdRule):
     def bind(self, grid: Grid) -> ThresholdRule:
         if grid.bits != _BITS:
             raise ValueError(
-                f"rate_optimal needs bits={_BITS}, got {grid.bits!r}: the entropy code makes codes "
-                "short, so they may be wide before it."
+                f"rate_optimal needs bits={_BITS}, got {grid.bits!r}: the entropy code shortens "
+                "codes, so they may be wide before it."
             )
         return super().bind(grid)
 
@@ -133,25 +108,24 @@ def rate_optimal(
 ) -> ThresholdRule:
     """Makes the rule that chooses the step of a uniform grid whose codes are entropy coded.
 
-    The threshold is `t = 127 * step`, for codes of 8 bits. Nothing within 127 steps is clipped,
-    and no step is finer than the one of least error, looked for among `max |w| / 127` and 1 / 32
-    of it: a block with an outlier is coarser. Give one goal; it is for each array by itself:
+    The threshold is `t = 127 * step`, for codes of 8 bits. No step is finer than the one of least
+    error, which lies between `max |w| / 127` and 1 / 32 of that. Give one goal, which holds for
+    each array by itself:
 
         bits_per_weight     R = bits_per_weight
         error               D = |W - Q|^2 / |W|^2 = error
         lagrangian          D + lagrangian * R is least
 
-    R is the order-0 entropy of the array's codes, one table for all (`code_entropy`); scales
-    come on top. The search stops within 0.001 bits of R or 0.2 % of D, and 1 % above the least
-    lagrangian. Where no step gives the value (few weights, few distinct ones), R or D is the
-    next below. Where the finest steps do not reach the target, as with one step for an array
-    that has an outlier, they are the result.
+    R is the `code_entropy` of the array's codes, without scales and tables. The search stops
+    within 0.001 bits of R or 0.2 % of D, and 1 % above the least lagrangian. If no step gives the
+    value (few weights, few distinct ones), R or D is the next below. If the finest steps do not
+    reach the target (one step for an array with an outlier), they are the result.
 
     Args:
-      bits_per_weight: Bits an entry, in (0, 8). May be traced, as the other goals.
+      bits_per_weight: Bits for each entry, in (0, 8). May be traced, as the other goals.
       error: Relative squared error, in (0, 1).
-      lagrangian: Relative squared error that a bit a weight is worth, > 0. At high rates D is
-        then `lagrangian / (2 ln 2)`.
+      lagrangian: Relative squared error that one bit for each weight is worth, > 0. At high
+        rates D is then `lagrangian / (2 ln 2)`.
       axis: Channel axis or axes with a step each, in proportion to the square root of the
         channel's root mean square; None for one step.
       group_size: Entries that share a step along the last non-channel axis.
@@ -196,11 +170,11 @@ def rate_optimal(
 def _best_step(
     blocks: jax.Array, axes: tuple[int, ...], num_weights: int, goal: str, target: jax.Array
 ) -> jax.Array:
-    """The step of each block, dims kept.
-
-    `num_weights` leaves out the zeros that pad the last groups. Temporaries are a few times
-    the array: its codes are made anew for every step that is tried.
-    """
+    """Returns the step of each block, dims kept; `num_weights` leaves out the padding."""
+    # Blocks share one table of codes, and `step_b = c * sqrt(rms_b)` with one c for the array. One
+    # step for all blocks would be best if each had its own table. Steps in proportion to the root
+    # mean square would make the shared table fit best. Their geometric mean did best on real
+    # weights. Temporaries are a few times the array: each step that is tried makes new codes.
     magnitude = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True, initial=0)
     largest = magnitude.astype(jnp.float32)
     _, exponent = jnp.frexp(jnp.max(largest, initial=0))
@@ -219,8 +193,8 @@ def _best_step(
         squares = jnp.sum(jnp.square(ratio - code), axis=axes, keepdims=True)
         return code, squares * jnp.square(step)
 
-    # No step is finer than the one of least error: that would clip more than it gains, and
-    # rate and error would no longer fall and rise with c.
+    # No step is finer than the one of least error: it would clip more than it gains, and rate and
+    # error would no longer be monotonic in c.
     reaching = largest / _LARGEST_CODE
     halves = start + np.arange(11).astype(np.float32)
     errors = lax.map(lambda n: codes_and_errors(jnp.exp2(-n / 2) * reaching)[1], halves)
@@ -243,17 +217,19 @@ def _best_step(
     return steps_of(log2_c) / factor
 
 
-def _reached(rate_and_error: Any, goal: str, target: jax.Array, start: jax.Array) -> jax.Array:
-    """log2 c at which rate or error is the target, by halving; else the nearest below it."""
+def _reached(
+    rate_and_error: RateAndError, goal: str, target: jax.Array, start: jax.Array
+) -> jax.Array:
+    """Returns the log2 c at which rate or error is the target, by halving, or the next below."""
 
     def surplus(log2_c: jax.Array) -> jax.Array:
-        """Bits more than are needed; falls as c grows."""
+        """Returns the bits beyond those needed, which fall as c grows."""
         rate, error = rate_and_error(log2_c)
         if goal == "bits_per_weight":
             return rate - target
         return jnp.log2(target / jnp.maximum(error, 1e-30)) / 2
 
-    def is_open(state: tuple) -> jax.Array:
+    def is_unfinished(state: tuple) -> jax.Array:
         low, high, count = state
         return (high > low) & (count < _MOST_HALVINGS)
 
@@ -269,12 +245,12 @@ def _reached(rate_and_error: Any, goal: str, target: jax.Array, start: jax.Array
         )
 
     count = start.astype(jnp.int32)
-    low, high, _ = lax.while_loop(is_open, halve, (start - _LOG2_SPAN, start, count))
+    low, high, _ = lax.while_loop(is_unfinished, halve, (start - _LOG2_SPAN, start, count))
     return high if goal == "bits_per_weight" else low
 
 
-def _least(rate_and_error: Any, lagrangian: jax.Array, start: jax.Array) -> jax.Array:
-    """log2 c of the least D + lagrangian * R: a search over the span, then around the best."""
+def _least(rate_and_error: RateAndError, lagrangian: jax.Array, start: jax.Array) -> jax.Array:
+    """Returns the log2 c of the least D + lagrangian * R, by a coarse and a fine search."""
 
     def cost(log2_c: jax.Array) -> jax.Array:
         rate, error = rate_and_error(log2_c)

@@ -1,7 +1,7 @@
-"""Rules with one threshold for a whole tree: its leaves are measured together, never joined.
+"""The rule with one threshold for a whole tree.
 
-Each leaf gives its maximum, its counts or its sums, and these are added up, so that leaves may
-be sharded each in its own way.
+Leaves are measured together but never concatenated: each gives its maximum, counts or sums, and
+these are combined. So every leaf may be sharded in its own way.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import trees
 from jaxclip._core.grids import Grid
-from jaxclip.thresholds.rules import ThresholdRule
+from jaxclip._core.trees import PyTree
+from jaxclip.thresholds.rules import Bound, ThresholdRule
 from jaxclip.thresholds.values import check_threshold_tree
 
 
@@ -25,23 +26,23 @@ class _PerTree(ThresholdRule):
     is_blockwise: ClassVar[bool] = False
     is_leafwise: ClassVar[bool] = False
 
-    def __call__(self, array: Any) -> jax.Array:
+    def __call__(self, array: PyTree) -> jax.Array:
         flat = jax.tree_util.tree_leaves_with_path(array)
         named = [(trees.path_name(path), x) for path, x in flat if trees.is_clippable(x)]
         return self._for_named(named)
 
-    def _for_named(self, leaves: Sequence[tuple[str, Any]]) -> jax.Array:
+    def _for_named(self, leaves: Sequence[tuple[str, ArrayLike]]) -> jax.Array:
         for path, leaf in leaves:
             self.rule.check_leaf(path, leaf)
         return _pooled(self.rule, [leaf for _, leaf in leaves])
 
     def compact(self, array: jax.Array) -> jax.Array:
         raise TypeError(
-            "per_tree looks at all leaves, but here is one array: give `compress` the tree, or "
+            "per_tree measures all leaves, but got one array: give `compress` the tree, or "
             "take the threshold of the tree, `per_tree(rule)(tree)`."
         )
 
-    def for_leaves(self, leaves: Sequence[tuple[str, Any]], step: ArrayLike) -> list[Any]:
+    def for_leaves(self, leaves: Sequence[tuple[str, ArrayLike]], step: ArrayLike) -> list[Bound]:
         del step
         return [self._for_named(leaves)] * len(leaves)
 
@@ -56,11 +57,12 @@ def _of_all_entries(grid: Grid) -> Grid:
 def per_tree(rule: ThresholdRule) -> ThresholdRule:
     """Makes a rule that chooses one threshold for all leaves together.
 
-    `t = rule(w)` for `w` the entries of all floating leaves: of the whole tree, of the part that
-    it stands for in a prefix tree, of what a mask leaves, or in `compress` of the leaves that
-    become low-bit by it. `clip_weights`, `box`, `make_train_step` and clips of
-    gradients leaf by leaf take it, and `compress`, where `axis=None` stores one scale a leaf.
-    What sees one leaf at a time does not: other projections, `quantize`, and rewriting files.
+    `t = rule(w)`, where `w` are the entries of all floating leaves: of the tree, of the subtree
+    that it stands for in a prefix tree, or of the leaves that a mask keeps. In `compress` they
+    are those of the leaves that it makes low-bit; with `axis=None` each leaf stores one scale.
+    `clip_weights`, `box`, `make_train_step`, `compress` and leaf-wise gradient clips take this
+    rule. Functions that see one leaf at a time refuse it: other projections, `quantize`, and the
+    rewriting of files.
 
     Args:
       rule: `max_abs`, `percentile_abs`, `std_multiple` or `mse_optimal`, without `axis`,
@@ -68,12 +70,12 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
 
     Returns:
       A rule: tree -> float32 scalar, 0 for a tree without entries. Leaves may have different
-      dtypes and shardings. In `compress`, each width has a threshold of its own, measured on
-      all leaves of the rule as if all had that width; with a zero point, `mse_optimal` chooses
-      it for the grid around 0.
+      dtypes and shardings. In `compress` each width has its own threshold, measured on all
+      leaves of the rule as if all had that width. With a zero point, `mse_optimal` chooses it
+      for the grid around 0.
 
     Raises:
-      TypeError: If `rule` is no rule, or one that has no threshold for many arrays; when it is
+      TypeError: If `rule` is not a rule, or has no threshold for many arrays; when it is
         used, if `mse_optimal` meets a complex leaf.
       ValueError: If `rule` has an axis, groups or an `importance`; when it is
         used, if `percentile_abs` has 2**31 entries or more to count.
@@ -87,8 +89,8 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
     check_threshold_tree("rule", rule)
     if not isinstance(rule, ThresholdRule) or type(rule).pool is ThresholdRule.pool:
         raise TypeError(
-            "rule must be max_abs, percentile_abs, std_multiple or mse_optimal to have one "
-            f"threshold for many arrays, got {rule!r}."
+            "rule must be max_abs, percentile_abs, std_multiple or mse_optimal: these have one "
+            f"threshold for many arrays; got {rule!r}."
         )
     if rule.grid != _of_all_entries(rule.grid):
         raise ValueError(f"rule must have no axis and no group_size in per_tree, got {rule!r}.")
@@ -97,29 +99,15 @@ def per_tree(rule: ThresholdRule) -> ThresholdRule:
     return _PerTree(rule=rule)
 
 
-def shared_over(rule: Any, leaves: Sequence[Any]) -> Any:
-    """Returns a rule for single arrays with the threshold that `rule` has for some leaves.
-
-    Args:
-      rule: What `per_tree` returned.
-      leaves: Floating arrays that share the threshold.
-
-    Returns:
-      A rule, to be bound to a grid. It measures the leaves once for each width.
-
-    Example:
-      >>> from jaxclip.thresholds.by_magnitude import max_abs
-      >>> rule = shared_over(per_tree(max_abs()), [jnp.array([3.0]), jnp.array([-4.0])])
-      >>> rule.bind(Grid(4, axis=0)).compact(jnp.ones((2, 5))).tolist()
-      [[4.0], [4.0]]
-    """
+def shared_over(rule: Any, leaves: Sequence[ArrayLike]) -> ThresholdRule:
+    """Returns a rule for single arrays, with the threshold that a `per_tree` has for leaves."""
     return _Shared(rule=rule.rule, leaves=tuple(leaves))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Shared(ThresholdRule):
     rule: ThresholdRule = dataclasses.field(default_factory=ThresholdRule)
-    leaves: tuple[Any, ...] = ()
+    leaves: tuple[ArrayLike, ...] = ()
     known: dict[ThresholdRule, jax.Array] = dataclasses.field(default_factory=dict)
 
     def compact(self, array: jax.Array) -> jax.Array:
@@ -131,7 +119,7 @@ class _Shared(ThresholdRule):
         return dataclasses.replace(self, grid=grid, rule=self.rule.bind(_of_all_entries(grid)))
 
 
-def _pooled(rule: ThresholdRule, leaves: Sequence[Any]) -> jax.Array:
+def _pooled(rule: ThresholdRule, leaves: Sequence[ArrayLike]) -> jax.Array:
     if not leaves:
         return jnp.zeros((), jnp.float32)
     return _pool(rule, [jnp.asarray(leaf) for leaf in leaves])

@@ -303,14 +303,14 @@ def test_rules_without_one_threshold_for_many_arrays_are_refused(rule, error, me
     ids=["max_norm", "spectral_cap", "quantize", "clip_checkpoint"],
 )
 def test_what_sees_one_leaf_at_a_time_refuses_it(use):
-    with pytest.raises(TypeError, match="per_tree looks at all leaves"):
+    with pytest.raises(TypeError, match="per_tree measures all leaves"):
         use(per_tree(max_abs()))
 
 
 def test_rewriting_a_file_refuses_it(tmp_path):
     source = tmp_path / "net.npz"
     np.savez(source, kernel=np.ones((4, 4), np.float32))
-    with pytest.raises(TypeError, match="per_tree looks at all leaves"):
+    with pytest.raises(TypeError, match="per_tree measures all leaves"):
         jaxclip.checkpoints.compress_checkpoint(
             source, tmp_path / "small.safetensors", 4, rule=per_tree(max_abs())
         )

@@ -1,16 +1,14 @@
 """One pass over blocks of weights for some candidate grids: the errors that a search needs.
 
-For the codes l that a scale s gives, the best scale is `s + s * R / B` with the residuals
-r = w / s - l, R = sum r l and B = sum l^2, and its error is `s^2 (sum r^2 - R^2 / B)`. So a
-pass that sums r^2 and r l for some candidates gives each the error of its refined scale, and
-the least of these over all scales is the optimum. Where r is small beside w / s these sums do
-not cancel, as those of the closed form A^2 / B would at 8 bits.
+For the codes l of a scale s, with residuals r = w / s - l, the best scale is `s + s * R / B` and
+its error `s^2 (sum r^2 - R^2 / B)`, where R = sum r l and B = sum l^2. So a pass that sums r^2
+and r l gives each candidate the error of its refined scale; the least over all s is the optimum.
 """
 
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,58 +17,42 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import floats
+from jaxclip._core.trees import PyTree
 
-BATCH = 8
-"""Candidates of a pass: one vector register of float32."""
-_PIECE = 64
-"""Entries that one unrolled loop body sums."""
-_SLAB = 2**18
-"""Entries that are read at a time, and whose blocks are worked on between the passes."""
+BATCH = 8  # candidates of a pass: one vector register of float32
+_PIECE = 64  # entries that one unrolled loop body sums
+_SLAB = 2**18  # entries that are read at a time, and whose blocks go through all passes together
 
 
 class BlockStats(NamedTuple):
-    """What a search knows about each block before it begins; arrays of one shape.
+    """Statistics of each block before a search; arrays of one shape."""
 
-    Attributes:
-      factor: A power of two; the search runs on weights times it, of a size near 1.
-      largest: The largest magnitude, times `factor`.
-      lowest: The least weight or 0, whichever is lower, times `factor`.
-      highest: The greatest weight or 0, whichever is higher, times `factor`.
-      energy: The sum of squares, times `factor**2`.
-      num_entries: Number of entries, padding left out.
-    """
-
-    factor: jax.Array
-    largest: jax.Array
-    lowest: jax.Array
-    highest: jax.Array
-    energy: jax.Array
-    num_entries: jax.Array
+    factor: jax.Array  # a power of two; the search runs on weights times this, of a size near 1
+    largest: jax.Array  # magnitude, times the factor
+    lowest: jax.Array  # of the weights and 0, times the factor
+    highest: jax.Array  # of the weights and 0, times the factor
+    energy: jax.Array  # sum of squares, times the factor squared
+    num_entries: jax.Array  # without padding
 
 
 class Candidates(NamedTuple):
-    """Grids to try on each block, along the last axis.
-
-    Attributes:
-      scale: The scales.
-      low: Lowest code, counted from the code of 0: a number, or an array as `scale`.
-      high: Highest code, likewise.
-    """
+    """Grids to try on each block, along the last axis."""
 
     scale: jax.Array
-    low: int | jax.Array
-    high: int | jax.Array
+    low: int | jax.Array  # lowest code, counted from the code of 0
+    high: int | jax.Array  # highest code, likewise
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> "Candidates":
-        """These candidates with `function` applied to what is an array."""
+        """Returns these candidates with `function` applied to every array."""
         low, high = (v if isinstance(v, int) else function(v) for v in (self.low, self.high))
         return Candidates(function(self.scale), low, high)
 
 
+# From candidates to the errors of their refined scales, and those scales.
 Evaluate = Callable[[Candidates], tuple[jax.Array, jax.Array]]
-Search = Callable[[Evaluate, BlockStats], Any]
-_Part = tuple[jax.Array, jax.Array | None]
-"""An array, and the importance of its entries."""
+# To a tree of arrays with one value for each block.
+Search = Callable[[Evaluate, BlockStats], PyTree]
+_Part = tuple[jax.Array, jax.Array | None]  # an array, and the importance of its entries
 
 
 def search_blocks(
@@ -79,62 +61,26 @@ def search_blocks(
     counts: jax.Array,
     search: Search,
     importance: jax.Array | None = None,
-) -> tuple[Any, jax.Array]:
-    """Runs a search over all blocks, in bounded memory; sharded arrays stay where they are.
-
-    Args:
-      blocks: Real floating array, split as `Grid.split` does.
-      axes: Axes that a block spans.
-      counts: Entries of each block without padding; broadcasts against the result.
-      search: From a function that gives each of some `Candidates` the error of its refined
-        scale and that scale, and the blocks' `BlockStats`, to a tree of arrays with one value
-        a block.
-      importance: Factors in [0, 1] of the squared errors, of the shape of `blocks`; None for
-        ones. Weights without importance count as 0.
-
-    Returns:
-      What `search` returned for all blocks, dims kept; scales in it are those of the weights
-      times the second value, a power of two for each block.
-
-    Example:
-      >>> found, factor = search_blocks(
-      ...     jnp.array([[0.5, -4.0]]), (1,), 2, lambda evaluate, stats: stats.largest
-      ... )
-      >>> found / factor
-      Array([[4.]], dtype=float32)
-    """
+) -> tuple[PyTree, jax.Array]:
+    """Runs a search over all blocks, in bounded memory, and returns its results and factors."""
+    # Scales in the results are those of the weights times a factor, a power of two for each block.
     x = _at_most_32_bits(blocks)
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.float32), shape)
     v = importance
-    if v is not None:
+    if v is not None:  # weights without importance count as 0
         x, counts = jnp.where(v > 0, x, 0), jnp.sum(v, axis=axes, keepdims=True)
     if x.size == 0 or floats.is_sharded(x):
         stats = _stats_of([(x, v)], axes, counts)
         evaluate = functools.partial(_evaluate_whole, [(x, v)], axes, stats)
         return search(evaluate, stats), stats.factor
     x, v = _in_three_axes(x, axes), None if v is None else _in_three_axes(v, axes)
-    found = _search_in_chunks(x, v, counts.reshape(x.shape[0], -1), search)
-    return jax.tree.map(lambda v: v.reshape(shape), found)
+    results = _search_in_chunks(x, v, counts.reshape(x.shape[0], -1), search)
+    return jax.tree.map(lambda v: v.reshape(shape), results)
 
 
-def search_arrays(arrays: Sequence[jax.Array], search: Search) -> tuple[Any, jax.Array]:
-    """Runs a search over all entries of some arrays, as if they were one block.
-
-    Args:
-      arrays: Real floating arrays, one or more; sharded ones stay where they are.
-      search: As in `search_blocks`; there is one block, so its statistics are scalars.
-
-    Returns:
-      As `search_blocks`.
-
-    Example:
-      >>> found, factor = search_arrays(
-      ...     [jnp.array([0.5, 1.0]), jnp.array([[-4.0]])], lambda evaluate, stats: stats.largest
-      ... )
-      >>> float(found / factor)
-      4.0
-    """
+def search_arrays(arrays: Sequence[jax.Array], search: Search) -> tuple[PyTree, jax.Array]:
+    """Runs a search over all entries of some arrays, as if they were one block."""
     parts: list[_Part] = [(_at_most_32_bits(x), None) for x in arrays]
     count = max(sum(x.size for x in arrays), 1)
     stats = _stats_of(parts, None, jnp.asarray(count, jnp.float32))
@@ -148,13 +94,13 @@ def _at_most_32_bits(x: jax.Array) -> jax.Array:
 def _stats_of(
     parts: Sequence[_Part], axes: tuple[int, ...] | None, counts: jax.Array
 ) -> BlockStats:
-    """Statistics of blocks along `axes`; None for one block of all parts together."""
+    """Returns statistics of blocks along `axes`; None for one block of all parts together."""
 
     def reduced(
-        reduce: Any, combine: Any, of: Callable[[jax.Array], jax.Array] = lambda x: x
+        reduce: Callable, combine: Callable, of: Callable[[jax.Array], jax.Array] = lambda x: x
     ) -> jax.Array:
-        found = [reduce(of(x), axis=axes, keepdims=axes is not None, initial=0) for x, _ in parts]
-        return functools.reduce(combine, [value.astype(jnp.float32) for value in found])
+        values = [reduce(of(x), axis=axes, keepdims=axes is not None, initial=0) for x, _ in parts]
+        return functools.reduce(combine, [value.astype(jnp.float32) for value in values])
 
     largest = reduced(jnp.max, jnp.maximum, jnp.abs)
     lowest, highest = reduced(jnp.min, jnp.minimum), reduced(jnp.max, jnp.maximum)
@@ -171,16 +117,14 @@ def _times(x: jax.Array, v: jax.Array | None) -> jax.Array:
 
 
 def _added(arrays: Sequence[jax.Array], axes: tuple[int, ...] | None) -> jax.Array:
-    """The sums of all along `axes`, dims kept; for None one number."""
+    """Returns the sum of all arrays along `axes`, dims kept; for None one number."""
     sums = [jnp.sum(x, axis=axes, keepdims=axes is not None) for x in arrays]
     return functools.reduce(operator.add, sums)
 
 
 def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Returns `x` as (blocks, entries, blocks), without the last if it would be 1 long.
-
-    A trailing axis of length 1 would make XLA copy the whole array on CPU.
-    """
+    """Returns `x` as (blocks, entries, blocks), without the last axis if its length is 1."""
+    # A trailing axis of length 1 would make XLA copy the whole array on CPU.
     first, last = min(axes, default=x.ndim), max(axes, default=x.ndim - 1)
     if len(axes) != last - first + 1:
         x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))
@@ -203,7 +147,7 @@ def _evaluate_whole(
     stats: BlockStats,
     candidates: Candidates,
 ) -> tuple[jax.Array, jax.Array]:
-    """Errors and refined scales by plain reductions, which run on sharded arrays."""
+    """Returns errors and refined scales by plain reductions, which run on sharded arrays."""
 
     def sums(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         one = candidates.map(lambda v: lax.dynamic_index_in_dim(v, i, -1, keepdims=False))
@@ -223,12 +167,10 @@ def _evaluate_whole(
 
 
 def _sums_of_pieces(y: jax.Array, v: jax.Array | None, candidates: Candidates) -> jax.Array:
-    """Sums r^2 and r l over axis 1 of (pieces, entries[, c]), for each of (pieces, c, candidates).
-
-    Written out, with candidates last and both sums in one complex number, it compiles on CPU
-    to one vectorized loop that reads each weight once; a reduction would not be vectorized,
-    nor would two sums share a loop. Additions in two chains need not wait for each other.
-    """
+    """Sums r^2 and r l over axis 1 of (pieces, entries[, c]) to (pieces, c, candidates)."""
+    # Unrolled, with candidates last and both sums in one complex number, this compiles on CPU to
+    # one vectorized loop that reads each weight once. A reduction would not be vectorized, and
+    # two sums would not share a loop. Additions in two chains do not wait for each other.
     inverse, totals = 1 / candidates.scale, [jnp.zeros((), jnp.complex64)] * 2
     lane = (*inverse.shape[:2], 1)
     for j in range(y.shape[1]):
@@ -240,12 +182,14 @@ def _sums_of_pieces(y: jax.Array, v: jax.Array | None, candidates: Candidates) -
     return totals[0] + totals[1]
 
 
-def _search_in_chunks(x: jax.Array, v: jax.Array | None, counts: jax.Array, search: Search) -> Any:
-    """The search over (blocks, entries, blocks), with bounded memory between the passes."""
+def _search_in_chunks(
+    x: jax.Array, v: jax.Array | None, counts: jax.Array, search: Search
+) -> PyTree:
+    """Runs the search over (blocks, entries, blocks), a chunk of blocks at a time."""
     (rows, length), columns = x.shape[:2], counts.shape[1]
     chunk = min(rows, max(_SLAB // (length * columns), 1))
 
-    def search_chunk(start: jax.Array) -> Any:
+    def search_chunk(start: jax.Array) -> PyTree:
         some = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk)
         y, w = some(x), None if v is None else some(v)
         stats = _stats_of([(y, w)], (1,), some(counts))
@@ -255,11 +199,11 @@ def _search_in_chunks(x: jax.Array, v: jax.Array | None, counts: jax.Array, sear
     if chunk == rows:
         return search_chunk(jnp.zeros((), jnp.int32))
 
-    def body(i: jax.Array, found: Any) -> Any:
+    def body(i: jax.Array, results: PyTree) -> PyTree:
         start = jnp.minimum(i * chunk, rows - chunk)
         return jax.tree.map(
-            lambda all_of, part: lax.dynamic_update_slice_in_dim(all_of, part, start, 0),
-            found,
+            lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, 0),
+            results,
             search_chunk(start),
         )
 
@@ -269,14 +213,14 @@ def _search_in_chunks(x: jax.Array, v: jax.Array | None, counts: jax.Array, sear
 
 
 def _piece(length: int) -> int:
-    """Entries of a piece: the pieces of a block are of one length, to leave little padding."""
+    """Returns the entries of a piece: pieces of one length leave little padding."""
     return -(-length // -(-length // _PIECE))
 
 
 def _evaluate_at_once(
     x: jax.Array, v: jax.Array | None, stats: BlockStats, candidates: Candidates
 ) -> tuple[jax.Array, jax.Array]:
-    """Errors and refined scales for some blocks that are in cache together."""
+    """Returns errors and refined scales for some blocks that are in cache together."""
     chunk, length = x.shape[:2]
     piece = _piece(length)
     pieces = -(-length // piece)
@@ -295,7 +239,7 @@ def _evaluate_at_once(
         sums = jnp.real(sums), jnp.imag(sums)
         return lax.complex(*refined(sums, stats.energy, candidates.scale))
 
-    # A conditional, since XLA would put the loop into what follows, where it is not vectorized.
+    # A conditional, because XLA would fuse the loop into its consumer, where it is not vectorized.
     zero = 0 * stats.factor[0, 0]
     nothing = jnp.broadcast_to(
         lax.complex(zero, zero), (chunk * pieces, *candidates.scale.shape[1:])
@@ -311,7 +255,7 @@ def _evaluate_at_once(
 def _evaluate_in_slabs(
     x: jax.Array, v: jax.Array | None, stats: BlockStats, candidates: Candidates
 ) -> tuple[jax.Array, jax.Array]:
-    """Errors and refined scales for a row of long blocks, a slab of entries at a time."""
+    """Returns errors and refined scales for a row of long blocks, a slab of entries at a time."""
     length, columns = x.shape[1], stats.factor.shape[1]
     piece = min(length, _PIECE)
     pieces = max(min(_SLAB // columns, length) // piece, 1)
@@ -341,113 +285,72 @@ def _evaluate_in_slabs(
 # --- Choosing between candidates ------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """The best candidate so far and the second best, with their errors.
-
-    Attributes:
-      error: The least error.
-      best: What belongs to it: a tuple of arrays of one value a block.
-      second_error: The second least.
-      second: What belongs to that: the first arrays of such a tuple, as many as are of use.
-    """
+class BestCandidates(NamedTuple):
+    """The two best candidates so far and their errors; all arrays have one value for each block."""
 
     error: jax.Array
-    best: tuple[jax.Array, ...]
+    best: tuple[jax.Array, ...]  # the candidate's values, such as its scale
     second_error: jax.Array
-    second: tuple[jax.Array, ...]
+    second: tuple[jax.Array, ...]  # the first of such values, as many as are of use
 
 
 def refined(
     sums: tuple[jax.Array, jax.Array], energy: jax.Array, starts: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the error of each candidate's refined scale, and that scale.
-
-    Args:
-      sums: The sums of r^2 and of r l, for the scales `starts` along the last axis.
-      energy: Sum of squared weights of each block.
-      starts: The scales.
-
-    Returns:
-      Two arrays of the shape of `starts`.
-
-    Example:
-      >>> sums = jnp.array([0.25]), jnp.array([0.5])  # the weight 1.5 on the code 1
-      >>> error, scale = refined(sums, jnp.array(2.25), jnp.array([1.0]))
-      >>> float(error[0]), float(scale[0])
-      (0.0, 1.5)
-    """
+    """Returns the errors of the refined scales and those scales, from the sums of r^2 and r l."""
+    # Where r is small compared with w / s, these sums do not cancel. Those of the closed form
+    # A^2 / B would at 8 bits.
     squares, products = sums
     energy = energy[..., None] / jnp.square(starts)
     code_energy = energy - 2 * products - squares
-    # Below that the difference loses digits; such a candidate clips nearly everything.
+    # Below 0.1 the difference loses digits; such a candidate clips nearly everything.
     is_known = code_energy > 0.1 * energy
     change = jnp.where(is_known, products / jnp.where(is_known, code_energy, 1), 0)
     errors = jnp.maximum(squares - change * products, 0) * jnp.square(starts)
     return errors, starts * (1 + change)
 
 
-def between_neighbours(count: int) -> np.ndarray:
-    """Returns places in (-1, 1), evenly spaced, none at 0: there the error is known.
-
-    Args:
-      count: How many.
-
-    Returns:
-      A float64 NumPy array.
-
-    Example:
-      >>> between_neighbours(4).round(1).tolist()
-      [-0.6, -0.2, 0.2, 0.6]
-    """
+def places_between_neighbors(count: int) -> np.ndarray:
+    """Returns evenly spaced places in (-1, 1), but none at 0, where the error is known."""
     places = (np.arange(count) - (count - 1) / 2) * 2 / (count + 1)
     return np.where(places == 0, 0.25 / (count + 1), places)
 
 
-def better_of(found: Found, errors: jax.Array, candidates: tuple[jax.Array, ...]) -> Found:
-    """Returns the best two of what was found and some candidates.
-
-    Args:
-      found: The best two so far.
-      errors: Errors of the candidates, along the last axis.
-      candidates: What belongs to them, arrays of the shape of `errors`.
-
-    Returns:
-      The best two of all; of equals the earlier.
-
-    Example:
-      >>> found = Found(jnp.array(3.0), (jnp.array(0.5),), jnp.array(4.0), (jnp.array(0.25),))
-      >>> found = better_of(found, jnp.array([5.0, 2.0]), (jnp.array([1.0, 2.0]),))
-      >>> float(found.best[0]), float(found.second[0])
-      (2.0, 0.5)
-    """
+def keep_better(
+    so_far: BestCandidates, errors: jax.Array, candidates: tuple[jax.Array, ...]
+) -> BestCandidates:
+    """Returns the best two of those so far and of new candidates; of equals the earlier."""
+    num_second = len(so_far.second)
     least = jnp.min(errors, axis=-1)
     is_least = _is_first(errors == least[..., None])
     values = tuple(_value_where(is_least, c) for c in candidates)
     others = jnp.where(is_least, jnp.inf, errors)
     next_least = jnp.min(others, axis=-1)
     is_next = _is_first(others == next_least[..., None])
-    next_values = [_value_where(is_next, c) for c in candidates[: len(found.second)]]
+    next_values = tuple(_value_where(is_next, c) for c in candidates[:num_second])
 
-    def choose(is_new: jax.Array, new: Any, old: Any) -> Any:
-        return jax.tree.map(functools.partial(jnp.where, is_new), tuple(new), tuple(old))
-
-    is_better = least < found.error
-    num_second = len(found.second)
-    # The second best is either what was best or the better of the two seconds.
-    loser = jnp.where(is_better, found.error, least)
-    loser_values = choose(is_better, found.best[:num_second], values[:num_second])
-    rival = jnp.where(is_better, next_least, found.second_error)
-    rival_values = choose(is_better, next_values, found.second)
-    return Found(
-        jnp.where(is_better, least, found.error),
-        choose(is_better, values, found.best),
-        jnp.minimum(loser, rival),
-        choose(loser <= rival, loser_values, rival_values),
+    is_better = least < so_far.error
+    # The second best is the loser for the first place, or the better of the two seconds.
+    loser = jnp.where(is_better, so_far.error, least)
+    loser_values = _choose(is_better, so_far.best[:num_second], values[:num_second])
+    rival = jnp.where(is_better, next_least, so_far.second_error)
+    rival_values = _choose(is_better, next_values, so_far.second)
+    return BestCandidates(
+        error=jnp.where(is_better, least, so_far.error),
+        best=_choose(is_better, values, so_far.best),
+        second_error=jnp.minimum(loser, rival),
+        second=_choose(loser <= rival, loser_values, rival_values),
     )
 
 
+def _choose(
+    condition: jax.Array, these: tuple[jax.Array, ...], those: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    return tuple(jnp.where(condition, a, b) for a, b in zip(these, those, strict=True))
+
+
 def _is_first(is_chosen: jax.Array) -> jax.Array:
-    """Keeps the first of the chosen places of the last axis: a scale and its mirror may tie."""
+    """Keeps the first of the chosen places of the last axis, because scale and mirror may tie."""
     count = is_chosen.shape[-1]
     places = np.arange(count, dtype=np.int32).reshape((1,) * (is_chosen.ndim - 1) + (-1,))
     places = jnp.where(is_chosen, places, count)
@@ -455,5 +358,5 @@ def _is_first(is_chosen: jax.Array) -> jax.Array:
 
 
 def _value_where(is_chosen: jax.Array, values: jax.Array) -> jax.Array:
-    """The value at the chosen place of the last axis."""
+    """Returns the value at the chosen place of the last axis."""
     return jnp.max(values, axis=-1, where=is_chosen, initial=-jnp.inf)
