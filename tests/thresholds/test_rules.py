@@ -381,9 +381,9 @@ USES = {
 def test_rules_for_grids_refuse_complex_arrays(name):
     rule, z = ON_A_GRID[name], jnp.asarray([3j, 4j], jnp.complex64)
     for use in (rule, jax.jit(rule)):
-        with pytest.raises(TypeError, match=r"no grid for complex numbers, but the array is complex"):
+        with pytest.raises(TypeError, match=r"complex numbers, but the array is complex"):
             use(z)
-    with pytest.raises(TypeError, match=r"no grid for complex numbers, but 'a/c' is complex"):
+    with pytest.raises(TypeError, match=r"complex numbers, but 'a/c' is complex"):
         jaxclip.clip_weights({"a": {"c": z}, "w": jnp.ones(3)}, rule)
 
 
@@ -391,7 +391,7 @@ def test_rules_for_grids_refuse_complex_arrays(name):
 def test_wherever_a_rule_for_a_grid_meets_a_complex_leaf_its_path_is_named(use):
     params = {"a": {"c": jnp.asarray([3j, 4j], jnp.complex64)}, "w": jnp.ones(3)}
     for rule in (mse_optimal(4), least_squares(4)):
-        with pytest.raises(TypeError, match=r"no grid for complex numbers, but 'a/c' is complex"):
+        with pytest.raises(TypeError, match=r"complex numbers, but 'a/c' is complex"):
             use(params, rule)
 
 
