@@ -318,7 +318,7 @@ def test_rewriting_a_file_refuses_it(tmp_path):
 
 def test_more_entries_than_are_counted_and_complex_ones_on_a_grid_are_refused():
     many = [jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)]
-    with pytest.raises(ValueError, match=r"counts to 2\*\*31 - 1 entries, the tree has 2147483648"):
+    with pytest.raises(ValueError, match=r"counts up to 2\*\*31 - 1 entries, but the tree has"):
         jax.eval_shape(per_tree(percentile_abs(50)), many)
     with pytest.raises(TypeError, match="no grid for complex numbers"):
         per_tree(mse_optimal(4))([jnp.ones(2), jnp.ones(2, jnp.complex64)])
