@@ -3,7 +3,6 @@
 from jaxclip import checkpoints as checkpoints
 from jaxclip import gradients as gradients
 from jaxclip import interop as interop
-from jaxclip import lint as lint
 from jaxclip import lowbit as lowbit
 from jaxclip import norms as norms
 from jaxclip import plots as plots

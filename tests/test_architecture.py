@@ -19,7 +19,7 @@ FLOORS = [
     {"thresholds"},
     {"gradients", "sign", "weights", "lowbit", "sparsity"},
     {"checkpoints", "calibration", "training", "plots"},
-    {"lint", "interop", "sweeps"},
+    {"interop", "sweeps"},
     {"cli", "_names"},
 ]
 FLOOR_OF = {wing: level for level, wings in enumerate(FLOORS) for wing in wings}

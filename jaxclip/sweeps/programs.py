@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxclip._core.trees import PyTree
 from jaxclip.sweeps.tasks import STEP_METRICS, Task, check_unambiguous
 from jaxclip.training.step import StepInfo, TrainState, make_train_step
-from jaxclip.training.stopping import Seen
+from jaxclip.training.stopping import Progress
 
 
 class _Row(NamedTuple):
@@ -218,7 +218,7 @@ class Program:
             known = sorted({*numbers, *metrics})
             raise ValueError(f"stop looks at {unknown}, which is not among {known}.")
         check_unambiguous(self._task.stop, numbers, metrics)
-        seen = Seen(state.step, 0.0, info.num_skipped, numbers)
+        seen = Progress(state.step, 0.0, info.num_skipped, numbers)
         memory, code = self._task.stop.update(row.memory, seen)
         if metrics:
             seen = seen._replace(metrics={**seen.metrics, **metrics})

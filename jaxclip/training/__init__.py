@@ -3,6 +3,8 @@
 A bad step, with a NaN or infinity in a gradient, changes nothing and is counted.
 """
 
+from jaxclip.training.lint import Finding as Finding
+from jaxclip.training.lint import lint as lint
 from jaxclip.training.loop import FitResult as FitResult
 from jaxclip.training.loop import fit as fit
 from jaxclip.training.loop import log_to_jsonl as log_to_jsonl
@@ -12,6 +14,7 @@ from jaxclip.training.step import make_train_step as make_train_step
 from jaxclip.training.stochastic_rounding import (
     apply_updates_stochastically as apply_updates_stochastically,
 )
+from jaxclip.training.stopping import Progress as Progress
 from jaxclip.training.stopping import StopReason as StopReason
 from jaxclip.training.stopping import StopRule as StopRule
 from jaxclip.training.stopping import max_seconds as max_seconds

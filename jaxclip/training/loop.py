@@ -2,9 +2,9 @@
 
     result = fit(step, state, batches, stop=max_steps(1000) | reached("accuracy", 0.98))
 
-The loop itself lives on the host and does nothing but call the step, look at what it says,
-and ask the stop rule. A run that was killed goes on from its last checkpoint bit for bit, if
-`batches` gives the same batches again.
+The loop runs on the host: it calls the step, fetches its metrics, and asks the stop rule. A
+killed run continues from its last checkpoint bit for bit, if `batches` gives the same batches
+again.
 """
 
 import contextlib
@@ -20,24 +20,26 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
+from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.extras import rich_progress
 from jaxclip.training.runs import Run, RunStore
 from jaxclip.training.step import StepInfo, TrainState
-from jaxclip.training.stopping import Seen, StopReason, StopRule
+from jaxclip.training.stopping import Progress, StopReason, StopRule
 
 
 class FitResult(NamedTuple):
-    """What `fit` returns.
+    """Result of `fit`.
 
     Attributes:
       state: The last state.
-      reason: Why it is the last.
-      history: For each number that was seen, its values as a float64 array, and under
-        "step" the steps. A number that was not measured at a step is NaN there. After a
-        restart it begins at the restart.
-      compile_seconds: How long the first step took, compiling included.
+      reason: Why training ended.
+      history: For each metric its values as a float64 array, and under "step" the steps. A
+        metric that was not measured at a step is NaN there. After a restart the history
+        begins at the restart.
+      compile_seconds: Seconds that the first step took, compiling included.
     """
 
     state: TrainState
@@ -52,7 +54,7 @@ def fit(
     batches: Iterable[Any] | Callable[[int], Iterable[Any]],
     *,
     stop: StopRule,
-    evaluate: Callable[[Any], dict[str, Any]] | None = None,
+    evaluate: Callable[[optax.Params], dict[str, ArrayLike]] | None = None,
     evaluate_every: int | None = None,
     check_every: int = 1,
     progress: bool = True,
@@ -63,34 +65,32 @@ def fit(
     """Trains until a stop rule says so, the data ends, or a signal comes.
 
     Args:
-      step: What `make_train_step` returns. It donates the state that it is given.
-      state: Where to begin; if there is a checkpoint, only its structure counts.
-      batches: What to iterate over; or a function of how many batches were used up before a
-        restart, 0 if there was none, that gives the rest. A plain iterable is skipped
-        through.
-      stop: A stop rule, such as `max_steps(1000) | reached("accuracy", 0.98)`. It sees how
-        many steps this run has skipped, not those that `state` counts already.
+      step: The result of `make_train_step`. It donates the state that it is given.
+      state: The state to start from; if there is a checkpoint, only its structure counts.
+      batches: An iterable of batches, of which a restart skips those used up. Or a function
+        of the number of batches used up, 0 without a restart, that gives the rest.
+      stop: A stop rule, such as `max_steps(1000) | reached("accuracy", 0.98)`. It counts the
+        steps that this run skips, not those that `state` has counted already.
       evaluate: `evaluate(params)` gives metrics by name: scalars.
-      evaluate_every: After how many steps; None for the end alone.
-      check_every: After how many steps the numbers are fetched from the device, looked at by
-        the stop rule, and logged. Each time the host waits for the device. Limits by
+      evaluate_every: Steps between evaluations; None for one at the end alone.
+      check_every: Steps between checks: the metrics are fetched from the device, given to the
+        stop rule, and logged. Each time the host waits for the device. Limits by
         `max_steps` are exact in any case.
-      progress: Whether to show a bar where there is a terminal or a notebook, and rich.
-      on_log: Called with the step and its numbers, as Python floats.
-      checkpoint_dir: Where to keep checkpoints; needs orbax. The last two are kept.
-      checkpoint_every: After how many steps one is written; None for the end alone. One is
-        also written when a signal comes. After a restart, `stop` goes on with what it
-        remembered if both rules remember the same things, whatever their limits and
-        patience; else it begins anew.
+      progress: Whether to show a bar, where there is a terminal or a notebook, and rich.
+      on_log: Called with the step and its metrics, as Python floats.
+      checkpoint_dir: Folder for checkpoints, of which the last two are kept; needs orbax.
+      checkpoint_every: Steps between checkpoints; None for one at the end alone. A signal
+        also writes one. After a restart, `stop` continues from its memory if both rules
+        remember the same things, whatever their limits and patience; else it starts anew.
 
     Returns:
-      A `FitResult`. SIGINT and SIGTERM end the loop after the step that is under way; a
-      second one does what it did before.
+      A `FitResult`. SIGINT and SIGTERM end the loop after the current step; a second one
+      has its usual effect.
 
     Raises:
       TypeError: If `stop` is not a stop rule.
-      ValueError: If a count is not an integer of at least 1, if the stop rule looks at a
-        metric that nothing measures, or if `evaluate` names one that the step has, too.
+      ValueError: If a count is not an integer of at least 1, if the stop rule reads a metric
+        that nothing measures, or if `evaluate` returns one that the step has, too.
       ImportError: If there is a `checkpoint_dir` and no orbax.
 
     Example:
@@ -113,66 +113,63 @@ def fit(
         raise ValueError("checkpoint_every needs a checkpoint_dir.")
 
     log, start, compile_seconds = _Log(on_log), time.monotonic(), 0.0
+    run = Run(state, stop.init(), 0, int(state.num_skipped))
     with contextlib.ExitStack() as stack:
         store = None
         if checkpoint_dir:
             store = stack.enter_context(RunStore(checkpoint_dir, stop.remembers))
-        run = Run(state, stop.init(), 0, int(state.num_skipped))
-        run = store.restore(run) if store else run
-        bar = stack.enter_context(_bar(progress, stop.num_steps))
+            run = store.restore(run)
+        bar = stack.enter_context(_make_bar(progress, stop.num_steps))
         signals = stack.enter_context(_Signals())
-        rest = _rest_of(batches, run.position)
-        is_new, num_steps, reason = False, int(run.state.step), None
-        waits = True  # for the first step, which is compiled; perhaps for the others
+        remaining = _remaining_batches(batches, run.position)
+        has_unsaved_steps, num_steps, reason = False, int(run.state.step), None
+        must_wait = True  # for the first step, to time its compilation
         if stop.num_steps is not None and num_steps >= stop.num_steps:
             reason = StopReason.MAX_STEPS
         while reason is None:
-            batch = next(rest, _NO_BATCH)
-            if signals.came or batch is _NO_BATCH:
-                reason = StopReason.INTERRUPTED if signals.came else StopReason.DATA_ENDED
+            batch = next(remaining, _NO_BATCH)
+            if signals.has_come or batch is _NO_BATCH:
+                reason = StopReason.INTERRUPTED if signals.has_come else StopReason.DATA_ENDED
                 break
-            begun = time.monotonic()
+            step_start = time.monotonic()
             new_state, info = step(run.state, batch)
             run = run._replace(state=new_state, position=run.position + 1)
-            is_new, num_steps = True, num_steps + 1
-            if waits:
+            has_unsaved_steps, num_steps = True, num_steps + 1
+            if must_wait:
                 jax.block_until_ready(info)
-                compile_seconds = compile_seconds or time.monotonic() - begun
-                waits = _shares_threads(new_state)
-            is_due = _is_due(num_steps, evaluate_every)
-            if is_due or num_steps == stop.num_steps or _is_due(num_steps, check_every):
-                numbers = _numbers(info)
-                if evaluate is not None and is_due:
-                    numbers = _with_metrics(numbers, evaluate(run.state.params))
+                compile_seconds = compile_seconds or time.monotonic() - step_start
+                must_wait = _may_deadlock(new_state)
+            is_evaluated = _is_due(num_steps, evaluate_every)
+            if is_evaluated or num_steps == stop.num_steps or _is_due(num_steps, check_every):
+                metrics = _fetch_metrics(info)
+                if evaluate is not None and is_evaluated:
+                    metrics = _add_metrics(metrics, evaluate(run.state.params))
                     log.evaluated_at = num_steps
-                num_skipped = numbers["num_skipped"] - run.num_skipped_before
-                seen = Seen(num_steps, time.monotonic() - start, num_skipped, numbers)
-                memory, code = stop.update(run.memory, seen)
-                run, reason = run._replace(memory=memory), stop.reason(code)
-                log.add(num_steps, numbers)
-                bar.show(num_steps, numbers)
-                if evaluate is None or evaluate_every is None or is_due:
+                run, reason = _check(stop, run, num_steps, time.monotonic() - start, metrics)
+                log.add(num_steps, metrics)
+                bar.show(num_steps, metrics)
+                if evaluate is None or evaluate_every is None or is_evaluated:
                     _check_names(stop, log.names)
             if store and _is_due(num_steps, checkpoint_every):
                 store.save(run)
-                is_new = False
+                has_unsaved_steps = False
         if evaluate is not None and log.evaluated_at != num_steps and num_steps:
-            log.add(num_steps, _with_metrics({}, evaluate(run.state.params)))
-        if store and is_new:
+            log.add(num_steps, _add_metrics({}, evaluate(run.state.params)))
+        if store and has_unsaved_steps:
             store.save(run)
     return FitResult(run.state, reason, log.history(), compile_seconds)
 
 
 def log_to_jsonl(path: str | os.PathLike) -> Callable[[int, dict[str, float]], None]:
-    """Makes an `on_log` that appends one JSON object a line to a file.
+    """Makes an `on_log` that appends one line of JSON per step to a file.
 
-    Numbers that JSON does not have (NaN and the infinities) are written as null.
+    NaN and infinities, which JSON lacks, are written as null.
 
     Args:
-      path: The file; it is made if it is not there.
+      path: The file; it is created if it does not exist.
 
     Returns:
-      A function of the step and its numbers.
+      A function of the step and its metrics.
 
     Example:
       >>> import tempfile
@@ -183,19 +180,28 @@ def log_to_jsonl(path: str | os.PathLike) -> Callable[[int, dict[str, float]], N
     """
     path = pathlib.Path(path)
 
-    def write(step: int, numbers: dict[str, float]) -> None:
-        row = {name: x if np.isfinite(x) else None for name, x in numbers.items()}
+    def write(step: int, metrics: dict[str, float]) -> None:
+        row = {name: x if np.isfinite(x) else None for name, x in metrics.items()}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
 
     return write
 
 
-# --- Numbers --------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------
+
+
+def _check(
+    stop: StopRule, run: Run, num_steps: int, seconds: float, metrics: dict[str, float]
+) -> tuple[Run, StopReason | None]:
+    """Returns the run with the rule's new memory, and the reason to stop, if there is one."""
+    num_skipped = metrics["num_skipped"] - run.num_skipped_before
+    memory, code = stop.update(run.memory, Progress(num_steps, seconds, num_skipped, metrics))
+    return run._replace(memory=memory), stop.reason(code)
 
 
 class _Log:
-    """The numbers so far, step by step."""
+    """The metrics so far, step by step."""
 
     def __init__(self, on_log: Callable[[int, dict[str, float]], None] | None):
         self.rows: list[dict[str, float]] = []
@@ -203,14 +209,14 @@ class _Log:
         self.evaluated_at: int | None = None
         self._on_log = on_log
 
-    def add(self, step: int, numbers: dict[str, float]) -> None:
-        self.names |= set(numbers)
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        self.names |= set(metrics)
         if self.rows and self.rows[-1]["step"] == step:
-            self.rows[-1].update(numbers)
+            self.rows[-1].update(metrics)
         else:
-            self.rows.append({"step": step} | numbers)
+            self.rows.append({"step": step} | metrics)
         if self._on_log:
-            self._on_log(step, numbers)
+            self._on_log(step, metrics)
 
     def history(self) -> dict[str, np.ndarray]:
         names = ["step", *sorted(self.names)]
@@ -218,29 +224,31 @@ class _Log:
         return columns | {"step": columns["step"].astype(int)}
 
 
-def _numbers(info: StepInfo) -> dict[str, float]:
+def _fetch_metrics(info: StepInfo) -> dict[str, float]:
     names = ("loss", "weight_clip_rate", "num_skipped")
     named = {name: getattr(info, name) for name in names} | info.stats
     return {name: float(x) for name, x in jax.device_get(named).items()}
 
 
-def _shares_threads(state: TrainState) -> bool:
-    """Whether devices of one CPU hold it: two steps under way may stop each other for good."""
+def _may_deadlock(state: TrainState) -> bool:
+    """Returns True if two steps in flight may deadlock: on several devices of one CPU."""
+    # Those share one pool of threads, which the collectives of both steps may fill.
     devices = (x.devices() for x in jax.tree.leaves(state.params) if isinstance(x, jax.Array))
     return any(len(d) > 1 and next(iter(d)).platform == "cpu" for d in devices)
 
 
-def _with_metrics(numbers: dict[str, float], metrics: Any) -> dict[str, float]:
-    if not isinstance(metrics, dict):
-        raise TypeError(f"evaluate must return a dict of metrics, got {type(metrics).__name__}.")
-    known = set(numbers) & set(metrics)
+def _add_metrics(metrics: dict[str, float], evaluated: dict[str, ArrayLike]) -> dict[str, float]:
+    """Returns the metrics of the step with those of an evaluation."""
+    if not isinstance(evaluated, dict):
+        raise TypeError(f"evaluate must return a dict of metrics, got {type(evaluated).__name__}.")
+    known = set(metrics) & set(evaluated)
     if known:
         raise ValueError(f"evaluate returns {sorted(known)}, which the step reports already.")
-    found = jax.device_get(metrics)
-    for name, x in found.items():
+    fetched = jax.device_get(evaluated)
+    for name, x in fetched.items():
         if np.shape(x):
             raise ValueError(f"evaluate must return scalars, {name!r} has shape {np.shape(x)}.")
-    return numbers | {name: float(x) for name, x in found.items()}
+    return metrics | {name: float(x) for name, x in fetched.items()}
 
 
 def _check_names(stop: StopRule, names: set[str]) -> None:
@@ -258,33 +266,34 @@ def _is_due(num_steps: int, every: int | None) -> bool:
 _NO_BATCH = object()
 
 
-def _rest_of(batches: Any, position: int) -> Iterator[Any]:
+def _remaining_batches(
+    batches: Iterable[Any] | Callable[[int], Iterable[Any]], position: int
+) -> Iterator[Any]:
     if callable(batches):
-        rest: Any = batches(position)
-        return iter(rest)
+        return iter(batches(position))
     return itertools.islice(iter(batches), position, None)
 
 
 class _Signals:
-    """Notes SIGINT and SIGTERM while it is entered; a second one acts as before."""
+    """Context that records SIGINT and SIGTERM; a second one has its usual effect."""
 
     def __init__(self):
-        self.came = False
-        self._before: dict[int, Any] = {}
+        self.has_come = False
+        self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_Signals":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._old_handlers[number] = signal.signal(number, self._record)
         return self
 
-    def _note(self, number: int, frame: Any) -> None:
-        self.came = True
+    def _record(self, number: int, frame: Any) -> None:
+        self.has_come = True
         self._restore()
 
     def _restore(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
+        while self._old_handlers:
+            number, handler = self._old_handlers.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def __exit__(self, *error: Any) -> None:
@@ -292,17 +301,21 @@ class _Signals:
 
 
 class _NoBar:
+    """Progress bar that shows nothing."""
+
     def __enter__(self) -> "_NoBar":
         return self
 
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def show(self, num_steps: int, numbers: dict[str, float]) -> None:
+    def show(self, num_steps: int, metrics: dict[str, float]) -> None:
         pass
 
 
 class _RichBar(_NoBar):
+    """Progress bar with the speed and a few metrics."""
+
     def __init__(self, rich_progress: Any, total: int | None):
         columns = ("{task.completed:,.0f} steps", "{task.fields[speed]}", "{task.fields[text]}")
         self._progress = rich_progress.Progress(
@@ -320,18 +333,18 @@ class _RichBar(_NoBar):
     def __exit__(self, *error: Any) -> None:
         self._progress.stop()
 
-    def show(self, num_steps: int, numbers: dict[str, float]) -> None:
+    def show(self, num_steps: int, metrics: dict[str, float]) -> None:
         now = time.monotonic()
-        # The first step was compiled: it does not count.
+        # The first step does not count, because it was compiled.
         self._first = self._first or (num_steps, now)
         elapsed, count = now - self._first[1], num_steps - self._first[0]
         speed = f"{count / elapsed:,.1f} steps/s" if count and elapsed > 0 else ""
-        names = [n for n in ("loss", "clip_rate", "weight_clip_rate") if n in numbers]
-        text = "  ".join(f"{n} {numbers[n]:.4g}" for n in names)
+        names = [n for n in ("loss", "clip_rate", "weight_clip_rate") if n in metrics]
+        text = "  ".join(f"{n} {metrics[n]:.4g}" for n in names)
         self._progress.update(self._task, completed=num_steps, speed=speed, text=text)
 
 
-def _bar(is_wanted: bool, total: int | None) -> _NoBar:
-    """A bar if there is somebody to see it."""
+def _make_bar(is_wanted: bool, total: int | None) -> _NoBar:
+    """Returns a bar that is visible if there is a terminal or a notebook."""
     rich = rich_progress(is_wanted)
     return _NoBar() if rich is None else _RichBar(rich, total)

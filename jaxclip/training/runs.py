@@ -1,4 +1,4 @@
-"""A training run in a folder: all that a restart needs, by way of orbax."""
+"""Checkpoints of a training run in a folder: all that a restart needs, written by orbax."""
 
 import os
 import pathlib
@@ -8,33 +8,28 @@ import jax
 import jax.numpy as jnp
 
 from jaxclip._core import extras
+from jaxclip._core.trees import PyTree
 from jaxclip.training.step import TrainState
 
 
 class Run(NamedTuple):
-    """All that a restart needs.
+    """State of a training run, complete for a restart.
 
     Attributes:
       state: The last state.
-      memory: What the stop rule remembers.
+      memory: Memory of the stop rule.
       position: Batches used up.
-      num_skipped_before: Skipped steps that the state had counted when the rule remembered
-        nothing yet.
+      num_skipped_before: Skipped steps that the state had counted at the rule's `init`.
     """
 
     state: TrainState
-    memory: Any
+    memory: PyTree
     position: int
     num_skipped_before: int
 
 
 class RunStore:
-    """Checkpoints of a run in a folder; each is written as a whole or not at all.
-
-    Args:
-      directory: The folder.
-      remembers: What the stop rule's memory is of.
-    """
+    """Checkpoints of a run in a folder; each is written as a whole or not at all."""
 
     def __init__(self, directory: str | os.PathLike, remembers: tuple[str, ...]):
         self._remembers = list(remembers)
@@ -52,11 +47,7 @@ class RunStore:
         self._manager.close()
 
     def save(self, run: Run) -> None:
-        """Writes a checkpoint of the run, at its step.
-
-        Args:
-          run: The run.
-        """
+        """Writes a checkpoint of the run, at its step."""
         memory = jax.tree.leaves(_without_keys(run.memory))
         facts = {"position": run.position, "num_skipped_before": run.num_skipped_before}
         facts |= {"remembers": self._remembers, "memory": _shapes(memory)}
@@ -67,32 +58,28 @@ class RunStore:
         self._manager.save(int(run.state.step), args=args)
 
     def restore(self, run: Run) -> Run:
-        """Returns the run as it was last saved; the one given, if there is none.
-
-        Args:
-          run: One of the same structure, with what the stop rule remembers at the start.
-        """
+        """Returns the run as it was last saved; the given one, which is new, if none was."""
         last = self._manager.latest_step()
         if last is None:
             return run
         args = self._orbax.args.Composite(facts=self._orbax.args.JsonRestore())
         facts = self._manager.restore(last, args=args)["facts"]
-        # As it was saved, for another rule's memory must be read, too, and is then let go.
+        # In the saved shapes: orbax reads the memory of another rule, too, before it is dropped.
         memory = [jnp.zeros(shape, dtype) for shape, dtype in facts["memory"]]
-        given = {"state": _without_keys(run.state), "memory": memory}
-        args = self._orbax.args.Composite(run=self._orbax.args.StandardRestore(given))
-        found = self._manager.restore(last, args=args)["run"]
-        state = jax.tree.map(_as_key, run.state, found["state"])
+        like = {"state": _without_keys(run.state), "memory": memory}
+        args = self._orbax.args.Composite(run=self._orbax.args.StandardRestore(like))
+        saved = self._manager.restore(last, args=args)["run"]
+        state = jax.tree.map(_with_key, run.state, saved["state"])
         leaves, structure = jax.tree.flatten(run.memory)
-        same_shapes = facts["memory"] == _shapes(_without_keys(leaves))
-        if not (same_shapes and facts["remembers"] == self._remembers):
+        has_same_shapes = facts["memory"] == _shapes(_without_keys(leaves))
+        if not (has_same_shapes and facts["remembers"] == self._remembers):
             return Run(state, run.memory, facts["position"], int(state.num_skipped))
-        memory = structure.unflatten(map(_as_key, leaves, found["memory"]))
+        memory = structure.unflatten(map(_with_key, leaves, saved["memory"]))
         return Run(state, memory, facts["position"], facts["num_skipped_before"])
 
 
-def _shapes(leaves: list[Any]) -> list[Any]:
-    """Shapes and dtypes, of what JSON has."""
+def _shapes(leaves: list[jax.Array]) -> list[list]:
+    """Returns shapes and dtypes, as JSON gives them back."""
     return [[list(jnp.shape(x)), str(jnp.result_type(x))] for x in leaves]
 
 
@@ -100,11 +87,13 @@ def _is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _without_keys(tree: Any) -> Any:
+def _without_keys(tree: PyTree) -> PyTree:
+    """Returns the tree with the data of PRNG keys, which orbax does not store, in their place."""
     return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
 
 
-def _as_key(given: Any, found: Any) -> Any:
-    if _is_key(given):
-        return jax.random.wrap_key_data(found, impl=jax.random.key_impl(given))
-    return found
+def _with_key(like: Any, saved: Any) -> Any:
+    """Returns a saved leaf, made a PRNG key again if `like` is one."""
+    if _is_key(like):
+        return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(like))
+    return saved

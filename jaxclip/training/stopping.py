@@ -1,19 +1,22 @@
-"""When training ends: rules that are values, joined by `|`.
+"""Stop rules: values, joined by `|`, that say when training ends.
 
-A rule is a pure function of what a step has shown, a `Seen`, and of what the rule remembers:
-arrays in, arrays out. So the same rule serves a loop on the host and one inside `lax.scan`.
+    memory, code = rule.update(memory, progress)
+
+A rule is a pure function of the `Progress` of training and of its own memory: arrays in,
+arrays out. So the same rule serves a loop on the host and one inside `lax.scan`.
 """
 
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
+from jaxclip._core.trees import PyTree
 
 
 class StopReason(enum.Enum):
@@ -31,41 +34,41 @@ class StopReason(enum.Enum):
         return self.value
 
 
-class Seen(NamedTuple):
-    """What a rule may look at; scalars, or numbers.
+class Progress(NamedTuple):
+    """Training progress passed to a stop rule; all fields are scalars.
 
     Attributes:
       step: Steps taken so far, skipped ones included.
       seconds: Time since the start.
-      num_skipped: Steps skipped so far because something was not finite, counted from when
-        the rule remembered nothing yet.
-      metrics: Numbers by name, "loss" among them. A metric that is not measured at every
-        step is there only when it was.
+      num_skipped: Steps skipped because something was not finite, counted from the rule's
+        `init`.
+      metrics: Scalars by name, "loss" among them. A metric that is not measured at every
+        step is present only at the steps that measured it.
     """
 
     step: ArrayLike
     seconds: ArrayLike
     num_skipped: ArrayLike
-    metrics: Mapping[str, Any]
+    metrics: Mapping[str, ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
 class StopRule:
-    """When to stop, made by a function of this module; `a | b` stops when either does.
+    """Condition for the end of training, made by a factory; `a | b` stops when either does.
 
     Attributes:
-      init: `init()` gives what the rule remembers before the first step, arrays.
-      update: `update(memory, seen)` gives the new memory, and an int32 code: 0 to go on,
-        else 1 + the place of the `StopReason` among its members.
-      metrics: Names of the metrics that it looks at.
-      num_steps: The step at which it stops by count, at the latest; None if it does not.
-      uses_clock: Whether it looks at the seconds.
-      remembers: What the parts of the memory are of. Of two rules with the same, either can
-        go on with what the other remembers.
+      init: `init()` gives the memory of the rule before the first step: a pytree of arrays.
+      update: `update(memory, progress)` gives the new memory, and an int32 code: 0 to
+        continue, else 1 + the position of the `StopReason` among its members.
+      metrics: Names of the metrics that the rule reads.
+      num_steps: The largest number of steps that it allows; None if it has no such limit.
+      uses_clock: Whether it reads the seconds.
+      remembers: Descriptions of the parts of the memory. A rule can continue from the memory
+        of another if both have the same descriptions.
     """
 
-    init: Callable[[], Any]
-    update: Callable[[Any, Seen], tuple[Any, jax.Array]]
+    init: Callable[[], PyTree]
+    update: Callable[[PyTree, Progress], tuple[PyTree, jax.Array]]
     metrics: frozenset[str] = frozenset()
     num_steps: int | None = None
     uses_clock: bool = False
@@ -75,9 +78,9 @@ class StopRule:
         if not isinstance(other, StopRule):
             return NotImplemented
 
-        def update(memory: Any, seen: Seen) -> tuple[Any, jax.Array]:
-            first, code = self.update(memory[0], seen)
-            second, other_code = other.update(memory[1], seen)
+        def update(memory: PyTree, progress: Progress) -> tuple[PyTree, jax.Array]:
+            first, code = self.update(memory[0], progress)
+            second, other_code = other.update(memory[1], progress)
             return (first, second), jnp.where(code > 0, code, other_code)
 
         counts = [n for n in (self.num_steps, other.num_steps) if n is not None]
@@ -90,8 +93,8 @@ class StopRule:
             remembers=self.remembers + other.remembers,
         )
 
-    def reason(self, code: Any) -> StopReason | None:
-        """Returns what a concrete code of `update` stands for; None to go on."""
+    def reason(self, code: int | jax.Array) -> StopReason | None:
+        """Returns the reason that a concrete code of `update` stands for; None to continue."""
         return list(StopReason)[int(code) - 1] if int(code) > 0 else None
 
 
@@ -109,12 +112,14 @@ def max_steps(num_steps: int) -> StopRule:
 
     Example:
       >>> rule = max_steps(10)
-      >>> memory, code = rule.update(rule.init(), Seen(10, 0.5, 0, {"loss": 1.0}))
+      >>> memory, code = rule.update(rule.init(), Progress(10, 0.5, 0, {"loss": 1.0}))
       >>> print(rule.reason(code))
       The last of the steps was taken.
     """
     checks.check_count("num_steps", num_steps)
-    rule = _stateless(StopReason.MAX_STEPS, lambda seen: jnp.asarray(seen.step) >= num_steps)
+    rule = _stateless(
+        StopReason.MAX_STEPS, lambda progress: jnp.asarray(progress.step) >= num_steps
+    )
     return dataclasses.replace(rule, num_steps=int(num_steps))
 
 
@@ -133,11 +138,13 @@ def max_seconds(seconds: float) -> StopRule:
 
     Example:
       >>> rule = max_seconds(60.0) | max_steps(1000)
-      >>> rule.reason(rule.update(rule.init(), Seen(10, 60.5, 0, {}))[1])
+      >>> rule.reason(rule.update(rule.init(), Progress(10, 60.5, 0, {}))[1])
       <StopReason.MAX_SECONDS: 'The time was up.'>
     """
     checks.check_positive("seconds", seconds)
-    rule = _stateless(StopReason.MAX_SECONDS, lambda seen: jnp.asarray(seen.seconds) >= seconds)
+    rule = _stateless(
+        StopReason.MAX_SECONDS, lambda progress: jnp.asarray(progress.seconds) >= seconds
+    )
     return dataclasses.replace(rule, uses_clock=True)
 
 
@@ -150,7 +157,7 @@ def reached(metric: str, target: float, *, mode: str = "max") -> StopRule:
       mode: "max" if larger is better, "min" if smaller is.
 
     Returns:
-      A `StopRule`. NaN is never there.
+      A `StopRule`. NaN never reaches a target.
 
     Raises:
       TypeError: If `metric` is not a string, or `target` not a number.
@@ -158,19 +165,19 @@ def reached(metric: str, target: float, *, mode: str = "max") -> StopRule:
 
     Example:
       >>> rule = reached("accuracy", 0.98)
-      >>> rule.reason(rule.update(rule.init(), Seen(3, 1.0, 0, {"accuracy": 0.99}))[1])
+      >>> rule.reason(rule.update(rule.init(), Progress(3, 1.0, 0, {"accuracy": 0.99}))[1])
       <StopReason.REACHED: 'The metric reached its target.'>
     """
     _check_metric(metric, mode)
     checks.check_finite("target", target)
 
-    def is_there(seen: Seen) -> Any:
-        if metric not in seen.metrics:
+    def is_reached(progress: Progress) -> ArrayLike:
+        if metric not in progress.metrics:
             return False
-        value = jnp.asarray(seen.metrics[metric])
+        value = jnp.asarray(progress.metrics[metric])
         return value >= target if mode == "max" else value <= target
 
-    rule = _stateless(StopReason.REACHED, is_there)
+    rule = _stateless(StopReason.REACHED, is_reached)
     return dataclasses.replace(rule, metrics=frozenset({metric}))
 
 
@@ -180,8 +187,8 @@ def plateau(metric: str, patience: int, min_delta: float = 0.0, *, mode: str = "
     Args:
       metric: Its name.
       patience: Integer of at least 1.
-      min_delta: By how much more than the best a value must be better to be the new best;
-        not negative.
+      min_delta: How much better than the best a value must be to become the new best; not
+        negative.
       mode: "min" if smaller is better, "max" if larger is.
 
     Returns:
@@ -195,7 +202,7 @@ def plateau(metric: str, patience: int, min_delta: float = 0.0, *, mode: str = "
       >>> rule = plateau("loss", 2)
       >>> memory = rule.init()
       >>> for step, loss in enumerate([1.0, 0.9, 0.95, 0.9]):
-      ...     memory, code = rule.update(memory, Seen(step + 1, 0.0, 0, {"loss": loss}))
+      ...     memory, code = rule.update(memory, Progress(step + 1, 0.0, 0, {"loss": loss}))
       >>> print(rule.reason(code))
       The metric no longer got better.
     """
@@ -207,19 +214,19 @@ def plateau(metric: str, patience: int, min_delta: float = 0.0, *, mode: str = "
     def init() -> tuple[jax.Array, jax.Array]:
         return jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
 
-    def update(memory: Any, seen: Seen) -> tuple[Any, jax.Array]:
-        if metric not in seen.metrics:
+    def update(memory: PyTree, progress: Progress) -> tuple[PyTree, jax.Array]:
+        if metric not in progress.metrics:
             return memory, jnp.zeros((), jnp.int32)
         best, num_since = memory
-        value = sign * jnp.asarray(seen.metrics[metric]).astype(jnp.float32)
+        value = sign * jnp.asarray(progress.metrics[metric]).astype(jnp.float32)
         is_better = value < best - min_delta
         num_since = jnp.where(is_better, 0, num_since + 1)
         code = _code(StopReason.PLATEAU, num_since >= patience)
         return (jnp.where(is_better, value, best), num_since), code
 
     margin = float(min_delta) if checks.is_concrete(min_delta) else min_delta
-    of = f"the best {metric!r} by {mode!r} and {margin!r}, and looks since then"
-    return StopRule(init, update, frozenset({metric}), remembers=(of,))
+    description = f"the best {metric!r} by {mode!r} and {margin!r}, and looks since then"
+    return StopRule(init, update, frozenset({metric}), remembers=(description,))
 
 
 def nonfinite(num_steps: int) -> StopRule:
@@ -229,8 +236,8 @@ def nonfinite(num_steps: int) -> StopRule:
       num_steps: Integer of at least 1.
 
     Returns:
-      A `StopRule`. Where not every step is looked at, a row is taken to go on as long as
-      steps are skipped between two looks.
+      A `StopRule`. Where not every step is checked, a run of skipped steps counts as
+      unbroken as long as steps are skipped between two checks.
 
     Raises:
       ValueError: If `num_steps` is not an integer of at least 1.
@@ -239,7 +246,7 @@ def nonfinite(num_steps: int) -> StopRule:
       >>> rule = nonfinite(2)
       >>> memory = rule.init()
       >>> for num_skipped in (1, 1, 2, 3):
-      ...     memory, code = rule.update(memory, Seen(0, 0.0, num_skipped, {}))
+      ...     memory, code = rule.update(memory, Progress(0, 0.0, num_skipped, {}))
       >>> print(rule.reason(code))
       Too many steps in a row were not finite.
     """
@@ -248,27 +255,27 @@ def nonfinite(num_steps: int) -> StopRule:
     def init() -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
 
-    def update(memory: Any, seen: Seen) -> tuple[Any, jax.Array]:
-        before, in_a_row = memory
-        now = jnp.asarray(seen.num_skipped).astype(jnp.int32)
-        in_a_row = jnp.where(now > before, in_a_row + now - before, 0)
-        return (now, in_a_row), _code(StopReason.NONFINITE, in_a_row >= num_steps)
+    def update(memory: PyTree, progress: Progress) -> tuple[PyTree, jax.Array]:
+        last, num_in_a_row = memory
+        num_skipped = jnp.asarray(progress.num_skipped).astype(jnp.int32)
+        num_in_a_row = jnp.where(num_skipped > last, num_in_a_row + num_skipped - last, 0)
+        return (num_skipped, num_in_a_row), _code(StopReason.NONFINITE, num_in_a_row >= num_steps)
 
     return StopRule(init, update, remembers=("steps skipped in a row",))
 
 
-# --- Parts ----------------------------------------------------------------------------
+def _stateless(reason: StopReason, is_met: Callable[[Progress], ArrayLike]) -> StopRule:
+    def update(memory: PyTree, progress: Progress) -> tuple[PyTree, jax.Array]:
+        return memory, _code(reason, is_met(progress))
+
+    return StopRule(init=lambda: (), update=update)
 
 
-def _stateless(reason: StopReason, is_met: Callable[[Seen], Any]) -> StopRule:
-    return StopRule(lambda: (), lambda memory, seen: (memory, _code(reason, is_met(seen))))
-
-
-def _code(reason: StopReason, is_met: Any) -> jax.Array:
+def _code(reason: StopReason, is_met: ArrayLike) -> jax.Array:
     return jnp.where(is_met, 1 + list(StopReason).index(reason), 0).astype(jnp.int32)
 
 
-def _check_metric(metric: Any, mode: Any) -> None:
+def _check_metric(metric: str, mode: str) -> None:
     if not isinstance(metric, str):
         raise TypeError(f"metric must be the name of a metric, got {metric!r}.")
     checks.check_choice("mode", mode, ("min", "max"))

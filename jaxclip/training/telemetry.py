@@ -12,9 +12,6 @@ import optax
 from jaxclip._core.checks import is_concrete
 from jaxclip._core.trees import PyTree, is_clippable, path_name
 from jaxclip.gradients.state import ClipStats, LeafReport
-from jaxclip.thresholds.by_fan_in import fan_ins
-from jaxclip.thresholds.values import resolve_threshold
-from jaxclip.weights.clipping import weight_clip_rate
 
 # Numbers that states report besides their `ClipStats`.
 _OTHER_STATISTICS = ("threshold", "num_nonfinite", "num_skipped", "num_consecutive")
@@ -53,87 +50,56 @@ def clip_stats(opt_state: optax.OptState) -> dict[str, jax.Array]:
     }
 
 
-class LeafShares(NamedTuple):
-    """What each leaf had to do with the norm that a transform saw; `str` says it in words.
+class LeafNorms(NamedTuple):
+    """Leaf norms that a transform measured; `str` gives them as a sentence.
 
     Attributes:
       transform: Name of the transform, as in `clip_stats`.
-      largest_leaf: Path of the leaf with the largest norm at the last good step, or None if
+      largest_leaf: Path of the leaf with the largest norm at the last finite step, or None if
         there was none.
-      share: Its share of the squared global norm, in [0, 1].
+      fraction: Its fraction of the squared global norm, in [0, 1].
       nonfinite_leaf: Path of the first leaf that was not finite at the last bad step, or None
         if there was none.
-      norms: The norm of each floating leaf at the last good step, by path.
+      norms: The norm of each floating leaf at the last finite step, by path.
     """
 
     transform: str
     largest_leaf: str | None
-    share: float
+    fraction: float
     nonfinite_leaf: str | None
     norms: dict[str, float]
 
     def __str__(self) -> str:
         largest = "no gradient yet"
         if self.largest_leaf is not None:
-            size = self.norms[self.largest_leaf]
-            largest = f"'{self.largest_leaf}' has {self.share:.0%} of the squared norm ({size:.3g})"
+            norm = self.norms[self.largest_leaf]
+            largest = f"'{self.largest_leaf}' has {self.fraction:.0%} of the squared norm"
+            largest += f" ({norm:.3g})"
         bad = "no leaf was ever non-finite"
         if self.nonfinite_leaf is not None:
             bad = f"the first non-finite leaf was '{self.nonfinite_leaf}'"
         return f"{self.transform}: {largest}; {bad}"
 
 
-class LeafBox(NamedTuple):
-    """The weight box of one leaf; `str` says it in words.
+def explain(opt_state: optax.OptState, params: optax.Params) -> list[LeafNorms]:
+    """Returns the leaf with the largest gradient norm, and the first that was not finite.
 
-    Attributes:
-      leaf: Path of the leaf.
-      num_inputs: Its fan-in, if its threshold is that of `fan_in`; else None.
-      threshold: Half the width of the box; the smallest of several.
-      largest_threshold: The largest of several; else the same.
-      share_on_bound: Share of its weights that are on the bound or outside, in [0, 1].
-    """
-
-    leaf: str
-    num_inputs: int | None
-    threshold: float
-    largest_threshold: float
-    share_on_bound: float
-
-    def __str__(self) -> str:
-        inputs = "" if self.num_inputs is None else f"fan-in {self.num_inputs}, "
-        box = f"threshold {self.threshold:.3g}"
-        if self.largest_threshold > self.threshold:
-            box += f" to {self.largest_threshold:.3g}"
-        return f"'{self.leaf}': {inputs}{box}, {self.share_on_bound:.0%} on the bound"
-
-
-def explain(
-    opt_state: Any, params: Any, *, threshold: Any = None, step: Any = None
-) -> list[LeafShares | LeafBox]:
-    """Returns which leaf rules the gradient norm, and which was the first not to be finite.
-
-    The transforms that look at norms (`clip_by_global_norm`, `clip_by_leaf_norm`,
+    The transforms that measure norms (`clip_by_global_norm`, `clip_by_leaf_norm`,
     `clip_by_block_rms`, `adaptive_grad_clip`, `clip_update_relative`, `skip_or_clip`, and the
-    clips that learn) keep the norm of each leaf, which they have to add up anyway. For reading
-    on the host, between steps.
+    clips that learn) keep the norm of each leaf, which they compute anyway. For reading on
+    the host, between steps.
 
     Args:
-      opt_state: State of any optimizer that has such clips in it, with concrete values.
-      params: The parameters, or any tree of their structure; only paths are read, unless
-        there is a threshold.
-      threshold: The weight box, as in `clip_weights`, if there is one to explain, too.
-      step: Scalar integer for schedules of the threshold; 0 if not given.
+      opt_state: State of any optimizer that has such transforms in it, with concrete values.
+      params: The parameters, or any tree of their structure; only paths are read.
 
     Returns:
-      A `LeafShares` for each such transform, in the order of the chain. Inside
+      A `LeafNorms` for each such transform, in the order of the chain. Inside
       `optax.masked` or `partition` a transform sees some leaves only; they are then called
-      `leaf 0`, `leaf 1`, ... in its own order. Then a `LeafBox` for each leaf that has a
-      finite threshold.
+      `leaf 0`, `leaf 1`, ... in its own order.
 
     Raises:
-      TypeError: If `opt_state` is being traced, or `threshold` of a wrong type.
-      ValueError: If `threshold` is out of range or does not fit.
+      TypeError: If `opt_state` is being traced.
 
     Example:
       >>> import jaxclip
@@ -141,16 +107,13 @@ def explain(
       >>> tx = jaxclip.clip_by_global_norm(1.0)
       >>> print(*explain(tx.update(grads, tx.init(grads))[1], grads))
       clip_by_global_norm: 'kernel' has 95% of the squared norm (4.24); no leaf was ever non-finite
-      >>> params = {"kernel": jnp.array([[0.5], [0.1]] * 4), "bias": jnp.zeros(1)}
-      >>> print(*explain((), params, threshold=jaxclip.fan_in(1.0)))
-      'kernel': fan-in 8, threshold 0.5, 50% on the bound
     """
     if not all(map(is_concrete, jax.tree.leaves(opt_state))):
         raise TypeError("explain reads values: call it on the state that a jitted step returned.")
     paths = [
         path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(params) if is_clippable(x)
     ]
-    reports: list[LeafShares | LeafBox] = []
+    reports = []
     for name, state in _named_states(opt_state):
         report = getattr(state, "leaves", None)
         if not isinstance(report, LeafReport):
@@ -160,35 +123,15 @@ def explain(
         largest, total = norms.max(initial=0), float(np.sum(norms**2))
         bad = int(jnp.asarray(report.nonfinite_leaf))
         reports.append(
-            LeafShares(
+            LeafNorms(
                 transform=name,
                 largest_leaf=known[int(norms.argmax())] if largest > 0 else None,
-                share=float(largest**2 / total) if largest > 0 else 0.0,
+                fraction=float(largest**2 / total) if largest > 0 else 0.0,
                 nonfinite_leaf=known[bad] if bad >= 0 else None,
                 norms=dict(zip(known, norms.tolist(), strict=True)),
             )
         )
-    return reports if threshold is None else reports + _boxes(params, threshold, step)
-
-
-def _boxes(params: Any, threshold: Any, step: Any) -> list[LeafBox]:
-    bounds = jax.tree.leaves(resolve_threshold(threshold, params, step))
-    counts = jax.tree.leaves(fan_ins(threshold, params))
-    leaves, boxes = jax.tree_util.tree_leaves_with_path(params), []
-    for (path, w), t, num_inputs in zip(leaves, bounds, counts, strict=True):
-        values = np.asarray(t, np.float64)
-        if not np.any(np.isfinite(values)):
-            continue
-        boxes.append(
-            LeafBox(
-                leaf=path_name(path),
-                num_inputs=None if num_inputs == np.inf else int(num_inputs),
-                threshold=float(values.min()),
-                largest_threshold=float(values.max()),
-                share_on_bound=float(weight_clip_rate(w, t)),
-            )
-        )
-    return boxes
+    return reports
 
 
 def _named_states(opt_state: optax.OptState) -> Iterator[tuple[str, Any]]:

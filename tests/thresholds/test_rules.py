@@ -369,9 +369,6 @@ USES = {
     "jit": lambda params, rule: jax.jit(lambda p: jaxclip.clip_weights(p, rule))(params),
     "project_weights": lambda p, rule: updated_by(jaxclip.project_weights(jaxclip.box(rule)), p),
     "make_train_step": one_step_in_a_box,
-    "explain": lambda params, rule: jaxclip.training.explain(
-        sgd.init(params), params, threshold=rule
-    ),
     "resolve_threshold": lambda params, rule: jaxclip.thresholds.resolve_threshold(rule, params),
     "clip_by_value": lambda p, rule: updated_by(jaxclip.clip_by_value(rule), p),
 }

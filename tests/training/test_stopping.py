@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxclip.training.stopping import (
-    Seen,
+    Progress,
     StopReason,
     StopRule,
     max_seconds,
@@ -17,16 +17,16 @@ from jaxclip.training.stopping import (
 )
 
 
-def seen_at(step: int, **values: float) -> Seen:
+def progress_at(step: int, **values: float) -> Progress:
     seconds, skipped = values.pop("seconds", 0.0), values.pop("num_skipped", 0)
-    return Seen(step, seconds, skipped, values)
+    return Progress(step, seconds, skipped, values)
 
 
-def stops_at(rule: StopRule, sequence: list[Seen]) -> tuple[int | None, StopReason | None]:
+def stops_at(rule: StopRule, sequence: list[Progress]) -> tuple[int | None, StopReason | None]:
     """The place of the first look that stops, and the reason."""
     memory = rule.init()
-    for place, seen in enumerate(sequence):
-        memory, code = rule.update(memory, seen)
+    for place, progress in enumerate(sequence):
+        memory, code = rule.update(memory, progress)
         if rule.reason(code) is not None:
             return place, rule.reason(code)
     return None, None
@@ -52,14 +52,14 @@ LOSSES = [3.0, 2.0, np.nan, 2.0, 1.99, 1.0, 1.0, 1.0, np.nan, 1.5]
     ],
 )
 def test_a_rule_stops_at_the_step_that_meets_it(rule: StopRule, place: int | None):
-    sequence = [seen_at(i + 1, loss=x) for i, x in enumerate(LOSSES)]
+    sequence = [progress_at(i + 1, loss=x) for i, x in enumerate(LOSSES)]
     assert stops_at(rule, sequence)[0] == place
 
 
 def test_time_and_skipped_steps_stop_too():
-    sequence = [seen_at(i, seconds=s) for i, s in enumerate([1.0, 9.9, 10.0])]
+    sequence = [progress_at(i, seconds=s) for i, s in enumerate([1.0, 9.9, 10.0])]
     assert stops_at(max_seconds(10.0), sequence) == (2, StopReason.MAX_SECONDS)
-    sequence = [seen_at(i, num_skipped=n) for i, n in enumerate([1, 1, 2, 3, 3, 6])]
+    sequence = [progress_at(i, num_skipped=n) for i, n in enumerate([1, 1, 2, 3, 3, 6])]
     assert stops_at(nonfinite(2), sequence) == (3, StopReason.NONFINITE)
     assert stops_at(nonfinite(3), sequence) == (5, StopReason.NONFINITE)
     assert stops_at(nonfinite(4), sequence) == (None, None)
@@ -67,12 +67,12 @@ def test_time_and_skipped_steps_stop_too():
 
 def test_of_joined_rules_the_first_that_is_met_gives_the_reason():
     rule = reached("loss", 1.0, mode="min") | plateau("loss", 4) | max_steps(9) | max_steps(20)
-    sequence = [seen_at(i + 1, loss=x) for i, x in enumerate(LOSSES)]
+    sequence = [progress_at(i + 1, loss=x) for i, x in enumerate(LOSSES)]
     assert stops_at(rule, sequence) == (5, StopReason.REACHED)
     assert rule.num_steps == 9
     assert rule.metrics == {"loss"}
     both = reached("loss", 1.0, mode="min") | max_steps(1)
-    assert stops_at(both, [seen_at(1, loss=0.5)])[1] == StopReason.REACHED
+    assert stops_at(both, [progress_at(1, loss=0.5)])[1] == StopReason.REACHED
     with pytest.raises(TypeError):
         max_steps(3) | 5
 
@@ -91,7 +91,7 @@ def test_a_rule_inside_a_jitted_scan_gives_the_codes_of_the_loop():
 
     def body(memory, row):
         step, loss, num_skipped = row
-        return rule.update(memory, Seen(step, 0.0, num_skipped, {"loss": loss}))
+        return rule.update(memory, Progress(step, 0.0, num_skipped, {"loss": loss}))
 
     rows = (jnp.arange(1, 11, dtype=jnp.int32), losses, skipped)
     _, codes = jax.jit(lambda rows: jax.lax.scan(body, rule.init(), rows))(rows)
