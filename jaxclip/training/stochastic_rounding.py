@@ -1,17 +1,16 @@
 """Stochastic rounding: half-precision parameters that do not lose small steps.
 
 A bfloat16 weight of 0.02 has neighbours 1e-4 away. A step of 3e-5 added to it and rounded
-to nearest changes nothing, step after step. Rounded up or down at random, with the
-probabilities that make the expectation exact, the weight drifts as it should.
+to nearest changes nothing, step after step. Rounded up or down at random, the weight moves
+as it should on average: `E[round(x)] = x`.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.floats import compute_dtype, keep_weak_type
@@ -30,8 +29,8 @@ def apply_updates_stochastically(
 
     Args:
       params: Any pytree of arrays.
-      updates: Tree of the same structure and shapes, of any floating dtypes; at least as
-        precise as they have to be: a step in bfloat16 is right to 0.4 %.
+      updates: Tree of the same structure and shapes, of any floating dtypes. Their own
+        rounding stays: a step in bfloat16 is right to 0.4 %.
       key: PRNG key, used once. Replicas of the parameters must be given the same key.
 
     Returns:
@@ -59,7 +58,7 @@ def apply_updates_stochastically(
     leaves, treedef = jax.tree.flatten(params)
     positions = jax.tree.unflatten(treedef, range(len(leaves)))
 
-    def add(p: jax.Array, u: Any, position: int) -> jax.Array:
+    def add(p: jax.Array, u: ArrayLike, position: int) -> jax.Array:
         u = jnp.asarray(u)
         wide = compute_dtype(p.dtype, u.dtype)
         total = p.astype(wide) + u.astype(wide)
@@ -73,37 +72,17 @@ def apply_updates_stochastically(
     return trees.map_clippable(add, params, updates, positions)
 
 
-def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
-    """Rounds to one of the two neighbours in a half-precision dtype, without bias.
-
-    Random bits are added below the last bit that is kept, and the rest is cut off: x goes
-    away from zero with a probability equal to the fraction that is cut.
-
-    Args:
-      x: Real array; rounded to float32 first if it is wider.
-      dtype: bfloat16 or float16.
-      key: PRNG key, used once.
-
-    Returns:
-      An array of `dtype` with expectation x, to 2**-13 of the distance of the neighbours.
-      Numbers that are in `dtype` already, infinities and NaN stay; what is finite stays
-      finite: beyond the largest number of `dtype` is rounded to that.
-
-    Raises:
-      ValueError: If `dtype` is neither bfloat16 nor float16.
-
-    Example:
-      >>> x = jnp.full(1000, 1 + 1 / 1024)
-      >>> y = round_stochastically(x, jnp.bfloat16, jax.random.key(0))
-      >>> sorted(set(y.tolist())), round(float(jnp.mean(y == 1)), 1)
-      ([1.0, 1.0078125], 0.9)
-    """
+def round_stochastically(x: ArrayLike, dtype: DTypeLike, key: jax.Array) -> jax.Array:
+    """Rounds to one of the two neighbours in a half-precision dtype, without bias."""
+    # Random bits are added below the last bit that is kept, and the rest is cut off: x goes
+    # away from zero with a probability equal to the fraction that is cut, to 2**-13. Values
+    # of the dtype, infinities and NaN stay, and what is finite stays finite.
     dtype = jnp.dtype(dtype)
     if dtype not in _HALF:
         raise ValueError(f"dtype must be bfloat16 or float16, got {dtype}.")
     info = jnp.finfo(dtype)
     x = jnp.asarray(x).astype(jnp.float32)
-    # By bits throughout: arithmetic takes a subnormal for 0 where the backend flushes them.
+    # By bits, because arithmetic takes a subnormal for 0 where the backend flushes them.
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     sign, magnitude = bits & np.uint32(0x80000000), bits & np.uint32(0x7FFFFFFF)
     cut = (1 << (23 - info.nmant)) - 1
@@ -111,8 +90,8 @@ def round_stochastically(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     if info.nexp == 8:
         rounded = (magnitude + noise) & np.uint32(0xFFFFFFFF & ~cut)
     else:
-        # Float16's subnormals are evenly spaced; shifted by its smallest normal number
-        # they are floats of one exponent, which are too.
+        # Float16's subnormals are evenly spaced. Shifted by its smallest normal number they
+        # are floats of one exponent, which are evenly spaced, too.
         size, tiny = jnp.abs(x), np.float32(info.smallest_normal)
         shift = jnp.where(size < tiny, tiny, jnp.zeros_like(size))
         shifted = lax.bitcast_convert_type(size + shift, jnp.uint32) + noise
