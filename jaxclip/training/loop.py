@@ -24,7 +24,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.extras import rich_progress
+from jaxclip.training.bars import ProgressBar, make_bar
 from jaxclip.training.runs import Run, RunStore
 from jaxclip.training.step import StepInfo, TrainState
 from jaxclip.training.stopping import Progress, StopReason, StopRule
@@ -112,52 +112,32 @@ def fit(
     if checkpoint_every is not None and checkpoint_dir is None:
         raise ValueError("checkpoint_every needs a checkpoint_dir.")
 
-    log, start, compile_seconds = _Log(on_log), time.monotonic(), 0.0
-    run = Run(state, stop.init(), 0, int(state.num_skipped))
+    start, run = time.monotonic(), Run(state, stop.init(), 0, int(state.num_skipped))
     with contextlib.ExitStack() as stack:
         store = None
         if checkpoint_dir:
             store = stack.enter_context(RunStore(checkpoint_dir, stop.remembers))
             run = store.restore(run)
-        bar = stack.enter_context(_make_bar(progress, stop.num_steps))
+        bar = stack.enter_context(make_bar(progress, stop.num_steps))
         signals = stack.enter_context(_Signals())
-        remaining = _remaining_batches(batches, run.position)
-        has_unsaved_steps, num_steps, reason = False, int(run.state.step), None
-        must_wait = True  # for the first step, to time its compilation
-        if stop.num_steps is not None and num_steps >= stop.num_steps:
-            reason = StopReason.MAX_STEPS
+        evaluation = _Evaluation(evaluate, evaluate_every)
+        loop = _Loop(step, run, stop, evaluation, check_every, _Log(on_log), bar, start)
+        remaining, saved_position = _remaining_batches(batches, run.position), run.position
+        is_over = stop.num_steps is not None and loop.num_steps >= stop.num_steps
+        reason = StopReason.MAX_STEPS if is_over else None
         while reason is None:
             batch = next(remaining, _NO_BATCH)
             if signals.has_come or batch is _NO_BATCH:
                 reason = StopReason.INTERRUPTED if signals.has_come else StopReason.DATA_ENDED
                 break
-            step_start = time.monotonic()
-            new_state, info = step(run.state, batch)
-            run = run._replace(state=new_state, position=run.position + 1)
-            has_unsaved_steps, num_steps = True, num_steps + 1
-            if must_wait:
-                jax.block_until_ready(info)
-                compile_seconds = compile_seconds or time.monotonic() - step_start
-                must_wait = _may_deadlock(new_state)
-            is_evaluated = _is_due(num_steps, evaluate_every)
-            if is_evaluated or num_steps == stop.num_steps or _is_due(num_steps, check_every):
-                metrics = _fetch_metrics(info)
-                if evaluate is not None and is_evaluated:
-                    metrics = _add_metrics(metrics, evaluate(run.state.params))
-                    log.evaluated_at = num_steps
-                run, reason = _check(stop, run, num_steps, time.monotonic() - start, metrics)
-                log.add(num_steps, metrics)
-                bar.show(num_steps, metrics)
-                if evaluate is None or evaluate_every is None or is_evaluated:
-                    _check_names(stop, log.names)
-            if store and _is_due(num_steps, checkpoint_every):
-                store.save(run)
-                has_unsaved_steps = False
-        if evaluate is not None and log.evaluated_at != num_steps and num_steps:
-            log.add(num_steps, _add_metrics({}, evaluate(run.state.params)))
-        if store and has_unsaved_steps:
-            store.save(run)
-    return FitResult(run.state, reason, log.history(), compile_seconds)
+            reason = loop.take_step(batch)
+            if store and _is_due(loop.num_steps, checkpoint_every):
+                store.save(loop.run)
+                saved_position = loop.run.position
+        loop.evaluate_last()
+        if store and loop.run.position != saved_position:
+            store.save(loop.run)
+    return FitResult(loop.run.state, reason, loop.log.history(), loop.compile_seconds)
 
 
 def log_to_jsonl(path: str | os.PathLike) -> Callable[[int, dict[str, float]], None]:
@@ -188,16 +168,80 @@ def log_to_jsonl(path: str | os.PathLike) -> Callable[[int, dict[str, float]], N
     return write
 
 
+# --- Steps ----------------------------------------------------------------------------
+
+
+class _Evaluation(NamedTuple):
+    """The user's `evaluate`, and the steps between two calls."""
+
+    function: Callable[[optax.Params], dict[str, ArrayLike]] | None
+    every: int | None
+
+
+class _Loop:
+    """Steps of one run, with all that is measured at them."""
+
+    def __init__(
+        self,
+        step: Callable[[TrainState, Any], tuple[TrainState, StepInfo]],
+        run: Run,
+        stop: StopRule,
+        evaluation: _Evaluation,
+        check_every: int,
+        log: "_Log",
+        bar: ProgressBar,
+        start: float,
+    ):
+        self.run, self.log = run, log
+        self.num_steps = int(run.state.step)
+        self.compile_seconds = 0.0
+        self._step, self._stop, self._bar = step, stop, bar
+        self._evaluation, self._check_every = evaluation, check_every
+        self._must_wait = True  # for the first step, to time its compilation
+        self._start = start
+
+    def take_step(self, batch: Any) -> StopReason | None:
+        """Takes one step; returns the reason to stop after it, if there is one."""
+        step_start = time.monotonic()
+        state, info = self._step(self.run.state, batch)
+        self.run = self.run._replace(state=state, position=self.run.position + 1)
+        self.num_steps += 1
+        if self._must_wait:
+            jax.block_until_ready(info)
+            self.compile_seconds = self.compile_seconds or time.monotonic() - step_start
+            self._must_wait = _may_deadlock(state)
+        is_last = self.num_steps == self._stop.num_steps
+        is_evaluated = _is_due(self.num_steps, self._evaluation.every)
+        if is_evaluated or is_last or _is_due(self.num_steps, self._check_every):
+            return self._check(info, is_evaluated)
+        return None
+
+    def _check(self, info: StepInfo, is_evaluated: bool) -> StopReason | None:
+        """Fetches the metrics, and gives them to the stop rule, the log and the bar."""
+        metrics = _fetch_metrics(info)
+        evaluate = self._evaluation.function
+        if evaluate is not None and is_evaluated:
+            metrics = _add_metrics(metrics, evaluate(self.run.state.params))
+            self.log.evaluated_at = self.num_steps
+        num_skipped = metrics["num_skipped"] - self.run.num_skipped_before
+        seconds = time.monotonic() - self._start
+        progress = Progress(self.num_steps, seconds, num_skipped, metrics)
+        memory, code = self._stop.update(self.run.memory, progress)
+        self.run = self.run._replace(memory=memory)
+        self.log.add(self.num_steps, metrics)
+        self._bar.show(self.num_steps, metrics)
+        if evaluate is None or self._evaluation.every is None or is_evaluated:
+            _check_names(self._stop, self.log.names)
+        return self._stop.reason(code)
+
+    def evaluate_last(self) -> None:
+        """Evaluates the last parameters, unless that was done at their step."""
+        evaluate = self._evaluation.function
+        if evaluate is not None and self.num_steps and self.log.evaluated_at != self.num_steps:
+            self.log.add(self.num_steps, _add_metrics({}, evaluate(self.run.state.params)))
+
+
 # --- Metrics --------------------------------------------------------------------------
-
-
-def _check(
-    stop: StopRule, run: Run, num_steps: int, seconds: float, metrics: dict[str, float]
-) -> tuple[Run, StopReason | None]:
-    """Returns the run with the rule's new memory, and the reason to stop, if there is one."""
-    num_skipped = metrics["num_skipped"] - run.num_skipped_before
-    memory, code = stop.update(run.memory, Progress(num_steps, seconds, num_skipped, metrics))
-    return run._replace(memory=memory), stop.reason(code)
 
 
 class _Log:
@@ -261,7 +305,7 @@ def _is_due(num_steps: int, every: int | None) -> bool:
     return every is not None and num_steps % every == 0
 
 
-# --- Data, signals, progress ----------------------------------------------------------
+# --- Data and signals -----------------------------------------------------------------
 
 _NO_BATCH = object()
 
@@ -298,53 +342,3 @@ class _Signals:
 
     def __exit__(self, *error: Any) -> None:
         self._restore()
-
-
-class _NoBar:
-    """Progress bar that shows nothing."""
-
-    def __enter__(self) -> "_NoBar":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
-
-    def show(self, num_steps: int, metrics: dict[str, float]) -> None:
-        pass
-
-
-class _RichBar(_NoBar):
-    """Progress bar with the speed and a few metrics."""
-
-    def __init__(self, rich_progress: Any, total: int | None):
-        columns = ("{task.completed:,.0f} steps", "{task.fields[speed]}", "{task.fields[text]}")
-        self._progress = rich_progress.Progress(
-            rich_progress.BarColumn(),
-            rich_progress.TimeRemainingColumn(),
-            *(rich_progress.TextColumn(c) for c in columns),
-        )
-        self._task = self._progress.add_task("", total=total, speed="compiling", text="")
-        self._first: tuple[int, float] | None = None
-
-    def __enter__(self) -> "_RichBar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.stop()
-
-    def show(self, num_steps: int, metrics: dict[str, float]) -> None:
-        now = time.monotonic()
-        # The first step does not count, because it was compiled.
-        self._first = self._first or (num_steps, now)
-        elapsed, count = now - self._first[1], num_steps - self._first[0]
-        speed = f"{count / elapsed:,.1f} steps/s" if count and elapsed > 0 else ""
-        names = [n for n in ("loss", "clip_rate", "weight_clip_rate") if n in metrics]
-        text = "  ".join(f"{n} {metrics[n]:.4g}" for n in names)
-        self._progress.update(self._task, completed=num_steps, speed=speed, text=text)
-
-
-def _make_bar(is_wanted: bool, total: int | None) -> _NoBar:
-    """Returns a bar that is visible if there is a terminal or a notebook."""
-    rich = rich_progress(is_wanted)
-    return _NoBar() if rich is None else _RichBar(rich, total)
