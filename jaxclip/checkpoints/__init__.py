@@ -11,7 +11,6 @@ from jaxclip.checkpoints.reading import CheckpointError as CheckpointError
 from jaxclip.checkpoints.rewriting import clip_checkpoint as clip_checkpoint
 from jaxclip.checkpoints.rewriting import compress_checkpoint as compress_checkpoint
 from jaxclip.checkpoints.rewriting import decompress_checkpoint as decompress_checkpoint
-from jaxclip.checkpoints.sizes import FileReport as FileReport
 from jaxclip.checkpoints.sizes import SizeReport as SizeReport
 from jaxclip.checkpoints.sizes import size_report as size_report
 from jaxclip.checkpoints.store import inspect as inspect

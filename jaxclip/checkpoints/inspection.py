@@ -18,7 +18,7 @@ import numpy as np
 from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
 from jaxclip.checkpoints.reading import open_source
-from jaxclip.checkpoints.sizes import FileReport, report_source
+from jaxclip.checkpoints.sizes import SizeReport, report_source
 from jaxclip.lowbit.arrays import dequantize, is_quantized
 from jaxclip.thresholds.by_error import mse_optimal
 
@@ -121,7 +121,7 @@ def describe_file(path: str | os.PathLike, outlier: float = 3.0) -> dict[str, We
     return statistics
 
 
-def verify_file(path: str | os.PathLike, progress: bool = True) -> FileReport:
+def verify_file(path: str | os.PathLike, progress: bool = True) -> SizeReport:
     """Reads a whole file or folder and checks all that can be checked.
 
     Files of `checkpoints.save` have a checksum for every byte. Those of other libraries have
@@ -149,7 +149,7 @@ def verify_file(path: str | os.PathLike, progress: bool = True) -> FileReport:
             for name, num_bytes in source.num_bytes.items():
                 source.read(name)
                 advance(num_bytes)
-        return report_source(str(path), source)
+        return report_source(source)
 
 
 def _finite_chunks(flat: np.ndarray) -> Iterator[np.ndarray]:

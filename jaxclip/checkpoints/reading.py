@@ -51,6 +51,7 @@ class Source:
       leaves: Shape and dtype of every leaf, by name.
       read: Reads and checks one leaf, by name.
       num_bytes: Bytes that each leaf takes on disk, by name.
+      total_bytes: Bytes of all files that are read.
       files: The files that are read.
       structure: The tree whose leaves these are, in this order; None for a flat dict.
       folder: The folder that is read, by its own name or its index; None for a single file.
@@ -59,6 +60,7 @@ class Source:
     leaves: dict[str, Leaf]
     read: Callable[[str], StoredLeaf]
     num_bytes: dict[str, int]
+    total_bytes: int = 0
     files: tuple[Path, ...] = ()
     structure: Any = None
     folder: Path | None = None
@@ -107,7 +109,8 @@ def _open(stack: contextlib.ExitStack, path: Path) -> Source:
         return _open_shards(stack, path, file.read(size))
     if path.suffix not in _OPENERS:
         raise ValueError(f"the suffix must be {ALLOWED_SUFFIXES}.")
-    return dataclasses.replace(_OPENERS[path.suffix](file, size), files=(path,), folder=folder)
+    source = _OPENERS[path.suffix](file, size)
+    return dataclasses.replace(source, total_bytes=size, files=(path,), folder=folder)
 
 
 def _open_regular(path: Path) -> io.BufferedIOBase:
@@ -163,11 +166,14 @@ def _open_safetensors(file: io.BufferedIOBase, file_size: int) -> Source:
 def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Source:
     folder = path.parent
     weight_map, total_size = shards.read_index(index, folder)
+    total_bytes = len(index)
     opened: dict[str, Source] = {}
     for shard in sorted(set(weight_map.values())):
         file = stack.enter_context(_open_regular(folder / shard))
+        size = os.fstat(file.fileno()).st_size
+        total_bytes += size
         with _shard_errors(shard):
-            source = _open_safetensors(file, os.fstat(file.fileno()).st_size)
+            source = _open_safetensors(file, size)
             if source.structure is not None:
                 raise ValueError("a shard must be a plain file of tensors, not one of a tree.")
         for name in source.leaves:
@@ -186,7 +192,7 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
     shards.check_total_size(total_size, sum(sizes.values()))
     leaves = {name: opened[shard].leaves[name] for name, shard in weight_map.items()}
     files = (path, *(folder / shard for shard in opened))
-    return Source(leaves, read, sizes, files, folder=folder)
+    return Source(leaves, read, sizes, total_bytes, files, folder=folder)
 
 
 @contextlib.contextmanager

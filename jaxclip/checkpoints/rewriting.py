@@ -1,6 +1,6 @@
 """Files of weights rewritten leaf by leaf: compressed, decompressed, clipped.
 
-Memory is bounded by the largest leaf. The new file appears when it is complete; what is read
+Memory is bounded by the largest leaf. The new file appears when it is complete, and what is read
 is never written to.
 """
 
@@ -8,18 +8,19 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxclip._core.atomic import check_destination, replacing
 from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits, Grid
 from jaxclip.checkpoints.format.headers import header_size
-from jaxclip.checkpoints.format.layout import leaf_name, plan_file
+from jaxclip.checkpoints.format.layout import FilePlan, Leaf, StoredLeaf, leaf_name, plan_file
 from jaxclip.checkpoints.format.writing import write_plain, write_tree
 from jaxclip.checkpoints.reading import Source, open_source
 from jaxclip.checkpoints.rows import compress_leaf, outline_leaf
@@ -65,33 +66,38 @@ def compress_checkpoint(
     source is never written to.
 
     Args:
-      src: As in `load`. Leaves that are low-bit already are copied.
+      src: File or folder that `load` takes. Leaves that are low-bit already are copied.
       dst: The `.safetensors` file to write.
-      bits: A `Grid`, or a width as in `compress`, with one scale for each index along the first
-        axis: PyTorch's layouts have the output channel first, where flax's have it last.
-      target_bits_per_weight: As in `compress`. With a target the weights are read twice: first
-        to measure their errors at every width.
-      target_bytes: As in `compress`. With a `coding` the file is at most as large as this.
-      rule: As in `compress`; a rule that looks at more than one leaf is not possible here.
-      bit_price: As in `compress`, with a `coding` only; leaves are then compressed whole.
-      policy: As in `compress`, on the names in the source.
-      coding: As in `save`.
-      overwrite: Whether an existing file may be replaced.
-      dry_run: Whether to write nothing and only return the sizes. Without `coding` they
-        follow from shapes, and no weight is read unless a target needs it.
-      progress: Whether to show a bar where there is a terminal or a notebook, and rich.
+      bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each index
+        along the first axis: PyTorch's layouts have the output channel first, where flax's have
+        it last. None for 4, or with a target for the width that it chooses.
+      target_bits_per_weight: Most bits that an entry of a low-bit leaf takes on average, codes
+        and scales included, in (0, inf). With a target the weights are read twice: first to
+        measure their errors at every width.
+      target_bytes: Most bytes of the file, at least 1; with a `coding`, those of packed codes.
+      rule: Rule that chooses clip thresholds, its factory, or a number. A rule that looks at
+        more than one leaf is not possible here.
+      bit_price: Error that a bit of coded codes is worth, in squared steps, at least 0, such as
+        0.12; needs a `coding`, and leaves are then compressed whole.
+      policy: Pairs `(regex, spec)`, as `compress` takes them, on the names in the source.
+      coding: Entropy coding of the codes: None, "huffman", "ans" or "smallest", as for `save`.
+      overwrite: True to replace an existing file.
+      dry_run: True to write nothing and only return the sizes. Without `coding` they follow from
+        shapes, and no weight is read unless a target needs it.
+      progress: True to show a bar on a terminal or in a notebook, if rich is installed.
 
     Returns:
-      A `SizeReport` with what each leaf lost, as `size_report(original=)` has it, unless no
-      weight was read or written; `total_bytes` is the size of the file.
+      A `SizeReport`, with the error of each leaf unless no weight was read for it;
+      `total_bytes` is the size of the file.
 
     Raises:
-      CheckpointError: As in `load`.
-      TypeError: As in `compress`.
-      FileExistsError: As in `save`; also if `dst` is one of the files that are read, under
-        any name.
-      ValueError: As in `compress`; also if a leaf has a price and there is no `coding`, or `dst`
-        lies in a folder that is read and has the name of a numbered shard or `model.safetensors`.
+      CheckpointError: If the source is damaged, foreign or of a newer version.
+      TypeError: If an argument is of a wrong type, or both a width and a target are given.
+      FileExistsError: If `dst` exists and `overwrite` is False, or it is no regular file, or one
+        of the files that are read, under any name.
+      ValueError: If an argument is not allowed, a regex matches no leaf, a weight is NaN or
+        infinite (the message names leaf and index), a target is out of reach, a leaf has a price
+        and there is no `coding`, or `dst` would become a part of the folder that is read.
 
     Example:
       >>> import tempfile
@@ -111,7 +117,7 @@ def compress_checkpoint(
     default = LeafSpec(grid, rule, bit_price)
     specs: dict[str, LeafSpec] = {}
 
-    def outline(source: Source) -> dict[str, Any]:
+    def outline(source: Source) -> dict[str, Leaf]:
         names, leaves = list(source.leaves), list(source.leaves.values())
         found = leaf_specs(names, leaves, policy, default)
         specs.update({name: spec for name, spec in zip(names, found, strict=True) if spec})
@@ -122,24 +128,23 @@ def compress_checkpoint(
                 f"leaf '{priced[0]}' has one."
             )
         if budget is not None:
-            specs.update(_allocated(budget, source, specs, coding))
+            specs.update(_specs_within(budget, source, specs, coding))
         return source.leaves | {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items()}
 
-    def rewrite_leaf(name: str, leaf: Any) -> tuple[Any, QuantizationError | None]:
-        if name in specs:
+    def rewrite_leaf(name: str, leaf: StoredLeaf) -> _LeafWithError:
+        if name in specs and not isinstance(leaf, QuantizedArray):
             return compress_leaf(leaf, specs[name], name)
         return leaf, quantization_error(leaf, leaf)
 
+    output = _Output(Path(dst), overwrite, progress, coding, dry_run)
     num_passes = 1 if budget is None else 2
-    return _rewrite(
-        src, dst, outline, rewrite_leaf, coding, overwrite, dry_run, progress, num_passes
-    )
+    return _rewrite(src, output, outline, rewrite_leaf, num_passes)
 
 
-def _allocated(
+def _specs_within(
     budget: Budget, source: Source, specs: dict[str, LeafSpec], coding: str | None
 ) -> dict[str, LeafSpec]:
-    """The specs that had no width, with the one that the budget gives: a pass over the leaves."""
+    """Returns the specs without a width, with one that fits the budget; reads their leaves."""
     free = [name for name, spec in specs.items() if spec.grid.bits is None]
     small = {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items() if n not in free}
     small = source.leaves | small
@@ -147,8 +152,7 @@ def _allocated(
     for name in free:
         leaf, options = source.read(name), []
         for width in ALL_WIDTHS:
-            q, error = compress_leaf(leaf, specs[name], name, width)
-            assert error is not None
+            q, error = compress_leaf(np.asarray(leaf), specs[name], name, width)
             options.append(Option(outline_of(q), plan_file(q).data_bytes, error.squared_error))
         measured.append(options)
 
@@ -169,31 +173,32 @@ def _allocated(
 def decompress_checkpoint(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     *,
     overwrite: bool = False,
     progress: bool = True,
 ) -> SizeReport:
     """Writes the arrays that a low-bit file stands for to a plain `.safetensors` file.
 
-    Any library that reads safetensors loads it, by the names that `inspect` shows; the keys of
-    one dict of arrays, such as the tensors of a file of another library, keep their names as they
-    are, and with "/", "%" or ":" in one of them the file has no checksums.
+    Any library that reads safetensors loads it, by the names that `inspect` shows. If the source
+    is one dict of arrays, such as the tensors of a file of another library, names stay as they
+    are; with "/", "%" or ":" in one of them the new file has no checksums.
 
     Args:
-      src: As in `load`.
+      src: File or folder that `load` takes.
       dst: The `.safetensors` file to write.
-      dtype: Floating dtype for the leaves that were compressed; None for their own.
-      overwrite: Whether an existing file may be replaced.
-      progress: As in `compress_checkpoint`.
+      dtype: Floating dtype of the leaves that were compressed; None for their own.
+      overwrite: True to replace an existing file.
+      progress: True to show a bar on a terminal or in a notebook, if rich is installed.
 
     Returns:
-      A `SizeReport`.
+      A `SizeReport` of the new file.
 
     Raises:
-      CheckpointError: As in `load`.
-      FileExistsError: As in `compress_checkpoint`.
-      ValueError: If `dst` has another suffix, or a name as in `compress_checkpoint`.
+      CheckpointError: If the source is damaged, foreign or of a newer version.
+      FileExistsError: If `dst` exists and `overwrite` is False, or it is no regular file, or one
+        of the files that are read, under any name.
+      ValueError: If `dst` has another suffix, or would become a part of the folder that is read.
 
     Example:
       >>> decompress_checkpoint("small.safetensors", "net.safetensors")
@@ -201,17 +206,16 @@ def decompress_checkpoint(
       FileNotFoundError: there is no file 'small.safetensors'.
     """
 
-    def outline(source: Source) -> dict[str, Any]:
+    def outline(source: Source) -> dict[str, Leaf]:
         arrays = {n: x for n, x in source.leaves.items() if is_quantized(x)}
         return source.leaves | jax.eval_shape(lambda t: decompress(t, dtype), arrays)
 
-    def decompress_leaf(name: str, leaf: Any) -> tuple[Any, None]:
+    def decompress_leaf(name: str, leaf: StoredLeaf) -> _LeafWithError:
         del name
         return dequantize(leaf, dtype) if is_quantized(leaf) else leaf, None
 
-    return _rewrite(
-        src, dst, outline, decompress_leaf, None, overwrite, False, progress, is_plain=True
-    )
+    output = _Output(Path(dst), overwrite, progress, keeps_names=True)
+    return _rewrite(src, output, outline, decompress_leaf)
 
 
 def clip_checkpoint(
@@ -225,25 +229,26 @@ def clip_checkpoint(
 ) -> SizeReport:
     """Writes the weights of a file or folder, clipped to `[-threshold, threshold]`.
 
-    Names stay as `decompress_checkpoint` says.
+    Names stay as they are where `decompress_checkpoint` keeps them.
 
     Args:
-      src: As in `load`; low-bit leaves are copied.
+      src: File or folder that `load` takes; low-bit leaves are copied.
       dst: The `.safetensors` file to write.
-      threshold: Number in [0, inf] or a rule, as in `clip_weights`.
-      include: Regular expression; leaves whose name it matches are clipped.
-      overwrite: Whether an existing file may be replaced.
-      progress: As in `compress_checkpoint`.
+      threshold: Number in [0, inf], or a rule that chooses one for each leaf.
+      include: Regular expression; leaves with a match in their name are clipped.
+      overwrite: True to replace an existing file.
+      progress: True to show a bar on a terminal or in a notebook, if rich is installed.
 
     Returns:
-      A `SizeReport`.
+      A `SizeReport` of the new file.
 
     Raises:
-      CheckpointError: As in `load`.
-      FileExistsError: As in `compress_checkpoint`.
+      CheckpointError: If the source is damaged, foreign or of a newer version.
+      FileExistsError: If `dst` exists and `overwrite` is False, or it is no regular file, or one
+        of the files that are read, under any name.
       TypeError: If the threshold is of a wrong type.
-      ValueError: If the threshold is negative or NaN, `include` matches no leaf, or as in
-        `decompress_checkpoint`.
+      ValueError: If the threshold is negative or NaN, `include` matches no leaf, or `dst` has
+        another suffix or would become a part of the folder that is read.
 
     Example:
       >>> clip_checkpoint("net.safetensors", "clipped.safetensors", 0.1)
@@ -253,90 +258,122 @@ def clip_checkpoint(
     check_one_threshold("threshold", threshold)
     pattern = re.compile(include)
 
-    def outline(source: Source) -> dict[str, Any]:
+    def outline(source: Source) -> dict[str, Leaf]:
         if not any(pattern.search(name) for name in source.leaves):
             raise ValueError(f"include={include!r} matches no leaf.")
         return source.leaves
 
-    def clip_leaf(name: str, leaf: Any) -> tuple[Any, None]:
-        if is_quantized(leaf) or not pattern.search(name):
+    def clip_leaf(name: str, leaf: StoredLeaf) -> _LeafWithError:
+        if isinstance(leaf, QuantizedArray) or not pattern.search(name):
             return leaf, None
-        if leaf.dtype == np.float64:  # which jax may not have
+        if leaf.dtype == np.float64:  # not clip_weights: jax may not have this dtype
             t = np.asarray(resolve_threshold(threshold, leaf), np.float64)
             return np.clip(leaf, -t, t), None
         return clip_weights(leaf, threshold), None
 
-    return _rewrite(src, dst, outline, clip_leaf, None, overwrite, False, progress, is_plain=True)
+    output = _Output(Path(dst), overwrite, progress, keeps_names=True)
+    return _rewrite(src, output, outline, clip_leaf)
+
+
+# --- Rewriting, whatever is done to a leaf ----------------------------------------------------
+
+_LeafWithError: TypeAlias = tuple[Leaf, QuantizationError | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """A file to write, and how.
+
+    Attributes:
+      dst: Its path.
+      overwrite: True to replace an existing file.
+      progress: True to show a bar where there can be one.
+      coding: Entropy coding of codes, or None.
+      is_dry_run: True to write nothing.
+      keeps_names: True if tensors keep the names of a source without a tree. A file of ours
+        escapes some characters: where there are any, the file is a plain one.
+    """
+
+    dst: Path
+    overwrite: bool
+    progress: bool
+    coding: str | None = None
+    is_dry_run: bool = False
+    keeps_names: bool = False
 
 
 def _rewrite(
     src: str | os.PathLike,
-    dst: str | os.PathLike,
-    outline: Callable[[Source], dict[str, Any]],
-    rewrite_leaf: Callable[[str, Any], tuple[Any, QuantizationError | None]],
-    coding: str | None,
-    overwrite: bool,
-    dry_run: bool,
-    progress: bool,
+    output: _Output,
+    outline: Callable[[Source], dict[str, Leaf]],
+    rewrite_leaf: Callable[[str, StoredLeaf], _LeafWithError],
     num_passes: int = 1,
-    is_plain: bool = False,
 ) -> SizeReport:
-    """Writes what `rewrite_leaf` makes of each leaf; `outline` tells its shapes before.
-
-    With `is_plain` tensors have the names that they have in the source. A file of ours writes
-    some characters otherwise: where there are any, the file is one of no origin.
-    """
-    src, dst = Path(src), Path(dst)
-    check_coding(coding)
-    if dst.suffix != ".safetensors":
-        raise ValueError(f"dst must end in .safetensors, got {str(dst)!r}.")
+    """Writes what `rewrite_leaf` makes of each leaf; `outline` gives the shapes in advance."""
+    check_coding(output.coding)
+    if output.dst.suffix != ".safetensors":
+        raise ValueError(f"dst must end in .safetensors, got {str(output.dst)!r}.")
+    needs_no_weights = output.is_dry_run and output.coding is None
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open_source(src))
-        source.check_unchanged_by(dst)
-        if not dry_run:
-            check_destination(dst, overwrite)
-        needs_no_weights = dry_run and coding is None
+        source = stack.enter_context(open_source(Path(src)))
+        source.check_unchanged_by(output.dst)
+        if not output.is_dry_run:
+            check_destination(output.dst, output.overwrite)
         num_passes -= needs_no_weights
-        num_bytes = num_passes * sum(source.num_bytes.values())
-        bar = progress_bar(num_bytes, progress and num_passes > 0, is_in_bytes=True)
-        advance = stack.enter_context(bar)
+        source = stack.enter_context(_with_bar(source, num_passes, output.progress))
+        outlined = outline(source)
+        plan = plan_file(source.restore(outlined.__getitem__))
+        if needs_no_weights:
+            return report_plan(plan, header_size(plan, None))
+        keys = _keys_of_flat_dict(source)
+        source_names = {leaf_name((key,)): name for key, name in keys.items()}
+        errors: dict[str, QuantizationError | None] = {}
 
-        def read(name: str) -> Any:
+        def produce(name: str) -> Leaf:
+            source_name = source_names.get(name, name)
+            leaf, errors[name] = rewrite_leaf(source_name, source.read(source_name))
+            return leaf
+
+        if output.keeps_names and any(leaf_name((key,)) != key for key in keys):
+            specs = {key: outlined[name] for key, name in keys.items()}
+            if not any(isinstance(spec, QuantizedArray) for spec in specs.values()):
+                return _write_plain_file(output, plan, specs, produce)
+        nowhere = Path(os.devnull)
+        opened = (
+            nowhere.open("wb") if output.is_dry_run else replacing(output.dst, output.overwrite)
+        )
+        final = write_tree(stack.enter_context(opened), plan, produce, output.coding)
+    return with_errors(report_plan(final, header_size(plan, output.coding)), errors)
+
+
+@contextlib.contextmanager
+def _with_bar(source: Source, num_passes: int, is_wanted: bool) -> Iterator[Source]:
+    """Shows a bar of the bytes that are read from the source in a number of passes."""
+    num_bytes = num_passes * sum(source.num_bytes.values())
+    with progress_bar(num_bytes, is_wanted and num_passes > 0, is_in_bytes=True) as advance:
+
+        def read(name: str) -> StoredLeaf:
             leaf = source.read(name)
             advance(source.num_bytes[name])
             return leaf
 
-        outlined = outline(dataclasses.replace(source, read=read))
-        plan = plan_file(source.restore(outlined.__getitem__))
-        if needs_no_weights:
-            return report_plan(plan, header_size(plan, None))
-        flat = _flat_names(source)
-        names = {leaf_name((key,)): name for key, name in flat.items()} if flat else {}
-        errors: dict[str, QuantizationError | None] = {}
-
-        def produce(name: str) -> Any:
-            leaf, errors[name] = rewrite_leaf(names.get(name, name), read(names.get(name, name)))
-            return leaf
-
-        if is_plain and any(leaf_name((key,)) != key for key in flat):
-            specs = {key: outlined[name] for key, name in flat.items()}
-            if not any(is_quantized(spec) for spec in specs.values()):
-                file = stack.enter_context(replacing(dst, overwrite))
-                size = write_plain(file, specs, lambda key: produce(leaf_name((key,))))
-                return _renamed(report_plan(plan, size), {leaf_name((key,)): key for key in flat})
-        nowhere = Path(os.devnull)
-        target = nowhere.open("wb") if dry_run else replacing(dst, overwrite)
-        final = write_tree(stack.enter_context(target), plan, produce, coding)
-    return with_errors(report_plan(final, header_size(plan, coding)), errors)
+        yield dataclasses.replace(source, read=read)
 
 
-def _flat_names(source: Source) -> dict[str, str]:
-    """The source's names by key if it holds one dict of leaves, as others' files do; else {}."""
+def _write_plain_file(
+    output: _Output, plan: FilePlan, specs: dict[str, Any], produce: Callable[[str], Leaf]
+) -> SizeReport:
+    """Writes arrays under their own names, without tree and checksums."""
+    keys = {leaf_name((key,)): key for key in specs}
+    with replacing(output.dst, output.overwrite) as file:
+        num_bytes = write_plain(file, specs, lambda key: np.asarray(produce(leaf_name((key,)))))
+    report = report_plan(plan, num_bytes)
+    leaves = [dataclasses.replace(leaf, path=keys[leaf.path]) for leaf in report.leaves]
+    return dataclasses.replace(report, leaves=tuple(leaves))
+
+
+def _keys_of_flat_dict(source: Source) -> dict[str, str]:
+    """Returns the source's name of each key if it holds one dict of leaves; else nothing."""
     tree = source.restore(lambda name: name)
     is_flat = type(tree) is dict and all(type(x) is str for pair in tree.items() for x in pair)
     return tree if is_flat and "__metadata__" not in tree else {}
-
-
-def _renamed(report: SizeReport, names: dict[str, str]) -> SizeReport:
-    leaves = (dataclasses.replace(leaf, path=names[leaf.path]) for leaf in report.leaves)
-    return dataclasses.replace(report, leaves=tuple(leaves))

@@ -1,4 +1,8 @@
-"""What a tree takes on disk, leaf by leaf and to the byte, and what its low-bit leaves lost."""
+"""Sizes of trees on disk, leaf by leaf and to the byte, and the errors of their low-bit leaves.
+
+`total_bytes = overhead_bytes + sum(stored_bytes)` is the size of the file, and
+`relative_error = sum((w - q)**2) / sum(w**2)` what it lost.
+"""
 
 import dataclasses
 import math
@@ -11,11 +15,13 @@ import numpy as np
 
 from jaxclip._core import checks
 from jaxclip._core.grids import Bits
+from jaxclip._core.reports import format_table
+from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format.codes import coded_tensor
 from jaxclip.checkpoints.format.headers import header_size
-from jaxclip.checkpoints.format.layout import FilePlan, check_has_values, plan_file
+from jaxclip.checkpoints.format.layout import FilePlan, Leaf, check_has_values, plan_file
 from jaxclip.checkpoints.reading import Source
-from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
+from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError, quantization_error
 from jaxclip.lowbit.entropy_coding import check_coding
 
@@ -25,18 +31,18 @@ class LeafSize:
     """One leaf of a `SizeReport`.
 
     Attributes:
-      path: Tree path, `layer/kernel`.
+      path: Tree path, `layer/kernel`, or name in the file.
       shape: Shape of the array.
       dtype: Name of its dtype; of a low-bit leaf, that of the array it stands for.
-      bits: Width of its codes, or None if it is stored as it is.
+      bits: Width of its codes; None for an array stored as it is.
       raw_bytes: Bytes of the array in its own dtype.
-      stored_bytes: Bytes of codes and scales, or of the array as it is.
-      threshold: The largest of its clip thresholds; None if it is stored as it is, or has
-        no values.
-      relative_error: `|W - Q|^2 / |W|^2` against the original; None if that is not known,
-        or the leaf is not real floating.
-      clipped_share: Share of the original's entries beyond the outermost level of their
-        block's grid, in [0, 1]; None if that is not known, or it is stored as it is.
+      stored_bytes: Bytes that it takes in the file: codes and scales, or the array.
+      threshold: Largest of its clip thresholds; None for an array stored as it is, and where
+        no values were read.
+      relative_error: `sum((w - q)**2) / sum(w**2)` against the original; None if unknown or not
+        real floating.
+      clip_rate: Fraction of the original's entries beyond the outermost level of their block's
+        grid, in [0, 1]; None if unknown, and for an array stored as it is.
     """
 
     path: str
@@ -47,27 +53,27 @@ class LeafSize:
     stored_bytes: int
     threshold: float | None = None
     relative_error: float | None = None
-    clipped_share: float | None = None
+    clip_rate: float | None = None
 
     def cells(self) -> list[str]:
-        """Its row of the printed table; what is not known is empty."""
+        """Returns its row of the printed table; cells of unknown values are empty."""
         shape, bits = "x".join(map(str, self.shape)), str(self.bits or "as is")
         sizes = [f"{self.raw_bytes:,}", f"{self.stored_bytes:,}", _short(self.threshold)]
-        lost = [_short(self.relative_error), _percent(self.clipped_share)]
+        lost = [_short(self.relative_error), _percent(self.clip_rate)]
         return [self.path, shape or "scalar", self.dtype, bits, *sizes, *lost]
 
 
 @dataclasses.dataclass(frozen=True)
 class SizeReport:
-    """What a compressed tree takes on disk; `print` it for a table.
+    """Sizes of the leaves of a tree or file on disk; `print` it for a table.
 
     Attributes:
       leaves: One `LeafSize` a leaf.
-      overhead_bytes: Bytes of the file's header: names, shapes, structure, checksums.
-      total_bytes: Size of the file that `checkpoints.save` writes.
+      overhead_bytes: Bytes of headers: names, shapes, structure, checksums.
+      total_bytes: Size of the file, or of all files of a folder.
       raw_bytes: Bytes of all arrays in their own dtype.
-      relative_error: `|W - Q|^2 / |W|^2` over all leaves that have one; None if none has.
-      clipped_share: Share of clipped entries over all leaves that have one; None if none has.
+      relative_error: `sum((w - q)**2) / sum(w**2)` over all leaves that have one; None if none has.
+      clip_rate: Fraction of clipped entries over all leaves that have one; None if none has.
     """
 
     leaves: tuple[LeafSize, ...]
@@ -75,61 +81,60 @@ class SizeReport:
     total_bytes: int
     raw_bytes: int
     relative_error: float | None = None
-    clipped_share: float | None = None
+    clip_rate: float | None = None
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than the arrays in their own dtype."""
+        """Bytes of the arrays in their own dtype, for each byte on disk."""
         return self.raw_bytes / self.total_bytes
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of all arrays."""
+        return sum(math.prod(leaf.shape) for leaf in self.leaves)
 
     @property
     def bits_per_weight(self) -> float | None:
         """Bits of codes and scales that an entry of a low-bit leaf takes; None without any."""
         low_bit = [leaf for leaf in self.leaves if leaf.bits is not None]
-        entries = sum(math.prod(leaf.shape) for leaf in low_bit)
-        return 8 * sum(leaf.stored_bytes for leaf in low_bit) / entries if entries else None
+        num_entries = sum(math.prod(leaf.shape) for leaf in low_bit)
+        num_bytes = sum(leaf.stored_bytes for leaf in low_bit)
+        return 8 * num_bytes / num_entries if num_entries else None
 
     def rows(self) -> list[dict[str, Any]]:
-        """The leaves as dicts, one a row, for instance for `pandas.DataFrame`."""
+        """Returns the leaves as dicts, one a row, for instance for `pandas.DataFrame`."""
         return [dataclasses.asdict(leaf) for leaf in self.leaves]
 
     def __str__(self) -> str:
-        titles = ["leaf", "shape", "dtype", "bits", "raw", "stored"]
-        titles += ["threshold", "error", "clipped"]
-        rows = [leaf.cells() for leaf in self.leaves]
+        sizes = ["leaf", "shape", "dtype", "bits", "raw", "stored"]
+        rows = [[*sizes, "threshold", "error", "clipped"]]
+        rows += [leaf.cells() for leaf in self.leaves]
         rows.append(["file header", *[""] * 4, f"{self.overhead_bytes:,}", *[""] * 3])
         rows.append(["total", *[""] * 3, f"{self.raw_bytes:,}", f"{self.total_bytes:,}", ""])
-        rows[-1] += [_short(self.relative_error), _percent(self.clipped_share)]
-        # Sizes are always there, the rest where something is known.
-        shown = [i for i in range(9) if i < 6 or any(row[i] for row in rows)]
-        widths = [max(len(row[i]) for row in [titles, *rows]) for i in shown]
-        lines = [
-            "  ".join(
-                f"{row[i]:>{width}}" if i else f"{row[i]:<{width}}"
-                for i, width in zip(shown, widths, strict=True)
-            ).rstrip()
-            for row in [titles, *rows]
-        ]
-        return "\n".join(lines) + f"  ({self.ratio:.1f}x smaller)"
+        rows[-1] += [_short(self.relative_error), _percent(self.clip_rate)]
+        # Sizes are always shown, the other columns where something is known.
+        shown = [i for i in range(9) if i < len(sizes) or any(row[i] for row in rows[1:])]
+        table = format_table([[row[i] for i in shown] for row in rows])
+        return f"{table}  ({self.ratio:.1f}x smaller)"
 
 
 def _short(number: float | None) -> str:
     return "" if number is None else f"{number:.4g}"
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
+def _percent(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.2%}"
 
 
-def size_report(small: Any, coding: str | None = None, *, original: Any = None) -> SizeReport:
+def size_report(small: PyTree, coding: str | None = None, *, original: PyTree = None) -> SizeReport:
     """Returns the bytes a compressed tree takes, leaf by leaf; the total is the file's size.
 
     Args:
-      small: What `compress` returned; plain arrays are counted as they are. Shapes for
+      small: Tree that `compress` returned; plain arrays are counted as they are. Shapes for
         arrays give sizes alone.
-      coding: As in `checkpoints.save`; codes are then coded to measure them.
-      original: The tree before it was compressed, to measure what was lost; a tree of the
-        same structure and shapes.
+      coding: Coding that `checkpoints.save` will be given; codes are coded to measure them.
+      original: The tree before it was compressed, of the same structure and shapes, to measure
+        the error; None for sizes alone.
 
     Returns:
       A `SizeReport`, printable. `total_bytes` equals the size of the file that
@@ -158,49 +163,55 @@ def size_report(small: Any, coding: str | None = None, *, original: Any = None) 
 
 
 def report_plan(plan: FilePlan, overhead_bytes: int) -> SizeReport:
-    """Returns the bytes that a planned file takes.
-
-    Args:
-      plan: With the sizes that coded tensors have.
-      overhead_bytes: Bytes kept for the header.
-
-    Example:
-      >>> report_plan(plan_file({"w": jnp.zeros(3)}), 200).total_bytes
-      212
-    """
-    stored: dict[str, int] = dict.fromkeys(plan.leaves, 0)
+    """Returns the sizes of a planned file; the plan has those of coded codes."""
+    stored = dict.fromkeys(plan.leaves, 0)
     for tensor in plan.tensors:
-        stored[tensor.leaf] += tensor.stop - tensor.start
-    leaves = tuple(
+        stored[tensor.leaf] += tensor.num_bytes
+    return _report(plan.leaves, stored, overhead_bytes + plan.data_bytes)
+
+
+def report_source(source: Source) -> SizeReport:
+    """Returns the sizes of the leaves of an open source; reads no weight."""
+    return _report(source.leaves, source.num_bytes, source.total_bytes)
+
+
+def _report(
+    leaves: Mapping[str, Leaf], stored_bytes: Mapping[str, int], total_bytes: int
+) -> SizeReport:
+    sizes = tuple(
         LeafSize(
             path=name,
             shape=tuple(leaf.shape),
             dtype=jnp.dtype(leaf.dtype).name,
-            bits=leaf.bits if is_quantized(leaf) else None,
+            bits=leaf.bits if isinstance(leaf, QuantizedArray) else None,
             raw_bytes=math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize,
-            stored_bytes=stored[name],
+            stored_bytes=stored_bytes[name],
             threshold=_largest_threshold(leaf),
         )
-        for name, leaf in plan.leaves.items()
+        for name, leaf in leaves.items()
     )
-    raw_bytes = sum(leaf.raw_bytes for leaf in leaves)
-    return SizeReport(leaves, overhead_bytes, overhead_bytes + plan.data_bytes, raw_bytes)
+    return SizeReport(
+        leaves=sizes,
+        overhead_bytes=total_bytes - sum(stored_bytes.values()),
+        total_bytes=total_bytes,
+        raw_bytes=sum(leaf.raw_bytes for leaf in sizes),
+    )
 
 
-def _largest_threshold(leaf: Any) -> float | None:
-    if not is_quantized(leaf):
+def _largest_threshold(leaf: Leaf) -> float | None:
+    if not isinstance(leaf, QuantizedArray):
         return None
     scale = leaf.scale
     if isinstance(scale, jax.ShapeDtypeStruct) or not checks.is_concrete(scale):
         return None
     if isinstance(scale, jax.Array) and not scale.is_fully_addressable:
         return None
-    with jax.ensure_compile_time_eval():  # a concrete array inside somebody's jit
+    with jax.ensure_compile_time_eval():  # a concrete array may come inside a caller's jit
         return float(np.max(np.asarray(leaf.threshold), initial=0))
 
 
-def _compared(report: SizeReport, plan: FilePlan, original: Any) -> SizeReport:
-    """The report with what was lost against `original`."""
+def _compared(report: SizeReport, plan: FilePlan, original: PyTree) -> SizeReport:
+    """Returns the report with the errors against `original`."""
     originals = plan_file(original).leaves
     if originals.keys() != plan.leaves.keys():
         odd = sorted(originals.keys() ^ plan.leaves.keys())
@@ -221,120 +232,34 @@ def _compared(report: SizeReport, plan: FilePlan, original: Any) -> SizeReport:
 
 
 def with_errors(report: SizeReport, errors: Mapping[str, QuantizationError | None]) -> SizeReport:
-    """Returns a report with what its leaves lost.
-
-    Args:
-      report: A report without.
-      errors: The error of each leaf, by path; None of those that are not real floating.
-
-    Returns:
-      A `SizeReport`.
-
-    Example:
-      >>> report = report_plan(plan_file({"w": jnp.zeros(3)}), 200)
-      >>> with_errors(report, {"w": QuantizationError(1.0, 4.0, None)}).relative_error
-      0.25
-    """
-    leaves, known, clipped, entries = [], [], 0, 0
+    """Returns a report with the error of each leaf, by path; None if it is not real floating."""
+    leaves, known = [], []
+    num_clipped = num_entries = 0
     for leaf in report.leaves:
         error = errors[leaf.path]
         if error is not None:
             known.append(error)
-            relative, share = _ratio(error.squared_error, error.squared_norm), None
+            clip_rate = None
             if error.num_clipped is not None:
                 size = math.prod(leaf.shape)
-                clipped, entries = clipped + error.num_clipped, entries + size
-                share = error.num_clipped / max(size, 1)
-            leaf = dataclasses.replace(leaf, relative_error=relative, clipped_share=share)
+                clip_rate = error.num_clipped / max(size, 1)
+                num_clipped += error.num_clipped
+                num_entries += size
+            relative_error = _ratio(error.squared_error, error.squared_norm)
+            leaf = dataclasses.replace(leaf, relative_error=relative_error, clip_rate=clip_rate)
         leaves.append(leaf)
-    lost, energy = sum(k.squared_error for k in known), sum(k.squared_norm for k in known)
+    squared_error = sum(error.squared_error for error in known)
+    squared_norm = sum(error.squared_norm for error in known)
     return dataclasses.replace(
         report,
         leaves=tuple(leaves),
-        relative_error=_ratio(lost, energy) if known else None,
-        clipped_share=clipped / entries if entries else None,
+        relative_error=_ratio(squared_error, squared_norm) if known else None,
+        clip_rate=num_clipped / num_entries if num_entries else None,
     )
 
 
-def _ratio(lost: float, energy: float) -> float:
-    """0 where nothing was lost, of nothing too; infinite where something came from nothing."""
-    return 0.0 if lost == 0 else lost / energy if energy else math.inf
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorReport:
-    """One leaf of a file.
-
-    Attributes:
-      path: Its name in the file.
-      shape: Shape of the array.
-      dtype: Dtype of the array, `float32`.
-      bits: Width of its codes, or None if it is stored as it is.
-      num_bytes: Bytes that it takes in the file.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    bits: Bits | None
-    num_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class FileReport:
-    """What a file or folder of weights holds; `print` it for a table.
-
-    Attributes:
-      path: The file or folder.
-      tensors: One `TensorReport` a leaf.
-    """
-
-    path: str
-    tensors: tuple[TensorReport, ...]
-
-    @property
-    def num_weights(self) -> int:
-        """Entries of all arrays."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that all leaves take, without headers."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
-
-    def __str__(self) -> str:
-        width = max([len(tensor.path) for tensor in self.tensors] + [12])
-        lines = [f"{'leaf':<{width}} {'shape':>16} {'dtype':>9} {'bits':>8} {'bytes':>13}"]
-        lines += [
-            f"{t.path:<{width}} {'x'.join(map(str, t.shape)) or 'scalar':>16} {t.dtype:>9} "
-            f"{t.bits or 'as is':>8} {t.num_bytes:>13,}"
-            for t in self.tensors
-        ]
-        totals = f"{len(self.tensors):,} leaves, {self.num_weights:,} entries"
-        return "\n".join([*lines, f"{totals:<{width + 36}} {self.num_bytes:>13,}"])
-
-
-def report_source(path: str, source: Source) -> FileReport:
-    """Returns what a source holds; no weight is read.
-
-    Args:
-      path: Its name, for the report.
-      source: An open source.
-
-    Example:
-      >>> import jax
-      >>> leaves = {"w": jax.ShapeDtypeStruct((2, 3), "float32")}
-      >>> report_source("net.npz", Source(leaves, str, {"w": 24})).num_weights
-      6
-    """
-    tensors = tuple(
-        TensorReport(
-            path=name,
-            shape=tuple(leaf.shape),
-            dtype=jnp.dtype(leaf.dtype).name,
-            bits=leaf.bits if is_quantized(leaf) else None,
-            num_bytes=source.num_bytes[name],
-        )
-        for name, leaf in source.leaves.items()
-    )
-    return FileReport(path, tensors)
+def _ratio(squared_error: float, squared_norm: float) -> float:
+    # No error is 0, even of a norm of 0 or NaN; an error of zeros is infinite.
+    if squared_error == 0:
+        return 0.0
+    return squared_error / squared_norm if squared_norm else math.inf

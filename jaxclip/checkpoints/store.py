@@ -27,7 +27,7 @@ from jaxclip.checkpoints.format.headers import header_size
 from jaxclip.checkpoints.format.layout import Leaf, check_has_values, leaf_name, plan_file
 from jaxclip.checkpoints.format.writing import write_tree
 from jaxclip.checkpoints.reading import ALLOWED_SUFFIXES, Source, checkpoint_errors, open_source
-from jaxclip.checkpoints.sizes import FileReport, report_source
+from jaxclip.checkpoints.sizes import SizeReport, report_source
 from jaxclip.lowbit.arrays import is_quantized
 from jaxclip.lowbit.entropy_coding import check_coding
 
@@ -141,14 +141,14 @@ def load(
         return jax.tree.unflatten(structure, leaves)
 
 
-def inspect(path: str | os.PathLike) -> FileReport:
+def inspect(path: str | os.PathLike) -> SizeReport:
     """Returns the leaves of a file or folder and their sizes, from headers alone.
 
     Args:
       path: A file or folder that `load` takes.
 
     Returns:
-      A `FileReport`, printable.
+      A `SizeReport`, printable, without thresholds and errors.
 
     Raises:
       CheckpointError: If the file is damaged, foreign or of a newer version; damage to the
@@ -161,7 +161,7 @@ def inspect(path: str | os.PathLike) -> FileReport:
       FileNotFoundError: there is no file 'net.safetensors'.
     """
     with open_source(Path(path)) as source:
-        return report_source(str(path), source)
+        return report_source(source)
 
 
 # --- Writing: a tree is checked, then the function that is returned writes it -----------------
