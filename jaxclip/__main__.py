@@ -1,4 +1,4 @@
-"""`python -m jaxclip` is the command `jaxclip`."""
+"""Runs the command line: `python -m jaxclip` is `jaxclip`."""
 
 import sys
 

@@ -1,23 +1,20 @@
 """The command line: `jaxclip COMMAND ...`, or `python -m jaxclip COMMAND ...`.
 
-Commands import what they need when they run, so that `--help` is there at once.
+Commands import what they need when they run, so that `--help` answers at once.
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["main"]
-
 _FILES = """\
 Files of weights are .safetensors, .npz or .npy, or a folder with model.safetensors or with
-model.safetensors.index.json and its shards. They are read tensor by tensor, and never written
-to: what is made is a new file, which appears when it is complete.
+model.safetensors.index.json and its shards. They are read tensor by tensor and never written
+to. The result is a new file, which appears when it is complete.
 
 Exit status: 0; 1 after an error, which is a line on standard error; 2 if the command line is
 wrong; 130 after an interrupt.
@@ -25,10 +22,10 @@ wrong; 130 after an interrupt.
 
 _HELP = {
     "inspect": """\
-Look into a file: what it holds, and how its weights are spread.
+Look into a file: its tensors, their sizes, and statistics of the weights.
 
 For every floating tensor: a histogram from -max to max, the largest magnitude, the root mean
-square (rms), the share of entries beyond some multiple of it, and the thresholds of least
+square (rms), the fraction of entries beyond some multiple of it, and the thresholds of least
 squared error for one scale at 4, 3 and 2 bits and ternary.
 
 examples:
@@ -38,7 +35,7 @@ examples:
     "clip": """\
 Clip weights to [-T, T].
 
-Entries beyond the threshold end exactly on it; tensors keep their dtype.
+Entries beyond the threshold become exactly the threshold; tensors keep their dtype.
 
 examples:
   jaxclip clip net.safetensors clipped.safetensors --threshold 0.1 --include "weight$"
@@ -53,19 +50,18 @@ With --target-bpw or --target-bytes each tensor gets the width that makes the er
 the file is read twice. With --rate the codes are entropy coded, and the step of each tensor is
 chosen so that they take that many bits; fewer with --bit-price, at a larger error.
 
---policy REGEX=SPEC is for tensors whose name REGEX matches somewhere; the first that matches
-counts. SPEC is none, to leave them as they are, or words with commas between them: the bits B
-first, or not at all, and any of
+--policy FILE.json is for tensors that need something else. The file holds one JSON object from
+regular expressions to specs, such as
 
-  group=N  rule=NAME  axis=A  scale=FORMAT  zero=yes|no  price=P    as --group-size, --rule ...
+  {"embed": 8, "head": {"bits": 6, "group_size": 32, "rule": "max_abs"}, "norm": null}
 
-SPEC begins after the first = that leaves only such words behind it; in REGEX, = can be written
-\\x3d.
+The first expression that matches somewhere in a tensor's name counts. A spec is a width, null to
+leave the tensor as it is, or an object with any of bits, levels, axis, group_size, zero_point,
+scale_dtype, rule and bit_price.
 
 examples:
   jaxclip compress net.safetensors small.safetensors --bits 4 --group-size 64 --dry-run
-  jaxclip compress net.safetensors small.safetensors --bits ternary --policy embed=8 --force
-  jaxclip compress net.safetensors small.safetensors --force --policy "embed=8,rule=max_abs"
+  jaxclip compress net.safetensors small.safetensors --bits ternary --policy policy.json --force
   jaxclip compress net.safetensors small.safetensors --target-bpw 3.5 --rule max_abs --force
   jaxclip compress net.safetensors small.safetensors --rate 2.5 --force
   jaxclip compress net.safetensors small.safetensors --rate 2.6 --bit-price .12 --force
@@ -73,8 +69,8 @@ examples:
     "decompress": """\
 Write plain floating weights, which any safetensors reader loads.
 
-The names are those that `jaxclip inspect` shows; those of a file of another library are as they
-were before it was compressed.
+The names are those that `jaxclip inspect` shows. A file of another library gets back the names
+that it had before it was compressed.
 
 examples:
   jaxclip decompress small.safetensors plain.safetensors --dtype bfloat16
@@ -82,14 +78,14 @@ examples:
     "export": """\
 Write low-bit weights for other programs.
 
-compressed-tensors: codes and scales as vLLM and transformers read them; what is printed belongs
-into the model's config.json as quantization_config. Q4_0, Q4_1, Q8_0: GGUF, which needs the
+compressed-tensors: codes and scales as vLLM and transformers read them. The output belongs into
+the model's config.json as quantization_config. Q4_0, Q4_1, Q8_0: GGUF, which needs the
 extra gguf and names that its reader knows. safetensors: plain weights. Keys of nested trees are
 joined by dots; the names of other libraries stay as they are.
 
 With --max-shard-bytes DST is a new folder: shards of that size and their index. A folder of shards
 becomes one of shards of 5 GB, unless DST ends in .safetensors. With --model-files DST is a folder
-that loads as it is: config.json gets its quantization_config, tokenizer and the like go along.
+that loads as it is: config.json gets its quantization_config, and tokenizer files are copied.
 
 examples:
   jaxclip export small.safetensors model.safetensors --to compressed-tensors
@@ -100,7 +96,7 @@ examples:
     "verify": """\
 Read everything and check all that can be checked.
 
-Files of jaxclip have a checksum for every byte; of others, structure and sizes are checked.
+Files of jaxclip have a checksum for every byte. Of other files, structure and sizes are checked.
 
 examples:
   jaxclip verify small.safetensors
@@ -112,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-      arguments: Words of the command line without the program's name; None for the process's.
+      arguments: Words of the command line without the program's name; None for those of the
+        process.
 
     Returns:
       The exit status: 0, or 1 after an error, which is a line on standard error.
@@ -125,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = parsed.run(parsed)
         is_json = parsed.json or isinstance(result, dict)
-        print(json.dumps(_as_json(result), indent=2) if is_json else result)
+        print(_json_text(result) if is_json else result)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of the output has stopped, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -139,15 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _as_json(value: Any) -> Any:
-    """Reports as dicts; what has no JSON as text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    return value
+def _json_text(result: Any) -> str:
+    from jaxclip._core.reports import to_json
+
+    return json.dumps(to_json(result), indent=2)
 
 
 # --- Commands -----------------------------------------------------------------------------
@@ -165,25 +157,22 @@ def _inspect(args: argparse.Namespace) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Inspection:
-    """A file's report, and the statistics of its floating leaves by name."""
+    """Sizes of a file's leaves, and statistics of the floating ones by name."""
 
     report: Any
     statistics: dict[str, Any]
 
     def __str__(self) -> str:
-        width = max([len(name) for name in self.statistics] + [4])
-        titles = ("max", "rms", "outliers", "t, 4 bits", "t, 3 bits", "t, 2 bits", "t, ternary")
-        lines = [f"{'leaf':<{width}} {'-max ... max':<16}" + _columns(titles)]
+        from jaxclip._core.reports import format_table
+
+        rows = [["leaf", "-max ... max", "max", "rms", "outliers"]]
+        rows[0] += ["t, 4 bits", "t, 3 bits", "t, 2 bits", "t, ternary", ""]
         for name, s in self.statistics.items():
             numbers = [f"{s.max_abs:.4g}", f"{s.rms:.4g}", f"{s.outlier_rate:.3%}"]
             numbers += [f"{t:.4g}" for t in s.thresholds.values()]
-            note = f"  {s.num_nonfinite:,} not finite" if s.num_nonfinite else ""
-            lines.append(f"{name:<{width}} {s.sparkline}{_columns(numbers)}{note}")
-        return f"{self.report}\n\n" + "\n".join(lines)
-
-
-def _columns(texts: Sequence[str]) -> str:
-    return "".join(f"{text:>11}" for text in texts)
+            note = f"{s.num_nonfinite:,} not finite" if s.num_nonfinite else ""
+            rows.append([name, s.sparkline, *numbers, note])
+        return f"{self.report}\n\n{format_table(rows, num_left=2)}"
 
 
 def _clip(args: argparse.Namespace) -> Any:
@@ -202,9 +191,6 @@ def _compress(args: argparse.Namespace) -> Any:
     if args.rate is not None:
         bits, rule = 8, jaxclip.thresholds.rate_optimal(args.rate)
         coding = coding or "huffman"
-    for _, spec in args.policy:
-        if isinstance(spec, dict) and "rule" in spec:
-            spec["rule"] = getattr(jaxclip, spec["rule"])
     return checkpoints.compress_checkpoint(
         args.src,
         args.dst,
@@ -219,7 +205,7 @@ def _compress(args: argparse.Namespace) -> Any:
         target_bytes=args.target_bytes,
         rule=rule,
         bit_price=args.bit_price,
-        policy=args.policy,
+        policy=_read_policy(args.policy),
         coding=coding,
         overwrite=args.force,
         dry_run=args.dry_run,
@@ -229,8 +215,7 @@ def _compress(args: argparse.Namespace) -> Any:
 def _decompress(args: argparse.Namespace) -> Any:
     from jaxclip import checkpoints
 
-    dtype = _dtype(args.dtype)
-    return checkpoints.decompress_checkpoint(args.src, args.dst, dtype, overwrite=args.force)
+    return checkpoints.decompress_checkpoint(args.src, args.dst, args.dtype, overwrite=args.force)
 
 
 def _export(args: argparse.Namespace) -> Any:
@@ -245,9 +230,9 @@ def _export(args: argparse.Namespace) -> Any:
         model_files=args.model_files,
         overwrite=args.force,
     )
-    files = (
-        [entry.path for entry in os.scandir(args.dst)] if os.path.isdir(args.dst) else [args.dst]
-    )
+    files = [args.dst]
+    if os.path.isdir(args.dst):
+        files = [entry.path for entry in os.scandir(args.dst)]
     return config or {"path": args.dst, "num_bytes": sum(map(os.path.getsize, files))}
 
 
@@ -257,15 +242,55 @@ def _verify(args: argparse.Namespace) -> Any:
     return inspection.verify_file(args.path)
 
 
-def _dtype(name: str | None) -> Any:
-    if name is None:
-        return None
-    import jax.numpy as jnp
+# --- Policies -------------------------------------------------------------------------------
 
-    return jnp.dtype(name)
+
+def _read_policy(path: str | None) -> list[tuple[str, Any]]:
+    """Reads the pairs of a policy from a file with one JSON object, in its order."""
+    if path is None:
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            pairs = json.load(file, object_pairs_hook=tuple)  # not dict: it hides repeated keys
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {path!r}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}.") from error
+    if not isinstance(pairs, tuple):
+        raise ValueError(f'{path}: a policy must be a JSON object, such as {{"embed": 8}}.')
+    return [(regex, _spec_of(f"{path}: {regex!r}", spec)) for regex, spec in pairs]
+
+
+def _spec_of(origin: str, spec: Any) -> Any:
+    """Returns the spec that a value of JSON stands for; objects are tuples of pairs."""
+    if not isinstance(spec, tuple):
+        if spec is not None and type(spec) not in (int, str):
+            raise ValueError(f"{origin} must have a width, null or an object, got {spec!r}.")
+        return spec
+    fields = dict(spec)
+    unknown = fields.keys() - set(_SPEC_FIELDS)
+    if unknown:
+        raise ValueError(f"{origin} has {min(unknown)!r}, which is none of {_SPEC_FIELDS}.")
+    if len(fields) != len(spec):
+        raise ValueError(f"{origin} has a field twice.")
+    if "rule" in fields:
+        import jaxclip
+
+        name = fields["rule"]
+        if name not in _RULES:
+            raise ValueError(f"{origin} has the rule {name!r}, which is none of {_RULES}.")
+        fields["rule"] = getattr(jaxclip, name)
+    if isinstance(fields.get("axis"), list):
+        fields["axis"] = tuple(fields["axis"])
+    return fields
 
 
 # --- The words of the command line ----------------------------------------------------------
+
+_RULES = ("mse_optimal", "max_abs")
+_SCALES = ("float32", "float16", "bfloat16", "log8")
+_GRID_FIELDS = ("bits", "levels", "axis", "group_size", "zero_point", "scale_dtype")
+_SPEC_FIELDS = (*_GRID_FIELDS, "rule", "bit_price")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -277,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Any) -> Any:
+    def command(name: str, run: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
         text, _, examples = _HELP[name].partition("examples:")
         added = commands.add_parser(
             name,
@@ -290,8 +315,15 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    _add_reader_options(command("inspect", _inspect), has_statistics=True)
-    _add_reader_options(command("verify", _verify), has_statistics=False)
+    inspect = command("inspect", _inspect)
+    inspect.add_argument("path", metavar="FILE", help="a file or folder of weights")
+    inspect.add_argument("--headers-only", action="store_true", help="read no weights")
+    inspect.add_argument(
+        "--outlier", type=float, default=3.0, metavar="K", help="outliers are beyond K rms (3)"
+    )
+
+    verify = command("verify", _verify)
+    verify.add_argument("path", metavar="FILE", help="a file or folder of weights")
 
     clip = command("clip", _clip)
     _add_files(clip)
@@ -330,15 +362,6 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace DST if it exists")
 
 
-def _add_reader_options(parser: argparse.ArgumentParser, has_statistics: bool) -> None:
-    parser.add_argument("path", metavar="FILE", help="a file or folder of weights")
-    if has_statistics:
-        parser.add_argument("--headers-only", action="store_true", help="read no weights")
-        parser.add_argument(
-            "--outlier", type=float, default=3.0, metavar="K", help="outliers are beyond K rms (3)"
-        )
-
-
 def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_files(parser)
@@ -361,8 +384,7 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     add("--bit-price", type=float, default=0.0, metavar="P",
         help="error that a coded bit is worth, in squared steps, such as .12 (0); with --rate or "
         "--coding")  # fmt: skip
-    add("--policy", type=_policy, action="append", default=[], metavar="REGEX=SPEC",
-        help="for tensors whose name it matches: bits, none, or more, as above")  # fmt: skip
+    add("--policy", metavar="FILE.json", help="widths and more for some tensors, as above")
     add("--coding", choices=["huffman", "ans", "smallest"],
         help="entropy code what gets smaller by it; what ans needs, readers need")  # fmt: skip
     add("--dry-run", action="store_true", help="write nothing, print the sizes")
@@ -374,41 +396,3 @@ def _bits(text: str) -> int | str:
 
 def _axis(text: str) -> int | None:
     return None if text == "none" else int(text)
-
-
-def _policy(text: str) -> tuple[str, Any]:
-    """A regex and what follows the first "=" with nothing but words of a spec behind it."""
-    word = r"[\w.+-]+"
-    match = re.fullmatch(rf"(.*?)=({word}(?:={word})?(?:,{word}={word})*)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=SPEC")
-    pattern, words = match[1], match[2].split(",")
-    if words == ["none"]:
-        return pattern, None
-    fields: dict[str, Any] = {}
-    if "=" not in words[0]:
-        fields["bits"] = _bits(words.pop(0))
-    for key, value in (each.split("=") for each in words):
-        if key not in _SPEC_FIELDS or _SPEC_FIELDS[key][0] in fields:
-            known = ", ".join(_SPEC_FIELDS)
-            raise argparse.ArgumentTypeError(f"{text!r} has {key}=, not one of {known}, or twice")
-        name, parse = _SPEC_FIELDS[key]
-        try:
-            fields[name] = parse(value)
-        except (ValueError, KeyError):
-            message = f"{text!r} has {key}={value}, which is not allowed"
-            raise argparse.ArgumentTypeError(message) from None
-    return pattern, fields
-
-
-_RULES = ["mse_optimal", "max_abs"]
-_SCALES = ["float32", "float16", "bfloat16", "log8"]
-# The words of a policy's SPEC: the field of `compress` each stands for, and how it is read.
-_SPEC_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "group": ("group_size", int),
-    "rule": ("rule", {name: name for name in _RULES}.__getitem__),
-    "axis": ("axis", _axis),
-    "scale": ("scale_dtype", {name: name for name in _SCALES}.__getitem__),
-    "zero": ("zero_point", {"yes": True, "no": False}.__getitem__),
-    "price": ("bit_price", float),
-}

@@ -32,9 +32,14 @@ def folder(tmp_path: pathlib.Path, monkeypatch) -> pathlib.Path:
     safetensors.numpy.save_file(tensors, "net.safetensors")
     small = jaxclip.compress(tensors, jaxclip.Grid(4, axis=0))
     checkpoints.save("low.safetensors", small)
+    write_policy({"embed": 8})
     pathlib.Path("model").mkdir()
     pathlib.Path("model", "config.json").write_text('{"model_type": "bert"}')
     return tmp_path
+
+
+def write_policy(policy: Any, name: str = "policy.json") -> None:
+    pathlib.Path(name).write_text(policy if isinstance(policy, str) else json.dumps(policy))
 
 
 def run(*words: str) -> tuple[int, str, str]:
@@ -61,7 +66,7 @@ def test_every_example_of_the_help_runs():
         for line in run(name, "--help")[1].splitlines()
         if line.startswith("  jaxclip ")
     ]
-    assert len(examples) >= 11
+    assert len(examples) >= 10
     checkpoints.save("small.safetensors", checkpoints.load("low.safetensors"))
     for example in examples:
         program, *words = shlex.split(example)
@@ -89,7 +94,8 @@ def test_inspect_shows_what_is_there_and_how_it_is_spread():
     assert found["statistics"]["embed.weight"]["max_abs"] == pytest.approx(np.abs(w).max())
     assert found["statistics"]["embed.weight"]["thresholds"].keys() == {"4", "3", "2", "ternary"}
     headers = run_json("inspect", "low.safetensors", "--headers-only")
-    assert {t["path"]: t["bits"] for t in headers["tensors"]}["embed.weight"] == 4
+    assert {x["path"]: x["bits"] for x in headers["leaves"]}["embed.weight"] == 4
+    assert headers["total_bytes"] == os.path.getsize("low.safetensors")
 
 
 def test_clip_saves_the_projection():
@@ -101,7 +107,8 @@ def test_clip_saves_the_projection():
 
 def test_compress_and_decompress_do_what_python_does():
     words = ["compress", "net.safetensors", "out.safetensors", "--bits", "ternary"]
-    words += ["--group-size", "16", "--policy", "embed=8", "--policy", r"layer\.weight$=none"]
+    words += ["--group-size", "16", "--policy", "policy.json"]
+    write_policy({"embed": 8, r"layer\.weight$": None})
     planned = run_json(*words, "--dry-run")
     assert not os.path.exists("out.safetensors")
     assert run_json(*words)["total_bytes"] == planned["total_bytes"]
@@ -116,39 +123,13 @@ def test_compress_and_decompress_do_what_python_does():
     np.testing.assert_array_equal(plain["embed.weight"], wanted)
 
 
-@pytest.mark.parametrize(
-    ("text", "pattern", "spec"),
-    [
-        ("embed=8", "embed", {"bits": 8}),
-        ("embed=none", "embed", None),
-        ("=ternary,zero=no", "", {"bits": "ternary", "zero_point": False}),
-        ("w$=group=64", "w$", {"group_size": 64}),
-        ("w=4,rule=max_abs,axis=-1", "w", {"bits": 4, "rule": "max_abs", "axis": -1}),
-        (
-            "(?=a),b=2,axis=none,scale=log8",
-            "(?=a),b",
-            {"bits": 2, "axis": None, "scale_dtype": "log8"},
-        ),
-        ("w=8,price=.12", "w", {"bits": 8, "bit_price": 0.12}),
-        (r"a\x3db=4", r"a\x3db", {"bits": 4}),
-        (r"a.b=c\.d=4", r"a.b=c\.d", {"bits": 4}),
-    ],
-)
-def test_a_policy_is_a_regex_and_a_spec(text, pattern, spec):
-    assert cli._policy(text) == (pattern, spec)
-
-
 def test_a_policy_of_the_command_line_does_what_python_does():
+    spec = {"bits": 6, "group_size": 32, "rule": "max_abs", "scale_dtype": "float16"}
+    write_policy({"embed": spec, "layer.weight": {"zero_point": True, "axis": [0]}, "": None})
     words = ["compress", "net.safetensors", "out.safetensors", "--bits", "3"]
-    words += [
-        "--policy",
-        "embed=6,group=32,rule=max_abs,scale=float16",
-        "--policy",
-        "layer=zero=yes",
-    ]
-    assert run(*words)[0] == 0
-    spec = {"bits": 6, "group_size": 32, "rule": jaxclip.max_abs, "scale_dtype": "float16"}
-    policy = [("embed", spec), ("layer", {"zero_point": True})]
+    assert run(*words, "--policy", "policy.json")[0] == 0
+    spec["rule"] = jaxclip.max_abs
+    policy = [("embed", spec), ("layer.weight", {"zero_point": True, "axis": (0,)}), ("", None)]
     wanted = jaxclip.compress(
         checkpoints.load("net.safetensors"), jaxclip.Grid(3, axis=0), policy=policy
     )
@@ -157,6 +138,43 @@ def test_a_policy_of_the_command_line_does_what_python_does():
         pathlib.Path("out.safetensors").read_bytes()
         == pathlib.Path("wanted.safetensors").read_bytes()
     )
+
+
+def test_the_first_expression_of_a_policy_counts():
+    words = ["compress", "net.safetensors", "out.safetensors", "--policy", "policy.json", "--force"]
+    for policy, bits in (({"embed": 8, r"\.weight": 2}, 8), ({r"\.weight": 2, "bias": 3}, 2)):
+        write_policy(policy)
+        assert run(*words)[0] == 0
+        assert checkpoints.load("out.safetensors")["embed.weight"].bits == bits
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("{", "policy.json: not valid JSON"),
+        ("[" * 100_000, "policy.json: not valid JSON"),
+        (["embed", 8], "policy.json: a policy must be a JSON object"),
+        ({"embed": {"size": 8}}, "policy.json: 'embed' has 'size', which is none of"),
+        ('{"embed": {"bits": 8, "bits": 4}}', "'embed' has a field twice"),
+        ({"embed": {"rule": "best"}}, "'embed' has the rule 'best', which is none of"),
+        ({"embed": {"rule": ["max_abs"]}}, "'embed' has the rule ['max_abs']"),
+        ({"embed": [4]}, "'embed' must have a width, null or an object, got [4]"),
+        ({"embed": True}, "'embed' must have a width, null or an object, got True"),
+        ({"embed": 7}, "bits must be one of"),
+        ({"embed": {"group_size": "8"}}, "policy 'embed': group_size"),
+        ({"(": 8}, "which is no regular expression"),
+        ({"head": 8}, "match no leaf: ['head']"),
+    ],
+)
+def test_a_wrong_policy_is_refused_by_file_and_expression(policy, message):
+    write_policy(policy)
+    words = ["compress", "net.safetensors", "x.safetensors", "--policy", "policy.json"]
+    status, out, err = run(*words)
+    assert (status, out) == (1, "")
+    assert err.startswith("jaxclip: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not os.path.exists("x.safetensors")
 
 
 def test_shards_are_written_by_their_size():
@@ -197,8 +215,8 @@ def test_a_price_of_bits_makes_a_smaller_file_of_a_larger_error():
     nearest, cheaper = run_json(*words), run_json(*words, "--bit-price", ".12")
     assert cheaper["total_bytes"] < 0.98 * nearest["total_bytes"]
     assert nearest["relative_error"] < cheaper["relative_error"] < 1.25 * nearest["relative_error"]
-    policy = ["--policy", "embed=price=0", "--policy", "layer=price=0"]
-    assert run_json(*words, "--bit-price", ".12", *policy) == nearest
+    write_policy({"embed": {"bit_price": 0}, "layer": {"bit_price": 0}})
+    assert run_json(*words, "--bit-price", ".12", "--policy", "policy.json") == nearest
 
 
 def test_smallest_is_the_smaller_coding_of_each_tensor():
@@ -231,13 +249,9 @@ def test_verify_reads_everything():
         ("compress net.safetensors low.safetensors", "low.safetensors' exists"),
         ("compress net.safetensors net.safetensors --force", "is a file that is read"),
         ("compress net.safetensors x.safetensors --bits 7", "bits must be one of"),
-        ("compress net.safetensors x.safetensors --policy head=8", "match no leaf"),
+        ("compress net.safetensors x.safetensors --policy no.json", "there is no file 'no.json'"),
         ("compress net.safetensors no/x.safetensors", "no directory"),
         ("compress net.safetensors x.safetensors --bit-price .1", "bit_price needs a coding"),
-        (
-            "compress net.safetensors x.safetensors --policy w=4,price=.1",
-            "bit_price needs a coding",
-        ),
         ("clip net.safetensors x.safetensors --threshold -1", "threshold must be in"),
         ("export low.safetensors no/x.gguf --to Q4_0", "no directory"),
         (
@@ -261,10 +275,6 @@ def test_errors_are_one_line_on_standard_error(words, message):
         "",
         "no-such-command",
         "clip net.safetensors x.safetensors",
-        "compress a b --policy 8",
-        "compress a b --policy w=4,size=8",
-        "compress a b --policy w=4,group=8,group=4",
-        "compress a b --policy w=4,rule=best",
         "compress a b --bits 4 --target-bpw 3",
     ],
 )

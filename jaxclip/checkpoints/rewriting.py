@@ -269,7 +269,7 @@ def clip_checkpoint(
         if leaf.dtype == np.float64:  # not clip_weights: jax may not have this dtype
             t = np.asarray(resolve_threshold(threshold, leaf), np.float64)
             return np.clip(leaf, -t, t), None
-        return clip_weights(leaf, threshold), None
+        return np.asarray(clip_weights(leaf, threshold)), None
 
     output = _Output(Path(dst), overwrite, progress, keeps_names=True)
     return _rewrite(src, output, outline, clip_leaf)
@@ -338,11 +338,11 @@ def _rewrite(
             specs = {key: outlined[name] for key, name in keys.items()}
             if not any(isinstance(spec, QuantizedArray) for spec in specs.values()):
                 return _write_plain_file(output, plan, specs, produce)
-        nowhere = Path(os.devnull)
-        opened = (
-            nowhere.open("wb") if output.is_dry_run else replacing(output.dst, output.overwrite)
-        )
-        final = write_tree(stack.enter_context(opened), plan, produce, output.coding)
+        if output.is_dry_run:
+            file = stack.enter_context(open(os.devnull, "wb"))
+        else:
+            file = stack.enter_context(replacing(output.dst, output.overwrite))
+        final = write_tree(file, plan, produce, output.coding)
     return with_errors(report_plan(final, header_size(plan, output.coding)), errors)
 
 

@@ -20,7 +20,7 @@ _PART_BYTES = 2**24
 
 
 def outline_leaf(leaf: Leaf, spec: LeafSpec, name: str, bits: Bits | None = None) -> QuantizedArray:
-    """Returns what a leaf becomes, with shapes for arrays; `bits` replaces the width of the spec."""
+    """Returns a leaf as low-bit with shapes for arrays; `bits` replaces the spec's width."""
     return jax.eval_shape(lambda w: spec.quantize(w, name, bits), leaf)
 
 

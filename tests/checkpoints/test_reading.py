@@ -1,5 +1,6 @@
 """Folders of shards, trees that are asked for, and files read leaf by leaf."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -240,22 +241,27 @@ def test_inspect_reads_headers_alone(tmp_path):
     path = tmp_path / "x.safetensors"
     checkpoints.save(path, small)
     report = checkpoints.inspect(path)
-    kernel = {t.path: t for t in report.tensors}["kernel"]
+    kernel = {leaf.path: leaf for leaf in report.leaves}["kernel"]
     assert (kernel.shape, kernel.dtype, kernel.bits) == ((64, 4), "float32", "ternary")
-    assert kernel.num_bytes == -(-256 // 5) + 16
+    assert kernel.stored_bytes == -(-256 // 5) + 16
     assert report.num_weights == 260
+    saved = jaxclip.size_report(small)
+    unread = [dataclasses.replace(leaf, threshold=None) for leaf in saved.leaves]
+    assert report == dataclasses.replace(saved, leaves=tuple(unread))
     assert "ternary" in str(report)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert checkpoints.inspect(path).tensors == report.tensors
+    assert checkpoints.inspect(path) == report
 
 
 def test_inspect_adds_up_folders_and_numpys_files(folder, tmp_path):
-    assert checkpoints.inspect(folder).num_bytes == 72
+    report = checkpoints.inspect(folder)
+    assert report.raw_bytes == sum(leaf.stored_bytes for leaf in report.leaves) == 72
+    assert report.total_bytes == sum(file.stat().st_size for file in folder.iterdir())
     checkpoints.save(tmp_path / "x.npz", {"a": {"w": drawn(2)}})
     checkpoints.save(tmp_path / "x.npy", drawn(3))
-    assert [t.path for t in checkpoints.inspect(tmp_path / "x.npz").tensors] == ["a/w"]
+    assert [leaf.path for leaf in checkpoints.inspect(tmp_path / "x.npz").leaves] == ["a/w"]
     assert checkpoints.inspect(tmp_path / "x.npy").num_weights == 3
 
 
@@ -265,4 +271,4 @@ def test_inspect_needs_no_memory_for_the_weights(tmp_path):
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header.encode())
         file.truncate(8 + len(header) + 2**40)  # sparse
-    assert checkpoints.inspect(path).num_bytes == 2**40
+    assert checkpoints.inspect(path).leaves[0].stored_bytes == 2**40

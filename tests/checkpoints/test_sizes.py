@@ -48,10 +48,10 @@ def test_leaves_have_the_dtype_of_the_array_and_their_largest_threshold():
     assert size_report([wide]).leaves[0].threshold == 21.0  # 3 * 7
     assert report.relative_error is None
     assert {leaf.relative_error for leaf in leaves.values()} == {None}
-    assert {leaf.clipped_share for leaf in leaves.values()} == {None}
+    assert {leaf.clip_rate for leaf in leaves.values()} == {None}
 
 
-def test_error_and_clipped_share_are_those_of_float64():
+def test_error_and_clip_rate_are_those_of_float64():
     params, small = make_params(), make_small()
     report, leaves = report_by_path(small, original=params)
     lost = energy = clipped = 0
@@ -64,15 +64,15 @@ def test_error_and_clipped_share_are_those_of_float64():
         ends = np.sort([-8 * scale, 7 * scale], axis=0)
         outside = int(np.sum((w < ends[0]) | (w > ends[1])))
         assert leaves[path].relative_error == pytest.approx(np.sum((w - back) ** 2) / np.sum(w**2))
-        assert leaves[path].clipped_share == outside / w.size
+        assert leaves[path].clip_rate == outside / w.size
         lost, energy = lost + np.sum((w - back) ** 2), energy + np.sum(w**2)
         clipped += outside
     bias = np.asarray(params["dense"]["bias"], np.float64)
     assert clipped > 0
-    assert report.clipped_share == pytest.approx(clipped / 50)
+    assert report.clip_rate == pytest.approx(clipped / 50)
     assert report.relative_error == pytest.approx(lost / (energy + np.sum(bias**2)))
     assert leaves["dense/bias"].relative_error == 0.0
-    assert leaves["dense/bias"].clipped_share is None
+    assert leaves["dense/bias"].clip_rate is None
     assert leaves["steps"].relative_error is None
 
 
@@ -80,7 +80,7 @@ def test_an_original_changes_no_size():
     plain, compared = size_report(make_small()), size_report(make_small(), original=make_params())
     assert compared.total_bytes == plain.total_bytes
     unmeasured = [
-        dataclasses.replace(x, relative_error=None, clipped_share=None) for x in compared.leaves
+        dataclasses.replace(x, relative_error=None, clip_rate=None) for x in compared.leaves
     ]
     assert unmeasured == list(plain.leaves)
 
@@ -89,7 +89,7 @@ def test_decompressed_weights_have_the_same_error_and_nothing_is_clipped_that_ha
     small = make_small()
     report = size_report(decompress(small), original=make_params())
     assert report.relative_error == size_report(small, original=make_params()).relative_error
-    assert report.clipped_share is None
+    assert report.clip_rate is None
 
 
 def test_untouched_leaves_lost_nothing_even_if_they_are_not_finite():
@@ -155,7 +155,7 @@ def test_rows_are_plain_dicts_of_all_that_is_known():
         "stored_bytes": 15 + 4 * 5,
         "threshold": report.leaves[1].threshold,
         "relative_error": report.leaves[1].relative_error,
-        "clipped_share": report.leaves[1].clipped_share,
+        "clip_rate": report.leaves[1].clip_rate,
     }
 
 
