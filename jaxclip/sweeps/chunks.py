@@ -51,7 +51,8 @@ class Compressor:
         self._at_widths: list[Any] = [at_width(width) for width in bits]
 
     def fingerprint(self, params: PyTree) -> str:
-        """Digest of compression and evaluation, equal in all processes; shapes suffice."""
+        """Returns a digest of compression and evaluation, equal in all processes."""
+        # Shapes suffice for `params`.
         return fingerprint(*(round_trip.trace(params) for round_trip in self._at_widths))
 
     def __call__(self, params: optax.Params) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -10,7 +10,7 @@ of the file would see it.
 import math
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,9 +57,9 @@ def sweep(
 ) -> SweepResult:
     """Trains a task with every step size, threshold and seed, and measures each at low bits.
 
-    All rows are trained in one compiled program. A row is what `make_train_step(task.loss_fn,
-    task.optimizer(step_size), weight_threshold=task.weight_threshold(threshold))` trains. Seed s
-    gives the keys `init, data, loss = split(key(s), 3)`; step i, from 0, gets
+    All rows are trained in one compiled program. A row is trained by `make_train_step(
+    task.loss_fn, task.optimizer(step_size), weight_threshold=task.weight_threshold(threshold))`.
+    Seed s gives the keys `init, data, loss = split(key(s), 3)`, and step i, from 0, gets
     `task.batches(fold_in(data, i))`.
 
     Args:
@@ -139,14 +139,10 @@ def sweep(
     if directory is not None:
         identity = {"settings": [[str(x) for x in setting] for setting in settings]}
         identity |= {"seeds": seed_axis, "bits": widths, "coding": coding}
-        identity |= {"keep_params": keep_params} | _identity_of_programs(trainer, compressor, task)
+        identity |= {"keep_params": keep_params}
+        identity |= _identity_of_programs(trainer, compressor, task)
         store = ChunkStore(directory, identity)
-    chunks = list(_chunks(trainer, settings, store, keep_params, progress))
-    shape = (len(step_size_axis), len(threshold_axis))
-    arrays = {
-        name: np.concatenate([chunk[name] for chunk in chunks]).reshape(*shape, *x.shape[1:])
-        for name, x in chunks[0].items()
-    }
+    arrays = _joined(_chunks(trainer, settings, store, keep_params, progress), axes[0].shape)
     return SweepResult(
         step_sizes=step_size_axis,
         thresholds=threshold_axis,
@@ -182,6 +178,15 @@ def _chunks(
                     store.save(start, chunk)
             yield chunk
             advance(len(some))
+
+
+def _joined(
+    chunks: Iterable[dict[str, np.ndarray]], shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of all chunks, their axis of settings split into `shape`."""
+    parts = list(chunks)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: x.reshape(*shape, *x.shape[1:]) for name, x in whole.items()}
 
 
 def _identity_of_programs(trainer: Trainer, compressor: Compressor, task: Task) -> dict[str, Any]:

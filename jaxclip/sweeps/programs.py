@@ -102,7 +102,7 @@ class Program:
         return fingerprint(self._start.trace(self._numbers, self._seed_keys), self._traced)
 
     def bytes_needed(self) -> int | None:
-        """Bytes that each device holds while the program runs; None where XLA does not say."""
+        """Returns the bytes that each device holds in a run; None where XLA does not say."""
         sizes = self._compiled.memory_analysis()
         if sizes is None:
             return None
@@ -270,7 +270,7 @@ def _over_rows(function: Callable, by_setting: tuple, by_seed: tuple) -> Callabl
 
 
 def fingerprint(*programs: Any) -> str:
-    """Digest of traced functions and their data, equal in all processes."""
+    """Returns a digest of traced functions and their data, equal in all processes."""
     digest = hashlib.sha256()
     for program in programs:
         # The structure has the names: a jaxpr knows its outputs by position only.

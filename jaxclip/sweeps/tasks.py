@@ -1,4 +1,4 @@
-"""The problem of a sweep: what is trained on what, when it ends, and how it is judged."""
+"""The problem of a sweep: loss, data and optimizer, the end of training, and the evaluation."""
 
 import dataclasses
 from collections.abc import Callable, Iterable

@@ -57,7 +57,7 @@ def test_a_file_is_exported_as_the_tree_that_it_holds(tmp_path, to):
     assert (tmp_path / "found").read_bytes() == (tmp_path / "wanted").read_bytes()
 
 
-def test_names_of_files_of_others_stay_as_they_are(tmp_path):
+def test_names_in_files_of_other_libraries_stay_as_they_are(tmp_path):
     arrays = {name: random_weights(2, 32) for name in ("a/b.weight", "100%", "x:0")}
     safetensors.numpy.save_file(arrays, tmp_path / "net.safetensors")
     interop.export_checkpoint(tmp_path / "net.safetensors", tmp_path / "out", "safetensors")
@@ -125,7 +125,7 @@ def test_a_damaged_file_a_wrong_format_and_itself_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_nothing_is_written_that_would_change_what_a_folder_that_is_read_holds(tmp_path, count):
+def test_an_export_never_changes_the_content_of_a_folder_that_it_reads(tmp_path, count):
     folder, link = tmp_path / "net", tmp_path / "link"
     tree = {name: np.ones((8, 8), np.float32) for name in "ab"}
     interop.to_safetensors(folder, tree, max_shard_bytes=512 // count)
@@ -148,7 +148,7 @@ def test_nothing_is_written_that_would_change_what_a_folder_that_is_read_holds(t
     assert_equal_arrays(checkpoints.load(folder), tree)
 
 
-def test_beside_a_file_that_is_read_every_name_is_free(tmp_path):
+def test_next_to_a_file_that_is_read_every_name_is_allowed(tmp_path):
     checkpoints.save(tmp_path / "net.safetensors", low_bit_tree())
     for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
         interop.export_checkpoint(tmp_path / "net.safetensors", tmp_path / name, "safetensors")

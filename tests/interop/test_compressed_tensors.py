@@ -103,7 +103,7 @@ def test_one_scale_for_a_matrix_is_repeated_for_each_output(tmp_path):
     assert config["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
 
 
-def test_the_configuration_names_what_is_packed_and_what_is_not(tmp_path):
+def test_the_configuration_names_packed_and_unpacked_matrices(tmp_path):
     tree = {
         "embed": {"weight": random_weights(7, 8)},
         "norm": {"weight": random_weights(8)},
@@ -179,7 +179,7 @@ def test_compressed_tensors_packs_and_unpacks_the_same_here_and_now(tmp_path):
         ),
     ],
 )
-def test_what_the_layout_has_not_is_refused_by_name(tmp_path, tree, message):
+def test_what_the_layout_lacks_is_refused_by_name(tmp_path, tree, message):
     with pytest.raises(ValueError, match=message):
         exported(tmp_path, tree, dtype=np.float16)
     assert list(tmp_path.iterdir()) == []

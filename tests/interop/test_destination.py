@@ -142,7 +142,7 @@ def test_an_export_that_ends_in_its_last_shard_leaves_nothing(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True])
-def test_a_size_of_shards_that_is_none_is_refused(tmp_path, size):
+def test_an_impossible_size_of_shards_is_refused(tmp_path, size):
     with pytest.raises(ValueError, match="max_shard_bytes must be an integer of at least 1"):
         interop.to_safetensors(tmp_path / "net", low_bit_tree(), max_shard_bytes=size)
     assert list(tmp_path.iterdir()) == []
@@ -157,7 +157,7 @@ def test_a_size_of_shards_that_is_none_is_refused(tmp_path, size):
 
 
 @pytest.mark.parametrize("to", ["safetensors", "compressed-tensors"])
-def test_a_models_other_files_go_along_and_its_weights_do_not(tmp_path, to):
+def test_a_models_other_files_are_copied_and_its_weights_are_not(tmp_path, to):
     checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
     model = model_folder(tmp_path / "model")
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", ".hidden"):
@@ -181,7 +181,7 @@ def test_a_models_other_files_go_along_and_its_weights_do_not(tmp_path, to):
         assert config == CONFIG | {"quantization_config": quantization}
 
 
-def test_other_files_go_along_with_shards_and_from_a_cache_of_links(tmp_path):
+def test_other_files_are_copied_with_shards_and_from_a_cache_of_links(tmp_path):
     checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
     blobs = model_folder(tmp_path / "hub" / "blobs")
     snapshot = tmp_path / "hub" / "snapshots" / "main"
@@ -211,7 +211,7 @@ def test_other_files_go_along_with_shards_and_from_a_cache_of_links(tmp_path):
         (None, "No such file .*config.json"),
     ],
 )
-def test_a_folder_that_is_no_models_is_refused(tmp_path, config, message):
+def test_a_folder_without_the_config_of_a_plain_model_is_refused(tmp_path, config, message):
     checkpoints.save(tmp_path / "tree.safetensors", low_bit_tree())
     model = model_folder(tmp_path / "model", config or "")
     if config is None:

@@ -166,7 +166,7 @@ def test_metadata_is_read_back(tmp_path, gguf):
         ({"w": drawn(4, (1, 32)), "x": {"y": 0.5}}, TypeError, "'x.y' is the Python number"),
     ],
 )
-def test_what_gguf_has_not_is_refused_by_name(tmp_path, gguf, tree, error, message):
+def test_what_gguf_lacks_is_refused_by_name(tmp_path, gguf, tree, error, message):
     with pytest.raises(error, match=message):
         interop.to_gguf(tmp_path / "net.gguf", tree, "llama")
     assert list(tmp_path.iterdir()) == []

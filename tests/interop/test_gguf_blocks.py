@@ -141,7 +141,7 @@ def test_rows_stay_rows_and_empty_arrays_are_encoded(kind):
 
 
 @every_kind
-def test_chunks_are_encoded_each_for_itself(kind, monkeypatch):
+def test_chunks_are_encoded_independently(kind, monkeypatch):
     x = many_blocks()[:150]
     monkeypatch.setattr("jaxclip.interop.gguf_blocks._CHUNK", 64)
     alone = [encode_blocks(x[i : i + 64], kind) for i in (0, 64, 128)]

@@ -53,7 +53,7 @@ def test_safetensors_loads_what_decompress_gives(tmp_path, dtype):
         assert np.array_equal(loaded[name], array), name
 
 
-def test_the_file_says_its_format_for_transformers_and_tensors_are_aligned(tmp_path):
+def test_the_file_names_its_format_for_transformers_and_tensors_are_aligned(tmp_path):
     path = tmp_path / "net.safetensors"
     interop.to_safetensors(path, {"a": np.ones(3, np.int8), "b": np.ones(3)})
     with safetensors.safe_open(path, "np") as file:

@@ -85,7 +85,7 @@ def test_chunks_of_another_sweep_are_refused(tmp_path):
             run(**(small | change), directory=tmp_path)
 
 
-def test_data_inside_of_compiled_functions_are_data_of_the_sweep(tmp_path):
+def test_data_inside_compiled_functions_is_part_of_the_sweep(tmp_path):
     same(run_small(directory=tmp_path), run_small(directory=tmp_path))
     for which, differs in {"loss_fn": "program", "batches": "program", "evaluate": "eval"}.items():
         with pytest.raises(ValueError, match=f"another sweep: {differs}[a-z]* differ"):

@@ -73,7 +73,7 @@ def test_chunks_and_the_host_loop_give_what_one_program_gives(result):
     )
 
 
-def test_settings_are_shared_out_over_devices(result):
+def test_settings_are_divided_over_devices(result):
     many = run(devices=jax.devices(), bits=(None,))
     for mine, one in zip(jax.tree.leaves(many.params), jax.tree.leaves(result.params), strict=True):
         np.testing.assert_allclose(mine, one, rtol=1e-5, atol=1e-6)
@@ -88,7 +88,7 @@ def test_the_settings_of_a_program_are_on_all_of_its_devices():
     assert len(leaf.sharding.device_set) == len(jax.devices())
 
 
-def test_convolutions_on_cpu_get_a_loop_outside_of_the_program():
+def test_convolutions_on_cpu_get_a_loop_outside_the_program():
     def conv_loss(params, batch):
         image = batch[0][:, :4].reshape(-1, 2, 2, 1)
         out = jax.lax.conv(image, params["kernel"], (1, 1), "SAME")
@@ -107,7 +107,7 @@ def test_convolutions_on_cpu_get_a_loop_outside_of_the_program():
 
 
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
-def test_constants_of_jaxprs_inside_of_others_are_told_apart(as_array):
+def test_constants_of_inner_jaxprs_are_distinguished(as_array):
     def traced(data):
         inner = jax.jit(lambda x: x + as_array(np.float32([1, data])))
 

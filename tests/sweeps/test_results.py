@@ -143,7 +143,7 @@ def test_a_metric_that_is_nan_everywhere_is_not_called_divergence():
 
 
 @pytest.mark.parametrize("max_loss", [-0.1, math.nan])
-def test_a_loss_that_is_none_is_refused(max_loss):
+def test_a_negative_or_nan_loss_is_refused(max_loss):
     with pytest.raises(ValueError, match="max_loss must be at least 0"):
         made().recommend(max_loss)
 
@@ -208,6 +208,6 @@ def test_parameters_that_were_not_kept_are_not_given():
     assert kept.params_of(kept.rows()[5])["w"].tolist() == [2, 3]
 
 
-def test_the_names_are_at_the_root():
+def test_the_names_are_public():
     assert jaxclip.sweeps.pareto_front is pareto_front
     assert jaxclip.sweeps.SweepResult is SweepResult
