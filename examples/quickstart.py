@@ -79,7 +79,6 @@ def sign_step(step_size, num_steps=NUM_STEPS):
 
 
 # --- Step size and box: a sweep of shorter runs, judged by 200 digits held out of training --
-held_out = train[0][-200:], train[1][-200:]
 task = jaxclip.sweeps.Task(
     loss_fn,
     lambda key: model.init(key, images[:1]),
@@ -87,7 +86,7 @@ task = jaxclip.sweeps.Task(
     jaxclip.sweeps.random_batches((train[0][:-200], train[1][:-200]), BATCH_SIZE),
     weight_threshold=jaxclip.fan_in,  # one for each matrix; biases are free
     stop=jaxclip.max_steps(500),
-    evaluate=lambda params: {"accuracy": accuracy(params, held_out)},
+    evaluate=lambda params: {"accuracy": accuracy(params, [x[-200:] for x in train])},
     metric="accuracy",
 )
 choice = jaxclip.sweep(
