@@ -20,6 +20,7 @@ from jaxclip._core.trees import PyTree, is_clippable, map_clippable
 from jaxclip._core.updates import rounded_sum, update_between
 from jaxclip.lowbit.arrays import is_quantized
 from jaxclip.lowbit.policies import Policy
+from jaxclip.lowbit.quantizer import Threshold
 from jaxclip.lowbit.trees import compress, decompress
 from jaxclip.thresholds.by_error import least_squares
 
@@ -43,7 +44,7 @@ def keep_on_grid(
     bits: Bits | Grid,
     *,
     start_step: int = 0,
-    rule: Any = None,
+    rule: Threshold | None = None,
     policy: Policy = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that from a step on the weights lie on a low-bit grid.

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -13,13 +14,13 @@ from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits, Grid
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
-from jaxclip.lowbit.quantizer import quantize
+from jaxclip.lowbit.quantizer import Threshold, quantize
 from jaxclip.lowbit.rate_rounding import cheaper_codes
 from jaxclip.thresholds.rules import ThresholdRule
 
-# Pairs of a regex and a spec: a width, a Grid, None for "as it is", or a dict of fields of a
-# Grid, `rule` and `bit_price`.
-Policy: TypeAlias = Sequence[tuple[str, Bits | Grid | Mapping[str, Any] | None]]
+# A width, a Grid, None for "as it is", or a dict of fields of a Grid, `rule` and `bit_price`.
+Spec: TypeAlias = Bits | Grid | Mapping[str, Any] | None
+Policy: TypeAlias = Sequence[tuple[str, Spec]]  # pairs of a regex and a spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ class LeafSpec:
     """
 
     grid: Grid
-    rule: Any
-    bit_price: Any = 0.0
+    rule: Threshold
+    bit_price: float | jax.Array = 0.0
     origin: str = ""
 
     def __post_init__(self) -> None:
@@ -119,7 +120,7 @@ def leaf_specs(
     return specs
 
 
-def _parse_entry(pair: tuple[str, Any], default: LeafSpec) -> _Entry:
+def _parse_entry(pair: tuple[str, Spec], default: LeafSpec) -> _Entry:
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise ValueError(f"policy must be pairs (regex, spec), got {pair!r}.")
     text, given = pair
@@ -136,7 +137,7 @@ def _parse_entry(pair: tuple[str, Any], default: LeafSpec) -> _Entry:
     return _Entry(pattern, _spec_of(given, default, f"policy {text!r}"), has_width)
 
 
-def _spec_of(given: Bits | Grid | Mapping[str, Any], default: LeafSpec, origin: str) -> LeafSpec:
+def _spec_of(given: Spec, default: LeafSpec, origin: str) -> LeafSpec:
     """Returns the default with the fields that a policy gives."""
     try:
         if isinstance(given, Grid):

@@ -9,7 +9,8 @@ and `scale = threshold`.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,15 @@ from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.scale_and_zero import best_scale_and_zero
 from jaxclip.thresholds.values import is_rule_factory
 
+# A number, an array of one a block, a rule, or the factory of a rule.
+Threshold: TypeAlias = ArrayLike | ThresholdRule | Callable[..., ThresholdRule]
+
 
 def quantize(
     array: ArrayLike,
     bits: Bits | Grid = 4,
     *,
-    threshold: Any = mse_optimal,
+    threshold: Threshold = mse_optimal,
     name: str = "array",
 ) -> QuantizedArray:
     """Rounds an array to a low-bit grid inside a clip threshold.
@@ -69,7 +73,7 @@ def quantize(
     _check_all_finite(name, array)
     grid = grid.from_the_end(array.ndim)
     if is_rule_factory(threshold):
-        threshold = threshold()
+        threshold = threshold()  # pyright: ignore[reportCallIssue]
     importance = getattr(threshold, "importance", None)
     if not grid.zero_point:
         v = None if importance is None else importance_for(importance, array.shape, name)
@@ -93,7 +97,7 @@ def _check_all_finite(name: str, array: jax.Array) -> None:
         raise ValueError(f"{name} must be finite to be quantized, got {array[index]} at {index}.")
 
 
-def _block_thresholds(array: jax.Array, grid: Grid, threshold: Any) -> jax.Array:
+def _block_thresholds(array: jax.Array, grid: Grid, threshold: Threshold) -> jax.Array:
     """Returns one threshold a block, in the shape of the scales."""
     if isinstance(threshold, ThresholdRule):
         t = jnp.asarray(threshold.bind(grid).compact(array))

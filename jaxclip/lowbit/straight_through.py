@@ -7,8 +7,6 @@ The threshold itself has no derivative: scales and zeros are measured anew from 
 taken as constants.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,7 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core.grids import Bits, Grid
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
-from jaxclip.lowbit.quantizer import quantize
+from jaxclip.lowbit.quantizer import Threshold, quantize
 from jaxclip.thresholds.by_error import mse_optimal
 
 # The range is wider by a millionth, so the largest weight of `max_abs` counts as inside.
@@ -27,7 +25,7 @@ def fake_quantize(
     array: ArrayLike,
     bits: Bits | Grid = 4,
     *,
-    threshold: Any = mse_optimal,
+    threshold: Threshold = mse_optimal,
 ) -> jax.Array:
     """Returns an array rounded to a low-bit grid, with the straight-through derivative.
 
@@ -71,7 +69,9 @@ def _straight_through(array: jax.Array, quantized: QuantizedArray) -> jax.Array:
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _straight_through_jvp(
+    primals: tuple[jax.Array, QuantizedArray], tangents: tuple[jax.Array, QuantizedArray]
+) -> tuple[jax.Array, jax.Array]:
     array, quantized = primals
     inside = _is_inside(array, quantized)
     tangent = tangents[0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
@@ -20,6 +19,7 @@ from jaxclip.lowbit.budgets import (
 )
 from jaxclip.lowbit.distortion import squared_error
 from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs
+from jaxclip.lowbit.quantizer import Threshold
 from jaxclip.thresholds.by_error import mse_optimal
 from jaxclip.thresholds.by_tree import shared_over
 from jaxclip.thresholds.rules import ThresholdRule
@@ -30,8 +30,8 @@ def compress(
     bits: Bits | Grid | None = None,
     *,
     target_bits_per_weight: float | None = None,
-    rule: Any = mse_optimal,
-    bit_price: ArrayLike = 0.0,
+    rule: Threshold = mse_optimal,
+    bit_price: float | jax.Array = 0.0,
     policy: Policy = (),
 ) -> PyTree:
     """Replaces leaves of two or more dimensions by low-bit arrays.
@@ -140,18 +140,19 @@ def _with_shared_rules(
 ) -> list[LeafSpec | None]:
     """Returns the specs with rules for a whole tree measured on all leaves that they are for."""
 
-    def is_shared(spec: LeafSpec | None) -> bool:
+    def shared_rule(spec: LeafSpec | None) -> ThresholdRule | None:
         rule = None if spec is None else spec.rule
-        return isinstance(rule, ThresholdRule) and not rule.is_leafwise
+        return rule if isinstance(rule, ThresholdRule) and not rule.is_leafwise else None
 
+    rules = [shared_rule(spec) for spec in specs]
     leaves_of: dict[ThresholdRule, list[ArrayLike]] = {}
-    for spec, leaf in zip(specs, leaves, strict=True):
-        if spec and is_shared(spec):
-            leaves_of.setdefault(spec.rule, []).append(leaf)
+    for rule, leaf in zip(rules, leaves, strict=True):
+        if rule is not None:
+            leaves_of.setdefault(rule, []).append(leaf)
     shared = {rule: shared_over(rule, group) for rule, group in leaves_of.items()}
     return [
-        dataclasses.replace(spec, rule=shared[spec.rule]) if spec and is_shared(spec) else spec
-        for spec in specs
+        spec if spec is None or rule is None else dataclasses.replace(spec, rule=shared[rule])
+        for spec, rule in zip(specs, rules, strict=True)
     ]
 
 
