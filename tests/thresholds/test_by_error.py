@@ -118,3 +118,13 @@ def test_least_squares_names_what_is_wrong():
             least_squares(2, num_refits=wrong)
     with pytest.raises(ValueError, match="needs bits"):
         least_squares()(jnp.ones(3))
+
+
+@pytest.mark.parametrize("factory", [least_squares, jaxclip.mse_optimal])
+def test_a_rule_may_be_made_for_a_grid_instead_of_its_fields(factory):
+    w = jnp.asarray(np.random.default_rng(4).normal(size=(6, 8)).astype(np.float32))
+    rule = factory(jaxclip.Grid(3, levels="narrow", axis=0, group_size=4))
+    np.testing.assert_array_equal(rule(w), factory(3, levels="narrow", axis=0, group_size=4)(w))
+    for field in ({"axis": 0}, {"group_size": 4}, {"levels": "narrow"}):
+        with pytest.raises(TypeError, match="are fields of a Grid"):
+            factory(jaxclip.Grid(3), **field)
