@@ -326,7 +326,7 @@ def test_the_clip_rate_counts_what_is_on_the_bound_to_the_ulp(dtype, wrap):
         ({"a": {"x": True}, "b": True}, ValueError, "mask must be a prefix tree"),
     ],
 )
-def test_a_mask_that_is_none_is_refused(mask, error, message):
+def test_a_mask_of_anything_but_bools_is_refused(mask, error, message):
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     with pytest.raises(error, match=message):
         jaxclip.clip_weights(params, 0.1, mask)

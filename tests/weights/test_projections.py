@@ -220,7 +220,7 @@ def test_stacked_matrices_are_capped_one_by_one():
 
 
 @pytest.mark.parametrize("name", ["steps", "stacked_axes"])
-def test_counts_that_are_none_are_refused_by_name(name):
+def test_counts_below_one_are_refused_by_name(name):
     for bad in (-1, 1.5, True):
         with pytest.raises(ValueError, match=name):
             spectral_cap(1.0, **{name: bad})
