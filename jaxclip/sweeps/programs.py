@@ -218,12 +218,12 @@ class Program:
             known = sorted({*numbers, *metrics})
             raise ValueError(f"stop looks at {unknown}, which is not among {known}.")
         check_unambiguous(self._task.stop, numbers, metrics)
-        seen = Progress(state.step, 0.0, info.num_skipped, numbers)
-        memory, code = self._task.stop.update(row.memory, seen)
+        progress = Progress(state.step, 0.0, info.num_skipped, numbers)
+        memory, code = self._task.stop.update(row.memory, progress)
         if metrics:
-            seen = seen._replace(metrics={**seen.metrics, **metrics})
+            progress = progress._replace(metrics={**progress.metrics, **metrics})
             # The rule is updated once a step: on due steps with the metrics, instead of without.
-            if_due = self._task.stop.update(row.memory, seen)
+            if_due = self._task.stop.update(row.memory, progress)
             memory, code = jax.tree.map(
                 functools.partial(jnp.where, is_due), if_due, (memory, code)
             )
