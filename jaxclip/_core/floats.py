@@ -110,6 +110,12 @@ def power_of_two(exponent: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.where(exponent > 0, 2.0**power, rescale)
 
 
+def inverse_size(largest: jax.Array) -> jax.Array:
+    """Returns a power of two near `1 / largest`, which keeps squares in range."""
+    _, exponent = jnp.frexp(largest)
+    return jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
+
+
 def rescale_for(largest: jax.Array) -> jax.Array:
     """Returns the power of two that keeps squares in range, given the largest magnitude."""
     exponent = jnp.where(largest > 2.0**38, -1, jnp.where(largest < 2.0**-50, 1, 0))

@@ -13,9 +13,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import FLOAT32_MAX
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    inverse_size,
+)
 from jaxclip._core.grids import Bits, Grid
-from jaxclip.thresholds.by_magnitude import add_up, count_entries, inverse_size, magnitude
+from jaxclip.thresholds.by_magnitude import add_up, count_entries, magnitude
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.scale import best_common_scale, best_scale
 

@@ -15,7 +15,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import FLOAT32_MAX
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    inverse_size,
+)
 from jaxclip._core.grids import Grid
 from jaxclip.thresholds.rules import ThresholdRule
 
@@ -179,12 +182,6 @@ class _StdMultiple(ThresholdRule):
 
     def _multiple(self, mean_square: jax.Array, factor: jax.Array) -> jax.Array:
         return jnp.minimum(np.float32(self.k) * jnp.sqrt(mean_square) / factor, FLOAT32_MAX)
-
-
-def inverse_size(largest: jax.Array) -> jax.Array:
-    """Returns a power of two near `1 / largest`, which keeps squares in range."""
-    _, exponent = jnp.frexp(largest)
-    return jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
 
 
 def std_multiple(

@@ -18,7 +18,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, floats
-from jaxclip._core.floats import FLOAT32_MAX
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    inverse_size,
+)
 from jaxclip._core.grids import Grid, code_range
 from jaxclip.thresholds.rules import ThresholdRule
 
@@ -177,8 +180,7 @@ def _best_step(
     # weights. Temporaries are a few times the array: each step that is tried makes new codes.
     magnitude = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True, initial=0)
     largest = magnitude.astype(jnp.float32)
-    _, exponent = jnp.frexp(jnp.max(largest, initial=0))
-    factor = jnp.ldexp(jnp.ones((), jnp.float32), -jnp.clip(exponent, -126, 126))
+    factor = inverse_size(jnp.max(largest, initial=0))
     x, largest = blocks.astype(jnp.float32) * factor, largest * factor
     block_energy = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
     block_size = max(blocks.size // max(largest.size, 1), 1)
@@ -187,17 +189,11 @@ def _best_step(
     start = 0 * energy  # from data: inside shard_map a loop's values must vary as they will
     most = 2.1 * jnp.max(largest / unit, initial=0)  # all codes are 0
 
-    def codes_and_errors(step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ratio = x / jnp.where(step > 0, step, 1)
-        code = jnp.clip(jnp.round(ratio), -_LARGEST_CODE, _LARGEST_CODE)
-        squares = jnp.sum(jnp.square(ratio - code), axis=axes, keepdims=True)
-        return code, squares * jnp.square(step)
-
     # No step is finer than the one of least error: it would clip more than it gains, and rate and
     # error would no longer be monotonic in c.
     reaching = largest / _LARGEST_CODE
     halves = start + np.arange(11).astype(np.float32)
-    errors = lax.map(lambda n: codes_and_errors(jnp.exp2(-n / 2) * reaching)[1], halves)
+    errors = lax.map(lambda n: _codes_and_errors(x, axes, jnp.exp2(-n / 2) * reaching)[1], halves)
     finest = jnp.exp2(-jnp.argmin(errors, axis=0).astype(jnp.float32) / 2) * reaching
 
     def steps_of(log2_c: jax.Array) -> jax.Array:
@@ -205,7 +201,7 @@ def _best_step(
         return jnp.where(largest > 0, step, 0)
 
     def rate_and_error(log2_c: jax.Array) -> tuple[jax.Array, jax.Array]:
-        code, errors = codes_and_errors(steps_of(log2_c))
+        code, errors = _codes_and_errors(x, axes, steps_of(log2_c))
         error = jnp.sum(errors) / jnp.where(energy > 0, energy, 1)
         counts = code_counts(code.astype(jnp.int8)).at[0].add(num_weights - blocks.size)
         return _entropy(counts, max(num_weights, 1)), error
@@ -215,6 +211,16 @@ def _best_step(
     else:
         log2_c = _reached(rate_and_error, goal, target, start)
     return steps_of(log2_c) / factor
+
+
+def _codes_and_errors(
+    x: jax.Array, axes: tuple[int, ...], step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the codes at a step and the squared error of each block, dims kept."""
+    ratio = x / jnp.where(step > 0, step, 1)
+    code = jnp.clip(jnp.round(ratio), -_LARGEST_CODE, _LARGEST_CODE)
+    squares = jnp.sum(jnp.square(ratio - code), axis=axes, keepdims=True)
+    return code, squares * jnp.square(step)
 
 
 def _reached(

@@ -28,7 +28,9 @@ def test_the_name_appears_when_the_block_ends(tmp_path: pathlib.Path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_what_another_writer_puts_under_the_temporary_name_is_published(tmp_path: pathlib.Path):
+def test_a_file_that_another_writer_puts_under_the_temporary_name_is_published(
+    tmp_path: pathlib.Path,
+):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with replacing(path, overwrite=True) as file:
@@ -82,7 +84,7 @@ def umask() -> int:
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link to nothing"])
-def test_what_has_the_name_of_a_new_folder_stays(tmp_path: pathlib.Path, kind: str):
+def test_a_file_with_the_name_of_a_new_folder_stays(tmp_path: pathlib.Path, kind: str):
     path = tmp_path / "net"
     made = {
         "folder": path.mkdir,

@@ -23,7 +23,7 @@ every_check = pytest.mark.parametrize("check", NUMBERS.values(), ids=NUMBERS)
     "bad",
     ["0.5", b"0.5", None, True, np.True_, 0.5j, np.complex64(1), np.asarray([0.5]), [0.5], {}],
 )
-def test_what_is_no_number_is_refused_by_name(check, bad):
+def test_values_that_are_not_numbers_are_refused_by_name(check, bad):
     with pytest.raises((TypeError, ValueError), match="beta"):
         check("beta", bad)
 

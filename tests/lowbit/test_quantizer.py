@@ -436,7 +436,7 @@ def test_an_array_that_is_not_real_floating_is_refused_by_name(array):
     ids=repr,
 )
 @pytest.mark.filterwarnings("error")
-def test_what_is_no_threshold_is_refused_by_name(bad):
+def test_values_that_are_not_thresholds_are_refused_by_name(bad):
     with pytest.raises((TypeError, ValueError), match="threshold"):
         quantize(jnp.ones((3, 2)), Grid(4, axis=1), threshold=bad)
 

@@ -266,7 +266,7 @@ def test_a_measured_norm_knows_the_norm_of_each_leaf_and_which_is_not_finite():
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-25, 1e25])
-def test_a_constant_leaf_of_a_program_does_not_spoil_its_norm(size):
+def test_the_norm_of_a_constant_leaf_of_a_program_is_right(size):
     # XLA would fold the constant with the rescale, squared: 0 * inf.
     @jax.jit
     def norms(x):

@@ -45,7 +45,7 @@ def test_the_derivative_of_a_unit_norm_is_the_unit_vector(scale):
     np.testing.assert_allclose(slope, [[0.6, 0], [0.8, 0]], rtol=1e-6)
 
 
-def test_units_are_what_adaptive_gradient_clipping_takes_unless_axes_are_given():
+def test_units_are_those_of_adaptive_gradient_clipping_unless_axes_are_given():
     assert unit_axes((3, 3, 8, 16)) == (0, 1, 2)
     assert unit_axes((8, 16)) == unit_axes((2, 8, 16)) == unit_axes((16,)) == (0,)
     assert unit_axes((1, 16, 1)) == (0, 1, 2)

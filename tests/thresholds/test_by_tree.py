@@ -131,7 +131,7 @@ def test_weights_are_clipped_at_one_threshold_also_under_jit(name):
         assert np.array_equal(clipped["count"], TREE["count"])
 
 
-def test_what_the_mask_leaves_out_is_not_measured():
+def test_leaves_outside_the_mask_are_not_measured():
     params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 50.0)}
     share = jaxclip.weights.clipping.weight_clip_rate
     for mask in (jaxclip.weights.kernels_only, {"kernel": True, "bias": False}):
@@ -302,7 +302,7 @@ def test_rules_without_one_threshold_for_many_arrays_are_refused(rule, error, me
     ],
     ids=["max_norm", "spectral_cap", "quantize", "clip_checkpoint"],
 )
-def test_what_sees_one_leaf_at_a_time_refuses_it(use):
+def test_functions_that_see_one_leaf_at_a_time_refuse_it(use):
     with pytest.raises(TypeError, match="per_tree measures all leaves"):
         use(per_tree(max_abs()))
 

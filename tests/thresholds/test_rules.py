@@ -73,7 +73,7 @@ def test_percentile_abs_reaches_from_subnormal_to_the_largest_float32():
 
 
 @pytest.mark.parametrize("power", [-100, 0, 120])
-def test_std_multiple_is_k_times_the_root_mean_square_whatever_the_size(power):
+def test_std_multiple_is_k_times_the_root_mean_square_at_every_size(power):
     x = np.ldexp(np.random.default_rng(1).normal(1, 1, (3, 50)), power).astype(np.float32)
     got = std_multiple(2.5, axis=0)(jnp.asarray(x))
     expected = 2.5 * np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=1, keepdims=True))
@@ -197,7 +197,7 @@ def test_the_error_is_never_below_the_exact_optimum_nor_above_that_of_max_abs(bi
 
 
 @given(data=st.data())
-def test_mse_optimal_is_never_worse_than_max_abs_whatever_the_weights(data):
+def test_mse_optimal_is_never_worse_than_max_abs(data):
     bits, levels = data.draw(
         st.sampled_from([("ternary", "full"), (2, "full"), (4, "full"), (8, "narrow")])
     )

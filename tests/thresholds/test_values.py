@@ -52,7 +52,7 @@ def name_of(bad) -> str:
 
 
 @pytest.mark.parametrize("bad", NO_THRESHOLD, ids=name_of)
-def test_what_is_no_threshold_is_refused_by_name(bad):
+def test_values_that_are_not_thresholds_are_refused_by_name(bad):
     for check in (
         lambda: check_threshold_tree("threshold", bad),
         lambda: check_threshold_tree("threshold", {"a": bad, "n": 1.0}),

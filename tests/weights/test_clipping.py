@@ -238,7 +238,7 @@ BAD = ["0.5", None, True, 1j, -1.0, np.nan, -np.inf, np.full(2, -1.0), jaxclip.f
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda b: getattr(b, "__name__", repr(b)))
-def test_what_is_no_threshold_is_refused_by_name(bad):
+def test_values_that_are_not_thresholds_are_refused_by_name(bad):
     params = {"w": jnp.ones((4, 2))}
     for call in (
         lambda: clip_weights(params, bad),

@@ -104,8 +104,7 @@ def _stats_of(
 
     largest = reduced(jnp.max, jnp.maximum, jnp.abs)
     lowest, highest = reduced(jnp.min, jnp.minimum), reduced(jnp.max, jnp.maximum)
-    _, exponent = jnp.frexp(largest)
-    factor = jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
+    factor = floats.inverse_size(largest)
     energy = _added([_times(jnp.square(x.astype(jnp.float32) * factor), v) for x, v in parts], axes)
     stats = BlockStats(factor, largest * factor, lowest * factor, highest * factor, energy, energy)
     stats = jax.tree.map(lambda s: s.reshape(counts.shape), stats)

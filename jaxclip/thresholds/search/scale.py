@@ -84,9 +84,8 @@ def _search(
         errors, scales = evaluate(Candidates(starts, lowest, high))
         return keep_better(so_far, errors, (starts, scales))
 
-    nonzero = jnp.where(stats.largest > 0, stats.largest, 1)
-    stats = stats._replace(largest=nonzero)
-    top = nonzero / high
+    stats = stats._replace(largest=jnp.where(stats.largest > 0, stats.largest, 1))
+    top = stats.largest / high
     inf = jnp.where(top > 0, jnp.inf, top)
     so_far = BestCandidates(inf, (top, top), inf, (top,))
 
@@ -105,14 +104,14 @@ def _search(
     else:
         so_far, _ = lax.scan(lambda so_far, s: (consider(s, so_far, lowest), None), so_far, passes)
 
-    centers = (so_far.best[0], so_far.second[0])
+    centers = [so_far.best[0], so_far.second[0]]
     if is_late:
         # With the level `low` the best scale is a little less.
         less = np.sqrt(high / (high + 1), dtype=np.float32)
-        centers = centers if high > 7 else centers[:1]
-        starts = [sign * _around(less * c, width, 4) for c in centers for sign in both_signs]
+        starts = [less * c for c in (centers if high > 7 else centers[:1])]
+        starts = [sign * _around(start, width, 4) for start in starts for sign in both_signs]
     else:
-        starts = [_around(c, width, 4) for c in centers]
+        starts = [_around(center, width, 4) for center in centers]
     so_far = consider(jnp.concatenate(starts, axis=-1), so_far)
     for _ in range(1 if high <= 31 else 2):
         width = width * 2 / 5

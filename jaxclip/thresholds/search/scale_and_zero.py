@@ -95,6 +95,10 @@ def _last(ndim: int, count: int) -> np.ndarray:
     return np.linspace(0, 1, count, dtype=np.float32).reshape((1,) * ndim + (-1,))
 
 
+def _joined(*parts: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.concatenate(values, axis=-1) for values in zip(*parts, strict=True)]
+
+
 def _search(
     low: int, high: int, evaluate: Evaluate, stats: BlockStats
 ) -> tuple[jax.Array, jax.Array]:
@@ -118,24 +122,21 @@ def _search(
         zero = jnp.clip(zero + shift, low, high)
         return [starts, *(jnp.broadcast_to(v, starts.shape) for v in (zero, step))]
 
-    def together(*parts: list[jax.Array]) -> list[jax.Array]:
-        return [jnp.concatenate(values, axis=-1) for values in zip(*parts, strict=True)]
-
     full, zero = _whole_range(stats, low, high)
     inf = jnp.where(full > 0, jnp.inf, full)
     so_far = BestCandidates(inf, (full, zero, 0 * full, full), inf, (full, zero, 0 * full))
     coarse = [jnp.moveaxis(v, -2, 0) for v in _coarse(stats, low, high)]
     so_far, _ = lax.scan(lambda so_far, part: (consider(part, so_far), None), so_far, coarse)
 
-    so_far = consider(together(around(so_far.best, 4, 1.0), around(so_far.second, 4, 1.0)), so_far)
+    so_far = consider(_joined(around(so_far.best, 4, 1.0), around(so_far.second, 4, 1.0)), so_far)
     shift = 2.0 ** (high - low).bit_length() / 16
     while shift >= 1:
         sides = around(so_far.best, 4, 1.5, shift), around(so_far.best, 4, 1.5, -shift)
-        so_far = consider(together(*sides), so_far)
+        so_far = consider(_joined(*sides), so_far)
         shift /= 2
     # The grid over the whole range is among the last, so that the result is never worse. It wins
     # a tie, because it is exact for weights on the grid.
-    last = together(around(so_far.best, 7, 0.4), [full[..., None], zero[..., None], inf[..., None]])
+    last = _joined(around(so_far.best, 7, 0.4), [full[..., None], zero[..., None], inf[..., None]])
     is_full = np.reshape(np.arange(BATCH) == BATCH - 1, (1,) * full.ndim + (-1,))
     bonus = 1e-12 * stats.energy[..., None] * is_full.astype(np.float32)
     so_far = consider(last, so_far, bonus)
