@@ -1,7 +1,4 @@
-"""The rule that reads a layer's fan-in from a leaf's path and shape.
-
-t = kappa * sqrt(2 / fan_in)
-"""
+"""The rule `t = kappa * sqrt(2 / fan_in)`, with the fan-in read from a leaf's path and shape."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,12 +14,7 @@ from jaxclip._core import checks
 from jaxclip._core.grids import WHOLE_ARRAY
 from jaxclip.thresholds.by_magnitude import max_abs
 from jaxclip.thresholds.rules import Bound, ThresholdRule
-from jaxclip.thresholds.values import (
-    as_threshold,
-    check_number_or_schedule,
-    is_threshold_leaf,
-    resolve_threshold,
-)
+from jaxclip.thresholds.values import as_threshold, check_number_or_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,39 +119,3 @@ def fan_in(
     check_number_or_schedule("kappa", kappa)
     checks.check_count("stacked_axes", stacked_axes, at_least=0)
     return _FanIn(WHOLE_ARRAY, kappa, stacked_axes, out_axes)
-
-
-def fan_ins(threshold: Any, params: Any) -> Any:
-    """Returns the number of inputs that `fan_in` counts for each leaf.
-
-    Args:
-      threshold: As in `resolve_threshold`.
-      params: Pytree whose leaves are bounded.
-
-    Returns:
-      A tree with the structure of `params`: the fan-in as a float, and inf for leaves that
-      stay free or have a threshold of another kind.
-
-    Raises:
-      ValueError: As `resolve_threshold`.
-
-    Example:
-      >>> fan_ins(fan_in(2.0), {"kernel": jnp.zeros((8, 3)), "bias": jnp.zeros(3)})
-      {'bias': inf, 'kernel': 8.0}
-    """
-    counts = jax.tree.map(
-        lambda given: _NumInputs(given.grid, given) if isinstance(given, _FanIn) else np.inf,
-        threshold,
-        is_leaf=is_threshold_leaf,
-    )
-    return resolve_threshold(counts, params)
-
-
-@dataclasses.dataclass(frozen=True)
-class _NumInputs(ThresholdRule):
-    rule: _FanIn = dataclasses.field(default_factory=_FanIn)
-
-    def for_leaf(self, path: str, leaf: Any, step: ArrayLike) -> Any:
-        del step
-        num_inputs = self.rule.num_inputs(path, np.shape(leaf))
-        return float("inf") if num_inputs is None else float(num_inputs)

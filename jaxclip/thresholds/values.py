@@ -22,7 +22,7 @@ from jaxclip.thresholds.rules import Bound, ThresholdRule
 
 def check_threshold_tree(name: str, threshold: PyTree) -> None:
     """Raises unless every entry of a threshold tree is a number, schedule or rule."""
-    entries = jax.tree_util.tree_leaves_with_path(threshold, is_leaf=is_threshold_leaf)
+    entries = jax.tree_util.tree_leaves_with_path(threshold, is_leaf=_is_threshold_leaf)
     for path, given in entries:
         where = f"{name} at '{trees.path_name(path)}'" if path else name
         if is_rule_factory(given):
@@ -61,7 +61,7 @@ def check_number_or_schedule(
         check_number(name, given)
 
 
-def is_threshold_leaf(x: object) -> bool:
+def _is_threshold_leaf(x: object) -> bool:
     """Returns True if a node of a prefix tree is one threshold, even if jax would look into it."""
     return x is None or callable(x)
 
@@ -114,7 +114,7 @@ def resolve_threshold(threshold: PyTree, params: PyTree, step: ArrayLike | None 
 
     try:
         entries, treedef = jax.tree_util.tree_flatten_with_path(
-            threshold, is_leaf=is_threshold_leaf
+            threshold, is_leaf=_is_threshold_leaf
         )
         subtrees = treedef.flatten_up_to(params)
     except ValueError as error:
