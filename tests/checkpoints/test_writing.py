@@ -235,7 +235,7 @@ print("left behind and removed:", num_leftovers)
 """
 
 
-@pytest.mark.parametrize("num_kills", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [8, pytest.param(100, marks=pytest.mark.thorough)])
 def test_a_killed_writer_leaves_the_old_or_the_new_file(num_kills, path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
     run = subprocess.run(
