@@ -155,7 +155,7 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, info)`, compiled by `jax.jit` on the first call; with
-      `lower`, `trace`, and the plain function as `__wrapped__`. Called with a traced state,
+      `lower`, `trace`, and the plain function as `__wrapped__`. Called with traced arrays,
       as inside `scan` or `vmap`, it is that plain function. If the loss or a gradient is
       not finite, parameters and optimizer state come back bit-identical and `num_skipped`
       goes up by one.
@@ -224,20 +224,30 @@ def make_train_step(
         donate_argnums=(0,) if donate and _is_donation_safe() else (),
         compiler_options=options or None,
     )
-    return _inlined_when_traced(step, jitted) if options else jitted
+    return _TopLevelStep(step, jitted) if options else jitted
 
 
-def _inlined_when_traced(function: Callable[..., Any], jitted: jax.stages.Wrapped) -> Any:
-    """Returns the jitted step, which runs as the plain function inside another program."""
+class _TopLevelStep:
+    """The jitted step, which runs as the plain function inside another program."""
 
-    # jax takes compiler options only at the top level: a scan over `jitted` would raise.
-    @functools.wraps(function)
-    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
-        is_traced = isinstance(state.step, jax.core.Tracer)
-        return function(state, batch) if is_traced else jitted(state, batch)
+    # jax takes compiler options only at the top level: a scan over `jitted` would raise. A class,
+    # because jax.vmap and jax.jit copy the attributes of a function, `lower` among them.
+    def __init__(self, function: Callable[..., Any], jitted: jax.stages.Wrapped):
+        functools.update_wrapper(self, function)
+        self._function, self._jitted = function, jitted
 
-    vars(step).update(lower=jitted.lower, trace=jitted.trace)
-    return step
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
+        leaves = jax.tree.leaves((state, batch))
+        is_traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        return self._function(state, batch) if is_traced else self._jitted(state, batch)
+
+    def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
+        """Returns the lowered program, as `jax.jit(...).lower` does."""
+        return self._jitted.lower(state, batch)
+
+    def trace(self, state: TrainState, batch: PyTree) -> jax.stages.Traced:
+        """Returns the traced program, as `jax.jit(...).trace` does."""
+        return self._jitted.trace(state, batch)
 
 
 def _select(is_good: jax.Array, new: PyTree, old: PyTree) -> PyTree:

@@ -167,6 +167,17 @@ def test_the_plain_step_can_be_transformed_over_a_step_size_in_its_closure(trans
     assert np.isfinite(np.asarray(transform(final_loss)(rates))).all()
 
 
+def test_a_batch_of_steps_can_be_lowered_and_a_traced_batch_is_enough():
+    step = make_train_step(linear_loss, make_optimizer())
+    state = TrainState.create(make_params(), make_optimizer())
+    batches = jax.tree.map(lambda *x: jnp.stack(x), make_batch(0), make_batch(1))
+    both = jax.jit(jax.vmap(step, in_axes=(None, 0))).lower(state, batches).compile()
+    losses = both(state, batches)[1].loss
+    one = jax.jit(lambda batch: step(state, batch)[1].loss)(make_batch(1))
+    assert losses.shape == (2,)
+    np.testing.assert_allclose(losses[1], one, rtol=1e-6)
+
+
 def test_the_step_can_be_lowered():
     tx = make_optimizer()
     step = make_train_step(linear_loss, tx)
