@@ -352,7 +352,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="the model's, with config.json; DST is a folder then",
     )
-    export.add_argument("--architecture", default="llama", help="what GGUF says it is (llama)")
+    export.add_argument("--architecture", default="llama", help="that of the GGUF file (llama)")
     return parser
 
 
@@ -380,13 +380,13 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
         help="how the grid's range is chosen (mse_optimal)")  # fmt: skip
     add("--zero-point", action="store_true", help="a grid need not be around 0")
     add("--scale-dtype", choices=_SCALES, default="float32",
-        help="what scales are stored as (float32)")  # fmt: skip
+        help="format that scales are stored in (float32)")  # fmt: skip
     add("--bit-price", type=float, default=0.0, metavar="P",
         help="error that a coded bit is worth, in squared steps, such as .12 (0); with --rate or "
         "--coding")  # fmt: skip
     add("--policy", metavar="FILE.json", help="widths and more for some tensors, as above")
     add("--coding", choices=["huffman", "ans", "smallest"],
-        help="entropy code what gets smaller by it; what ans needs, readers need")  # fmt: skip
+        help="entropy code what gets smaller; readers of ans need its package")  # fmt: skip
     add("--dry-run", action="store_true", help="write nothing, print the sizes")
 
 

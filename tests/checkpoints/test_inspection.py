@@ -1,4 +1,4 @@
-"""What is in a file: sizes from headers alone, and statistics of the weights."""
+"""Reports of a file: sizes from headers alone, and statistics of the weights."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a report says of each leaf: against hand-worked numbers and float64 NumPy."""
+"""Reports of trees, leaf by leaf: against hand-worked numbers and float64 NumPy."""
 
 import dataclasses
 import math

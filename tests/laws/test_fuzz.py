@@ -80,7 +80,7 @@ def read(data: bytes, allocations: list[int]) -> Any:
 
 
 def check_values(source: reading.Source, tree: Any) -> None:
-    """What is read is of the shapes and dtypes that were promised, and of the grid."""
+    """Values have the shapes and dtypes that were promised, and codes are of the grid."""
     is_flat = source.structure is None
     leaves = tree.values() if is_flat else jax.tree.leaves(tree, is_leaf=is_low_bit)
     for like, leaf in zip(source.leaves.values(), leaves, strict=True):
@@ -342,7 +342,7 @@ def test_indices_with_other_values_give_the_same_tensors_or_are_refused(tmp_path
 
 
 def read_numpys(data: bytes, opener: Any, allocations: list[int]) -> bool:
-    """Whether a file of NumPy's is read; if not, it was refused."""
+    """True if a file of NumPy's is read, False if it is refused."""
     allocations.clear()
     try:
         members = opener(io.BytesIO(data), len(data))
