@@ -12,7 +12,7 @@ class ProgressBar:
     def __enter__(self) -> "ProgressBar":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
     def show(self, num_steps: int, metrics: dict[str, float]) -> None:
@@ -36,7 +36,7 @@ class _RichBar(ProgressBar):
         self._progress.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def show(self, num_steps: int, metrics: dict[str, float]) -> None:

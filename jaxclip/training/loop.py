@@ -24,6 +24,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
+from jaxclip._core.trees import PyTree
 from jaxclip.training.bars import ProgressBar, make_bar
 from jaxclip.training.runs import Run, RunStore
 from jaxclip.training.step import StepInfo, TrainState
@@ -49,9 +50,9 @@ class FitResult(NamedTuple):
 
 
 def fit(
-    step: Callable[[TrainState, Any], tuple[TrainState, StepInfo]],
+    step: Callable[[TrainState, PyTree], tuple[TrainState, StepInfo]],
     state: TrainState,
-    batches: Iterable[Any] | Callable[[int], Iterable[Any]],
+    batches: Iterable[PyTree] | Callable[[int], Iterable[PyTree]],
     *,
     stop: StopRule,
     evaluate: Callable[[optax.Params], dict[str, ArrayLike]] | None = None,
@@ -183,7 +184,7 @@ class _Loop:
 
     def __init__(
         self,
-        step: Callable[[TrainState, Any], tuple[TrainState, StepInfo]],
+        step: Callable[[TrainState, PyTree], tuple[TrainState, StepInfo]],
         run: Run,
         stop: StopRule,
         evaluation: _Evaluation,
@@ -200,7 +201,7 @@ class _Loop:
         self._must_wait = True  # for the first step, to time its compilation
         self._start = start
 
-    def take_step(self, batch: Any) -> StopReason | None:
+    def take_step(self, batch: PyTree) -> StopReason | None:
         """Takes one step; returns the reason to stop after it, if there is one."""
         step_start = time.monotonic()
         state, info = self._step(self.run.state, batch)
@@ -311,8 +312,8 @@ _NO_BATCH = object()
 
 
 def _remaining_batches(
-    batches: Iterable[Any] | Callable[[int], Iterable[Any]], position: int
-) -> Iterator[Any]:
+    batches: Iterable[PyTree] | Callable[[int], Iterable[PyTree]], position: int
+) -> Iterator[PyTree]:
     if callable(batches):
         return iter(batches(position))
     return itertools.islice(iter(batches), position, None)
@@ -331,7 +332,7 @@ class _Signals:
                 self._old_handlers[number] = signal.signal(number, self._record)
         return self
 
-    def _record(self, number: int, frame: Any) -> None:
+    def _record(self, number: int, frame: object) -> None:
         self.has_come = True
         self._restore()
 
@@ -340,5 +341,5 @@ class _Signals:
             number, handler = self._old_handlers.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()

@@ -6,7 +6,7 @@ often it is applied. The fraction depends on the weights, so it is measured.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.core
@@ -94,7 +94,7 @@ def _count_lost(
             yield counts
 
 
-def _is_schedule(node: Any) -> bool:
+def _is_schedule(node: object) -> bool:
     return type(node).__name__ in _SCHEDULE_STATES
 
 

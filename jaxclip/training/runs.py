@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class RunStore:
     def __enter__(self) -> "RunStore":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._manager.close()
 
     def save(self, run: Run) -> None:
@@ -83,7 +83,7 @@ def _shapes(leaves: list[jax.Array]) -> list[list]:
     return [[list(jnp.shape(x)), str(jnp.result_type(x))] for x in leaves]
 
 
-def _is_key(x: Any) -> bool:
+def _is_key(x: object) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
@@ -92,7 +92,7 @@ def _without_keys(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
 
 
-def _with_key(like: Any, saved: Any) -> Any:
+def _with_key(like: PyTree, saved: PyTree) -> PyTree:
     """Returns a saved leaf, made a PRNG key again if `like` is one."""
     if _is_key(like):
         return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(like))

@@ -123,7 +123,7 @@ def make_train_step(
     loss_fn: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     *,
-    weight_threshold: Any = None,
+    weight_threshold: PyTree = None,
     mask: Mask | None = None,
     has_aux: bool = False,
     stochastic_rounding: bool = False,

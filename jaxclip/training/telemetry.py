@@ -151,7 +151,7 @@ def _states(tree: PyTree) -> Iterator[Any]:
             yield from _states(tuple(node))
 
 
-def _has_stats(node: Any) -> bool:
+def _has_stats(node: object) -> bool:
     """Returns True for a state whose class names its transform, as those with statistics do."""
     return isinstance(node, tuple) and hasattr(type(node), "transform_name")
 
