@@ -22,13 +22,11 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-hypothesis.settings.register_profile(
-    "jaxclip", deadline=None, max_examples=40, derandomize=True, print_blob=True
-)
-hypothesis.settings.register_profile(
-    "fast", deadline=None, max_examples=5, derandomize=True, print_blob=True
-)
-hypothesis.settings.load_profile("jaxclip")
+for profile, max_examples in (("fast", 5), ("thorough", 40)):
+    hypothesis.settings.register_profile(
+        profile, deadline=None, max_examples=max_examples, derandomize=True, print_blob=True
+    )
+hypothesis.settings.load_profile("fast")
 
 
 # Scripts that import torch, which the tests do without; collecting doctests imports all.
