@@ -279,7 +279,7 @@ def test_optax_does_what_the_table_says(difference):
 
 @pytest.mark.parametrize(
     "difference",
-    [pytest.param(d, marks=[pytest.mark.slow] * (d.name in SLOW)) for d in DIFFERENCES],
+    [pytest.param(d, marks=[pytest.mark.thorough] * (d.name in SLOW)) for d in DIFFERENCES],
     ids=lambda d: d.name,
 )
 def test_jaxclip_does_what_the_table_says(difference):
