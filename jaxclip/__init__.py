@@ -1,26 +1,37 @@
 """Clipping and sign steps for JAX: train by sign inside a weight box, ship at low bits."""
 
 import importlib
-import importlib.util
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from jaxclip import checkpoints as checkpoints
+    from jaxclip import gradients as gradients
+    from jaxclip import interop as interop
+    from jaxclip import lowbit as lowbit
+    from jaxclip import norms as norms
+    from jaxclip import plots as plots
+    from jaxclip import sign as sign
+    from jaxclip import sweeps as sweeps
+    from jaxclip import thresholds as thresholds
+    from jaxclip import training as training
+    from jaxclip import weights as weights
     from jaxclip._names import *
 else:
-    # `_names` is imported when the first name is used, not before: the command line imports
+    # Wings and names are imported when they are first used, not before: the command line imports
     # this package too, and its help should not wait for jax.
+    _WINGS = {m.name for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"} - {"cli"}
 
     def __getattr__(name: str) -> Any:
         if name == "__all__":
             return _public_names()
-        if not name.startswith("_"):
-            if importlib.util.find_spec(f"jaxclip.{name}"):
-                return importlib.import_module(f"jaxclip.{name}")
-            if name in _public_names():
-                globals()[name] = getattr(importlib.import_module("jaxclip._names"), name)
-                return globals()[name]
+        if name in _WINGS:
+            return importlib.import_module(f"jaxclip.{name}")
+        if not name.startswith("_") and name in _public_names():
+            globals()[name] = getattr(importlib.import_module("jaxclip._names"), name)
+            return globals()[name]
         raise AttributeError(f"module 'jaxclip' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
@@ -28,4 +39,4 @@ else:
 
     def _public_names() -> list[str]:
         names = vars(importlib.import_module("jaxclip._names"))
-        return [name for name in names if not name.startswith("_")]
+        return sorted({*_WINGS, *(name for name in names if not name.startswith("_"))})

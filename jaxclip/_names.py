@@ -1,16 +1,5 @@
-"""The public names of the root: the namespaces, and the names used most."""
+"""The names used most, which the root has beside the wings."""
 
-from jaxclip import checkpoints as checkpoints
-from jaxclip import gradients as gradients
-from jaxclip import interop as interop
-from jaxclip import lowbit as lowbit
-from jaxclip import norms as norms
-from jaxclip import plots as plots
-from jaxclip import sign as sign
-from jaxclip import sweeps as sweeps
-from jaxclip import thresholds as thresholds
-from jaxclip import training as training
-from jaxclip import weights as weights
 from jaxclip.checkpoints import size_report as size_report
 from jaxclip.gradients import adaptive_grad_clip as adaptive_grad_clip
 from jaxclip.gradients import clip_by_block_rms as clip_by_block_rms

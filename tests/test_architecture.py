@@ -77,7 +77,10 @@ def test_a_face_holds_only_its_docstring_and_what_it_names():
 
 def test_the_root_shows_its_names_and_imports_them_on_use():
     public = set(jaxclip.__all__)
-    assert set(WINGS) - {"_core"} < public
+    typed = re.findall(
+        r"^    from jaxclip import (\w+) as", (PACKAGE / "__init__.py").read_text(), re.M
+    )
+    assert {*WINGS, "plots"} - {"_core"} == set(typed) < public  # to type checkers, too
     assert set(dir(jaxclip)) >= public
     assert all(hasattr(jaxclip, name) for name in public)
     assert not hasattr(jaxclip, "no_such_name")
@@ -105,6 +108,11 @@ def test_public_functions_are_documented_with_an_example(wing: str):
         assert "Example" in (function.__doc__ or ""), function
         takes_arguments = function.__code__.co_argcount or function.__code__.co_kwonlyargcount
         assert "Args:" in function.__doc__ or not takes_arguments, function
+
+
+def test_no_docstring_asks_a_question():
+    asking = r'"""(What|Whether|How)\b'
+    assert not [f"{p}: {m[0]}" for p in FILES if (m := re.search(asking, p.read_text()))]
 
 
 def test_importing_jaxclip_imports_only_jax_optax_and_numpy():
