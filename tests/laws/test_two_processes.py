@@ -36,7 +36,7 @@ jax.distributed.shutdown()
 """
 
 SKIPS = """
-from jaxclip import guards
+from jaxclip.gradients import guards
 
 tx = {
     "skip_nonfinite": guards.skip_nonfinite(optax.adam(0.1)),
