@@ -1,1 +1,1 @@
-"""Ground floor: checks, trees, exact float arithmetic, grids, atomic files, optional packages."""
+"""Shared helpers: checks, trees, exact float arithmetic, grids, atomic files, optional packages."""

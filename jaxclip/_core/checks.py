@@ -157,7 +157,7 @@ def check_num_leaves(leaves: list[jax.Array], expected: int) -> None:
 
 
 def check_transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns `value` as a transform that accepts extra arguments; raises if it is none."""
+    """Returns `value` as a transform that accepts extra arguments; raises if it is not one."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(f"{name} must be an optax transformation, got {value!r}.")
     return optax.with_extra_args_support(value)

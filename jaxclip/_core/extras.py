@@ -32,7 +32,7 @@ def rich_progress(is_wanted: bool) -> Any:
 def progress_bar(
     total: int, is_wanted: bool, *, is_in_bytes: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Shows a bar while the context lasts; call its function with the progress since the last."""
+    """Shows a bar while the context lasts; yields a function that advances it by an amount."""
     rich = rich_progress(is_wanted)
     if rich is None:
         yield lambda _: None

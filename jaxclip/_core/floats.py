@@ -23,7 +23,7 @@ FLOAT32_TINY = float(np.finfo(np.float32).tiny)  # the least normal number
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Returns True if an axis is split over an explicit mesh, so that it must not be reshaped."""
+    """Returns True if an axis is split over an explicit mesh, which forbids reshaping it."""
     return any(s is not None for s in getattr(jax.typeof(x).sharding, "spec", ()))
 
 
@@ -44,8 +44,8 @@ def saturate(x: jax.Array, dtype: DTypeLike, fraction: float = 1.0) -> jax.Array
 
 def exceeds(x: jax.Array, bound: jax.Array) -> jax.Array:
     """Returns True where `|x| > bound` or the bound is 0, for real `x`; False for NaN."""
-    # Compares bits, which order like magnitudes, because XLA on CPU takes subnormals for zero.
-    # A bound of 0 is apart: XLA turns a comparison of bits with 0 into one of numbers.
+    # Compares bits, which order like magnitudes, because XLA on CPU treats subnormals as zero.
+    # A bound of 0 needs its own case: XLA turns a comparison of bits with 0 into one of numbers.
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     no_sign = jnp.asarray(jnp.iinfo(unsigned).max >> 1, unsigned)
     magnitude, limit = (lax.bitcast_convert_type(a, unsigned) & no_sign for a in (x, bound))

@@ -1,6 +1,6 @@
 """Low-bit grids: the integer codes, and the blocks of entries that share a scale.
 
-w ~ scale * code,    low <= code <= high,    one scale a block
+w ~ scale * code,    low <= code <= high,    one scale per block
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class Grid:
       zero_point: True to shift each block's grid by whole codes, so that its range may lie
         unevenly around 0. Not for 1 bit.
       scale_dtype: Format of the scales: float32, float16, bfloat16 (names or dtypes), or "log8",
-        one byte a scale in steps of 9 %.
+        one byte per scale in steps of 9 %.
 
     Raises:
       TypeError: If `axis` or `zero_point` is of a wrong type.
@@ -201,17 +201,17 @@ class Grid:
 
 def _name_of_scale_dtype(scale_dtype: Any) -> str:
     if not isinstance(scale_dtype, str):
-        with contextlib.suppress(TypeError):  # what is no dtype is refused as it was given
+        with contextlib.suppress(TypeError):  # not a dtype: the check below names it as given
             scale_dtype = jnp.dtype(scale_dtype).name
     checks.check_choice("scale_dtype", scale_dtype, _SCALE_DTYPES)
     return scale_dtype
 
 
-WHOLE_ARRAY = Grid(None, axis=None)  # one block; the width is open
+WHOLE_ARRAY = Grid(None, axis=None)  # one block, of a width still to be chosen
 
 
 def as_grid(bits: Bits | Grid, *, axis: int | tuple[int, ...] | None) -> Grid:
     """Returns a grid as it is, and a bare width as a grid with this channel axis."""
     grid = bits if isinstance(bits, Grid) else Grid(bits, axis=axis)
-    checks.check_choice("bits", grid.bits, _ALLOWED_BITS)  # here nothing chooses an open width
+    checks.check_choice("bits", grid.bits, _ALLOWED_BITS)  # None needs a budget, and none is here
     return grid

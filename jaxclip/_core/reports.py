@@ -9,7 +9,7 @@ import numpy as np
 
 
 def format_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
-    """Returns rows of cells as lines of text; columns after the first `num_left` end flush."""
+    """Returns rows of cells as text; columns after the first `num_left` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

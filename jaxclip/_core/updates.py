@@ -68,8 +68,8 @@ def update_between(
     u: jax.Array, w: jax.Array, target: jax.Array, low: jax.Array, high: jax.Array
 ) -> jax.Array:
     """Returns `target - w`, corrected by an ulp where its sum with `w` is rounded outside."""
-    # The sum is within the bounds for certain if these are at least as far apart as numbers like
-    # `target - w` in the dtype of `u`; otherwise as near as one update can bring it.
+    # The sum is certain to be within the bounds if these are at least an ulp of `target - w` apart
+    # in the dtype of `u`; otherwise it is as near as one update can bring it.
     v = saturate(update_to(target, u, w), u.dtype)
     wide = compute_dtype(w.dtype, u.dtype)
     low, high, start = low.astype(wide), high.astype(wide), w.astype(wide)
@@ -95,7 +95,7 @@ def update_to(target: jax.Array, u: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _complex_update(u: jax.Array, w: jax.Array, bound: jax.Array) -> jax.Array:
-    """Returns an update to a point that is inside the circle by what its sum is rounded by."""
+    """Returns an update to a point inside the circle, with a margin for the rounding of the sum."""
     wide = compute_dtype(w.dtype, u.dtype)
     moved = w.astype(wide) + u.astype(wide)
     phase, modulus = phase_and_modulus(moved)

@@ -1,8 +1,8 @@
-"""Clips whose threshold is a norm, learned from the norms of the steps before.
+"""Clips whose threshold is a norm, learned from the norms of earlier steps.
 
-Three laws for a threshold t from norms n: a running quantile of n (`autoclip`), `mean + z * std`
+Three rules for a threshold t from norms n: a running quantile of n (`autoclip`), `mean + z * std`
 (`zclip`), and for each leaf `relative * average of n` (`adagc`). `jaxclip.gradients.learning`
-says how bad steps are treated.
+describes how bad steps are treated.
 """
 
 import math
@@ -44,7 +44,7 @@ class ZclipState(LearningState):
 class AdagcState(LearningState):
     """State of `adagc`; `learned` is the reference of each floating leaf, in order.
 
-    `threshold` is the largest global norm that the last step could let pass.
+    `threshold` is the largest global norm that the last step could have let through.
     """
 
     transform_name = "adagc"
@@ -135,19 +135,19 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the global norm where it is a spike: more than `z` deviations above its mean.
 
-    For `s = (norm - mean) / std > z` the norm becomes `mean + z**2 / s * std`, the lower the
-    larger the spike. Then `mean <- alpha * mean + (1 - alpha) * norm` and
-    `var <- alpha * var + (1 - alpha) * (norm - mean)**2`, of the clipped norm and the new
-    mean. The mean and variance of the first `warmup` norms are the start; as published,
-    these are not clipped, and a spike among them both passes and hides later ones. A
-    `max_norm` clips them first.
+    Where `s = (norm - mean) / std > z` the norm becomes `mean + z**2 / s * std`, which is lower
+    for larger spikes. Then `mean <- alpha * mean + (1 - alpha) * norm` and
+    `var <- alpha * var + (1 - alpha) * (norm - mean)**2`, with the clipped norm and the new
+    mean. They start from the mean and variance of the first `warmup` norms. As published,
+    these are not clipped, so a spike among them passes and hides later ones. A `max_norm`
+    clips them first.
 
     Args:
       z: Deviations above the mean that make a spike, in [0, inf]. May be traced.
       alpha: Decay rate of the mean and variance, in [0, 1]. May be traced.
-      warmup: Number of norms that make the start; 0 is as 1.
+      warmup: Number of norms in the first mean and variance; 0 counts as 1.
       max_norm: Bound while there is no statistic to clip by, in warm-up and until the
-        variance is not 0: number in [0, inf], traced scalar, or schedule. Best a few times
+        variance is not 0: number in [0, inf], traced scalar, or schedule. Choose a few times
         the usual norm: if every norm of the warm-up is above it, it stays the bound.
       axis_name: Mapped axis to take the norm over inside `shard_map` or `pmap`. Under
         `jit` on sharded arrays leave it None: the norm is global already.

@@ -1,7 +1,8 @@
 """Clips the singular values of each matrix of the gradient: `U diag(min(s, c)) V^H`.
 
 The matrices are capped by products alone, without a singular value decomposition;
-`jaxclip.norms.singular_values` has the method and its error. A bad step gives zeros for all leaves.
+`jaxclip.norms.singular_values` describes the method and its error. A bad step gives zeros for all
+leaves.
 """
 
 from typing import NamedTuple
@@ -25,8 +26,8 @@ class ClipBySpectralNormState(NamedTuple):
     Attributes:
       step: Scalar int32, steps so far.
       stats: A `ClipStats` without `post_norm` and `clip_coef`. Its `pre_norm` is the largest
-        spectral norm of the last gradient's matrices: an estimate from below, short by a few per
-        cent at most. Its `clip_rate` is that of the matrices at the last step.
+        spectral norm of the last gradient's matrices: an estimate from below, at most a few
+        percent too low. Its `clip_rate` is that of the matrices at the last step.
     """
 
     transform_name = "clip_by_spectral_norm"
@@ -41,14 +42,14 @@ def clip_by_spectral_norm(
     """Caps the singular values of every matrix at `max_norm`.
 
     `U diag(s) V^H <- U diag(min(s, c)) V^H`, by matrix products alone. A leaf of more than
-    two dimensions is one matrix, its last axis against all others; leaves of fewer than two
-    pass through.
+    two dimensions is one matrix: its last axis is the columns, all others are the rows. Leaves
+    of fewer than two dimensions pass through.
 
     Args:
       max_norm: A threshold: number in [0, inf], traced scalar, schedule, rule, or a prefix
-        tree of these, in the units of the gradient; one number a leaf.
+        tree of these, in the units of the gradient; one number per leaf.
       steps: Rounds of each of the two matrix signs, at least 1; None is 12. More
-        are more exact, see `jaxclip.norms.singular_values.cap_singular_values`.
+        rounds are more exact, see `jaxclip.norms.singular_values.cap_singular_values`.
       stacked_axes: Number of leading axes that stack separate matrices, as the layers of a
         scanned model do; None is 0.
 

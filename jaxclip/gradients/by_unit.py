@@ -70,7 +70,7 @@ def clip_by_leaf_norm(
 
     Args:
       max_norm: A threshold (number in [0, inf], traced scalar, schedule, rule, or prefix
-        tree of these), in the units of the gradient; one number a leaf.
+        tree of these), in the units of the gradient; one number per leaf.
       stacked_axes: Number of leading axes that stack layers (scan over layers); each layer is
         then clipped by itself. None is 0 (a number as default would be traced under
         `optax.inject_hyperparams`).
@@ -122,7 +122,7 @@ def clip_by_block_rms(
 
     Args:
       threshold: A threshold (number in [0, inf], traced scalar, schedule, rule, or prefix
-        tree of these), in the units of the gradient; one number a leaf.
+        tree of these), in the units of the gradient; one number per leaf.
       axis_name: Mapped axis to take the mean over inside `shard_map` or `pmap`, where each
         device holds a part of equal size. Under `jit` on sharded arrays leave it None.
 
@@ -158,12 +158,12 @@ def clip_by_block_rms(
 
 
 def _root_rounded_down(size: int) -> np.float32:
-    """Returns a float32 below `sqrt(size)`, so that the bound times it is not above the product."""
+    """Returns a float32 below `sqrt(size)`: its product with a bound is never too large."""
     return np.nextafter(np.float32(size**0.5), np.float32(0))
 
 
 # --- Bounds ---------------------------------------------------------------------------
-# From the norm of a unit and the terms of a clip, for one leaf, or for a vector of all units.
+# Computed from the norm and the terms of a clip, for one leaf or for a vector of all units.
 
 
 def _bound_as_given(norm: RescaledNorm, limit: jax.Array) -> jax.Array:
@@ -183,7 +183,7 @@ def _scalar_bounds(name: str, bounds: PyTree, updates: optax.Updates) -> Terms:
             continue
         if np.size(bound) != 1:
             raise ValueError(
-                f"{name} must be one number a leaf; at '{path_name(path)}' it has shape "
+                f"{name} must be one number per leaf; at '{path_name(path)}' it has shape "
                 f"{np.shape(bound)}."
             )
         if not isinstance(bound, jax.Array):  # rounded while its value is still known exactly
@@ -218,7 +218,7 @@ def clip_units(
         terms = terms_of(updates, params, state.step)
         units = [measure_units(g, axes_of(g.shape), axis_name=axis_name) for g in leaves]
         counts = np.array([u.total.size for u in units], int)
-        # The report is computed from all units at once; a leaf is scaled by its own alone.
+        # The report is computed from all units at once; a leaf is scaled by its own units alone.
         norm = join_units(units)
         joined = [_join_terms(term, counts) for term in terms] if leaves else []
         bounds = bound_of(norm, *joined) if leaves else norm.norm
@@ -260,7 +260,7 @@ def _norm_or_scalar(term: ArrayLike | MeasuredUnits) -> ArrayLike | RescaledNorm
 
 
 def _join_terms(terms: Terms, counts: np.ndarray) -> ArrayLike | RescaledNorm:
-    """Returns an entry for each unit; one for all where that is the same array."""
+    """Returns a term for each unit; one for all if every leaf has the same array."""
     if isinstance(terms[0], MeasuredUnits):
         return join_units(terms)
     if all(term is terms[0] for term in terms):

@@ -1,4 +1,4 @@
-"""Error feedback: what a clip or a compressor cuts off is added to the next gradient.
+"""Error feedback: the part that a clip or a compressor cuts off is added to the next gradient.
 
 update = inner(g + e),        e <- (g + e) - update
 """
@@ -40,18 +40,18 @@ def error_feedback(
     residual_dtype: DTypeLike | None = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds what the inner transform cut off a gradient to the next one.
+    """Adds the part of a gradient that the inner transform cut off to the next gradient.
 
     `update = inner(g + e); e <- (g + e) - update`: the updates sum to the sum of the
-    gradients less the last e. The inner transform must keep the units and the sign of the
-    gradient: a clip (U-Clip), or `scale_by_sign(scaled_sign())` (EF-signSGD). A bare sign
-    would leave a residual without end. The learning rate comes after it in the chain.
+    gradients minus the last e. The inner transform must keep the units and the sign of the
+    gradient: a clip (U-Clip), or `scale_by_sign(scaled_sign())` (EF-signSGD). With a bare sign
+    the residual would grow without bound. The learning rate comes after it in the chain.
 
     Args:
       inner: An optax transformation that clips or compresses.
       max_residual: A threshold as in `clip_by_value`, to which every entry of e is clipped;
-        the excess is lost. A finite one bounds the steps that one huge gradient goes on for,
-        and e where the mean gradient lies beyond the inner clip.
+        the excess is lost. A finite one limits for how many steps one huge gradient acts. It
+        also bounds e where the mean gradient is beyond the inner clip.
       residual_dtype: Real floating dtype of e; None for the dtype of each parameter. Float32
         carries the rounding of bfloat16 updates over, too. Complex leaves keep their own.
       axis_name: Mapped axis over which all devices skip a bad step together, inside `shard_map`
@@ -59,7 +59,7 @@ def error_feedback(
 
     Returns:
       A transform within `skip_nonfinite`, whose `inner_state` holds e: a bad step changes
-      nothing. Sums beyond a dtype count as its largest number.
+      nothing. Sums beyond the range of a dtype count as its largest number.
 
     Raises:
       TypeError: If `inner` is not an optax transformation, `max_residual` of a wrong type,

@@ -88,13 +88,13 @@ def skip_nonfinite(
 ) -> optax.GradientTransformationExtraArgs:
     """Skips every step that is not finite: parameters and inner state stay as they were.
 
-    Unlike `optax.apply_if_finite`, it never gives up and lets a NaN in.
+    Unlike `optax.apply_if_finite`, it never lets a NaN in after a number of bad steps.
 
     Args:
-      inner: Any optax transformation, best the whole optimizer.
+      inner: Any optax transformation, preferably the whole optimizer.
       check_inner: True to skip also steps with a finite gradient at which the updates or an
-        array of the state cease to be finite: a second moment that overflows, a learning rate
-        of NaN. They count in `num_skipped` alone. Scalars of the state are not looked at, as
+        array of the state become non-finite: a second moment that overflows, a learning rate
+        of NaN. They count only in `num_skipped`. Scalars of the state are not checked, because
         an infinite threshold is legitimate. The inner transform is then computed twice, so
         that no second copy of its state is kept.
       axis_name: Mapped axis over which all devices skip together, inside `shard_map` or
@@ -130,7 +130,7 @@ def skip_nonfinite(
         is_bad = _on_any_device(is_nonfinite(updates, extra_args.get("pre_norm")), axis_name)
         is_skipped = is_bad
         if check_inner:
-            # Behind barriers: else XLA merges the two updates and keeps what the first gives.
+            # Behind barriers, or XLA would merge the two updates and keep the first one's results.
             g, old = map_clippable(lax.optimization_barrier, (updates, state.inner_state))
             trial = inner.update(g, old, params, **extra_args)
             is_skipped |= _on_any_device(_ceased_to_be_finite(old, *trial), axis_name)
@@ -167,20 +167,20 @@ def skip_or_clip(
     `a = max(1 - decay, 1 / n)`: plain mean and variance at first, moving ones later.
 
     Args:
-      inner: Any optax transformation, best the whole optimizer.
+      inner: Any optax transformation, preferably the whole optimizer.
       drop_norm: Number in [0, inf], traced scalar (below 0 counts as 0), or schedule, in
         the units of the gradient. A traced NaN makes a bad step, here and below.
       max_norm: Bound of the clip, that of `clip_by_global_norm`: number in [0, inf], traced
         scalar, or schedule, in the units of the gradient.
       num_deviations: Number of standard deviations in [0, inf], traced scalar, or schedule;
-        with inf the history plays no part.
+        with inf the history is not used.
       decay: Decay rate of mean and variance, in [0, 1]. May be traced.
       num_warmup: Number of accepted steps before the history counts; until then `drop_norm`
         alone keeps a spike out of it.
       max_consecutive: After this many finite spikes in a row the next one is accepted,
-        clipped, and enters the history: training goes on where the gradients have moved to
+        clipped, and enters the history, so training continues if the gradients have reached
         a new level. None for never. Non-finite steps are never accepted, and neither
-        lengthen nor end a row of spikes.
+        lengthen nor end a run of spikes.
       axis_name: Mapped axis to take the norm over inside `shard_map` or `pmap`, so that all
         devices skip together. Under `jit` on sharded arrays leave it None.
 
@@ -265,7 +265,7 @@ def _as_count(name: str, given: int | jax.Array | None) -> jax.Array | np.int32:
 def _usual_norm(
     state: SkipOrClipState, num_deviations: jax.Array, min_accepted: jax.Array | np.int32
 ) -> jax.Array:
-    """Returns the largest norm that is no spike by the history, which in warm-up has no say."""
+    """Returns the largest norm that is not a spike by the history; inf in warm-up."""
     # Not 0 times an infinite number of deviations, which would be NaN.
     deviation = jnp.maximum(state.norm_deviation, FLOAT32_TINY)
     limit = num_deviations * deviation + state.norm_mean
@@ -320,7 +320,7 @@ def _ceased_to_be_finite(
     old_state: optax.OptState, updates: optax.Updates, new_state: optax.OptState
 ) -> jax.Array:
     """Returns True if an update, or an entry of the state that was finite before, is not finite."""
-    # From conditions, which XLA on CPU writes to memory: a byte an entry. With a sum, as in
+    # From conditions, which XLA on CPU writes to memory: a byte per entry. With a sum, as in
     # `has_nonfinite`, it would write the updates themselves, which are not kept otherwise.
     pairs = zip(jax.tree.leaves(old_state), jax.tree.leaves(new_state), strict=True)
     is_good = [jnp.all(jnp.isfinite(u)) for u in floating_leaves(updates)]

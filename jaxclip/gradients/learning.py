@@ -1,11 +1,11 @@
-"""Parts shared by the clips that learn their threshold from the gradients before.
+"""Helpers shared by the clips that learn their threshold from earlier gradients.
 
 `learning_transform` makes a transform of a rule and keeps its statistics in a `LearningState`.
 Three things hold for every rule:
 
 * A NaN or an infinity in the gradient, or a traced hyper-parameter that is NaN, makes a bad
   step: zeros, counted in `num_nonfinite`; every statistic stays as it was, bit for bit.
-* A gradient of zeros enters no statistic, and a statistic that is still zero clips nothing:
+* A gradient of zeros enters no statistic, and a statistic that is still zero clips nothing. So
   layers whose gradients begin at zero (adapters, unused embeddings) are not frozen.
 * Statistics are float32 and finite: larger norms count as the largest float32, averages of
   squares are kept as roots. Traced hyper-parameters are clamped to their range.
@@ -32,7 +32,7 @@ class LearningState(NamedTuple):
     Attributes:
       step: Scalar int32, steps so far.
       stats: A `ClipStats`; its `clip_rate` is that of the steps, leaves or entries so far.
-      threshold: Scalar float32, threshold that the last good step has set; 0 before there is one.
+      threshold: Scalar float32, threshold set by the last good step; 0 before the first.
       num_learned: Scalar int32, steps that have entered the statistics.
       learned: The statistics, an array or a tree of arrays.
       leaves: A `LeafReport`.
@@ -74,7 +74,7 @@ def learning_transform(
     rule: Callable[..., LearningStep],
     settings: tuple[ArrayLike, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes a transform of a rule that learns from good steps; bad ones give zeros.
+    """Makes a transform from a rule that learns from good steps; bad ones give zeros.
 
     `start(params)` gives the first threshold and statistics, `rule(updates, state, pre_norm)` a
     step; `pre_norm` is as in `norm_of`. A NaN in one of `settings` makes a bad step.

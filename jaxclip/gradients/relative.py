@@ -51,7 +51,7 @@ def adaptive_grad_clip(
     Args:
       clipping: Number in [0, inf], traced scalar, or schedule: the largest ratio of the
         norms.
-      eps: Least norm that weights count with, not negative, so that weights that start
+      eps: Lower bound on the norm of the weights, not negative, so that weights that start
         at 0 can move. May be traced.
       axis: Axes over which a unit's norm is taken, as in `norms.unit_norms`: for a
         kernel all but its output axis. None goes by the leaf's dimensions: the first axis
@@ -96,10 +96,10 @@ def adaptive_grad_clip(
 def clip_update_relative(
     relative: ArrayLike = 0.5, absolute: ArrayLike = 1e-2, *, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Bounds every update relative to its weight, by one coefficient a leaf (Clippy).
+    """Bounds every update relative to its weight, by one coefficient per leaf (Clippy).
 
     `u <- u * min(1, min over entries of (relative * |w| + absolute) / |u|)`. For updates that
-    the learning rate has scaled already: put it last in the chain, in front of a weight box.
+    the learning rate has scaled already: put it last in the chain, before a weight box.
     A leaf keeps its direction; one entry above its bound shrinks all of it.
 
     Args:

@@ -1,8 +1,8 @@
-"""A smooth limiter: far above its scale a clip by norm, with no kink at it.
+"""A smooth limiter: like a clip by norm far above its scale, but without a kink.
 
-All leaves are multiplied by `scale / (scale + norm)`. Small gradients stay as they are to first
+All leaves are multiplied by `scale / (scale + norm)`. Small gradients are unchanged to first
 order, the norm of the result stays below `scale`, and there is a derivative everywhere. A gradient
-that a clip would leave alone shrinks a little, too: at half the scale by a third.
+that a clip would leave unchanged shrinks a little, too: by a third at half the scale.
 """
 
 from typing import NamedTuple
@@ -89,10 +89,10 @@ def smooth_clip(
 
 
 def _smooth_norm(norm: RescaledNorm, limit: jax.Array) -> jax.Array:
-    """Returns the norm after, `norm * limit / (norm + limit)`, to which a clip then scales."""
+    """Returns the norm to scale to, `norm * limit / (norm + limit)`."""
     size, rescale = norm
     # The ratio of the smaller to the larger, both times `rescale`, so that neither the
-    # norm nor the sum overflows. Where the limit does, or sinks to 0, the ratio is 0.
+    # norm nor the sum overflows. Where the limit overflows or underflows, the ratio is 0.
     rescaled = limit * rescale
     larger = jnp.maximum(rescaled, size)
     is_usual = (larger > 0) & jnp.isfinite(larger)

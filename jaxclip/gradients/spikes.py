@@ -2,7 +2,7 @@
 
     |g| <= sqrt(theta * average of g**2)      or      |g| <= average of max|g| over the leaf
 
-`jaxclip.gradients.learning` says how bad steps are treated.
+`jaxclip.gradients.learning` describes how bad steps are treated.
 """
 
 from typing import NamedTuple
@@ -72,8 +72,8 @@ def clip_spikes(
         is the published one, for rare and huge spikes: it lets 70 times the usual size
         pass; 10 lets 3 times pass.
       decay: Decay rate of the average, in [0, 1]; 1 is the plain mean. May be traced.
-      axis_name: Mapped axis to take the reported norms over inside `shard_map` or `pmap`; an
-        entry is clipped by itself, but a bad step is one for all devices.
+      axis_name: Mapped axis to take the reported norms over inside `shard_map` or `pmap`. Each
+        entry is clipped by itself, but a step that is bad on one device is bad on all.
 
     Returns:
       A transform; shapes, dtypes and weak types of the updates are kept. Its state has a
@@ -127,8 +127,8 @@ def clip_leaf_spikes(
 
     `m <- decay * m + (1 - decay) * max|g|`, corrected for its start at 0, and entries with
     `|g| > m` become `g / max|g| * m`: the AdaClip of Stable-SPAM. As published, the maximum
-    enters before the clip and unclipped: frequent spikes of the whole gradient raise the
-    bound. Against these, chain a clip of norms behind it.
+    enters before the clip and unclipped, so frequent spikes of the whole gradient raise the
+    bound. Chain a clip of norms after it to limit these.
 
     Args:
       decay: Decay rate of the average, in [0, 1]; 1 is the plain mean. May be traced.

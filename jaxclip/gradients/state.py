@@ -15,12 +15,12 @@ from jax.typing import ArrayLike
 from jaxclip._core.floats import increment
 from jaxclip._core.trees import floating_leaves
 
-# A `jax.Array` or None, which the type `optax.OptState` has no place for.
+# A `jax.Array` or None, which the type `optax.OptState` does not allow.
 _MaybeScalar: TypeAlias = Any
 
 
 class ClipStats(NamedTuple):
-    """Statistics of a clip after its last step; scalars, or None where the clip has no such number.
+    """Statistics of a clip after its last step: scalars, or None where they do not apply.
 
     A bad step has a NaN or infinity in the gradient, or a NaN as threshold.
 

@@ -19,7 +19,7 @@ ORDERS = (1, 2, 1.0, 2.0, float("inf"))
 
 
 def root_of_total(total: jax.Array, ord: float) -> jax.Array:
-    """Returns the norm from what `rescaled_total` adds up: a square root for `ord=2`."""
+    """Returns the norm from the result of `rescaled_total`: its square root for `ord=2`."""
     return jnp.sqrt(total) if ord == 2 else total
 
 
@@ -40,7 +40,7 @@ class RescaledNorm(NamedTuple):
 
 
 def accumulator(leaves: list[jax.Array]) -> type[np.generic]:
-    """Returns the dtype to add up in: float32, or float64 if a leaf is."""
+    """Returns the dtype to sum in: float32, or float64 if a leaf is float64."""
     is_wide = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
     return jnp.float64 if is_wide else jnp.float32
 
@@ -83,7 +83,7 @@ def over_devices(totals: jax.Array, ord: float, axis_name: str | None) -> jax.Ar
 
 
 def change_of_norm(x: jax.Array, dx: jax.Array, norm: RescaledNorm, ord: float) -> jax.Array:
-    """Returns each entry's part in the change of the rescaled norm when `x` changes by `dx`."""
+    """Returns each entry's contribution to the change of the rescaled norm if `x` moves by `dx`."""
     wide = compute_dtype(x.dtype)
     rescale = norm.rescale.astype(wide)
     scaled = jnp.conj(x.astype(wide)) * rescale

@@ -181,7 +181,7 @@ def _in_two_rounds(
 
 
 def _better_exponent(totals: jax.Array, ord: float) -> jax.Array:
-    """Returns -1 for a total that is too large, 1 for one that may have sunk, else 0 (NaN too)."""
+    """Returns -1 for a total that overflowed, 1 if it may have underflowed, else 0 (also NaN)."""
     info = jnp.finfo(totals.dtype)
     # For the other norms well within the range, so that `1 / norm` is normal too.
     largest = float(info.max) if ord == 2 else 2.0 ** (info.maxexp // 2)
@@ -211,7 +211,7 @@ def _zero_that_varies(
     zero = jnp.zeros((), dtype)
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return zero
-    for x in leaves:  # from none or one of the entries, so that nothing is computed
+    for x in leaves:  # from at most one entry, so it costs nothing
         one = jnp.sum(x[..., :0]) if x.ndim else jnp.where(x == x, 0, 0)
         zero += jnp.real(one).astype(dtype)
     return zero if axis_name is None else lax.psum(zero, axis_name)

@@ -1,4 +1,4 @@
-"""Norms of leaves and of units, the rows or channels of a leaf."""
+"""Norms of leaves, and of their units: the weights into one output."""
 
 import functools
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from jaxclip.norms.magnitudes import (
 
 
 def leaf_norms(tree: PyTree, *, ord: float = 2, axis_name: str | None = None) -> PyTree:
-    """Returns the norm of each leaf of a tree, as `global_norm` would for that leaf alone.
+    """Returns the norm of each leaf of a tree: the `global_norm` of that leaf alone.
 
     Args:
       tree: Pytree of arrays; complex entries count by modulus.
@@ -156,7 +156,7 @@ def _unit_norm(
     x: jax.Array, axes: tuple[int, ...], ord: float, axis_name: str | None
 ) -> MeasuredUnits:
     """Returns the norms of units, rescaled by their largest entries."""
-    # The array is read twice. A loop like that of `global_norm` would carry two arrays a leaf,
+    # The array is read twice. A loop like that of `global_norm` would carry two arrays per leaf,
     # which is slow to compile.
     one = jnp.ones((), accumulator([x]))
     if ord == np.inf:

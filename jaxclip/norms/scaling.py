@@ -1,4 +1,4 @@
-"""Scaling a tree or a leaf so that its norm is at most a bound: `min(1, bound / (norm + eps))`.
+"""Scaling a tree or a leaf down to a norm: by `min(1, bound / (norm + eps))`.
 
 One coefficient in float32 (float64 for float64 leaves) and one cast. Half precision is rounded
 towards zero, so that the bound holds in exact arithmetic on the values that come out. At or below
@@ -49,10 +49,10 @@ class Scaling(NamedTuple):
     """Factors for a leaf: arrays of one shape, which broadcasts against the leaf.
 
     Attributes:
-      is_scaled: Bool: multiply by the factors, one after the other, or leave the bits alone.
+      is_scaled: Bool: multiply by the factors, one after the other, or keep every bit.
       rescale: Power of two that brings the leaf to ordinary magnitudes; 1 for these.
       coef: The coefficient for the rescaled leaf, or a part of it.
-      rest: The other part where the coefficient is below the normal range; else 1.
+      rest: The other factor where the coefficient is below the normal range; else 1.
     """
 
     is_scaled: jax.Array
@@ -69,7 +69,7 @@ def as_bound(value: ArrayLike, dtype: DTypeLike) -> jax.Array:
 def bound_at(
     given: ArrayLike | optax.Schedule, step: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Returns `as_bound` of a number, or of what a schedule gives at a step."""
+    """Returns `as_bound` of a number, or of a schedule's value at a step."""
     return as_bound(given(step) if callable(given) else given, dtype)
 
 
@@ -114,10 +114,8 @@ def norm_of(
     ord: float = 2,
     axis_name: str | None = None,
 ) -> tuple[RescaledNorm, jax.Array | None]:
-    """Returns the norm of a tree and of its leaves, from `given` if that is of these updates.
-
-    The norms of the leaves are None if `given` is a number.
-    """
+    """Returns the norm of a tree and those of its leaves, which are None if `given` is a number."""
+    # A `given` norm is used if it was measured on these very updates.
     if given is None or isinstance(given, MeasuredNorm):
         if given is None or not given.is_of(updates, ord, axis_name):
             given = measure_norm(updates, ord=ord, axis_name=axis_name)
@@ -136,10 +134,7 @@ def norm_of_norms(norms: jax.Array) -> jax.Array:
 def clip_to_norm(
     tree: PyTree, norm: RescaledNorm, bound: ArrayLike, eps: ArrayLike = 0.0
 ) -> tuple[PyTree, NormClip]:
-    """Scales a tree whose norm is known down to a bound, and returns the outcome, too.
-
-    Returns the input, bit for bit, at or below the bound; zeros if the step is bad.
-    """
+    """Scales a tree with a known norm down to a bound; zeros if the step is bad."""
     scaling, clip = scaling_to(norm, bound, eps)
     return map_clippable(lambda g: scale_leaf(g, scaling, clip.is_bad), tree), clip
 

@@ -41,9 +41,9 @@ def cap_singular_values(matrix: ArrayLike, cap: ArrayLike, steps: int | None = N
     The accuracy depends on r, the largest singular value over the cap. Measured over many
     shapes and spectra, no singular value ends above `cap` by more than 1e-6 of it. The result
     is within `3e-5 * r * cap` of the exact one in spectral norm (1e-3 at 8 steps, 2e-4 at 10,
-    5e-6 at 14), besides the rounding of half precision. That holds for r up to 500 (12 at
-    8 steps, 80 at 10, 3000 at 14). A lower cap is met by capping at that ratio and
-    multiplying by the rest, which also shrinks singular values below the cap.
+    5e-6 at 14), apart from the rounding of half precision. That holds for r up to 500 (12 at
+    8 steps, 80 at 10, 3000 at 14). For a lower cap the matrix is capped at that ratio and
+    multiplied by the rest, which also shrinks singular values below the cap.
 
     Args:
       matrix: Shape (..., m, n), real or complex floating.
@@ -116,7 +116,7 @@ def cap_leaf(
 
 
 def count_matrices(g: PyTree, num_stacked: int) -> int:
-    """Returns the number of matrices in a leaf: its last axis against those after the stack."""
+    """Returns the number of matrices in a leaf, 0 if it has too few axes or no entries."""
     if not trees.is_clippable(g) or np.ndim(g) - num_stacked < 2 or np.size(g) == 0:
         return 0
     return math.prod(np.shape(g)[:num_stacked])
@@ -167,9 +167,9 @@ def _cap(g: jax.Array, cap: ArrayLike, steps: int, num_stacked: int) -> Capped:
 
 # The sign is that of `O^H W`, whose eigenvalues are the singular values, and not of `W^H W`,
 # whose squares would cost half of the digits. `O` has to be right only where s > c. Where s is
-# so small that the rounds do not reach a polar factor, `O^H W` is smaller still, and that part
-# of W passes by the first term. A round sends [l, 1] into [l', 1], never above 1, with the `a`
-# that makes l' largest.
+# so small that the rounds do not reach a polar factor, `O^H W` is smaller still, so the first
+# term passes that part of W unchanged. A round sends [l, 1] into [l', 1], never above 1, with
+# the `a` that makes l' largest.
 def _cap_tall(x: jax.Array, cap: jax.Array, size: "_Size", steps: int) -> jax.Array:
     """Caps matrices with at least as many rows as columns."""
     plan = _plan(steps)

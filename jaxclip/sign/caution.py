@@ -1,4 +1,4 @@
-"""Cautious updates: `u <- u * [u * g < 0]`, rescaled; entries that go up the gradient wait."""
+"""Cautious updates: `u <- u * [u * g < 0]`, rescaled; entries that go up the gradient are 0."""
 
 from typing import NamedTuple
 
@@ -30,12 +30,11 @@ class CautiousState(NamedTuple):
 def cautious(
     inner: optax.GradientTransformation, *, is_direction: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps only the entries of an optimizer's step that go down the current gradient.
+    """Keeps only the entries of an optimizer's step that go against the current gradient.
 
     `u <- u * [u * g < 0] * size / (count + 1)` leaf by leaf, where u is the update of
-    `inner`, g the gradient and count the number of entries kept. An entry that points up
-    the gradient of this step waits; the others step further. (A leaf of one entry takes
-    half its step.)
+    `inner`, g the gradient and count the number of entries kept. Entries that agree in sign
+    with the gradient become 0, and the others grow. (A leaf of one entry takes half its step.)
 
     Args:
       inner: An optimizer, whose updates `optax.apply_updates` adds. Weight decay inside it is

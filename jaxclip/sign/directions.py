@@ -6,7 +6,7 @@ where the backend flushes them to zero (XLA on CPU does). Every transform here t
 kind of `sign.kinds` (soft, stochastic, scaled) in place of the sign.
 
 A gradient entry that is not finite never enters a momentum: that entry of the momentum stays
-as it was, and `num_nonfinite` in the state counts the steps at which it happened.
+as it was, and `num_nonfinite` in the state counts such steps.
 """
 
 from collections.abc import Callable
@@ -70,8 +70,8 @@ class ScaleByLionState(NamedTuple):
 def scale_by_sign(sign: SignKind | None = None) -> optax.GradientTransformationExtraArgs:
     """Replaces every gradient entry by its sign: -1, 0 or 1.
 
-    Differs from `optax.scale_by_sign` in that NaN becomes 0 and is counted, and in that
-    another sign kind may take the place of the sign.
+    Unlike in `optax.scale_by_sign`, NaN becomes 0 and is counted, and another sign kind can
+    replace the sign.
 
     Args:
       sign: `soft_sign(...)`, `stochastic_sign(...)`, `scaled_sign(...)`, or None for the
@@ -264,7 +264,7 @@ def _average(m: jax.Array, g: jax.Array, beta: ArrayLike) -> jax.Array:
 
 
 def _count_nonfinite(count: jax.Array, updates: optax.Updates, pre_norm: PyTree) -> jax.Array:
-    """Returns one more if an entry of the gradient is not finite."""
-    # The gradient at the head of the chain, where it was measured: that costs no pass.
+    """Returns `count + 1` if an entry of the gradient is not finite, else `count`."""
+    # The gradient at the head of the chain, if it was measured there: that saves a pass.
     gradient = pre_norm.tree if isinstance(pre_norm, MeasuredNorm) else updates
     return increment(count, is_nonfinite(gradient, pre_norm))

@@ -1,4 +1,4 @@
-"""Sign kinds, which may take the place of the sign: hard, soft, stochastic, scaled.
+"""Sign kinds, which can replace the sign: hard, soft, stochastic, scaled.
 
 A sign kind is a value made by a factory of this module, for the argument `sign` of
 `scale_by_sign` and its family. It maps a direction x to a step, leaf by leaf:
@@ -8,9 +8,9 @@ A sign kind is a value made by a factory of this module, for the argument `sign`
     stochastic  +1 or -1 with mean x / max|x|
     scaled      s * sign(x)                      s measured on the leaf
 
-For every kind 0 and NaN give 0, and an infinity has its own sign. q, max and s are taken over
-the finite entries of a leaf. A complex entry keeps its phase: `z / |z|` stands for the sign,
-and `|z|` for `|x|`.
+For every kind 0 and NaN give 0, and an infinity keeps its sign. q, max and s are taken over
+the finite entries of a leaf. A complex entry keeps its phase: `z / |z|` replaces the sign,
+and `|z|` replaces `|x|`.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def alignment(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class SignKind:
-    """A sign kind: a value, hashable by its fields, whose state is kept elsewhere.
+    """A sign kind: a value, hashable by its fields, whose state is in the optimizer's state.
 
     The class itself is the hard sign. Other kinds come from the factories of this module.
     """
@@ -137,7 +137,7 @@ def soft_sign(temperature: ArrayLike | optax.Schedule = 0.5, *, quantile: float 
 
     Entries well above the typical magnitude of their leaf take the full step. Small entries
     take a proportional step, so weights come to rest instead of oscillating. The scale is
-    the leaf's own: a gradient times any factor gives the same step. As the temperature goes
+    relative to the leaf: a gradient times any factor gives the same step. As the temperature goes
     to 0 this is the hard sign. SoftSignum's rule, the value 1 - eps at the quantile, is
     `temperature = 1 / atanh(1 - eps)`.
 
@@ -174,8 +174,8 @@ def soft_sign(temperature: ArrayLike | optax.Schedule = 0.5, *, quantile: float 
 @functools.partial(jax.jit, inline=True)
 def _quantile(modulus: jax.Array, quantile: ArrayLike) -> jax.Array:
     """Returns the quantile of the finite non-zero entries, rounded down to 8 significant bits."""
-    # By bisection on the bit patterns, which are ordered as the numbers are: about 15 passes
-    # of comparing and counting, for which a device needs only its own entries.
+    # By bisection on the bit patterns, which are ordered like the numbers: about 15 passes
+    # of comparing and counting, so sharded entries stay on their devices.
     info = jnp.finfo(modulus.dtype)
     integers = jnp.uint64 if info.bits == 64 else jnp.uint32
     codes = lax.bitcast_convert_type(modulus, integers) >> jnp.asarray(info.nmant - 7, integers)

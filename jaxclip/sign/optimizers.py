@@ -269,6 +269,6 @@ def _scale_by_step(
 
 
 def cast_saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Casts to a dtype, within its finite range, in modulus too; NaN stays NaN."""
+    """Casts to a dtype, clipped to its finite range (by modulus, too); NaN stays NaN."""
     fraction = 0.7 if jnp.iscomplexobj(x) else 1.0  # of each part, so that the modulus is finite
     return saturate(x, dtype, fraction).astype(dtype)

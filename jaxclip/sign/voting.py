@@ -1,4 +1,4 @@
-"""The majority vote of workers about a direction, one bit per coordinate and worker.
+"""Majority vote of workers on a direction, with one bit per coordinate and worker.
 
 Every worker has its own direction, from its own part of the batch and, with Lion, its own
 momentum. Only signs are sent, packed 8 to a byte:
@@ -62,8 +62,8 @@ def majority_vote(
     leading axis of workers, sharded over `axis_name`. Parameters stay replicated. Under
     `shard_map` pass `check_vma=False`: JAX cannot see that an all-gather gives every worker
     the same result. With the check on, `jax.grad` of replicated parameters sums over the
-    workers by itself, and no vote is left to take. For error feedback, wrap what each worker
-    compresses, `error_feedback(scale_by_sign(scaled_sign()))`, and chain the vote behind it.
+    workers by itself, and no vote is left to take. For error feedback, wrap each worker's
+    compressor, `error_feedback(scale_by_sign(scaled_sign()))`, and chain the vote after it.
 
     Args:
       axis_name: Mapped axis (or tuple of axes) of the workers. None for a single worker:
@@ -73,7 +73,7 @@ def majority_vote(
       zeros: The vote of a worker with a 0 (or NaN), because a bit has no third value.
         "alternate": 1 for one half of the workers and -1 for the other; the sides change
         every step. A coordinate that is 0 on all workers then gets 0 if their number is
-        even, and 1 and -1 by turns if it is odd. "abstain": no vote, which takes a second
+        even, and 1 and -1 alternately if it is odd. "abstain": no vote, which takes a second
         bit on the way out; a coordinate that is 0 on all workers stays 0.
 
     Returns:
@@ -157,7 +157,7 @@ def _elect(
     if axis_name is None or size == 0:
         return [(x > 0).astype(jnp.int8) - (x < 0).astype(jnp.int8) for x in leaves]
     num_workers = int(lax.psum(1, axis_name))
-    # Zeros vote by turns: by worker, so that they cancel now, and by step.
+    # Zeros vote alternately: by worker, so that they cancel now, and by step.
     zero_is_up = (lax.axis_index(axis_name) + step) % 2 == 0
 
     def flat(bits_of_leaves: list[jax.Array]) -> jax.Array:

@@ -216,7 +216,7 @@ class Program:
         unknown = sorted(self._task.stop.metrics - {*numbers, *metrics})
         if unknown:
             known = sorted({*numbers, *metrics})
-            raise ValueError(f"stop looks at {unknown}, which is not among {known}.")
+            raise ValueError(f"stop reads {unknown}, but the metrics are {known}.")
         check_unambiguous(self._task.stop, numbers, metrics)
         progress = Progress(state.step, 0.0, info.num_skipped, numbers)
         memory, code = self._task.stop.update(row.memory, progress)

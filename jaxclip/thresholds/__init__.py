@@ -1,7 +1,6 @@
-"""Thresholds: how much is too much.
+"""Thresholds: numbers, arrays, schedules, rules, or trees of these.
 
-A threshold is a number, an array, a schedule, a tree of these, or a rule: a callable that
-takes an array and returns the threshold for it.
+A rule is a callable that takes an array and returns the threshold for it.
 """
 
 from jaxclip.thresholds.by_error import least_squares as least_squares

@@ -123,11 +123,11 @@ def mse_optimal(
     """Makes the rule that minimizes the squared error of rounding to a low-bit grid.
 
     Searches `min over s of sum (w - s * clip(round(w / s), low, high))**2` in a few passes;
-    `t = s * high`. The tests hold its error against the exact optimum (boxed, Gaussian and
-    heavy-tailed weights, with outliers; 64 entries a block): within 0.5 % up to 4 bits, 3 % at 5
-    and 6 bits and 6 % at 8. It is nearer in larger blocks, because a fine grid over a few entries
-    has more dips than a search can visit. For one bit the optimum is `t = mean |w|`. The rule is
-    never worse than `max_abs`, up to rounding, because the scale of `max_abs` is a candidate.
+    `t = s * high`. The tests compare its error with the exact optimum (boxed, Gaussian and
+    heavy-tailed weights, with outliers; 64 entries per block): within 0.5 % up to 4 bits, 3 % at 5
+    and 6 bits and 6 % at 8. It is closer in larger blocks, because a fine grid over a few entries
+    has more local minima than a search can visit. For one bit the optimum is `t = mean |w|`. The
+    rule is never worse than `max_abs`, up to rounding, because that scale is a candidate.
 
     Args:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary", or a `Grid` instead of all fields of one; None
@@ -229,15 +229,15 @@ def least_squares(
     Alternates `q = clip(round(w / s), low, high)` and `s = sum w q / sum q**2`, the scale of least
     error for those codes; `t = s * high`. The first refit starts from two scales, the best one
     of a normal distribution and that of the largest weight, and keeps the better result. So the
-    squared error is never above that of `max_abs`; further refits never raise it. This is for
-    grids that are chosen anew at every training step, and near the optimum for ternary and 2
+    squared error is never above that of `max_abs`; further refits never raise it. The rule suits
+    grids that are chosen anew at every training step, and is near the optimum for ternary and 2
     bits. From 3 bits on, and for files, the search of `mse_optimal` is better.
 
     Args:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary", or a `Grid` instead of all fields of one; None
         where `quantize` or `compress` fills it.
-      num_refits: Number of refits, at least 0; 0 takes the scale of a normal distribution. For
-        one bit `t = mean |w|` at once.
+      num_refits: Number of refits, at least 0; 0 takes the scale of a normal distribution. One
+        bit needs none: there `t = mean |w|`.
       axis: Channel axis or axes with a threshold each; None for one threshold.
       group_size: Entries that share a threshold along the last non-channel axis.
       levels: As in `Grid`.

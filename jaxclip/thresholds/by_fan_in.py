@@ -23,7 +23,7 @@ class _FanIn(ThresholdRule):
     stacked_axes: int = 0
     out_axes: tuple[int, ...] | None = None
     path: str = ""
-    is_blockwise: ClassVar[bool] = False  # the shape of the whole array counts
+    is_blockwise: ClassVar[bool] = False  # fan-in depends on the shape of the whole array
 
     def __call__(self, array: ArrayLike) -> Any:  # inf, a number, for an unbounded leaf
         return self.for_leaf(self.path, array, jnp.zeros((), jnp.int32))

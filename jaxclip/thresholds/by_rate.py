@@ -1,6 +1,6 @@
-"""The threshold rule for entropy coded files, which chooses a step and clips nothing.
+"""The threshold rule for entropy-coded files, which chooses a step and clips nothing.
 
-An entropy coder makes rare levels cheap, so that clipping costs error and saves nothing. The
+An entropy coder makes rare levels cheap, so clipping adds error and saves nothing. The
 step of a uniform grid trades bits for error. Bits are those of an ideal order-0 code:
 
     R = -sum over codes k of p_k log2 p_k,    p_k the fraction of the weights with code k
@@ -109,10 +109,10 @@ def rate_optimal(
     axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
 ) -> ThresholdRule:
-    """Makes the rule that chooses the step of a uniform grid whose codes are entropy coded.
+    """Makes the rule that chooses the step of a uniform grid whose codes are entropy-coded.
 
     The threshold is `t = 127 * step`, for codes of 8 bits. No step is finer than the one of least
-    error, which lies between `max |w| / 127` and 1 / 32 of that. Give one goal, which holds for
+    error, which is between `max |w| / 127` and 1 / 32 of that. Give one goal, which holds for
     each array by itself:
 
         bits_per_weight     R = bits_per_weight
@@ -125,7 +125,7 @@ def rate_optimal(
     reach the target (one step for an array with an outlier), they are the result.
 
     Args:
-      bits_per_weight: Bits for each entry, in (0, 8). May be traced, as the other goals.
+      bits_per_weight: Bits for each entry, in (0, 8). May be traced, like the other goals.
       error: Relative squared error, in (0, 1).
       lagrangian: Relative squared error that one bit for each weight is worth, > 0. At high
         rates D is then `lagrangian / (2 ln 2)`.

@@ -41,7 +41,7 @@ class _RichBar(ProgressBar):
 
     def show(self, num_steps: int, metrics: dict[str, float]) -> None:
         now = time.monotonic()
-        # The first step does not count, because it was compiled.
+        # The first step does not count, because it includes compilation.
         self._first = self._first or (num_steps, now)
         elapsed, count = now - self._first[1], num_steps - self._first[0]
         speed = f"{count / elapsed:,.1f} steps/s" if count and elapsed > 0 else ""

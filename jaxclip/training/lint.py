@@ -1,9 +1,9 @@
-"""Finds links of a chain that do nothing, or undo what another link promises.
+"""Finds links of a chain that do nothing, or break a promise of another link.
 
     lint([jaxclip.clip_by_global_norm(1.0), jaxclip.sign_sgd(1e-3)], params)
 
-The links are tried on a small stand-in for the parameters: only what they do to gradients
-of known making counts. What cannot be run there is passed over: no finding is no proof.
+The links are run on small parameters of the same structure, and judged only by their updates
+for constructed gradients. Links that cannot be run are skipped: an empty list proves nothing.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from jaxclip._core.trees import PyTree
 from jaxclip.training.lost_steps import measure_lost_updates
 from jaxclip.training.trials import Link, Trial, at_count, make_trial, step
 
-# The places of the links at fault, and the message.
+# The positions of the links at fault, and the message.
 _Fault: TypeAlias = tuple[Sequence[int], str]
 # Skips of spikes learn over 100 steps by default.
 _NUM_LEARNING = 130
@@ -32,11 +32,11 @@ _MAX_LOST, _MAX_LOST_OF_LEAF = 0.1, 0.5
 
 
 class Finding(NamedTuple):
-    """Something in a chain that has no effect, or not the one that is expected of it.
+    """A part of a chain that has no effect, or another effect than expected.
 
     Attributes:
       rule: Short name of the rule.
-      where: The links, such as "link 0", or the leaf, that it is about.
+      where: The links, such as "link 0", or the leaf that it is about.
       message: The fault, and what to do instead.
     """
 
@@ -49,17 +49,17 @@ class Finding(NamedTuple):
 
 
 def lint(transforms: Sequence[optax.GradientTransformation], params: optax.Params) -> list[Finding]:
-    """Tries out the links of a chain, and returns what has no effect or breaks a promise.
+    """Runs the links of a chain, and returns those that have no effect or break a promise.
 
     The rules:
 
-    * `clip_without_effect`: a clip in front of a step that ignores the gradient's size;
-    * `clip_never_acts`: a clip, or a skip of spikes, behind a clip that is as tight;
+    * `clip_without_effect`: a clip before a step that ignores the gradient's size;
+    * `clip_never_acts`: a clip, or a skip of spikes, after a clip that is as tight;
     * `clip_of_a_group`: a clip by the norm of some leaves, while others are trained, too;
     * `clip_counts_frozen`: gradients of frozen leaves that change the steps of the others;
     * `box_not_kept`: a box, or another set of weights, that a later link leaves;
-    * `decay_grows_weights`: weight decay that is added behind the learning rate;
-    * `skip_undone`: skipped steps that move the weights all the same, or never end;
+    * `decay_grows_weights`: weight decay that is added after the learning rate;
+    * `skip_undone`: skipped steps that move the weights nevertheless, or never end;
     * `feedback_without_units`: `error_feedback` around a bare sign;
     * `lost_steps`: steps below half the distance to a weight's next number.
 
@@ -67,13 +67,13 @@ def lint(transforms: Sequence[optax.GradientTransformation], params: optax.Param
     small float32 parameters of the same structure. Call it outside of `jit`.
 
     Args:
-      transforms: The links in their order, as they are given to `optax.chain`. A chain or a
-        wrapper among them is one link: give its own links to see inside.
+      transforms: The links in the order of `optax.chain`. A chain or a wrapper among them counts
+        as one link: pass its own links to see inside.
       params: The parameters. With `jax.ShapeDtypeStruct` leaves `lost_steps` is left out.
 
     Returns:
       The findings, rule by rule; an empty list if there are none. Links that cannot be run
-      without more arguments or a mapped axis are passed over.
+      without more arguments or a mapped axis are skipped.
 
     Raises:
       TypeError: If an entry of `transforms` is not an optax transformation.
@@ -91,7 +91,7 @@ def lint(transforms: Sequence[optax.GradientTransformation], params: optax.Param
         warnings.simplefilter("ignore")
         trial = make_trial(given, params)
         for (rule, find), i in itertools.product(_RULES.items(), range(len(given))):
-            # A link may need arguments, axes or shapes that are not there.
+            # A link may need arguments, axes or shapes that the trial lacks.
             with contextlib.suppress(Exception):
                 if fault := find(trial, i):
                     places, message = fault
@@ -104,7 +104,7 @@ def lint(transforms: Sequence[optax.GradientTransformation], params: optax.Param
 
 
 def _clipped_part(trial: Trial, link: Link) -> str | None:
-    """Returns what shares a coefficient in [0, 1] that depends on the size; None if nothing."""
+    """Returns the part that a clip scales by one coefficient; None if the link is not a clip."""
     plain, scaled = trial.gradients(), trial.gradients() * trial.powers("tree")
     linear, coefs = (trial.run([link], rows) / rows for rows in (plain, scaled))
     both = np.concatenate([linear, coefs])
@@ -122,7 +122,7 @@ def _clipped_part(trial: Trial, link: Link) -> str | None:
 
 
 def _find_clip_without_effect(trial: Trial, i: int) -> _Fault | None:
-    """Scales gradients by powers of two, as the clip may: do the links behind it notice?"""
+    """Scales gradients by powers of two, as the clip may: do the links after it notice?"""
     part = _clipped_part(trial, trial.links[i])
     for j in range(i + 1, len(trial.links)) if part else ():
         plain, scaled = trial.gradients(), trial.gradients() * trial.powers(part or "tree")
@@ -137,12 +137,12 @@ def _find_clip_without_effect(trial: Trial, i: int) -> _Fault | None:
 
 
 def _find_clip_never_acts(trial: Trial, i: int) -> _Fault | None:
-    """Sends spikes of all sizes: does a clip act on them, but never behind the clips before it?"""
+    """Sends spikes of all sizes: does a clip act on them alone, but not after earlier clips?"""
     first = i
     while first and _clipped_part(trial, trial.links[first - 1]) == "tree":
         first -= 1
     front, alone = trial.links[first:i], [trial.links[i]]
-    # Without a bound on the 2-norm in front, the answer depends on the number of weights.
+    # Without an earlier bound on the 2-norm, the answer depends on the number of weights.
     if not front or not (_bounds_norm(trial, front) and _acts_on_spikes(trial, alone)):
         return None
     if _acts_on_spikes(trial, front + alone):
@@ -215,7 +215,7 @@ def _find_clip_counts_frozen(trial: Trial, i: int) -> _Fault | None:
     frozen = trial.paths[trial.leaf[~trained][0]]
     return (i,), (
         f"The gradient of '{frozen}', which never moves, changes the steps of other leaves, as by "
-        "the global norm. Set it to zero in front, or put the whole optimizer inside masked."
+        "the global norm. Set it to zero first, or put the whole optimizer inside masked."
     )
 
 
@@ -235,7 +235,7 @@ def _keeps_set(trial: Trial, link: Link) -> bool:
 
 
 def _find_box_not_kept(trial: Trial, i: int) -> _Fault | None:
-    """Pushes weights out and back: would the box change what the links behind it make of it?"""
+    """Pushes weights out and back: would the box change the updates of the links after it?"""
     links, box = trial.links[i:], trial.links[i]
     if len(links) == 1 or not _keeps_set(trial, box):
         return None
@@ -248,7 +248,7 @@ def _find_box_not_kept(trial: Trial, i: int) -> _Fault | None:
         kept, _ = box.update(update, box_state, weights)
         if np.any(abs(update - kept) > 4e-6 * (abs(weights) + abs(kept))):  # above the rounding
             return range(i, len(trial.links)), (
-                f"What comes behind link {i} leads weights out of the set that it keeps. Make it "
+                f"The links after link {i} lead weights out of the set that it keeps. Make it "
                 "the last link, or, if it is a box, give make_train_step a weight_threshold."
             )
         weights = weights + update
@@ -266,8 +266,8 @@ def _find_decay_grows_weights(trial: Trial, i: int) -> _Fault | None:
     if not (is_decay and np.any(added) and goes_down and stays_down):
         return None
     return (i - 1, i), (
-        f"In front of link {i} the updates point down the gradient already, so its decay makes "
-        "weights grow, and at a rate of its own. Put it in front of the learning rate."
+        f"Before link {i} the updates already point down the gradient, so its decay makes "
+        "weights grow, and ignores the learning rate. Put it before the learning rate."
     )
 
 
@@ -280,21 +280,21 @@ def _find_skip_undone(trial: Trial, i: int) -> _Fault | None:
     zeros = np.concatenate([g, 0 * g[:1]])
     if np.any(trial.run([trial.links[j] for j in behind], zeros)[-1]):
         return (i, *behind), (
-            f"When link {i} skips a step, the links behind it get zeros, and move the weights all "
-            "the same. Put the skip around the whole optimizer."
+            f"When link {i} skips a step, the links after it get zeros, and move the weights "
+            "nevertheless. Put the skip around the whole optimizer."
         )
     g[1, 0] = math.nan
     before = trial.run(trial.links[:i], g)
     if np.all(np.isfinite(before[0])) and not np.all(np.isfinite(before[-1])):
         return range(i + 1), (
-            f"A NaN stays in the state of the links in front of link {i}, so that every later "
-            "step is bad, too. Put the skip around the whole optimizer."
+            f"A NaN stays in the state of the links before link {i}, so every later step is bad, "
+            "too. Put the skip around the whole optimizer."
         )
     return None
 
 
 def _skips(trial: Trial, link: Link) -> bool:
-    """Returns True if one NaN gives an update of zeros, and the link is no mere clip."""
+    """Returns True if one NaN gives an update of zeros, and the link is not just a clip."""
     g = trial.gradients()
     plain, scaled = trial.run([link], g), trial.run([link], g * trial.powers("tree"))
     # A clip or a feedback, which also turns a bad gradient into zeros, is neither of these.
@@ -316,7 +316,7 @@ def _find_feedback_without_units(trial: Trial, i: int) -> _Fault | None:
         return None
     return (i,), (
         "The updates inside error_feedback ignore the size of the gradient: where it is larger, "
-        "the residual grows without end. Use scale_by_sign(scaled_sign()) or a clip inside."
+        "the residual grows without bound. Use scale_by_sign(scaled_sign()) or a clip inside."
     )
 
 
@@ -332,7 +332,7 @@ def _find_lost_steps(links: list, params: PyTree) -> list[Finding]:
     message = (
         f"A step leaves {lost.total:.0%} of the weights exactly as they were, and "
         f"{lost.leaves[worst]:.0%} of '{worst}' ({dtype}): it is below half the distance to "
-        f"their next number. {cure} Measured with random gradients, of a schedule at its largest."
+        f"their next number. {cure} Measured with random gradients, at a schedule's largest step."
     )
     return [Finding("lost_steps", (f"leaf '{worst}'",), message)]
 

@@ -1,4 +1,4 @@
-"""The loop around a train step: it runs until a stated reason to stop, and survives a kill.
+"""The loop around a train step, which runs until a stop rule is met and survives a kill.
 
     result = fit(step, state, batches, stop=max_steps(1000) | reached("accuracy", 0.98))
 
@@ -63,26 +63,26 @@ def fit(
     checkpoint_dir: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
 ) -> FitResult:
-    """Trains until a stop rule says so, the data ends, or a signal comes.
+    """Trains until a stop rule is met, the data ends, or a signal arrives.
 
     Args:
       step: The result of `make_train_step`. It donates the state that it is given.
-      state: The state to start from; if there is a checkpoint, only its structure counts.
-      batches: An iterable of batches, of which a restart skips those used up. Or a function
-        of the number of batches used up, 0 without a restart, that gives the rest.
+      state: The state to start from; if there is a checkpoint, only its structure is used.
+      batches: An iterable of batches; a restart skips those used before. Or a function of the
+        number of batches used before (0 without a restart) that returns the remaining ones.
       stop: A stop rule, such as `max_steps(1000) | reached("accuracy", 0.98)`. It counts the
         steps that this run skips, not those that `state` has counted already.
-      evaluate: `evaluate(params)` gives metrics by name: scalars.
-      evaluate_every: Steps between evaluations; None for one at the end alone.
+      evaluate: `evaluate(params)` returns a dict of scalar metrics by name.
+      evaluate_every: Steps between evaluations; None for one at the end only.
       check_every: Steps between checks: the metrics are fetched from the device, given to the
         stop rule, and logged. Each time the host waits for the device. Limits by
         `max_steps` are exact in any case.
-      progress: Whether to show a bar, where there is a terminal or a notebook, and rich.
+      progress: True to show a bar, if there is a terminal or a notebook, and rich.
       on_log: Called with the step and its metrics, as Python floats.
       checkpoint_dir: Folder for checkpoints, of which the last two are kept; needs orbax.
-      checkpoint_every: Steps between checkpoints; None for one at the end alone. A signal
-        also writes one. After a restart, `stop` continues from its memory if both rules
-        remember the same things, whatever their limits and patience; else it starts anew.
+      checkpoint_every: Steps between checkpoints; None for one at the end only. A signal
+        also writes one. After a restart, `stop` continues from its memory if the saved rule
+        remembers the same things, whatever its limits and patience; otherwise it starts anew.
 
     Returns:
       A `FitResult`. SIGINT and SIGTERM end the loop after the current step; a second one
@@ -180,7 +180,7 @@ class _Evaluation(NamedTuple):
 
 
 class _Loop:
-    """Steps of one run, with all that is measured at them."""
+    """Steps of one run, with their metrics, log and bar."""
 
     def __init__(
         self,
@@ -299,7 +299,7 @@ def _add_metrics(metrics: dict[str, float], evaluated: dict[str, ArrayLike]) -> 
 def _check_names(stop: StopRule, names: set[str]) -> None:
     missing = sorted(stop.metrics - names)
     if missing:
-        raise ValueError(f"stop looks at {missing}, which is not among {sorted(names)}.")
+        raise ValueError(f"stop reads {missing}, but the metrics are {sorted(names)}.")
 
 
 def _is_due(num_steps: int, every: int | None) -> bool:

@@ -22,7 +22,7 @@ _STEPS = (0, 10, 100, 1000, 10_000, 100_000)
 _SIZES = (1.0, 4096.0)
 # Steps until there is an update, for optimizers that first collect gradients.
 _MAX_STEPS = 8
-# States of optax and jaxclip that hold nothing but the step of a schedule.
+# States of optax and jaxclip that hold only the step of a schedule.
 _SCHEDULE_STATES = (
     "ScaleByScheduleState",
     "WrappedScheduleState",
@@ -52,9 +52,9 @@ def measure_lost_updates(
     enough: tuple[float, float] = (0.0, 0.0),
 ) -> LostUpdates:
     """Takes one step of a chain with random gradients; returns how many updates are lost."""
-    # At two sizes of the gradient: of an optimizer whose step is as large as the gradient, a
-    # small one says nothing. At fractions of at most `enough`, of the total and of the worst
-    # leaf, no more is tried.
+    # At two sizes of the gradient: if the step grows with the gradient, a small one proves
+    # nothing. The search ends when the lost fractions, of the total and of the worst leaf, are at
+    # most `enough`.
     leaves = [(trees.path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)]
     dtypes = {name: jnp.result_type(x) for name, x in leaves if trees.is_clippable(x)}
     if any(isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer)) for _, x in leaves):
@@ -71,7 +71,7 @@ def measure_lost_updates(
                     best |= {name: min(best.get(name, 1.0), x) for name, x in new.items()}
                     if total <= enough[0] and max(best.values()) <= enough[1]:
                         break
-    except Exception:  # the optimizer may need arguments or axes that are not there
+    except Exception:  # the optimizer may need arguments or axes that it does not get here
         return LostUpdates(0.0, {}, dtypes)
     return LostUpdates(total if best else 0.0, best, dtypes)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run in a folder: all that a restart needs, written by orbax."""
+"""Checkpoints of a training run in a folder, written by orbax: everything a restart needs."""
 
 import os
 import pathlib
@@ -58,13 +58,13 @@ class RunStore:
         self._manager.save(int(run.state.step), args=args)
 
     def restore(self, run: Run) -> Run:
-        """Returns the run as it was last saved; the given one, which is new, if none was."""
+        """Returns the run as it was last saved, or the given one if there is no checkpoint."""
         last = self._manager.latest_step()
         if last is None:
             return run
         args = self._orbax.args.Composite(facts=self._orbax.args.JsonRestore())
         facts = self._manager.restore(last, args=args)["facts"]
-        # In the saved shapes: orbax reads the memory of another rule, too, before it is dropped.
+        # In the saved shapes: orbax must read the memory even if it is another rule's.
         memory = [jnp.zeros(shape, dtype) for shape, dtype in facts["memory"]]
         like = {"state": _without_keys(run.state), "memory": memory}
         args = self._orbax.args.Composite(run=self._orbax.args.StandardRestore(like))

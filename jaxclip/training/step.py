@@ -58,7 +58,7 @@ class TrainState(NamedTuple):
 
         Args:
           params: Initial parameters. They are copied, so a step that donates its state
-            leaves the caller's arrays alone.
+            does not invalidate the caller's arrays.
           optimizer: The transformation that is also given to `make_train_step`.
           key: PRNG key, for losses `(params, batch, key)` and for stochastic rounding.
 
@@ -80,7 +80,7 @@ class TrainState(NamedTuple):
 
 def _on_one_mesh(state: TrainState) -> TrainState:
     """Replicates leaves on a single device, such as counters, over the parameters' mesh."""
-    # The step returns them there, and would be compiled a second time for its own result.
+    # The step returns them there, and would otherwise be compiled again for its own result.
     leaves = [x for x in jax.tree.leaves(state.params) if checks.is_concrete(x)]
     meshes = {x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding)}
     if len(meshes) != 1:
@@ -100,7 +100,7 @@ def _on_one_mesh(state: TrainState) -> TrainState:
 
 
 class StepInfo(NamedTuple):
-    """Report of one step; all of it is on the device.
+    """Report of one step; all values are on the device.
 
     Attributes:
       loss: Scalar, the loss before the step.
@@ -141,15 +141,16 @@ def make_train_step(
       weight_threshold: A threshold as in `clip_weights` (`fan_in(1.0)`, a number, a
         schedule, ...): parameters are projected after every step. None for no box.
         Pretrained weights outside the box are brought in by the first step.
-      mask: As in `clip_weights`.
-      has_aux: Whether `loss_fn` returns `(loss, aux)`.
-      stochastic_rounding: Whether bfloat16 and float16 parameters are updated by
+      mask: The leaves to box, all if None: a tree of bools, or a function of the parameters
+        that returns one.
+      has_aux: True if `loss_fn` returns `(loss, aux)`.
+      stochastic_rounding: True to update bfloat16 and float16 parameters by
         `apply_updates_stochastically`, so that steps below half the distance to their next
         number are not lost. Takes a fresh key from the state each step.
-      donate: Whether the step may reuse the memory of the state it is given; that state
-        can then not be used again. On CPU with jax before 0.9 it never does, because XLA
-        may there overwrite donated matrices before they are read, and compute wrong numbers.
-      compiler_options: Options for XLA, over those set here. On CPU the step sets
+      donate: True to let the step reuse the memory of the state it is given, which can then
+        not be used again. On CPU with jax before 0.9 it never does, because XLA may there
+        overwrite donated matrices before they are read, and compute wrong numbers.
+      compiler_options: Options for XLA, which override those set here. On CPU the step sets
         `xla_cpu_copy_insertion_use_region_analysis`, without which XLA copies every
         momentum before updating it in place.
 
@@ -189,7 +190,7 @@ def make_train_step(
         value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(*arguments, **keywords)
         loss, aux = value if has_aux else (value, None)
 
-        # A clip that sees these very gradients takes the norm from here.
+        # A clip that gets these very gradients reuses this norm.
         measured = measure_norm(grads)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, value=loss, pre_norm=measured
@@ -206,7 +207,7 @@ def make_train_step(
         stats = clip_stats(opt_state)
         params = _select(is_good, params, state.params)
         opt_state = _select(is_good, opt_state, state.opt_state)
-        # Of the same bounds: measured again, a rule would answer for the clipped weights.
+        # With the same bounds: a rule measured again would see the clipped weights.
         on_bound = rate_on_bounds(params, bounds)
         num_skipped = state.num_skipped + jnp.where(is_good, 0, 1)
         info = StepInfo(
@@ -278,7 +279,7 @@ def _find_key_parameter(loss_fn: Callable[..., Any]) -> str | None:
 def _loss_arguments(
     state: TrainState, batch: PyTree, key_kind: str | None
 ) -> tuple[jax.Array | None, tuple, dict[str, jax.Array]]:
-    """Returns the key that is left, and the arguments and keywords of the loss."""
+    """Returns the state's next key, and the arguments and keywords of the loss."""
     if key_kind is None:
         return state.key, (state.params, batch), {}
     key, loss_key = _split_key(state.key, "loss_fn takes a key")

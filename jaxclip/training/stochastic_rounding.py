@@ -30,7 +30,7 @@ def apply_updates_stochastically(
     Args:
       params: Any pytree of arrays.
       updates: Tree of the same structure and shapes, of any floating dtypes. Their own
-        rounding stays: a step in bfloat16 is right to 0.4 %.
+        rounding error remains: a step in bfloat16 is right to 0.4 %.
       key: PRNG key, used once. Replicas of the parameters must be given the same key.
 
     Returns:
@@ -76,13 +76,13 @@ def round_stochastically(x: ArrayLike, dtype: DTypeLike, key: jax.Array) -> jax.
     """Rounds to one of the two neighbours in a half-precision dtype, without bias."""
     # Random bits are added below the last bit that is kept, and the rest is cut off: x goes
     # away from zero with a probability equal to the fraction that is cut, to 2**-13. Values
-    # of the dtype, infinities and NaN stay, and what is finite stays finite.
+    # of the dtype, infinities and NaN stay the same, and finite values stay finite.
     dtype = jnp.dtype(dtype)
     if dtype not in _HALF:
         raise ValueError(f"dtype must be bfloat16 or float16, got {dtype}.")
     info = jnp.finfo(dtype)
     x = jnp.asarray(x).astype(jnp.float32)
-    # By bits, because arithmetic takes a subnormal for 0 where the backend flushes them.
+    # By bits, because arithmetic treats a subnormal as 0 where the backend flushes them.
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     sign, magnitude = bits & np.uint32(0x80000000), bits & np.uint32(0x7FFFFFFF)
     cut = (1 << (23 - info.nmant)) - 1

@@ -22,13 +22,13 @@ from jaxclip._core.trees import PyTree
 class StopReason(enum.Enum):
     """Why training ended; the value of a member is a sentence."""
 
-    MAX_STEPS = "The last of the steps was taken."
-    MAX_SECONDS = "The time was up."
+    MAX_STEPS = "The last step was taken."
+    MAX_SECONDS = "The time limit was reached."
     REACHED = "The metric reached its target."
-    PLATEAU = "The metric no longer got better."
+    PLATEAU = "The metric stopped improving."
     NONFINITE = "Too many steps in a row were not finite."
-    DATA_ENDED = "The data came to an end."
-    INTERRUPTED = "A signal asked for it (SIGINT or SIGTERM)."
+    DATA_ENDED = "The data ended."
+    INTERRUPTED = "A signal arrived (SIGINT or SIGTERM)."
 
     def __str__(self) -> str:
         return self.value
@@ -62,7 +62,7 @@ class StopRule:
         continue, else 1 + the position of the `StopReason` among its members.
       metrics: Names of the metrics that the rule reads.
       num_steps: The largest number of steps that it allows; None if it has no such limit.
-      uses_clock: Whether it reads the seconds.
+      uses_clock: True if it reads the seconds.
       remembers: Descriptions of the parts of the memory. A rule can continue from the memory
         of another if both have the same descriptions.
     """
@@ -114,7 +114,7 @@ def max_steps(num_steps: int) -> StopRule:
       >>> rule = max_steps(10)
       >>> memory, code = rule.update(rule.init(), Progress(10, 0.5, 0, {"loss": 1.0}))
       >>> print(rule.reason(code))
-      The last of the steps was taken.
+      The last step was taken.
     """
     checks.check_count("num_steps", num_steps)
     rule = _stateless(
@@ -139,7 +139,7 @@ def max_seconds(seconds: float) -> StopRule:
     Example:
       >>> rule = max_seconds(60.0) | max_steps(1000)
       >>> rule.reason(rule.update(rule.init(), Progress(10, 60.5, 0, {}))[1])
-      <StopReason.MAX_SECONDS: 'The time was up.'>
+      <StopReason.MAX_SECONDS: 'The time limit was reached.'>
     """
     checks.check_positive("seconds", seconds)
     rule = _stateless(
@@ -204,7 +204,7 @@ def plateau(metric: str, patience: int, min_delta: float = 0.0, *, mode: str = "
       >>> for step, loss in enumerate([1.0, 0.9, 0.95, 0.9]):
       ...     memory, code = rule.update(memory, Progress(step + 1, 0.0, 0, {"loss": loss}))
       >>> print(rule.reason(code))
-      The metric no longer got better.
+      The metric stopped improving.
     """
     _check_metric(metric, mode)
     checks.check_count("patience", patience)

@@ -1,4 +1,4 @@
-"""Reading what the transforms saw: norms, clip rates and counters from optimizer states."""
+"""Reading norms, clip rates and counters from optimizer states."""
 
 import collections
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _OTHER_STATISTICS = ("threshold", "num_nonfinite", "num_skipped", "num_consecuti
 
 
 def clip_stats(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """Returns what jaxclip's transforms measured, as a flat dict of scalars.
+    """Returns the measurements of jaxclip's transforms, as a flat dict of scalars.
 
     Costs nothing: the transforms keep these numbers in their states. Works through
     `optax.chain`, `masked`, `partition`, `inject_hyperparams` and `MultiSteps`, and inside
@@ -86,8 +86,8 @@ def explain(opt_state: optax.OptState, params: optax.Params) -> list[LeafNorms]:
 
     The transforms that measure norms (`clip_by_global_norm`, `clip_by_leaf_norm`,
     `clip_by_block_rms`, `adaptive_grad_clip`, `clip_update_relative`, `skip_or_clip`, and the
-    clips that learn) keep the norm of each leaf, which they compute anyway. For reading on
-    the host, between steps.
+    clips that learn) keep the norm of each leaf, which they compute anyway. Call it on the
+    host, between steps.
 
     Args:
       opt_state: State of any optimizer that has such transforms in it, with concrete values.
@@ -95,7 +95,7 @@ def explain(opt_state: optax.OptState, params: optax.Params) -> list[LeafNorms]:
 
     Returns:
       A `LeafNorms` for each such transform, in the order of the chain. Inside
-      `optax.masked` or `partition` a transform sees some leaves only; they are then called
+      `optax.masked` or `partition` a transform sees only some leaves; they are then called
       `leaf 0`, `leaf 1`, ... in its own order.
 
     Raises:
@@ -135,7 +135,7 @@ def explain(opt_state: optax.OptState, params: optax.Params) -> list[LeafNorms]:
 
 
 def _named_states(opt_state: optax.OptState) -> Iterator[tuple[str, Any]]:
-    """Yields all states with statistics and their names, a second of a kind with a number."""
+    """Yields all states with statistics and their names, numbered from the second of a kind on."""
     counts: collections.Counter[str] = collections.Counter()
     for state in _states(opt_state):
         name = state.transform_name

@@ -1,6 +1,6 @@
-"""Trials of the links of a chain: small random weights, gradients of known making.
+"""Trials of the links of a chain, with small random weights and constructed gradients.
 
-All is done on vectors, the floating leaves of the parameters one after the other.
+Links run on vectors: the floating leaves of the parameters, concatenated.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ NUM_STEPS = 48
 
 
 class Link(NamedTuple):
-    """A transform of vectors: all floating leaves, one after the other."""
+    """A transform of vectors: all floating leaves, concatenated."""
 
     init: Callable[[ArrayLike], PyTree]
     update: Callable[[ArrayLike, PyTree, ArrayLike], tuple[jax.Array, PyTree]]
@@ -36,7 +36,7 @@ class Trial(NamedTuple):
     paths: list[str]
 
     def gradients(self, num_steps: int = NUM_STEPS, size: float = 1.0) -> np.ndarray:
-        """Returns random gradients, one a row."""
+        """Returns random gradients, one per row."""
         normal = np.random.default_rng(1).normal(size=(num_steps, self.weights.size))
         return (size * normal).astype(self.weights.dtype)
 
@@ -48,7 +48,7 @@ class Trial(NamedTuple):
         return powers[:, self.leaf] if part == "leaf" else powers
 
     def run(self, links: Iterable[Link], gradients: np.ndarray) -> np.ndarray:
-        """Returns the updates of a chain, one a row."""
+        """Returns the updates of a chain, one per row."""
         return np.asarray([updates[-1] for updates, _ in self.walk(list(links), gradients)])
 
     def is_trained(self) -> np.ndarray:
@@ -79,7 +79,7 @@ def step(
 
 
 def make_trial(transforms: list, params: PyTree) -> Trial:
-    """Returns the links on random float32 leaves of at most 3 entries a dimension."""
+    """Returns the links on random float32 leaves of at most 3 entries per dimension."""
 
     def shrink(p: PyTree) -> PyTree:
         if not hasattr(p, "dtype") or jnp.issubdtype(p.dtype, jax.dtypes.extended):
@@ -117,7 +117,7 @@ def make_trial(transforms: list, params: PyTree) -> Trial:
 
 
 def at_count(states: list[PyTree], count: int) -> list[PyTree]:
-    """Returns the states with their counters, at which schedules look, moved on."""
+    """Returns the states with all their counters, which schedules read, set to `count`."""
 
     def move(x: jax.Array) -> jax.Array:
         is_counter = jnp.ndim(x) == 0 and jnp.issubdtype(jnp.result_type(x), jnp.integer)

@@ -38,16 +38,16 @@ def box(low: PyTree, high: ArrayLike | optax.Schedule | None = None) -> Projecti
     Returns:
       A `Projection`. Bounds hold as given: they are rounded inwards into each leaf's dtype;
       where that leaves no number between them, entries are at the upper one. Entries beyond a
-      bound end on it exactly; the others are untouched (subnormals too, except with a
+      bound end on it exactly; the others keep their bits (subnormals too, except with a
       bound of 0 on both sides). NaN stays NaN; a traced NaN bounds nothing; a traced
       `low > high` gives `high`. Complex entries are bounded by their modulus and need the
       form with one argument.
 
-      In `project_weights`: an update from inside the bounds never leads out of them, but may
-      end an ulp inside. One from outside leads in if 0 is between the bounds and the updates
-      have the weights' dtype, or one with all its numbers. In other cases the spacing of the
-      updates may be wider than the box: the weight then ends as near as one update can bring
-      it, and the next steps continue from there.
+      In `project_weights`: weights inside the bounds stay inside, but may end an ulp short of a
+      bound. Weights outside are brought in if 0 is between the bounds and the updates have the
+      weights' dtype, or one that contains it. In other cases the spacing of the updates may be
+      wider than the box: the weight then ends as near as one update can bring it, and the next
+      steps continue from there.
 
     Raises:
       TypeError: If a bound is of a wrong type; when it is used, if a complex leaf meets two
@@ -79,7 +79,7 @@ def nonnegative() -> Projection:
     `w <- max(w, 0)`.
 
     Returns:
-      The `Projection` `box(0.0, inf)`. -0 is left alone.
+      The `Projection` `box(0.0, inf)`. -0 stays -0.
 
     Raises:
       TypeError: When it is used, for a complex leaf.
@@ -156,7 +156,7 @@ def _clip_between(w: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _order(x: jax.Array) -> jax.Array:
-    """Returns integers in the order of the numbers, -0 and 0 alike, subnormals told apart."""
+    """Returns integers in the order of the numbers: -0 and 0 are equal, subnormals differ."""
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
     largest = jnp.iinfo(bits.dtype).max
     # Not by comparing with 0, which XLA on CPU would do as with numbers.

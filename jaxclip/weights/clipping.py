@@ -1,7 +1,7 @@
 """Weights in a box, exactly: `w <- min(max(w, -t), t)`.
 
-Which leaves are boxed follows from the threshold: a number boxes every floating leaf,
-`fan_in` leaves biases and norm scales free, `mask` narrows either.
+The threshold decides which leaves are boxed: a number boxes every floating leaf, `fan_in`
+leaves biases and norm scales free. `mask` excludes further leaves.
 """
 
 import jax
@@ -47,14 +47,14 @@ def clip_weights(
       params: Any pytree of arrays.
       threshold: Number in [0, inf], traced scalar, schedule, rule, or a prefix tree of
         these, in the units of the weights.
-      mask: The leaves to box, all if None: a tree of bools (a prefix will do), or a function
+      mask: The leaves to box, all if None: a tree of bools (a prefix is enough), or a function
         of the parameters that returns one, such as `kernels_only`.
       step: Scalar integer for schedules; 0 if not given.
 
     Returns:
       New parameters of the same structure, shapes, dtypes and weak types. `|w| <= t`
       for `t` as given, rounded towards zero into each leaf's dtype. Clipped entries are
-      on that bound exactly; the others are untouched, bit for bit. NaN weights stay NaN; a
+      on that bound exactly; the others are unchanged, bit for bit. NaN weights stay NaN; a
       traced threshold of NaN bounds nothing.
 
     Raises:
@@ -102,24 +102,24 @@ def weight_clip_rate(
     return rate_on_bounds(params, resolve_bounds(params, threshold, mask, step))
 
 
-# --- A bound for each leaf, resolved once a step --------------------------------------
+# --- A bound for each leaf, resolved once per step ------------------------------------
 
 
 def resolve_bounds(
     params: optax.Params, threshold: PyTree, mask: Mask | None, step: ArrayLike | None
 ) -> PyTree:
     """Returns the threshold of each leaf, inf where the mask is False."""
-    # A number that is not floating has no bound, and no rule for a whole tree measures it.
+    # A masked leaf becomes an integer: it has no bound, and `per_tree` does not measure it.
     return resolve_threshold(threshold, trees.masked(mask, params, params, 0), step)
 
 
 def clip_to_bounds(params: optax.Params, bounds: PyTree) -> optax.Params:
-    """Clips weights to what `resolve_bounds` returned."""
+    """Clips weights to the result of `resolve_bounds`."""
     return map_clippable(clip_modulus, params, bounds)
 
 
 def rate_on_bounds(params: optax.Params, bounds: PyTree) -> jax.Array:
-    """Returns `weight_clip_rate` for what `resolve_bounds` returned."""
+    """Returns `weight_clip_rate` for the result of `resolve_bounds`."""
     num_on_bound = jnp.zeros((), jnp.float32)
     num_boxed = jnp.zeros((), jnp.float32)
     for w, bound in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
@@ -144,7 +144,7 @@ def _num_on_bound(w: jax.Array, bound: jax.Array) -> jax.Array:
     if bound.size != 1:
         return jnp.sum((modulus > below) & has_box, dtype=jnp.float32)
     # Not by comparing entries: XLA on CPU writes an array of conditions to memory before it
-    # adds them up. Differences are exact near the bound; positive ones count.
+    # sums them. Differences are exact near the bound; positive ones count.
     wide = compute_dtype(modulus.dtype)
     excess = modulus.astype(wide) - below.reshape(()).astype(wide)
     is_above = jnp.sign(excess + jnp.abs(excess)).astype(jnp.int8)  # an integer: 0 for NaN

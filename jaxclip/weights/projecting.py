@@ -36,16 +36,16 @@ def project_weights(
       projection: A `Projection` such as `box(0.5)` or `max_norm(2.0)`, or a prefix tree of
         these for different parts; None for a part that is free. Their schedules count the
         steps of this transform.
-      mask: The leaves to project, all if None: a tree of bools (a prefix will do), or a
+      mask: The leaves to project, all if None: a tree of bools (a prefix is enough), or a
         function of the parameters that returns one, such as `kernels_only`.
 
     Returns:
       A transform that needs `params`; shapes, dtypes and weak types of the updates are kept.
       Weights never leave boxes and `max_norm`, however the sum is rounded; they leave other
-      sets only by its rounding. Each projection says so, and for which dtypes of the updates.
-      An update that leads to a point of the set is not changed (by `box(t)`, by no more than
-      its rounding). A boxed weight may end an ulp inside its bound: where it has to be on the
-      bound to the last bit (so that `t` is a code), use `clip_weights`.
+      sets only by its rounding. Each projection documents for which dtypes of the updates. An
+      update that leads to a point of the set is not changed (`box(t)` changes it by at most its
+      rounding). A boxed weight may end an ulp inside its bound: use `clip_weights` where it
+      must be on the bound to the last bit (so that `t` is a code).
 
     Raises:
       TypeError: If an entry of `projection` is not a `Projection`.
@@ -77,7 +77,7 @@ def project_weights(
         checks.check_same_structure("updates", updates, "params", params)
         sets = jax.tree.map(lambda p: p.at_step(state.step), projection)
         set_of_leaf = _for_every_leaf(sets, params)
-        # A number that is not floating is in no set, and no rule for a whole tree measures it.
+        # A masked leaf becomes an integer: it is in no set, and `per_tree` does not measure it.
         params = masked(mask, params, params, 0)
         thresholds = jax.tree.map(lambda p: p.threshold, sets)
         bounds = resolve_threshold(thresholds, params, state.step)

@@ -29,8 +29,8 @@ from jaxclip.norms.singular_values import cap_leaf
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.values import check_one_threshold, resolve_threshold
 
-Bound: TypeAlias = float | jax.Array  # a leaf of what `resolve_threshold` returns
-# Over which axes a norm is taken; None for a unit by flax's layouts, ... for the whole leaf.
+Bound: TypeAlias = float | jax.Array  # a leaf of the result of `resolve_threshold`
+# The axes over which a norm is taken; None for a unit by flax's layouts, ... for the whole leaf.
 _Axis: TypeAlias = int | Sequence[int] | EllipsisType | None
 
 
@@ -38,7 +38,7 @@ _Axis: TypeAlias = int | Sequence[int] | EllipsisType | None
 class Projection:
     """A callable `array -> nearest array of a set`, made by a factory.
 
-    A subclass defines `project`, which must leave alone what is in the set already.
+    A subclass defines `project`, which must not change arrays that are in the set already.
 
     Attributes:
       threshold: The size of the set, resolved before `project` and `correct` see it.
@@ -61,7 +61,7 @@ class Projection:
         return self.at_step(step).project("", array, bound)
 
     def at_step(self, step: ArrayLike) -> "Projection":
-        """Returns the projection with the values of its schedules, `threshold` excepted."""
+        """Returns the projection with its schedules replaced by values, except in `threshold`."""
         del step
         return self
 
@@ -71,8 +71,8 @@ class Projection:
 
     def correct(self, path: str, u: jax.Array, w: jax.Array, bound: Bound) -> jax.Array:
         """Returns the update to the projection of `w + u`; `u` where that is in the set."""
-        # In the set up to the rounding of `w`, of the update and of their sum. Projections of
-        # this package that can do better override it.
+        # In the set up to the rounding of `w`, of the update and of their sum. Projections that
+        # can do better override this method.
         moved = rounded_sum(w, u)
         target = self.project(path, moved, bound)
         return keep_weak_type(jnp.where(target == moved, u, update_to(target, u, w)), u)
@@ -90,20 +90,20 @@ def max_norm(
         for each unit, in the units of the weights. A traced NaN bounds nothing.
       axis: Axes over which a unit's norm is taken, as in `norms.unit_norms`: None for the
         weights into one output by flax's layouts, and the whole of a vector; `...` for all
-        axes, so one norm a leaf.
+        axes, so one norm per leaf.
 
     Returns:
       A `Projection`, right for every finite input. A unit that it scales has a norm of at most
       `max_norm` in exact arithmetic, in half precision too, and about 1e-6 below. A unit
       whose float32 norm is at or below `max_norm` is bit-identical. A unit with a NaN or an
-      infinity is left alone. Complex entries count by their modulus.
+      infinity is left unchanged. Complex entries count by their modulus.
 
       In `project_weights`: the same, if the updates are of the weights' dtype or finer;
-      coarser ones add up to their rounding of the weights' norm.
+      with coarser ones the norm may be above by up to their rounding.
 
     Raises:
       TypeError: If `max_norm` is of a wrong type.
-      ValueError: If it is negative or NaN, or does not have one value a unit; if `axis` is
+      ValueError: If it is negative or NaN, or does not have one value per unit; if `axis` is
         out of range for a leaf.
 
     Example:
@@ -130,9 +130,9 @@ def unit_norm(axis: _Axis = None) -> Projection:
     Returns:
       A `Projection`, right for every finite input. Norms are 1 up to the rounding of the
       entries: within 1e-6 in float32, one epsilon in half precision. A unit of zeros has no
-      direction and stays zero; one with a NaN or an infinity is left alone.
+      direction and stays zero; one with a NaN or an infinity is left unchanged.
 
-      In `project_weights`: the same, and the rounding of an update that is much larger than 1,
+      In `project_weights`: the same, plus the rounding of an update that is much larger than 1,
       if weights start far away.
 
     Raises:
@@ -153,23 +153,23 @@ def spectral_cap(
 ) -> Projection:
     """Makes the projection onto matrices with singular values of at most `max_singular_value`.
 
-    `U diag(s) V^H <- U diag(min(s, c)) V^H`, by matrix products alone, to the accuracy that
-    `steps` buys. A leaf of more than two dimensions is one matrix, its last axis against all
-    others; leaves of fewer than two are left alone.
+    `U diag(s) V^H <- U diag(min(s, c)) V^H`, by matrix products alone; the accuracy depends on
+    `steps`. A leaf of more than two dimensions is one matrix: its last axis is the columns, all
+    others are the rows. Leaves of fewer than two dimensions are left unchanged.
 
     Args:
-      max_singular_value: Number in [0, inf], traced scalar, schedule, or rule; one number a
+      max_singular_value: Number in [0, inf], traced scalar, schedule, or rule; one number per
         leaf.
       steps: Rounds of each of the two matrix signs, at least 1; None is 12.
-        `norms.singular_values.cap_singular_values` says what they buy.
-      stacked_axes: Leading axes that number separate matrices; None is 0.
+        `norms.singular_values.cap_singular_values` states the accuracy.
+      stacked_axes: Number of leading axes that stack separate matrices; None is 0.
 
     Returns:
       A `Projection`. At 12 steps no singular value exceeds the cap by more than 1e-6 of it,
       apart from the rounding of half precision. Matrices whose Frobenius norm is at or
       below the cap are bit-identical; one with a NaN or an infinity does not become finite.
 
-      In `project_weights`: the same, and the rounding of the sum, at most the dtype's epsilon
+      In `project_weights`: the same, plus the rounding of the sum, at most the dtype's epsilon
       times the Frobenius norm of the weights.
 
     Raises:
@@ -218,7 +218,7 @@ def _norm_bound(path: str, w: jax.Array, bound: Bound, axes: tuple[int, ...]) ->
     """Returns the bound of each unit's norm, a number in the dtype that norms are taken in."""
     if np.ndim(bound) and any(np.shape(bound)[a] != 1 for a in axes):
         raise ValueError(
-            f"max_norm must have one value a unit; at '{path}' it has shape "
+            f"max_norm must have one value per unit; at '{path}' it has shape "
             f"{np.shape(bound)} for norms over the axes {axes} of {w.shape}."
         )
     return bound if isinstance(bound, jax.Array) else round_toward_zero(bound, accumulator([w]))
@@ -259,7 +259,7 @@ class _UnitNorm(Projection):
         coef = 1 / jnp.where(has_direction, norm, jnp.ones_like(norm))
         real = jnp.finfo(compute_dtype(w.dtype)).dtype
 
-        def scale(x: jax.Array) -> jax.Array:  # to nearest: no side of 1 is the safe one
+        def scale(x: jax.Array) -> jax.Array:  # rounded to nearest: neither side of 1 is safer
             return x.astype(real) * rescale * coef
 
         is_complex = jnp.iscomplexobj(w)

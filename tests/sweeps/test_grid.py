@@ -246,7 +246,7 @@ BAD = [
     (
         {"stop": jaxclip.max_steps(9) | jaxclip.training.reached("accuracy", 0.1)},
         ValueError,
-        r"stop looks at \['accuracy'\], which is not among",
+        r"stop reads \['accuracy'\], but the metrics are",
     ),
     ({"chunk_size": 0}, ValueError, "chunk_size"),
     ({"keep_params": False, "directory": 3}, TypeError, "PathLike"),

@@ -112,7 +112,7 @@ def test_bounds_may_be_schedules_rules_and_one_a_unit():
     np.testing.assert_allclose(norms(max_norm(jaxclip.fan_in(3.0), 0)(w), 0), 1.5, rtol=1e-5)
     each = max_norm(np.asarray([1.0, 2.0]), 0)(w)
     np.testing.assert_allclose(norms(each, 0), [[1.0, 2.0]], rtol=1e-5)
-    with pytest.raises(ValueError, match="one value a unit"):
+    with pytest.raises(ValueError, match="one value per unit"):
         max_norm(np.ones((8, 1)), 0)(w)
 
 

@@ -1,1 +1,1 @@
-"""Searches for the scale, and zero point, of least squared error on a grid."""
+"""Searches for the scale, and the zero point, of least squared error on a grid."""

@@ -1,9 +1,9 @@
 """The scale of a low-bit grid that has the least squared error: a search in a few passes.
 
-The error has many dips. A pass over a geometric bracket finds the neighborhoods of the best two
-candidates, a second searches both, and a third goes around the best of all. A finer grid has
-narrower dips and takes more candidates. If the grid has one level more on one side, both signs
-of the scale are tried.
+The error has many local minima. A pass over a geometric bracket finds the neighborhoods of the
+best two candidates, a second searches both, and a third searches around the best of all. A finer
+grid has narrower minima and needs more candidates. If the grid has one more level on one side,
+both signs of the scale are tried.
 """
 
 import functools
@@ -89,8 +89,8 @@ def _search(
     inf = jnp.where(top > 0, jnp.inf, top)
     so_far = BestCandidates(inf, (top, top), inf, (top,))
 
-    # One level more changes little in a long block with many levels, so there the level `low` and
-    # the other sign wait for the second pass.
+    # One more level changes little in a long block with many levels, so there the level `low` and
+    # the other sign are first tried in the second pass.
     both_signs = (1, -1) if low < -high else (1,)
     is_late = len(both_signs) == 2 and is_long and high > 3
     signs = (1,) if is_late else both_signs
@@ -138,8 +138,8 @@ def _coarse(
     places = np.linspace(0, 1, count, dtype=np.float32).reshape((1,) * span.ndim + (-1,))
     coarse = most[..., None] * jnp.exp(span[..., None] * places)
     if high > 7:
-        # Weights piled on a bound make a dip where the bound is on a level or halfway to one. So
-        # the candidates move there, as near as their spacing allows.
+        # Weights piled on a bound make a minimum where the bound is on a level or halfway to one.
+        # So the candidates move there, as near as their spacing allows.
         levels = stats.largest[..., None] / coarse
         spacing = (levels[..., -1:] - levels[..., :1]) / (count - 1)
         rounded_to = jnp.exp2(jnp.clip(jnp.floor(jnp.log2(1.5 * spacing)), -4, 0))

@@ -1,13 +1,13 @@
 """The scale and zero point of a low-bit grid that have the least squared error.
 
-The grid is `w' = s * (l - z)` with codes l from `low` to `high`, of which z is one, so that 0
-stays on the grid. A coarse search over z and s is followed by passes around the best two, over
-the neighbors of the best z, and around the best of all.
+The grid is `w' = s * (l - z)` with codes l from `low` to `high`. z is a code, so 0 stays on the
+grid. A coarse search over z and s is followed by passes around the best two, over the neighbors
+of the best z, and around the best of all.
 """
 
-# The grid over the whole range of the weights bounds the search. A better one must not spend more
-# on clipping the outermost weight of either side than that one does on rounding. This bounds z,
-# and for each z the scale.
+# The grid over the whole range of the weights bounds the search. In a better grid, clipping the
+# outermost weight of either side must not cost more than rounding does in that one. This bounds
+# z, and for each z the scale.
 
 import functools
 from collections.abc import Sequence
