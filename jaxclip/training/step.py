@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import ArrayLike
@@ -156,10 +158,10 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, info)`, compiled by `jax.jit` on the first call; with
-      `lower`, `trace`, and the plain function as `__wrapped__`. Called with traced arrays,
-      as inside `scan` or `vmap`, it is that plain function. If the loss or a gradient is
-      not finite, parameters and optimizer state come back bit-identical and `num_skipped`
-      goes up by one.
+      `lower`, `trace`, and the plain function as `__wrapped__`. Inside another program, such
+      as a `scan`, or with traced arrays it is that plain function; to batch or differentiate
+      over a value in its closure, call `__wrapped__`. If the loss or a gradient is not finite,
+      parameters and optimizer state come back bit-identical and `num_skipped` goes up by one.
 
     Raises:
       TypeError: If `weight_threshold` is of a wrong type.
@@ -238,8 +240,9 @@ class _TopLevelStep:
         self._function, self._jitted = function, jitted
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
-        leaves = jax.tree.leaves((state, batch))
-        is_traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        # Inside jit and scan an operation on constants is traced too; vmap and grad leave it alone.
+        probes = [lax.neg(np.int32(0)), *jax.tree.leaves((state, batch))]
+        is_traced = any(isinstance(x, jax.core.Tracer) for x in probes)
         return self._function(state, batch) if is_traced else self._jitted(state, batch)
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
