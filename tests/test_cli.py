@@ -59,6 +59,7 @@ def run_json(*words: str) -> Any:
     return json.loads(out)
 
 
+@pytest.mark.thorough
 def test_every_example_of_the_help_runs():
     examples = [
         line.strip()

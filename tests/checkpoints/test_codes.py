@@ -27,6 +27,7 @@ def drawn_params() -> dict:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("coding", [None, "huffman", "ans"])
 @pytest.mark.parametrize("bits", [1, "ternary", 3, 4, 8])
 def test_coded_codes_come_back_and_the_reported_size_is_the_files(coding, bits, path):

@@ -156,6 +156,7 @@ def test_parts_of_a_low_bit_array_must_fit():
 # --- Bytes --------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("count", [0, 1, 39, 40, 41])
 def test_packing_in_chunks_equals_packing_at_once(bits, count, monkeypatch):
@@ -253,6 +254,7 @@ def test_reported_size_is_the_files_size_for_plain_trees(tree, tmp_path: pathlib
     assert size_report(tree).total_bytes == os.path.getsize(tmp_path / "x.safetensors")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_reported_size_is_the_files_size_for_low_bit_trees(bits, tmp_path: pathlib.Path):
     params = {"layers": [{"w": random_weights(5, 7), "b": jnp.zeros(7, jnp.float32)}] * 2}
@@ -425,6 +427,7 @@ def test_a_header_larger_than_safetensors_allows_is_not_read():
         parsing.header_length((10**8 + 1).to_bytes(8, "little"), 2 * 10**8)
 
 
+@pytest.mark.thorough
 def test_too_many_leaves_for_a_header_are_refused_when_saving(monkeypatch):
     monkeypatch.setattr(headers, "MAX_HEADER_BYTES", 1000)
     with pytest.raises(ValueError, match="100 leaves"):

@@ -55,6 +55,7 @@ def target(tmp_path: pathlib.Path) -> pathlib.Path:
 # --- Compress ---------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("coding", [None, "huffman"])
 @pytest.mark.parametrize(
     ("bits", "grid", "rule"),
@@ -74,6 +75,7 @@ def test_the_file_is_that_of_the_tree_in_memory(bits, grid, rule, coding, source
     assert checkpoints.load(target)["position_ids"].dtype == np.int64
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "grid",
     [Grid(4, axis=0, group_size=8), Grid(4, axis=0), Grid(4, axis=0, zero_point=True)],
@@ -91,6 +93,7 @@ def test_large_leaves_are_compressed_by_rows(grid, source, target, tmp_path, mon
             np.testing.assert_allclose(*np.asarray(errors, np.float64), rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("grid", "options"),
     [

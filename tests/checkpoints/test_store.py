@@ -66,6 +66,7 @@ def test_low_bit_leaves_come_back_bit_for_bit(bits, path):
     assert size_report(tree).total_bytes == os.path.getsize(path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("levels", ["full", "narrow"])
 def test_compressed_params_decompress_the_same_from_a_file(bits, levels, path):
@@ -83,6 +84,7 @@ def test_a_loaded_low_bit_array_works_inside_jit(path):
     assert_same(product(checkpoints.load(path), x), product(small, x))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     ("spec", "scale_spec", "grouped_spec"),

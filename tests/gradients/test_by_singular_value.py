@@ -85,6 +85,7 @@ def test_a_traced_nan_as_cap_is_a_bad_step():
     assert int(state.stats.num_nonfinite) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("spec", [("x",), (None, "x"), (None, None, "x")], ids=str)
 def test_leaves_of_three_dimensions_are_capped_however_they_are_sharded(kind, spec):

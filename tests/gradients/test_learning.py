@@ -46,6 +46,7 @@ def test_bad_steps_change_no_statistic_bit_for_bit(factory: Any):
                 np.testing.assert_array_equal(x[i], x[i - 1])
 
 
+@pytest.mark.thorough
 @every_factory
 def test_bad_steps_leave_no_trace_in_later_steps(factory: Any):
     grads = arrays_of_stream()
@@ -56,6 +57,7 @@ def test_bad_steps_leave_no_trace_in_later_steps(factory: Any):
         np.testing.assert_array_equal(with_bad[k][good], without[k])
 
 
+@pytest.mark.thorough
 @every_factory
 def test_thresholds_are_finite_and_recover_from_a_spike(factory: Any):
     spike = {60: 1e4}
@@ -71,6 +73,7 @@ def test_thresholds_are_finite_and_recover_from_a_spike(factory: Any):
     assert states.threshold[-1] < limit * expected.threshold[-1]
 
 
+@pytest.mark.thorough
 @every_factory
 def test_norms_beyond_float32_leave_finite_statistics(factory: Any):
     signs = {k: np.sign(v) for k, v in make_stream({}, {})[0].items()}
@@ -144,6 +147,7 @@ def test_an_infinite_z_theta_or_relative_clips_nothing():
         assert all(np.isfinite(np.float64(x)).all() for x in jax.tree.leaves(states))
 
 
+@pytest.mark.thorough
 @every_factory
 def test_bfloat16_agrees_with_float32(factory: Any):
     dtype = jnp.bfloat16
@@ -157,6 +161,7 @@ def test_bfloat16_agrees_with_float32(factory: Any):
         assert np.all(error <= 2 * float(jnp.finfo(dtype).eps) * size + 1e-7)
 
 
+@pytest.mark.thorough
 @every_factory
 def test_complex_entries_count_by_modulus(factory: Any):
     grads = jax.tree.map(lambda g: g[1:60], arrays_of_stream())
@@ -169,6 +174,7 @@ def test_complex_entries_count_by_modulus(factory: Any):
         np.testing.assert_allclose(updates[k], expected[k] * turn, rtol=2e-3, atol=1e-5 * size)
 
 
+@pytest.mark.thorough
 @every_factory
 def test_inside_vmap_with_an_axis_name_all_devices_agree(factory: Any):
     make = functools.partial(factory, axis_name="devices")

@@ -51,6 +51,7 @@ def sizes_of(dtype) -> list[float]:
             float(info.max)]  # fmt: skip
 
 
+@pytest.mark.thorough
 @every_dtype
 @eager_and_jit
 def test_result_is_the_formula_at_every_magnitude_of_gradient_and_scale(dtype, wrap):

@@ -87,6 +87,7 @@ def test_zero_points_are_packed_along_the_outputs(tmp_path, bits):
     assert np.allclose(jaxclip.dequantize(q), scales * (codes - zeros), rtol=1e-6, atol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "log8"])
 def test_scales_of_other_formats_are_written_as_float32(tmp_path, scale_dtype):
     q = jaxclip.quantize(random_weights(4, 32), jaxclip.Grid(4, axis=0, scale_dtype=scale_dtype))

@@ -34,6 +34,7 @@ def read_gguf(gguf: Any, path: pathlib.Path) -> dict[str, tuple[str, np.ndarray]
     return tensors
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_the_gguf_package_reads_every_leaf(tmp_path, gguf, kind):
     path = tmp_path / "net.gguf"
@@ -92,6 +93,7 @@ def test_low_bit_leaves_keep_their_codes(tmp_path, gguf, bits, group_size, axis,
     assert np.array_equal(values, blocks * np.asarray(q.qvalue))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [2, 4])
 def test_low_bit_leaves_with_zero_points_keep_their_codes_as_q4_1(tmp_path, gguf, bits):
     path = tmp_path / "net.gguf"

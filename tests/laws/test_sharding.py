@@ -236,6 +236,7 @@ def assert_near(actual: Any, expected: Any) -> None:
 # --- Claims -----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @every_setup
 def test_eight_devices_equal_one(setup: Setup):
     many, one = run(setup), run_on_one(setup)
@@ -382,6 +383,7 @@ def test_a_gathered_parameter_would_be_noticed():
 # --- Uneven shards ----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", ["clip, lion", "rms, lion"])
 def test_shards_of_unequal_size_count_no_entry_twice(optimizer: str):
     # JAX refuses them for what goes into a program, but not within one.

@@ -291,6 +291,7 @@ def test_codes_stay_narrow_in_the_arguments_of_a_compiled_program(code_dtype):
     np.testing.assert_allclose(compiled(x, q), x @ dequantize(q), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("axis", "group_size"), [(1, 8), (1, 100), (0, 2), ((0, 1), 4), (1, None), (None, 3)]
 )

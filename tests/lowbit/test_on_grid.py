@@ -34,6 +34,7 @@ def unrounded(params, state):
     return jax.tree.map(lambda w, r: w.astype(r.dtype) + r, params, state.residual)
 
 
+@pytest.mark.thorough
 @every_width
 def test_parameters_are_the_rounded_weights_that_the_state_has(bits):
     params, loss_fn = params_and_goal()
@@ -56,6 +57,7 @@ def test_max_abs_finds_the_same_codes_in_the_trained_parameters(bits):
     np.testing.assert_allclose(small["kernel"].scale, ours["kernel"].scale, rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("bits", [1, 8])
 def test_in_half_precision_the_low_bit_tree_is_that_of_the_sum(bits, dtype):

@@ -79,6 +79,7 @@ def test_the_error_is_half_a_step_inside_the_threshold_and_the_excess_outside(
         np.testing.assert_allclose(error[~inside], (size - t)[~inside], rtol=1e-5, atol=1e-5 * t)
 
 
+@pytest.mark.thorough
 @each_kind_of_grid
 @every_rule
 @settings(max_examples=15)
@@ -101,6 +102,7 @@ def test_finite_weights_have_finite_nonzero_scales_and_codes_in_range(bits, leve
         assert set(np.unique(codes)) <= {-1, 1}
 
 
+@pytest.mark.thorough
 @every_dtype
 @every_rule
 @pytest.mark.parametrize(
@@ -173,6 +175,7 @@ def test_rows_of_zeros_keep_a_positive_scale_and_decode_to_zero(bits, levels, ru
     assert np.all(np.abs(np.asarray(dequantize(q))) <= (TINY if bits == 1 else 0))
 
 
+@pytest.mark.thorough
 @each_kind_of_grid
 @every_rule
 def test_constant_rows_are_stored_to_rounding_from_1e_minus_37_to_1e37(bits, levels, rule):
@@ -193,6 +196,7 @@ def test_single_entries_are_stored_to_rounding(bits, shape):
         np.testing.assert_allclose(np.asarray(dequantize(q)), np.float32(value), rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @every_rule
 @every_dtype
@@ -240,6 +244,7 @@ def test_subnormal_rows_divide_by_no_zero(bits, rule, dtype):
     assert np.all(error <= 2 * TINY)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_float16_subnormals_are_not_lost(bits):
     x = np.asarray([[1.0, -1.0, 1.0, 1.0]]) * 2.0**-24
@@ -319,6 +324,7 @@ def test_thresholds_given_for_each_block_are_taken():
 # --- Determinism, jit, the pytree ------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("bits", "levels"), [(1, "full"), (4, "narrow")])
 def test_encoding_is_deterministic_and_the_same_under_jit(bits, levels):
     x = jnp.asarray(np.random.default_rng(6).normal(size=(4, 32)).astype(np.float32))

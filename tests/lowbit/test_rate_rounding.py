@@ -36,6 +36,7 @@ def cost(w, q, price):
     return np.square(w.astype(np.float64) - decoded).sum() + price * np.square(scale).mean() * bits
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", GRIDS)
 def test_the_cost_is_no_larger_and_each_code_is_the_nearest_or_one_nearer_to_0(shape, case):

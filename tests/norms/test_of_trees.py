@@ -102,6 +102,7 @@ def test_the_sum_of_a_large_leaf_does_not_stall():
     assert float(global_norm(jnp.ones(2**25, jnp.float16), ord=1)) == 2.0**25
 
 
+@pytest.mark.thorough
 @every_ord
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 2e38])
 def test_complex_entries_count_by_modulus(ord, scale):
@@ -144,6 +145,7 @@ def test_python_and_numpy_numbers_count():
     assert float(global_norm([3 + 4j])) == 5.0
 
 
+@pytest.mark.thorough
 @every_ord
 def test_infinite_entries_give_inf_and_nan_entries_nan(ord):
     for wrap in (lambda f: f, jax.jit):
@@ -220,6 +222,7 @@ def test_axis_name_gives_the_global_norm_on_every_device_of_shard_map(ord, scale
         assert_norm(g, oracle([x], ord), x.size)
 
 
+@pytest.mark.thorough
 @every_ord
 def test_sharded_arrays_under_jit_have_the_global_norm(ord):
     mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("a", "b"))

@@ -88,6 +88,7 @@ def test_a_cap_beyond_the_reach_of_the_steps_is_kept_and_the_direction_is_right(
     assert spectral_norm(wide(capped) - exact_cap(matrix, cap)) <= 0.02 * cap
 
 
+@pytest.mark.thorough
 @every_shape
 @every_dtype
 def test_frobenius_norm_at_the_cap_is_bit_identical(shape, dtype):
@@ -97,6 +98,7 @@ def test_frobenius_norm_at_the_cap_is_bit_identical(shape, dtype):
     assert np.asarray(capped).tobytes() == matrix.tobytes()
 
 
+@pytest.mark.thorough
 @every_dtype
 def test_an_infinite_cap_is_bit_identical_and_a_cap_of_zero_gives_zeros(dtype):
     matrix = jnp.asarray(make_matrix((6, 4), "linear", dtype))
@@ -138,6 +140,7 @@ def test_a_matrix_that_is_not_finite_stays_so(bad):
     assert not np.isfinite(np.asarray(cap_singular_values(matrix, 1.0))).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("spectrum", ["linear", "condition 1e7", "half rank"])
 @pytest.mark.parametrize("shape", [(8, 6), (6, 8)], ids=str)
 def test_derivative_is_that_of_the_exact_cap(spectrum, shape):

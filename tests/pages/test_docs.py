@@ -19,7 +19,11 @@ def code_blocks(page: pathlib.Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.thorough] * (p.name != "README.md")) for p in PAGES],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_python_blocks_of_a_page_run_in_order(page: pathlib.Path, tmp_path: pathlib.Path):
     blocks = code_blocks(page)
     if not blocks:

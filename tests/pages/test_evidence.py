@@ -77,6 +77,7 @@ def test_a_sparse_file_takes_a_bit_a_place_and_two_bytes_a_weight(parts, tmp_pat
     assert small["w"]["values"].nbytes == 512
 
 
+@pytest.mark.thorough
 def test_a_method_trains_and_is_rounded_as_it_was_trained(parts):
     task = parts["tasks"].digits(num_steps=3)
     method = parts["methods"].make_methods(3, 0.01)["AdamW, trained at ternary"]
@@ -108,6 +109,7 @@ def test_a_box_by_layer_is_that_of_fan_in_times_a_factor(parts):
     assert (found["dense_0"]["kernel"], found["dense_1"]["kernel"]) == (1.0, 0.25)
 
 
+@pytest.mark.thorough
 def test_learned_scales_lower_the_loss_of_a_low_bit_network(parts):
     task = parts["tasks"].digits(num_steps=1500)
     params = task.init_fn(jax.random.key(0))

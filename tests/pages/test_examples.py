@@ -104,6 +104,7 @@ def bert_weights(hidden: int = 16) -> dict[str, np.ndarray]:
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
+@pytest.mark.thorough
 def test_embeddings_of_an_encoder_are_compared_with_those_of_its_low_bit_files(
     tmp_path, monkeypatch, capsys
 ):

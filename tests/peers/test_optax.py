@@ -221,6 +221,7 @@ def test_updates_are_those_of_optax_to_rounding(pair, shapes, dtype, mode, data)
     assert_steps_agree(pair, ours, theirs, gradients, dtype)
 
 
+@pytest.mark.thorough
 @every_pair
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_eager_updates_are_those_of_optax_to_rounding(pair: Pair, dtype: Any):
@@ -250,6 +251,7 @@ def test_a_partition_clips_each_group_by_its_own_norm_as_optax_does():
         np.testing.assert_allclose(clipped["b"], [1.2, 1.6], rtol=2e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axis", [0, (0, 1), (1,), (0, 1, 2)])
 def test_units_along_given_axes_are_those_of_optax(axis: Any):
     # Without `axis`, optax 0.2.8 takes axis 0 at rank 3, and documents (0, 1, 2).
@@ -268,6 +270,7 @@ every_difference = pytest.mark.parametrize("difference", DIFFERENCES, ids=lambda
 SLOW = {"many_leaves"}  # to compile
 
 
+@pytest.mark.thorough
 @every_difference
 def test_optax_does_what_the_table_says(difference):
     reason = no_longer_true(difference)

@@ -81,6 +81,7 @@ def assert_majority(updates: Any, directions: Any) -> None:
         np.testing.assert_array_equal(np.asarray(u, np.float64), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_workers", [1, 2, 5, 8])
 @pytest.mark.parametrize("zeros", ["alternate", "abstain"])
 def test_every_worker_gets_the_sign_of_the_sum_of_signs(num_workers: int, zeros: Any):

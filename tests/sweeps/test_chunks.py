@@ -67,6 +67,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.thorough
 def test_chunks_of_another_sweep_are_refused(tmp_path):
     small = {"thresholds": [1.0], "chunk_size": 1, "bits": (None,)}
     run(**small, directory=tmp_path)

@@ -60,6 +60,7 @@ def test_the_time_of_a_step_is_without_compiling(monkeypatch, devices, loop):
     assert found.seconds_per_step.tolist() == [[0.0]] * 3
 
 
+@pytest.mark.thorough
 def test_chunks_and_the_host_loop_give_what_one_program_gives(result):
     changes = ({"chunk_size": 4}, {"loop": "host"}, {"record_every": 5})
     for other in (run(bits=(None,), **change) for change in changes):

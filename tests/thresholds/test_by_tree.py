@@ -62,6 +62,7 @@ RULES = {
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
+@pytest.mark.thorough
 @every_rule
 def test_the_threshold_is_that_of_all_entries_together(name):
     got = per_tree(RULES[name])(TREE)
@@ -77,6 +78,7 @@ def error_of(w: np.ndarray, t: float, low: int, high: int) -> float:
     return min(np.sum((w - s * np.clip(np.round(w / s), low, high)) ** 2) for s in scales)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("bits", "levels"), [("ternary", "full"), (2, "full"), (4, "full"), (4, "narrow"), (8, "full")]
 )
@@ -160,6 +162,7 @@ def test_in_a_prefix_tree_it_measures_the_part_that_it_stands_for():
     }
 
 
+@pytest.mark.thorough
 def test_a_chain_and_a_train_step_keep_all_weights_within_one_threshold():
     params = {"a": jnp.array([0.5, -2.0]), "b": jnp.array([[1.0, 4.0]])}
     rule = per_tree(percentile_abs(75))  # 2, of 0.5, 1, 2 and 4
@@ -191,6 +194,7 @@ def test_gradients_are_clipped_at_a_value_of_the_whole_tree():
 KERNELS = {name: TREE[name] for name in ("kernel", "stack", "half", "bias")}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", ["ternary", 4])
 def test_compressed_leaves_share_one_scale_which_is_the_best_for_all(bits):
     small = jaxclip.compress(KERNELS, jaxclip.Grid(bits, axis=None), rule=per_tree(mse_optimal()))
@@ -204,6 +208,7 @@ def test_compressed_leaves_share_one_scale_which_is_the_best_for_all(bits):
     np.testing.assert_allclose(scales.pop() * high, t, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_leaves_of_another_rule_are_not_measured_and_widths_have_their_own_thresholds():
     policy = [("stack", {"rule": max_abs()}), ("half", 8)]
     rule = per_tree(mse_optimal())
@@ -217,6 +222,7 @@ def test_leaves_of_another_rule_are_not_measured_and_widths_have_their_own_thres
     )
 
 
+@pytest.mark.thorough
 def test_channels_and_targets_take_a_threshold_of_the_tree():
     weights = {"a": TREE["kernel"], "b": 3 * TREE["kernel"]}
     rule = per_tree(max_abs())
@@ -234,6 +240,7 @@ def test_channels_and_targets_take_a_threshold_of_the_tree():
 # --- Sharded --------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("rule", [max_abs(), percentile_abs(90), std_multiple(2.0), mse_optimal(4)])
 def test_sharded_leaves_are_measured_where_they_are(rule, kind):
@@ -256,6 +263,7 @@ def test_sharded_leaves_are_measured_where_they_are(rule, kind):
         np.testing.assert_allclose(clipped[name], expected, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_compressing_a_sharded_tree_gives_the_codes_of_one_device():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     one = {"a": TREE["kernel"], "b": TREE["kernel"] * 2}

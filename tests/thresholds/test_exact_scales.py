@@ -25,6 +25,7 @@ def test_every_row_has_the_error_of_the_oracle(bits, levels):
     np.testing.assert_allclose(got, best, rtol=1e-9, atol=1e-12 * np.sum(rows**2, 1).max())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("low", "high"), [(-8, 7), (-7, 7), (-2, 1)])
 def test_with_importance_no_scale_of_a_dense_search_is_better(low, high):
     rng = np.random.default_rng(2)

@@ -47,6 +47,7 @@ def draw(num_rows: int, row: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     return rng.standard_t(4, (num_rows, row)).astype(np.float32), v.astype(np.float32)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("bits", "levels"), [("ternary", "full"), (3, "full"), (4, "narrow")])
 def test_the_weighted_error_is_that_of_a_brute_force_search(bits, levels):
     x, v = draw(8, 32)
@@ -64,6 +65,7 @@ def test_the_weighted_error_is_that_of_a_brute_force_search(bits, levels):
 
 
 # One piece, several pieces, and slabs.
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(16, 48), (6, 700), (1, candidates._SLAB + 101)])
 def test_the_search_is_near_the_optimum_in_every_layout(shape):
     x, v = draw(*shape)
@@ -143,6 +145,7 @@ def test_each_leaf_of_a_compressed_tree_has_its_own_importance():
         assert best * (1 - 1e-5) <= got <= 1.01 * best
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("split", [("x", "y"), (None, "y")], ids=["as weights", "by inputs"])
 def test_sharded_weights_and_importances_give_the_codes_of_one_device(split, kind):
@@ -168,6 +171,7 @@ def test_sharded_weights_and_importances_give_the_codes_of_one_device(split, kin
             assert moved == {"all-reduce"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("of", ["entries", "rows", "inputs"])
 def test_a_leaf_compressed_some_rows_at_a_time_keeps_each_importance_to_its_row(
     of, monkeypatch, tmp_path

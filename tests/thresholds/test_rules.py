@@ -180,6 +180,7 @@ def worst_ratios(bits, levels) -> dict[str, float]:
     return dict(zip(NAMES, np.max(ratios, axis=0).tolist(), strict=True))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("bits", "levels"), GRIDS)
 def test_the_total_error_is_as_near_the_optimum_as_the_docstring_says(bits, levels):
     allowed = 0.005 if bits in FEW_BITS else 0.06 if bits == 8 else 0.03
@@ -294,6 +295,7 @@ def test_zero_and_empty_blocks_have_finite_thresholds():
         assert np.all(np.isfinite(rule(jnp.zeros((2, 0)))))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [64, 5000])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize(

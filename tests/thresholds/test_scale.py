@@ -34,6 +34,7 @@ def weights(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 # Short rows; rows in two slabs, of which the last begins in the first; long ones.
+@pytest.mark.thorough
 @pytest.mark.parametrize("row", [32, 100, 384])
 @pytest.mark.parametrize("bits", ["ternary", 2, 3, 4])
 @pytest.mark.parametrize("levels", ["full", "narrow"])
@@ -57,12 +58,14 @@ def test_low_precision_weights_have_the_scale_of_their_values(dtype):
     assert np.sum(errors_of(x.astype(np.float64), got, *SIGNED)) <= 1.005 * best
 
 
+@pytest.mark.thorough
 def test_a_whole_tensor_is_searched_in_slabs():
     x = weights(300_001)  # several slabs, the last of which begins in the one before
     got = best_scale(jnp.asarray(x), (0,), np.float32(x.size), *SIGNED)
     assert errors_of(x, got, *SIGNED) <= 1.005 * exact_optimum(x, 4, "full")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("row", [16, 160])
 def test_many_rows_are_searched_in_chunks_and_each_as_if_alone(row):
     num_rows = candidates._SLAB // row + 11  # a second chunk, which begins in the first
@@ -100,6 +103,7 @@ def test_jit_vmap_and_eager_agree():
         np.testing.assert_allclose(mine, theirs, rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("spec", [("x", None), ("x", "y")])
 def test_sharded_weights_have_the_scales_of_the_same_weights_on_one_device(kind, spec):
@@ -133,6 +137,7 @@ def test_inside_shard_map_each_device_searches_its_rows(row):
     np.testing.assert_allclose(mine, theirs, rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", ["ternary", 4, 8])
 @pytest.mark.parametrize("row", [1, 3, 80])
 def test_degenerate_rows_have_finite_scales_and_no_needless_error(bits, row):

@@ -65,6 +65,7 @@ def test_the_oracle_is_never_above_a_dense_search_and_within_a_hair_of_it():
 
 
 # One piece, and several.
+@pytest.mark.thorough
 @pytest.mark.parametrize(("row", "low", "high"), [(64, *g) for g in GRIDS] + [(384, -8, 7)])
 def test_the_error_is_near_the_optimum_and_never_above_that_of_the_whole_range(row, low, high):
     got, best, whole = measured(row, low, high)
@@ -103,6 +104,7 @@ def test_rows_on_a_grid_with_a_zero_point_are_kept_to_rounding():
     assert np.array_equal(np.asarray(zero)[:, 0], [0, 4, 8, 15])
 
 
+@pytest.mark.thorough
 def test_degenerate_rows_have_finite_scales_and_no_needless_error():
     row = 3
     constant = np.full(row, -0.3)
@@ -127,6 +129,7 @@ def test_many_rows_are_searched_in_chunks_and_each_as_if_alone():
     np.testing.assert_allclose(mine, errors_of(x[few], *alone, -2, 1), rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_sharded_weights_lose_no_more_than_the_same_weights_on_one_device():
     x = np.random.default_rng(1).normal(0.5, 1, (16, 96)).astype(np.float32)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)

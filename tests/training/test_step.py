@@ -718,6 +718,7 @@ CLIPS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("clip", "threshold"),
     [*((name, 0.1) for name in CLIPS), ("none", None), ("global norm", jaxclip.fan_in(1.0))],

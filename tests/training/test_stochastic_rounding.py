@@ -159,6 +159,7 @@ def drift(stochastic: bool) -> tuple[np.ndarray, np.ndarray, Any]:
     return np.asarray(w, np.float64), np.asarray(state.params, np.float64), state
 
 
+@pytest.mark.thorough
 def test_bfloat16_weights_drift_as_the_steps_say():
     exact = -float(np.float64(np.asarray(STEP_SIZE, jnp.bfloat16))) * NUM_STEPS
     before, nearest, _ = drift(stochastic=False)

@@ -199,6 +199,7 @@ def test_a_weight_that_is_nan_stays_nan_and_harms_no_other():
         assert np.all(np.isfinite(after[:, 1]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
     "projection",
@@ -281,6 +282,7 @@ def sets_for(draw, kinds, is_root=True):
     return both if isinstance(kinds, dict) else [list(tree.values()) for tree in both]
 
 
+@pytest.mark.thorough
 @settings(max_examples=30)
 @given(data=st.data(), seed=seeds)
 def test_in_any_tree_each_leaf_ends_in_the_set_that_any_prefix_tree_has_for_it(data, seed):
