@@ -12,21 +12,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _FILES = """\
-Files of weights are .safetensors, .npz or .npy, or a folder with model.safetensors or with
-model.safetensors.index.json and its shards. They are read tensor by tensor and never written
-to. The result is a new file, which appears when it is complete.
+Weights are read from .safetensors, .npz or .npy files, or from a folder with model.safetensors,
+or with model.safetensors.index.json and its shards. They are read tensor by tensor and never
+written to. The result is a new file, which appears when it is complete.
 
-Exit status: 0; 1 after an error, which is a line on standard error; 2 if the command line is
-wrong; 130 after an interrupt.
+Exit status: 0 on success; 1 after an error, with a message on standard error; 2 if the command
+line is wrong; 130 after an interrupt.
 """
 
 _HELP = {
     "inspect": """\
-Look into a file: its tensors, their sizes, and statistics of the weights.
+Show what is in a file: its tensors, their sizes, and statistics of the weights.
 
-For every floating tensor: a histogram from -max to max, the largest magnitude, the root mean
-square (rms), the fraction of entries beyond some multiple of it, and the thresholds of least
-squared error for one scale at 4, 3 and 2 bits and ternary.
+Every floating tensor gets a histogram from -max to max, the largest magnitude, the root mean
+square (rms), the fraction of outliers (entries beyond K times the rms), and the thresholds of
+least squared error for one scale at 4, 3 and 2 bits and ternary.
 
 examples:
   jaxclip inspect net.safetensors
@@ -41,16 +41,17 @@ examples:
   jaxclip clip net.safetensors clipped.safetensors --threshold 0.1 --include "weight$"
 """,
     "compress": """\
-Round weights to a few bits, all in one file.
+Round weights to a few bits, into one file.
 
 Tensors of two or more dimensions are rounded to a grid with one scale for each index along the
 axis, or for each group of entries; the others stay as they are.
 
-With --target-bpw or --target-bytes each tensor gets the width that makes the error of all small:
-the file is read twice. With --rate the codes are entropy coded, and the step of each tensor is
-chosen so that they take that many bits; fewer with --bit-price, at a larger error.
+With --target-bpw or --target-bytes the width of each tensor is chosen so that the total error is
+small; the file is then read twice. With --rate the codes are entropy-coded, and the step of each
+tensor is chosen so that they take that many bits. With --bit-price they take fewer, at a larger
+error.
 
---policy FILE.json is for tensors that need something else. The file holds one JSON object from
+--policy FILE.json gives other settings to some tensors. The file holds one JSON object that maps
 regular expressions to specs, such as
 
   {"embed": 8, "head": {"bits": 6, "group_size": 32, "rule": "max_abs"}, "norm": null}
@@ -69,8 +70,8 @@ examples:
     "decompress": """\
 Write plain floating weights, which any safetensors reader loads.
 
-The names are those that `jaxclip inspect` shows. A file of another library gets back the names
-that it had before it was compressed.
+The names are those that `jaxclip inspect` shows. Tensors that came from a file of another library
+get their original names back.
 
 examples:
   jaxclip decompress small.safetensors plain.safetensors --dtype bfloat16
@@ -78,14 +79,15 @@ examples:
     "export": """\
 Write low-bit weights for other programs.
 
-compressed-tensors: codes and scales as vLLM and transformers read them. The output belongs into
-the model's config.json as quantization_config. Q4_0, Q4_1, Q8_0: GGUF, which needs the
-extra gguf and names that its reader knows. safetensors: plain weights. Keys of nested trees are
-joined by dots; the names of other libraries stay as they are.
+compressed-tensors: codes and scales as vLLM and transformers read them. The printed output belongs
+in the model's config.json as quantization_config. Q4_0, Q4_1, Q8_0: GGUF, which needs the extra
+gguf, and tensor names that its reader knows. safetensors: plain weights. Keys of nested trees are
+joined by dots; the names in files of other libraries stay as they are.
 
-With --max-shard-bytes DST is a new folder: shards of that size and their index. A folder of shards
-becomes one of shards of 5 GB, unless DST ends in .safetensors. With --model-files DST is a folder
-that loads as it is: config.json gets its quantization_config, and tokenizer files are copied.
+With --max-shard-bytes DST is a new folder of shards of at most that size, and their index. A folder
+of shards is exported to a folder with shards of 5 GB, unless DST ends in .safetensors. With
+--model-files DST is a folder that loads as it is: config.json gets its quantization_config, and the
+tokenizer files are copied.
 
 examples:
   jaxclip export small.safetensors model.safetensors --to compressed-tensors
@@ -94,9 +96,9 @@ examples:
   jaxclip export net.safetensors net.gguf --to Q4_0 --architecture llama
 """,
     "verify": """\
-Read everything and check all that can be checked.
+Read a whole file and check everything that can be checked.
 
-Files of jaxclip have a checksum for every byte. Of other files, structure and sizes are checked.
+Files of jaxclip have a checksum for every byte. In other files, structure and sizes are checked.
 
 examples:
   jaxclip verify small.safetensors
@@ -108,11 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-      arguments: Words of the command line without the program's name; None for those of the
+      arguments: Arguments of the command line without the program's name; None for those of the
         process.
 
     Returns:
-      The exit status: 0, or 1 after an error, which is a line on standard error.
+      The exit status: 0, 1 after an error, with a message on standard error, or 130 after an
+      interrupt.
 
     Example:
       >>> main(["verify", "net.safetensors"])
@@ -124,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_json = parsed.json or isinstance(result, dict)
         print(_json_text(result) if is_json else result)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has stopped, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -246,7 +249,7 @@ def _verify(args: argparse.Namespace) -> Any:
 
 
 def _read_policy(path: str | None) -> list[tuple[str, Any]]:
-    """Reads the pairs of a policy from a file with one JSON object, in its order."""
+    """Reads the pairs of a policy, in order, from a file with one JSON object."""
     if path is None:
         return []
     try:
@@ -262,7 +265,7 @@ def _read_policy(path: str | None) -> list[tuple[str, Any]]:
 
 
 def _spec_of(origin: str, spec: Any) -> Any:
-    """Returns the spec that a value of JSON stands for; objects are tuples of pairs."""
+    """Returns the spec of a JSON value, in which objects are tuples of pairs."""
     if not isinstance(spec, tuple):
         if spec is not None and type(spec) not in (int, str):
             raise ValueError(f"{origin} must have a width, null or an object, got {spec!r}.")
@@ -285,7 +288,7 @@ def _spec_of(origin: str, spec: Any) -> Any:
     return fields
 
 
-# --- The words of the command line ----------------------------------------------------------
+# --- Arguments ------------------------------------------------------------------------------
 
 _RULES = ("mse_optimal", "max_abs")
 _SCALES = ("float32", "float16", "bfloat16", "log8")
@@ -296,7 +299,7 @@ _SPEC_FIELDS = (*_GRID_FIELDS, "rule", "bit_price")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxclip",
-        description="Look into files of weights, clip them, compress them, export them.",
+        description="Inspect, clip, compress and export files of weights.",
         epilog=_FILES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -337,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     decompress = command("decompress", _decompress)
     _add_files(decompress)
     dtypes = ["float16", "bfloat16", "float32"]
-    decompress.add_argument("--dtype", choices=dtypes, help="that of the weights if not given")
+    decompress.add_argument("--dtype", choices=dtypes, help="of the result (that of the original)")
 
     export = command("export", _export)
     _add_files(export)
@@ -345,14 +348,14 @@ def _parser() -> argparse.ArgumentParser:
         "--to", choices=["safetensors", "compressed-tensors", "Q4_0", "Q4_1", "Q8_0"], required=True
     )
     export.add_argument(
-        "--max-shard-bytes", type=int, metavar="N", help="most bytes of tensors of a shard"
+        "--max-shard-bytes", type=int, metavar="N", help="largest size of a shard, in bytes"
     )
     export.add_argument(
         "--model-files",
         metavar="FOLDER",
-        help="the model's, with config.json; DST is a folder then",
+        help="the original model, with config.json; DST becomes a folder",
     )
-    export.add_argument("--architecture", default="llama", help="that of the GGUF file (llama)")
+    export.add_argument("--architecture", default="llama", help="architecture in GGUF (llama)")
     return parser
 
 
@@ -367,26 +370,26 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     _add_files(parser)
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--bits", type=_bits, metavar="B", help="1, ternary, 2, 3, 4, 5, 6 or 8 (4)")
-    goal.add_argument("--target-bpw", type=float, metavar="B", help="most bits a weight, scales "
-        "included: widths are chosen")  # fmt: skip
-    goal.add_argument("--target-bytes", type=int, metavar="N", help="most bytes of the file: "
-        "widths are chosen")  # fmt: skip
-    goal.add_argument("--rate", type=float, metavar="B", help="entropy coded bits a weight: steps "
-        "are chosen")  # fmt: skip
+    goal.add_argument("--target-bpw", type=float, metavar="B", help="choose widths for at most B "
+        "bits per weight, scales included")  # fmt: skip
+    goal.add_argument("--target-bytes", type=int, metavar="N", help="choose widths for a file of "
+        "at most N bytes")  # fmt: skip
+    goal.add_argument("--rate", type=float, metavar="B", help="choose steps for B entropy-coded "
+        "bits per weight")  # fmt: skip
     add("--axis", type=_axis, default=0, metavar="A", help="axis of output channels: 0, as PyTorch "
-        "has it (default); -1, as flax; none, for one scale a tensor")  # fmt: skip
+        "has it (default); -1, as flax has it; none, for one scale per tensor")  # fmt: skip
     add("--group-size", type=int, metavar="N", help="entries that share a scale (a whole channel)")
     add("--rule", choices=_RULES, default="mse_optimal",
         help="how the grid's range is chosen (mse_optimal)")  # fmt: skip
-    add("--zero-point", action="store_true", help="a grid need not be around 0")
+    add("--zero-point", action="store_true", help="allow ranges that are uneven around 0")
     add("--scale-dtype", choices=_SCALES, default="float32",
         help="format that scales are stored in (float32)")  # fmt: skip
     add("--bit-price", type=float, default=0.0, metavar="P",
         help="error that a coded bit is worth, in squared steps, such as .12 (0); with --rate or "
         "--coding")  # fmt: skip
-    add("--policy", metavar="FILE.json", help="widths and more for some tensors, as above")
+    add("--policy", metavar="FILE.json", help="other settings for some tensors, as above")
     add("--coding", choices=["huffman", "ans", "smallest"],
-        help="entropy code what gets smaller; readers of ans need its package")  # fmt: skip
+        help="entropy-code tensors that get smaller; ans needs the extra coding")  # fmt: skip
     add("--dry-run", action="store_true", help="write nothing, print the sizes")
 
 

@@ -1,7 +1,7 @@
-"""Pictures of accuracy, size, weights and training that read without the text.
+"""Pictures of accuracy, size, weights and training.
 
 They need matplotlib, from the extra `examples`. Each function returns the figure, and saves it
-where asked.
+if a file is given.
 """
 
 import os
@@ -17,7 +17,7 @@ from jaxclip._core.grids import Bits
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; markers for grey print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers for grey print.
 _STYLES = (
     ("#D55E00", "v"),
     ("#E69F00", "s"),
@@ -71,7 +71,7 @@ def tradeoff(
             **_style(i),
         )
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.18 * (high - low))  # room for the names of the points
+    axes.set_ylim(low, high + 0.18 * (high - low))  # space for the names of the points
     for name, size, *_ in next(iter(curves.values())):
         axes.annotate(name, (size / 1024, high), rotation=45, fontsize=9)
     _draw_size_axis(axes)
@@ -132,7 +132,7 @@ def front(
         color="black",
         linewidth=1.2,
         capsize=2,
-        label="no setting is better and smaller",
+        label="Pareto front",
     )
     axes.plot(
         best.file_bytes / 1024, best.metric, "*", color="black", markersize=15, label="recommended"
@@ -310,7 +310,7 @@ def training_curves(
 
 
 def _style(i: int) -> dict[str, str]:
-    """Returns colour and marker of the i-th curve; markers are hollow once all were used."""
+    """Returns colour and marker of the i-th curve; markers are hollow once all are used."""
     color, marker = _STYLES[i % len(_STYLES)]
     face = color if i // len(_STYLES) % 2 == 0 else "white"
     return {"color": color, "marker": marker, "markerfacecolor": face}

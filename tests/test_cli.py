@@ -163,7 +163,7 @@ def test_the_first_expression_of_a_policy_counts():
         ({"embed": True}, "'embed' must have a width, null or an object, got True"),
         ({"embed": 7}, "bits must be one of"),
         ({"embed": {"group_size": "8"}}, "policy 'embed': group_size"),
-        ({"(": 8}, "which is no regular expression"),
+        ({"(": 8}, "is not a regular expression"),
         ({"head": 8}, "match no leaf: ['head']"),
     ],
 )

@@ -1,7 +1,7 @@
 """Statistics of weights in a file, and a check of all its bytes.
 
-The weights are read leaf by leaf and looked at in pieces, so memory is bounded by the largest
-leaf: `rms = sqrt(mean(w**2))`, and an outlier is an entry beyond some multiple of it.
+Weights are read leaf by leaf and measured in pieces, so memory is bounded by the largest leaf.
+`rms = sqrt(mean(w**2))`, and an outlier is an entry beyond some multiple of it.
 """
 
 import dataclasses
@@ -22,10 +22,8 @@ from jaxclip.checkpoints.sizes import SizeReport, report_source
 from jaxclip.lowbit.arrays import dequantize, is_quantized
 from jaxclip.thresholds.by_error import mse_optimal
 
-_CHUNK = 2**20
-"""Entries looked at in one piece, which bounds the memory."""
-_SAMPLE = 2**16
-"""Entries that suggest thresholds: always as many, so the search compiles once a width."""
+_CHUNK = 2**20  # entries measured in one piece, which bounds the memory
+_SAMPLE = 2**16  # entries that suggest thresholds: a fixed number, so a width compiles only once
 _NUM_BINS = 16
 _SUGGESTED: tuple[Bits, ...] = (4, 3, 2, "ternary")
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -99,8 +97,7 @@ def describe_file(path: str | os.PathLike, outlier: float = 3.0) -> dict[str, We
       outlier: Multiple of the rms beyond which an entry counts as an outlier.
 
     Returns:
-      A `WeightStatistics` for each floating leaf, by name. Those of a low-bit leaf are of the
-      weights that it stands for.
+      A `WeightStatistics` for each floating leaf, by name. Low-bit leaves are dequantized.
 
     Raises:
       CheckpointError: If the file is damaged, foreign or of a newer version.
@@ -122,7 +119,7 @@ def describe_file(path: str | os.PathLike, outlier: float = 3.0) -> dict[str, We
 
 
 def verify_file(path: str | os.PathLike, progress: bool = True) -> SizeReport:
-    """Reads a whole file or folder and checks all that can be checked.
+    """Reads a whole file or folder and checks everything that can be checked.
 
     Files of `checkpoints.save` have a checksum for every byte. Those of other libraries have
     none: names, shapes and sizes are checked.

@@ -1,7 +1,7 @@
 """NumPy's own files, `.npy` and `.npz`, written and read without pickles.
 
-What a compressed `.npz` may unpack to is bounded by its size: `64 * file_size + 256 MiB`. The
-modules that parse files raise ValueError; `reading` adds the file's name.
+A compressed `.npz` may unpack to `64 * file_size + 256 MiB`; more is refused. Errors are
+ValueErrors; `reading` adds the file's name.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def _is_numpy_dtype(dtype: Any) -> bool:
 
 
 def _write_npy(file: IO[bytes], array: Array) -> None:
-    # Row-major always, so that equal arrays give equal bytes.
+    # Always row-major, so that equal arrays give equal bytes.
     np.lib.format.write_array(file, np.asarray(array, order="C"), allow_pickle=False)
 
 
@@ -185,7 +185,7 @@ def _opened_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterato
 
 @contextlib.contextmanager
 def _zip_errors() -> Iterator[None]:
-    """Turns whatever a damaged archive raises into ValueError; zipfile has no list of it."""
+    """Turns errors of a damaged archive into ValueError; zipfile does not document their kinds."""
     try:
         yield
     except Exception as error:

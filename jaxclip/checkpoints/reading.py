@@ -1,6 +1,6 @@
-"""Weights on disk: every leaf is known by name and shape, and read alone when asked for.
+"""Weights on disk: names and shapes are read from headers, leaves one by one on request.
 
-    .safetensors   one file: ours holds a tree, one of another library a flat dict
+    .safetensors   one file: a tree if jaxclip wrote it, else a flat dict
     a folder       shards listed by `model.safetensors.index.json`, or one `model.safetensors`
     .npz, .npy     NumPy's formats
 
@@ -66,22 +66,22 @@ class Source:
     folder: Path | None = None
 
     def restore(self, read: Callable[[str], PyTree]) -> PyTree:
-        """Returns the tree, or flat dict, with `read` called once a leaf."""
+        """Returns the tree, or flat dict, with `read` called once per leaf."""
         values = {name: read(name) for name in self.leaves}
         if self.structure is None:
             return values
         return jax.tree.unflatten(self.structure, values.values())
 
     def check_unchanged_by(self, dst: Path) -> None:
-        """Raises if a new file or folder `dst` would change what is read."""
+        """Raises if a new file or folder `dst` would change this source."""
         if any(dst.exists() and dst.samefile(file) for file in self.files):
             raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
         if self.folder is None or not shards.is_part_of_folder(dst.name):
             return
         if dst.parent.exists() and dst.parent.samefile(self.folder):
             raise ValueError(
-                f"'{dst}' would change what the folder '{self.folder}' holds, which is read: "
-                "take another name."
+                f"'{dst}' would change the content of the folder '{self.folder}', which is read: "
+                "use another name."
             )
 
 
@@ -114,11 +114,11 @@ def _open(stack: contextlib.ExitStack, path: Path) -> Source:
 
 
 def _open_regular(path: Path) -> io.BufferedIOBase:
-    """Opens a regular file; refuses others unopened, because opening them may wait or act."""
+    """Opens a regular file; refuses others unopened, because opening them may block or act."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a regular file.")
-        # Not blocking: if the file becomes a FIFO just now, opening it still does not wait.
+        # Not blocking: if the file becomes a FIFO just now, opening it still does not block.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         file = os.fdopen(os.open(path, flags), "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -178,11 +178,11 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
                 raise ValueError("a shard must be a plain file of tensors, not one of a tree.")
         for name in source.leaves:
             if weight_map.get(name) != shard:
-                raise ValueError(f"tensor {name!r} is in shard {shard!r}, but not by the index.")
+                raise ValueError(f"tensor {name!r} is in shard {shard!r}, which the index denies.")
         opened[shard] = source
     for name, shard in weight_map.items():
         if name not in opened[shard].leaves:
-            raise ValueError(f"tensor {name!r} is missing in its shard {shard!r}.")
+            raise ValueError(f"tensor {name!r} is missing from its shard {shard!r}.")
 
     def read(name: str) -> StoredLeaf:
         with _shard_errors(weight_map[name]):

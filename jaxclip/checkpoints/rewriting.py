@@ -1,7 +1,7 @@
 """Files of weights rewritten leaf by leaf: compressed, decompressed, clipped.
 
-Memory is bounded by the largest leaf. The new file appears when it is complete, and what is read
-is never written to.
+Memory is bounded by the largest leaf. The new file appears when it is complete, and the source is
+never written to.
 """
 
 import contextlib
@@ -62,24 +62,25 @@ def compress_checkpoint(
     """Compresses a file or folder of weights to one low-bit file, leaf by leaf.
 
     Memory is bounded by a few times the largest leaf, however large the checkpoint. The new
-    file appears when it is complete; after a crash or an interrupt there is none, and the
-    source is never written to.
+    file appears when it is complete; a crash or an interrupt leaves no file. The source is never
+    written to.
 
     Args:
       src: File or folder that `load` takes. Leaves that are low-bit already are copied.
       dst: The `.safetensors` file to write.
       bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each index
-        along the first axis: PyTorch's layouts have the output channel first, where flax's have
-        it last. None for 4, or with a target for the width that it chooses.
-      target_bits_per_weight: Most bits that an entry of a low-bit leaf takes on average, codes
+        along the first axis: PyTorch's layouts have the output channel first, flax's have it
+        last. None is 4, or the width that a target chooses.
+      target_bits_per_weight: Largest average number of bits of an entry of a low-bit leaf, codes
         and scales included, in (0, inf). With a target the weights are read twice: first to
         measure their errors at every width.
-      target_bytes: Most bytes of the file, at least 1; with a `coding`, those of packed codes.
-      rule: Rule that chooses clip thresholds, its factory, or a number. A rule that looks at
-        more than one leaf is not possible here.
-      bit_price: Error that a bit of coded codes is worth, in squared steps, at least 0, such as
+      target_bytes: Largest size of the file in bytes, at least 1; with a `coding`, that of packed
+        codes.
+      rule: Rule that chooses clip thresholds, its factory, or a number; not `per_tree`, which
+        measures several leaves.
+      bit_price: Error that an entropy-coded bit is worth, in squared steps, at least 0, such as
         0.12; needs a `coding`, and leaves are then compressed whole.
-      policy: Pairs `(regex, spec)`, as `compress` takes them, on the names in the source.
+      policy: Pairs `(regex, spec)`, as in `compress`, for the names in the source.
       coding: Entropy coding of the codes: None, "huffman", "ans" or "smallest", as for `save`.
       overwrite: True to replace an existing file.
       dry_run: True to write nothing and only return the sizes. Without `coding` they follow from
@@ -93,8 +94,8 @@ def compress_checkpoint(
     Raises:
       CheckpointError: If the source is damaged, foreign or of a newer version.
       TypeError: If an argument is of a wrong type, or both a width and a target are given.
-      FileExistsError: If `dst` exists and `overwrite` is False, or it is no regular file, or one
-        of the files that are read, under any name.
+      FileExistsError: If `dst` exists and `overwrite` is False, or it is not a regular file, or
+        it is one of the files that are read, under any name.
       ValueError: If an argument is not allowed, a regex matches no leaf, a weight is NaN or
         infinite (the message names leaf and index), a target is out of reach, a leaf has a price
         and there is no `coding`, or `dst` would become a part of the folder that is read.
@@ -124,8 +125,8 @@ def compress_checkpoint(
         priced = [name for name, spec in specs.items() if spec.has_price]
         if coding is None and priced:
             raise ValueError(
-                "bit_price needs a coding: packed codes take the same bytes at any price, and "
-                f"leaf '{priced[0]}' has one."
+                "bit_price needs a coding, because packed codes take the same bytes at any price; "
+                f"leaf '{priced[0]}' has a price."
             )
         if budget is not None:
             specs.update(_specs_within(budget, source, specs, coding))
@@ -144,7 +145,7 @@ def compress_checkpoint(
 def _specs_within(
     budget: Budget, source: Source, specs: dict[str, LeafSpec], coding: str | None
 ) -> dict[str, LeafSpec]:
-    """Returns the specs without a width, with one that fits the budget; reads their leaves."""
+    """Returns the specs without a width, given widths that fit the budget; reads their leaves."""
     free = [name for name, spec in specs.items() if spec.grid.bits is None]
     small = {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items() if n not in free}
     small = source.leaves | small
@@ -178,11 +179,11 @@ def decompress_checkpoint(
     overwrite: bool = False,
     progress: bool = True,
 ) -> SizeReport:
-    """Writes the arrays that a low-bit file stands for to a plain `.safetensors` file.
+    """Writes the weights of a low-bit file, decompressed, to a plain `.safetensors` file.
 
     Any library that reads safetensors loads it, by the names that `inspect` shows. If the source
-    is one dict of arrays, such as the tensors of a file of another library, names stay as they
-    are; with "/", "%" or ":" in one of them the new file has no checksums.
+    is one dict of arrays, such as a file of another library, its names are kept. The new file has
+    no checksums if one of them has a "/", "%" or ":".
 
     Args:
       src: File or folder that `load` takes.
@@ -196,8 +197,8 @@ def decompress_checkpoint(
 
     Raises:
       CheckpointError: If the source is damaged, foreign or of a newer version.
-      FileExistsError: If `dst` exists and `overwrite` is False, or it is no regular file, or one
-        of the files that are read, under any name.
+      FileExistsError: If `dst` exists and `overwrite` is False, or it is not a regular file, or
+        it is one of the files that are read, under any name.
       ValueError: If `dst` has another suffix, or would become a part of the folder that is read.
 
     Example:
@@ -229,7 +230,7 @@ def clip_checkpoint(
 ) -> SizeReport:
     """Writes the weights of a file or folder, clipped to `[-threshold, threshold]`.
 
-    Names stay as they are where `decompress_checkpoint` keeps them.
+    Names are kept in the same cases as in `decompress_checkpoint`.
 
     Args:
       src: File or folder that `load` takes; low-bit leaves are copied.
@@ -244,8 +245,8 @@ def clip_checkpoint(
 
     Raises:
       CheckpointError: If the source is damaged, foreign or of a newer version.
-      FileExistsError: If `dst` exists and `overwrite` is False, or it is no regular file, or one
-        of the files that are read, under any name.
+      FileExistsError: If `dst` exists and `overwrite` is False, or it is not a regular file, or
+        it is one of the files that are read, under any name.
       TypeError: If the threshold is of a wrong type.
       ValueError: If the threshold is negative or NaN, `include` matches no leaf, or `dst` has
         another suffix or would become a part of the folder that is read.
@@ -266,7 +267,7 @@ def clip_checkpoint(
     def clip_leaf(name: str, leaf: StoredLeaf) -> _LeafWithError:
         if isinstance(leaf, QuantizedArray) or not pattern.search(name):
             return leaf, None
-        if leaf.dtype == np.float64:  # not clip_weights: jax may not have this dtype
+        if leaf.dtype == np.float64:  # not clip_weights: jax may have float64 disabled
             t = np.asarray(resolve_threshold(threshold, leaf), np.float64)
             return np.clip(leaf, -t, t), None
         return np.asarray(clip_weights(leaf, threshold)), None
@@ -275,23 +276,23 @@ def clip_checkpoint(
     return _rewrite(src, output, outline, clip_leaf)
 
 
-# --- Rewriting, whatever is done to a leaf ----------------------------------------------------
+# --- Rewriting --------------------------------------------------------------------------------
 
 _LeafWithError: TypeAlias = tuple[Leaf, QuantizationError | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Output:
-    """A file to write, and how.
+    """A file to write, and the options for writing it.
 
     Attributes:
       dst: Its path.
       overwrite: True to replace an existing file.
-      progress: True to show a bar where there can be one.
+      progress: True to show a bar if possible.
       coding: Entropy coding of codes, or None.
       is_dry_run: True to write nothing.
-      keeps_names: True if tensors keep the names of a source without a tree. A file of ours
-        escapes some characters: where there are any, the file is a plain one.
+      keeps_names: True if tensors keep the names of a source without a tree. This format escapes
+        some characters in names, so a source with such names is written as a plain file.
     """
 
     dst: Path
@@ -309,7 +310,7 @@ def _rewrite(
     rewrite_leaf: Callable[[str, StoredLeaf], _LeafWithError],
     num_passes: int = 1,
 ) -> SizeReport:
-    """Writes what `rewrite_leaf` makes of each leaf; `outline` gives the shapes in advance."""
+    """Writes the result of `rewrite_leaf` for each leaf; `outline` gives the shapes in advance."""
     check_coding(output.coding)
     if output.dst.suffix != ".safetensors":
         raise ValueError(f"dst must end in .safetensors, got {str(output.dst)!r}.")
@@ -348,7 +349,7 @@ def _rewrite(
 
 @contextlib.contextmanager
 def _with_bar(source: Source, num_passes: int, is_wanted: bool) -> Iterator[Source]:
-    """Shows a bar of the bytes that are read from the source in a number of passes."""
+    """Shows a bar for the bytes that are read from the source in a number of passes."""
     num_bytes = num_passes * sum(source.num_bytes.values())
     with progress_bar(num_bytes, is_wanted and num_passes > 0, is_in_bytes=True) as advance:
 
@@ -373,7 +374,7 @@ def _write_plain_file(
 
 
 def _keys_of_flat_dict(source: Source) -> dict[str, str]:
-    """Returns the source's name of each key if it holds one dict of leaves; else nothing."""
+    """Returns the source's name of each key if it holds one dict of leaves, else an empty dict."""
     tree = source.restore(lambda name: name)
     is_flat = type(tree) is dict and all(type(x) is str for pair in tree.items() for x in pair)
     return tree if is_flat and "__metadata__" not in tree else {}

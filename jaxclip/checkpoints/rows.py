@@ -1,6 +1,6 @@
 """A leaf compressed some rows at a time, with its error, so that memory is bounded.
 
-Parts give the codes of the whole where no scale is shared between rows, and their errors add up.
+If no scale is shared between rows, parts have the same codes as the whole, and their errors add up.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def compress_leaf(
 
 
 def _has_separate_rows(like: QuantizedArray, spec: LeafSpec) -> bool:
-    """Returns True if rows compressed alone are the rows of the array compressed at once."""
+    """Returns True if rows compressed in parts equal those of the array compressed at once."""
     importance: Any = getattr(spec.rule, "importance", None)
     factors = np.shape(importance)
     # An importance may have a factor for each row, log8 measures all scales of the array, and
@@ -69,7 +69,7 @@ def _compress_by_rows(
         part = leaf[start : start + num_rows]
         count = len(part)
         if not np.isfinite(part).all():
-            compress_part(leaf)  # raises naming the entry by its place in the leaf, not in the part
+            compress_part(leaf)  # raises with the entry's index in the leaf, not in the part
         # All parts have one shape: one compiled program serves them.
         padding = [(0, num_rows - count)] + [(0, 0)] * (leaf.ndim - 1)
         small = compress_part(np.pad(part, padding) if count < num_rows else part)

@@ -1,7 +1,7 @@
-"""Folders of a model: shards and the index that lists them, and the files that are no weights.
+"""Folders of a model: shards, the index that lists them, and files other than weights.
 
 A folder holds `model.safetensors.index.json`, whose `weight_map` names the shard of every tensor.
-These names come from elsewhere: only bare file names are followed, and only inside the folder.
+These names are untrusted: only bare file names are followed, and only inside the folder.
 Errors are ValueErrors; `reading` adds the folder's name.
 """
 
@@ -95,12 +95,12 @@ def check_total_size(total: int | None, found: int) -> None:
 
 
 def is_part_of_folder(name: str) -> bool:
-    """Returns True if a file of this name counts among the weights of the folder it lies in."""
+    """Returns True if a file of this name belongs to the weights of its folder."""
     return name in (INDEX_NAME, SINGLE_NAME) or _SHARD.fullmatch(name) is not None
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Returns configuration, tokenizer and the like, by name: no weights, folders, hidden files."""
+    """Returns a model's files sorted by name, except weights, folders and hidden files."""
     names = [n for n in sorted(os.listdir(folder)) if n[0] != "." and not _WEIGHTS.fullmatch(n)]
     files = [folder / name for name in names if not (folder / name).is_dir()]
     for file in files:
@@ -111,7 +111,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def split_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Returns the names in each shard, in order and each as full as possible; at least one."""
+    """Returns the names in each shard, in order, each shard as full as possible."""
     shards: list[list[str]] = [[]]
     free_bytes = max_bytes
     for name, size in sizes.items():

@@ -1,7 +1,7 @@
 """Sizes of trees on disk, leaf by leaf and to the byte, and the errors of their low-bit leaves.
 
 `total_bytes = overhead_bytes + sum(stored_bytes)` is the size of the file, and
-`relative_error = sum((w - q)**2) / sum(w**2)` what it lost.
+`relative_error = sum((w - q)**2) / sum(w**2)` the error of its weights.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class LeafSize:
     Attributes:
       path: Tree path, `layer/kernel`, or name in the file.
       shape: Shape of the array.
-      dtype: Name of its dtype; of a low-bit leaf, that of the array it stands for.
+      dtype: Name of its dtype; for a low-bit leaf that of the original array.
       bits: Width of its codes; None for an array stored as it is.
       raw_bytes: Bytes of the array in its own dtype.
       stored_bytes: Bytes that it takes in the file: codes and scales, or the array.
@@ -68,7 +68,7 @@ class SizeReport:
     """Sizes of the leaves of a tree or file on disk; `print` it for a table.
 
     Attributes:
-      leaves: One `LeafSize` a leaf.
+      leaves: One `LeafSize` per leaf.
       overhead_bytes: Bytes of headers: names, shapes, structure, checksums.
       total_bytes: Size of the file, or of all files of a folder.
       raw_bytes: Bytes of all arrays in their own dtype.
@@ -85,7 +85,7 @@ class SizeReport:
 
     @property
     def ratio(self) -> float:
-        """Bytes of the arrays in their own dtype, for each byte on disk."""
+        """Bytes of the arrays in their own dtype, over the bytes on disk."""
         return self.raw_bytes / self.total_bytes
 
     @property
@@ -95,14 +95,14 @@ class SizeReport:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits of codes and scales that an entry of a low-bit leaf takes; None without any."""
+        """Bits of codes and scales per entry of the low-bit leaves; None if there are none."""
         low_bit = [leaf for leaf in self.leaves if leaf.bits is not None]
         num_entries = sum(math.prod(leaf.shape) for leaf in low_bit)
         num_bytes = sum(leaf.stored_bytes for leaf in low_bit)
         return 8 * num_bytes / num_entries if num_entries else None
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns the leaves as dicts, one a row, for instance for `pandas.DataFrame`."""
+        """Returns the leaves as dicts, one per row, for instance for `pandas.DataFrame`."""
         return [dataclasses.asdict(leaf) for leaf in self.leaves]
 
     def __str__(self) -> str:
@@ -130,11 +130,11 @@ def size_report(small: PyTree, coding: str | None = None, *, original: PyTree = 
     """Returns the bytes a compressed tree takes, leaf by leaf; the total is the file's size.
 
     Args:
-      small: Tree that `compress` returned; plain arrays are counted as they are. Shapes for
-        arrays give sizes alone.
-      coding: Coding that `checkpoints.save` will be given; codes are coded to measure them.
+      small: Result of `compress`; plain arrays are counted as they are. With
+        `jax.ShapeDtypeStruct`s for arrays only sizes are reported.
+      coding: The coding for `checkpoints.save`; codes are coded to measure their size.
       original: The tree before it was compressed, of the same structure and shapes, to measure
-        the error; None for sizes alone.
+        the error; None to report only sizes.
 
     Returns:
       A `SizeReport`, printable. `total_bytes` equals the size of the file that
@@ -163,7 +163,7 @@ def size_report(small: PyTree, coding: str | None = None, *, original: PyTree = 
 
 
 def report_plan(plan: FilePlan, overhead_bytes: int) -> SizeReport:
-    """Returns the sizes of a planned file; the plan has those of coded codes."""
+    """Returns the sizes of a planned file; the plan must have the sizes of coded codes."""
     stored = dict.fromkeys(plan.leaves, 0)
     for tensor in plan.tensors:
         stored[tensor.leaf] += tensor.num_bytes
@@ -171,7 +171,7 @@ def report_plan(plan: FilePlan, overhead_bytes: int) -> SizeReport:
 
 
 def report_source(source: Source) -> SizeReport:
-    """Returns the sizes of the leaves of an open source; reads no weight."""
+    """Returns the sizes of the leaves of an open source, without reading weights."""
     return _report(source.leaves, source.num_bytes, source.total_bytes)
 
 
@@ -206,7 +206,7 @@ def _largest_threshold(leaf: Leaf) -> float | None:
         return None
     if isinstance(scale, jax.Array) and not scale.is_fully_addressable:
         return None
-    with jax.ensure_compile_time_eval():  # a concrete array may come inside a caller's jit
+    with jax.ensure_compile_time_eval():  # for a concrete array inside a caller's jit
         return float(np.max(np.asarray(leaf.threshold), initial=0))
 
 
@@ -259,7 +259,7 @@ def with_errors(report: SizeReport, errors: Mapping[str, QuantizationError | Non
 
 
 def _ratio(squared_error: float, squared_norm: float) -> float:
-    # No error is 0, even of a norm of 0 or NaN; an error of zeros is infinite.
+    # 0 without an error, even if the norm is 0 or NaN; infinite if only the norm is 0.
     if squared_error == 0:
         return 0.0
     return squared_error / squared_norm if squared_norm else math.inf

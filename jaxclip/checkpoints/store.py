@@ -4,8 +4,8 @@
     .npz           (nested) dicts of arrays; names joined by "/"
     .npy           one array
 
-Nothing is ever unpickled. Whatever is read is checked first, and memory is never claimed on the
-word of a header alone.
+Nothing is ever unpickled. Headers are checked before data are read, and memory is allocated only
+for sizes that fit the size of the file.
 """
 
 import dataclasses
@@ -35,25 +35,25 @@ from jaxclip.lowbit.entropy_coding import check_coding
 def save(
     path: str | os.PathLike, tree: PyTree, *, coding: str | None = None, overwrite: bool = False
 ) -> None:
-    """Writes a tree to a file: all of it, or nothing whatever happens on the way.
+    """Writes a tree to a file atomically: the whole tree, or nothing.
 
     The file is written tensor by tensor under a temporary name in the same directory, synced to
     disk and renamed. After a crash the name holds the old file or the new one, never a part. The
     next save to the same path removes a temporary file that was left over.
 
-    Equal trees give equal bytes: with Huffman coding by one version of zlib, with "smallest" also
-    where the extra `coding` is installed in both places or in neither.
+    Equal trees give equal bytes. With Huffman coding that needs the same version of zlib, and with
+    "smallest" also the extra `coding` on both machines or on neither.
 
     Args:
       path: File to write. Its suffix is the format: `.safetensors` for any tree, `.npz` for
         (nested) dicts of arrays, `.npy` for one array. NumPy's formats have no bfloat16.
       tree: Nested dicts, lists, tuples and None with arrays and `QuantizedArray` leaves.
       coding: Entropy coding of low-bit codes in `.safetensors`, used for each leaf that it makes
-        smaller. "huffman" is read by every Python. "ans" takes as much as the entropy of the
-        codes, and readers need the extra `coding`. "smallest" takes the smaller of both for each
-        leaf, or Huffman alone where the extra is not installed: it is never larger than
-        "huffman", and than "ans" only by 4 bytes a low-bit leaf and 7 more of the header. None
-        packs codes at their width.
+        smaller. "huffman" is read by every Python. "ans" takes about the entropy of the codes,
+        and readers need the extra `coding`. "smallest" takes the smaller of both for each leaf,
+        or only Huffman if the extra is not installed. Its file is never larger than with
+        "huffman", and larger than with "ans" by at most 4 bytes per low-bit leaf and 7 bytes.
+        None packs codes at their width.
       overwrite: True to replace an existing file, whose permissions are kept.
 
     Raises:
@@ -95,12 +95,12 @@ def load(
       path: A `.safetensors`, `.npz` or `.npy` file; or a folder with
         `model.safetensors.index.json` and its shards, or with `model.safetensors`.
       like: Tree of arrays or `jax.ShapeDtypeStruct` that the file must match; None for any. The
-        result has its structure. Flat names are matched with keys joined by "/" or ".", and
-        low-bit leaves may stand for arrays of their shape and dtype.
-      device: Device or sharding on which each leaf is put as soon as it is read; None leaves
+        result has its structure. Flat names are matched with keys joined by "/" or ".". An array
+        in it also matches a low-bit leaf of its shape and dtype.
+      device: Device or sharding on which each leaf is put as soon as it is read; None returns
         NumPy arrays. A `NamedSharding` must divide every leaf's shape. It splits the codes of a
-        low-bit leaf; scales and zeros are split along the axes that it divides, and whole on each
-        device along the others.
+        low-bit leaf. Scales and zeros are split along the axes that it divides, and replicated
+        along the others.
 
     Returns:
       For a `.safetensors` file of `save` the tree that was saved; for one of another library, a
@@ -110,7 +110,7 @@ def load(
     Raises:
       CheckpointError: If the file is damaged, not what its suffix says, of a newer version or not
         a regular file, or differs from `like`; names the first difference. `.npy` files have no
-        checksum, so damage to values goes unseen.
+        checksum, so damaged values are not noticed.
       ValueError: If a leaf cannot be split as `device` says.
       FileNotFoundError: If there is no file.
       OSError: If the disk fails.
@@ -134,7 +134,7 @@ def load(
         leaves = []
         for name, template in zip(names, wanted, strict=True):
             leaf = read(name)
-            # Axes count from either end; equal blocks come back as the template writes them.
+            # Axes may be counted from either end: the result has the template's form of the grid.
             if is_quantized(leaf) and is_quantized(template):
                 leaf = dataclasses.replace(leaf, grid=template.grid)
             leaves.append(leaf)
@@ -152,7 +152,7 @@ def inspect(path: str | os.PathLike) -> SizeReport:
 
     Raises:
       CheckpointError: If the file is damaged, foreign or of a newer version; damage to the
-        weights themselves goes unseen.
+        weights themselves is not noticed.
       FileNotFoundError: If there is no file.
 
     Example:
@@ -164,7 +164,7 @@ def inspect(path: str | os.PathLike) -> SizeReport:
         return report_source(source)
 
 
-# --- Writing: a tree is checked, then the function that is returned writes it -----------------
+# --- Writing: functions that check a tree, and return a function that writes it ---------------
 
 
 def _prepare_safetensors(tree: PyTree, coding: str | None) -> Callable[[BinaryIO], Any]:
@@ -194,12 +194,12 @@ def _match_leaves(like: PyTree, source: Source) -> list[str]:
     for path, leaf in wanted:
         name = next((n for n in _spellings(path, source) if n in source.leaves), None)
         if name is None:
-            raise ValueError(f"'{trees.path_name(path)}' is wanted, but there is no such leaf.")
+            raise ValueError(f"'{trees.path_name(path)}' is in like, but not in the file.")
         _check_fits(name, leaf, source.leaves[name])
         names.append(name)
     unwanted = source.leaves.keys() - set(names)
     if unwanted:
-        raise ValueError(f"'{min(unwanted)}' is there, but is not wanted.")
+        raise ValueError(f"'{min(unwanted)}' is in the file, but not in like.")
     return names
 
 
@@ -219,7 +219,7 @@ def _check_fits(name: str, wanted: Any, found: Any) -> None:
         pairs += [("grid", wanted.grid.from_the_end(wanted.ndim), found_grid)]
     for field, asked, got in pairs:
         if asked != got:
-            raise ValueError(f"'{name}' has {field} {got}, and {asked} is wanted.")
+            raise ValueError(f"'{name}' has {field} {got}, but like has {asked}.")
 
 
 # --- Placing on devices -----------------------------------------------------------------------
@@ -234,12 +234,12 @@ def _put(name: str, leaf: Leaf, device: Any) -> Leaf:
             f"device: leaf '{name}' of shape {leaf.shape} cannot be split by {device.spec} over "
             f"a mesh of {dict(device.mesh.shape)}."
         )
-    # Entries that share a scale may lie on several devices: each of them gets the scale.
+    # Entries that share a scale may be on several devices: each of these gets the scale.
     return jax.tree.map(lambda x: jax.device_put(x, _divided(x.shape, device)), leaf)
 
 
 def _divided(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
-    """Returns the sharding without the entries that do not divide the shape."""
+    """Returns the sharding, replicated along axes that its mesh does not divide evenly."""
 
     def num_parts(entry: Any) -> int:
         names = entry if isinstance(entry, tuple) else (entry,)

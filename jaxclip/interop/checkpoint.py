@@ -54,8 +54,8 @@ def export_checkpoint(
       max_shard_bytes: Largest size of a shard, in bytes of tensors; 5 GB if `dst` is a folder and
         none is given. Not for GGUF.
       model_files: The model's folder. Its files other than weights are copied into the new
-        folder: tokenizer, card, and `config.json`, which gets its `quantization_config`. Folders
-        in it are left out. Not for GGUF.
+        folder: tokenizer, card, and `config.json`, which gets its `quantization_config`.
+        Subfolders are left out. Not for GGUF.
       overwrite: True to replace an existing file. A folder is never replaced.
 
     Returns:
@@ -71,7 +71,7 @@ def export_checkpoint(
       ValueError: If `to` is not one of these, or GGUF should have shards or other files; if
         the format lacks the name, shape or grid of a leaf; if `model_files` has no
         `config.json`, one that is quantized already, or a link that leads out of it; if `dst`
-        lies in the folder that is read and has the name of an index, a numbered shard or
+        is in the folder that is read and has the name of an index, a numbered shard or
         `model.safetensors`.
       ImportError: If GGUF is asked for and the gguf package is not installed.
 
@@ -103,14 +103,14 @@ def export_checkpoint(
 
 
 def _companions(folder: Path) -> tuple[Path, ...]:
-    """Returns the files of a model other than weights; `config.json` must be among them."""
+    """Returns the files of a model other than weights, which must include `config.json`."""
     try:
         files = shards.model_files(folder)
         config = json.loads((folder / "config.json").read_bytes())
         if type(config) is not dict:
-            raise ValueError("config.json holds no object.")
+            raise ValueError("config.json is not a JSON object.")
         if "quantization_config" in config:
-            raise ValueError("config.json has a quantization_config: give that of plain weights.")
+            raise ValueError("config.json has a quantization_config: use that of plain weights.")
     except (OSError, ValueError, RecursionError) as error:
         message = f"model_files must be the folder of a model, got '{folder}': {error}"
         raise ValueError(message) from error

@@ -36,7 +36,7 @@ class Scheme(NamedTuple):
 
     Attributes:
       num_bits: 4 or 8.
-      group_size: Inputs that share a scale; None for one scale an output.
+      group_size: Inputs that share a scale; None for one scale per output.
       has_zero_point: True if its blocks have zero points.
     """
 
@@ -58,7 +58,7 @@ def to_compressed_tensors(
 
     A low-bit leaf `layer.weight` becomes `layer.weight_packed` (int32, codes packed along the
     inputs), `layer.weight_scale` and `layer.weight_shape`, with zero points also
-    `layer.weight_zero_point`. It has 4 bits if its codes lie in -8..7, otherwise 8. Other leaves
+    `layer.weight_zero_point`. It has 4 bits if its codes are in -8..7, otherwise 8. Other leaves
     are written as they are.
 
     Args:
@@ -71,7 +71,7 @@ def to_compressed_tensors(
         A reader that computes in half precision rounds float32 scales.
       separator: String that joins the keys of nested trees to a name.
       max_shard_bytes: Largest size of a shard, in bytes of tensors; None for one file. The folder
-        gets shards and an index, or one `model.safetensors` if that holds all.
+        gets shards and an index, or one `model.safetensors` if all tensors fit.
       overwrite: True to replace an existing file. A folder is never replaced.
 
     Returns:
@@ -196,7 +196,7 @@ def _packed_tensors(
 
 
 def _packed_rows(codes: np.ndarray, num_bits: int) -> np.ndarray:
-    """Returns codes as int32 words, each row padded with zero bits, the first code lowest."""
+    """Returns codes as int32 words, the first code in the lowest bits, rows padded with zeros."""
     padding = -codes.shape[1] % (32 // num_bits)
     # The lowest code packs to zero bits.
     codes = np.pad(codes, ((0, 0), (0, padding)), constant_values=-(2 ** (num_bits - 1)))
@@ -212,7 +212,7 @@ def _quantization_config(schemes: dict[Scheme, list[str]], ignored: list[str]) -
     groups = {}
     for i, (scheme, modules) in enumerate(schemes.items()):
         groups[f"group_{i}"] = {
-            # The first scheme is that of all linear layers that are neither named nor ignored.
+            # The first scheme applies to all linear layers that are neither named nor ignored.
             "targets": modules if i else ["Linear"],
             "weights": {
                 "num_bits": scheme.num_bits,

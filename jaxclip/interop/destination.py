@@ -51,10 +51,8 @@ class Destination:
     def write(
         self, leaves: dict[str, dict[str, ExportTensor]], quantization: JsonObject | None = None
     ) -> None:
-        """Writes the tensors of the leaves, and the companions; all appear at once or not at all.
-
-        `config.json` among the companions gets `quantization` as its `quantization_config`.
-        """
+        """Writes tensors and companions; all appear at once or not at all."""
+        # `config.json` among the companions gets `quantization` as its `quantization_config`.
         tensors: dict[str, ExportTensor] = {}
         for parts in leaves.values():
             for name, tensor in parts.items():

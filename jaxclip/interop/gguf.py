@@ -43,17 +43,17 @@ def to_gguf(
     """Writes a tree as GGUF, with codes in blocks of 32 along the last axis.
 
     Floating leaves of two or more dimensions become blocks of `kind`, with scales of small
-    squared error. Low-bit leaves keep their codes: as Q4_0 if these lie in -8..7 (Q4_1 with
+    squared error. Low-bit leaves keep their codes: as Q4_0 if these are in -8..7 (Q4_1 with
     zero points), otherwise as Q8_0; only scales and offsets are rounded, to float16. Leaves of
-    one dimension, or with rows that are not a multiple of 32 long, stay floating: float16 as it
-    is, others as float32.
+    one dimension, or with rows whose length is not a multiple of 32, stay floating: float16 if
+    they are float16, else float32.
 
     Args:
       path: File to write.
       tree: Pytree of arrays and `QuantizedArray`, with the names and shapes that the reader
         expects; llama.cpp expects (outputs, inputs) under names of its own.
       architecture: Value of `general.architecture`, such as "llama".
-      kind: "Q4_0" (4.5 bits a weight), "Q4_1" (5), "Q8_0" (8.5), or None to keep floating
+      kind: "Q4_0" (4.5 bits per weight), "Q4_1" (5), "Q8_0" (8.5), or None to keep floating
         leaves as they are.
       metadata: Further keys, such as `{"llama.block_count": 12}`: strings, booleans, integers
         (uint32 where they fit, otherwise int64), floats (float32), and lists of one of these.
@@ -123,7 +123,7 @@ def write_gguf(
 
 
 def _gguf_tensor(leaf: NamedLeaf, kind: str | None) -> tuple[str, ExportTensor]:
-    """Returns the name of GGUF's type of a leaf, and its tensor: blocks are uint8."""
+    """Returns the name of a leaf's GGUF type, and its tensor: blocks are uint8."""
     name = leaf.name
     shape: tuple[int, ...] = tuple(leaf.outline.shape) or (1,)
     length = shape[-1]
@@ -163,7 +163,7 @@ def _kind_of_codes(name: str, leaf: QuantizedArray) -> str:
     if fits_in_4_bits(leaf):
         return "Q4_0" if leaf.zero is None else "Q4_1"
     if leaf.zero is not None:
-        raise ValueError(f"leaf '{name}' has zero points, which GGUF has up to 4 bits only.")
+        raise ValueError(f"leaf '{name}' has zero points, which GGUF has only up to 4 bits.")
     return "Q8_0"
 
 

@@ -1,11 +1,11 @@
-"""GGUF blocks of 32 weights: a float16 scale, perhaps an offset, and 32 codes.
+"""GGUF blocks of 32 weights: a float16 scale, for Q4_1 an offset, and 32 codes.
 
-    Q4_0   w' = d * (q - 8)    q in 0..15     18 bytes a block
+    Q4_0   w' = d * (q - 8)    q in 0..15     18 bytes per block
     Q4_1   w' = d * q + m      q in 0..15     20 bytes
     Q8_0   w' = d * q          q in int8      34 bytes
 
-d may be negative. d and m are rounded to float16 before codes are chosen, so the codes fit what
-is stored.
+d may be negative. d and m are rounded to float16 before codes are chosen, so the codes fit the
+stored values.
 """
 
 import functools
@@ -24,7 +24,7 @@ BLOCK_SIZE = 32
 BYTES_PER_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 _CODES = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-128, 127)}
 # Starts of the affine fit: fractions of a block's range that are cut off below and above. The
-# first are tried for all blocks, the second are steps from the best of them.
+# coarse ones are tried for all blocks, the fine ones are steps from the best coarse one.
 _COARSE = np.array(list(itertools.product((-0.03, 0.01, 0.06, 0.12, 0.2), repeat=2)), np.float32)
 _FINE = np.array(list(itertools.product((-0.025, -0.01, 0.01, 0.025), repeat=2)), np.float32)
 # Blocks encoded at once: this bounds memory, and one compilation serves all chunks.
@@ -51,14 +51,14 @@ def blocks_of_codes(
         raise ValueError(f"a scale of {smallest:.3g} is 0 in float16.")
     if zeros is None:
         return _packed(codes, [d], kind)
-    # The zero code stands for 0 with the scale as it is stored, not as it was given.
+    # The zero code must give 0 with the scale as stored, not as given.
     low = _CODES["Q4_0"][0]
     offset = _as_float16(d.astype(np.float32) * (low - zeros))
     return _packed(codes.astype(np.int16) - low, [d, offset], kind)
 
 
 def _packed(codes: np.ndarray, header: list[np.ndarray], kind: str) -> np.ndarray:
-    """Returns blocks: float16 headers, then a byte a code, or codes j and j + 16 in one byte."""
+    """Returns blocks: float16 headers, then a byte per code, or codes j and j + 16 in one byte."""
     if kind == "Q8_0":
         data = codes.astype(np.int8).view(np.uint8)
     else:
@@ -148,11 +148,9 @@ class _AffineFit(NamedTuple):
 
 @jax.jit
 def _affine_fit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns d and m of `d * q + m`, q in 0..15, of small squared error over axis 0.
-
-    From every start codes are rounded once, and d and m are fitted to them by least squares; the
-    best fit is refined further.
-    """
+    """Returns d and m of `d * q + m`, q in 0..15, of small squared error over axis 0."""
+    # From every start codes are rounded once, and d and m are fitted to them by least squares; the
+    # best fit is refined further.
     mean = jnp.mean(x, axis=0)
     x = x - mean[None]
     lowest = jnp.min(x, axis=0)

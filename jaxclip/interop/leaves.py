@@ -1,6 +1,6 @@
 """Leaves as named tensors for a file of another library.
 
-A leaf is in memory, or on disk and read when its tensors are written; its shapes are known before.
+A leaf is in memory, or on disk and read when its tensors are written; shapes are known in advance.
 """
 
 import functools
@@ -71,7 +71,7 @@ def named_leaves(tree: PyTree, separator: str) -> dict[str, NamedLeaf]:
 
 def stored_leaves(source: Source, separator: str) -> dict[str, NamedLeaf]:
     """Returns the leaves of an open file by name; names of foreign files stay as they are."""
-    last: list[tuple[str, PyTree]] = []  # the tensors of a low-bit leaf are read from it once
+    last: list[tuple[str, PyTree]] = []  # all tensors of a low-bit leaf come from one read
 
     def read(stored: str) -> PyTree:
         if not last or last[0][0] != stored:
@@ -138,6 +138,6 @@ def codes_of(name: str, leaf: QuantizedArray) -> np.ndarray:
 
 
 def fits_in_4_bits(leaf: QuantizedArray) -> bool:
-    """Returns True if all codes of the leaf's grid lie in -8..7; shapes suffice."""
+    """Returns True if all codes of the leaf's grid are in -8..7; shapes suffice."""
     low, high = leaf.grid.code_range
     return low >= -8 and high <= 7

@@ -27,8 +27,8 @@ def to_safetensors(
       dtype: Floating dtype of all floating tensors; None keeps the dtype of each leaf.
       separator: String that joins the keys of nested trees to a name.
       max_shard_bytes: Largest size of a shard, in bytes of tensors; None for one file. The folder
-        gets shards and an index, or one `model.safetensors` if that holds all. The tensors of a
-        leaf stay together, so a leaf that is larger is alone in its shard.
+        gets shards and an index, or one `model.safetensors` if all tensors fit. The tensors of a
+        leaf stay together, so a larger leaf is alone in its shard.
       overwrite: True to replace an existing file. A folder is never replaced.
 
     Raises:

@@ -48,7 +48,8 @@ class QuantizedArray:
 
     Attributes:
       qvalue: Codes in the array's shape: int8, or int4 or int2 after `with_code_dtype`.
-      scale: float32, float16 or bfloat16; 1 along shared axes, one a group along a grouped one.
+      scale: float32, float16 or bfloat16; of length 1 along shared axes, one per group along a
+        grouped axis.
       grid: The codes and the blocks that share a scale; from `quantize` with negative axes.
       dtype: Dtype of the array that was quantized, and of `dequantize`'s result.
       zero: int8, in the shape of `scale`; None without a zero point.
@@ -104,7 +105,7 @@ class QuantizedArray:
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("a QuantizedArray is computed from codes: copy=False cannot be met.")
+            raise ValueError("copy must not be False: a QuantizedArray is computed from its codes.")
         return np.array(dequantize(self), dtype, copy=copy)
 
     def __getitem__(self, index: Any) -> jax.Array:
@@ -125,8 +126,8 @@ class QuantizedArray:
         """Returns the same array with its codes in int8, int4 or int2.
 
         Args:
-          dtype: `jnp.int8`, `jnp.int4` or `jnp.int2`; int2 needs jax 0.10 or newer, since
-            older ones compute wrong numbers from it on CPU.
+          dtype: `jnp.int8`, `jnp.int4` or `jnp.int2`; int2 needs jax 0.10 or newer, because
+            older versions compute wrong numbers from it on CPU.
 
         Returns:
           A `QuantizedArray` that decodes to the same bits.

@@ -1,7 +1,7 @@
-"""Budgets: the width of each leaf, so that all together take no more bytes than they may.
+"""Budgets: a width for each leaf, such that all leaves together fit a number of bytes.
 
 The total error is made small subject to `sum of bytes <= budget`. Each leaf is measured at every
-width; only these numbers are needed here, so the leaves may lie on disk.
+width; only these numbers are needed here, so the leaves may stay on disk.
 """
 
 import math
@@ -15,13 +15,13 @@ from jaxclip._core import checks
 from jaxclip._core.grids import Bits
 from jaxclip.lowbit.arrays import QuantizedArray
 
-# The widths that a budget chooses from. One bit is left out: without a code for 0 its error says
-# less about what a network loses.
+# The widths that a budget chooses from. One bit is left out: it has no code for 0, so its error
+# predicts the loss in accuracy less well.
 ALL_WIDTHS: tuple[Bits, ...] = ("ternary", 2, 3, 4, 5, 6, 8)
 
 
 class Budget(NamedTuple):
-    """The most that a tree may take, in one of two units; the other is None.
+    """Largest size of a tree, in one of two units; the other is None.
 
     Attributes:
       bits_per_weight: Bits of codes and scales for each entry of a low-bit leaf, on average.
@@ -36,7 +36,7 @@ class Option(NamedTuple):
     """A leaf at one width.
 
     Attributes:
-      outline: The low-bit array with shapes for arrays: the codes of all widths would fill memory.
+      outline: The low-bit array with shapes for arrays; codes of all widths would fill memory.
       num_bytes: Bytes that it takes in a file, without the header.
       error: Its squared error.
     """
@@ -49,7 +49,7 @@ class Option(NamedTuple):
 def check_budget(
     bits: Bits | None, bits_per_weight: float | None, num_bytes: int | None = None
 ) -> Budget | None:
-    """Returns the budget that is given, or None; raises if it is no size or not alone."""
+    """Returns the given budget, or None; raises if it is not a size, or not given alone."""
     targets = {"target_bits_per_weight": bits_per_weight, "target_bytes": num_bytes}
     given = {n: v for n, v in {"bits": bits, **targets}.items() if v is not None}
     if len(given) > 1:
@@ -91,7 +91,7 @@ def widths_within_average(
             f"target_bits_per_weight={bits_per_weight} is out of reach: the least is {least}."
         )
     max_bytes = int(bits_per_weight * num_entries / 8) + 1
-    # The average as a report computes it must not exceed the target by a rounding either.
+    # The average that a report computes must not exceed the target, not even by rounding.
     while max_bytes > least_bytes and average(max_bytes) > bits_per_weight:
         max_bytes -= 1
     chosen = allocate(sizes, errors, max(max_bytes, least_bytes) - fixed_bytes)
@@ -116,8 +116,8 @@ def widths_within_file(
     least_bytes = int(sizes.min(axis=1).sum())
     candidates = [allocate(sizes, errors, least_bytes)]
     candidates += [[i] * len(sizes) for i in range(len(ALL_WIDTHS))]
-    # The header's size depends on the widths by some bytes. What is set aside for it only
-    # grows, so the loop ends.
+    # The header's size depends on the widths by some bytes. `set_aside` only grows, so the loop
+    # ends.
     set_aside = bytes_of_the_rest(candidates[0])
     while max_bytes - set_aside >= least_bytes:
         candidates.append(allocate(sizes, errors, max_bytes - set_aside))
@@ -139,15 +139,15 @@ def _tables(measured: Sequence[Sequence[Option]]) -> tuple[np.ndarray, np.ndarra
     """Returns bytes and errors, in shape (leaves, widths)."""
     sizes = [[option.num_bytes for option in options] for options in measured]
     errors = [[option.error for option in options] for options in measured]
-    shape = (len(measured), len(ALL_WIDTHS))  # of no leaves too
+    shape = (len(measured), len(ALL_WIDTHS))  # also without leaves
     return np.asarray(sizes, np.int64).reshape(shape), np.asarray(errors, float).reshape(shape)
 
 
-# --- Bytes shared out: Shoham and Gersho, 1988, https://doi.org/10.1109/29.90373 -------
+# --- Allocation: Shoham and Gersho, 1988, https://doi.org/10.1109/29.90373 -------------
 
 
 def hull_steps(sizes: np.ndarray, errors: np.ndarray) -> list[tuple[float, int]]:
-    """Returns the lower convex hull of (bytes, error): error saved a byte, and option."""
+    """Returns the lower convex hull of (bytes, error), as (error saved per byte, option)."""
     hull: list[tuple[float, int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], errors[i])):
         if hull and errors[i] >= errors[hull[-1][1]]:
@@ -158,15 +158,15 @@ def hull_steps(sizes: np.ndarray, errors: np.ndarray) -> list[tuple[float, int]]
             saved = float((errors[previous] - errors[i]) / (sizes[i] - sizes[previous]))
             if saved < hull[-1][0]:
                 break
-            hull.pop()  # it lies above the line from the one before it to this
+            hull.pop()  # it is above the line from its predecessor to this option
         hull.append((saved, i))
     return hull
 
 
 def allocate(sizes: np.ndarray, errors: np.ndarray, budget: int) -> list[int]:
     """Returns an option for each leaf that together fit the budget, of low total error."""
-    # The error exceeds the optimum by less than one step of a hull saves, and is no larger than
-    # that of any one option for all leaves that fits.
+    # The error exceeds the optimum by less than the error that one step of a hull saves. It is
+    # no larger than with the same option for all leaves.
     num_leaves, num_options = sizes.shape
     hulls = [hull_steps(*leaf) for leaf in zip(sizes, errors, strict=True)]
     chosen = [hull[0][1] for hull in hulls]
@@ -188,7 +188,7 @@ def allocate(sizes: np.ndarray, errors: np.ndarray, budget: int) -> list[int]:
         if not is_full[leaf]:
             chosen[leaf] = option
             spent += more
-    # A hull's coarse steps can leave bytes over that one option for all would use.
+    # A hull's coarse steps can leave bytes unused that one option for all leaves would use.
     uniform = [[i] * num_leaves for i in range(num_options) if sizes[:, i].sum() <= budget]
     return min(
         [chosen, *uniform],

@@ -1,6 +1,6 @@
 """The error of low-bit arrays: squared error and clipped entries, in float64.
 
-NumPy throughout, some rows at a time: compiling for each shape would take longer than the sums.
+In NumPy, some rows at a time: compiling for each shape would take longer than the sums.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import numpy as np
 from jaxclip._core.floats import FLOAT32_MAX
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 
-# Entries that are taken to float64 at once: bounds memory.
+# Entries that are cast to float64 at once, to bound memory.
 _PIECE = 2**17
-# Scales are rounded to float32 or less; what the rounding cuts off is not called clipped.
+# Scales are rounded to float32 or less; entries beyond a level by only that are not clipped.
 _ROUNDING = np.float32(2**-20)
 _Array: TypeAlias = np.ndarray | jax.Array | QuantizedArray
 _Rows: TypeAlias = slice | EllipsisType
@@ -54,7 +54,7 @@ def quantization_error(array: Any, stored: Any) -> QuantizationError | None:
     """Returns the error of `stored` against `array`; None unless both are real floating."""
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (array, stored)):
         return None
-    # An untouched leaf lost nothing, even one that is not finite.
+    # An unchanged leaf has no error, even one that is not finite.
     error = 0.0 if stored is array else squared_error(array, stored)
     num_clipped = _num_clipped(array, stored) if isinstance(stored, QuantizedArray) else None
     return QuantizationError(error, squared_norm(array), num_clipped)
@@ -134,7 +134,7 @@ def _reader(array: _Array) -> Callable[[_Rows], np.ndarray]:
 
 
 def _expanded(low_bit: QuantizedArray, compact: np.ndarray) -> np.ndarray:
-    """Returns one value a block repeated along the group axis; `Grid.expand` in NumPy."""
+    """Returns one value per block repeated along the group axis; `Grid.expand` in NumPy."""
     axis = low_bit.grid.group_axis(low_bit.ndim)
     if axis is None:
         return compact

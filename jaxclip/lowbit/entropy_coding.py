@@ -1,4 +1,4 @@
-"""Entropy coding: codes in as many bits as they carry, not as they are wide.
+"""Entropy coding: frequent codes take fewer bits than rare ones.
 
     huffman   zlib's Huffman coder over bytes of whole codes, in every Python
     ans       asymmetric numeral systems by the package constriction, at the entropy
@@ -17,12 +17,12 @@ import numpy as np
 
 from jaxclip._core import checks, extras
 
-# Codes worked on at a time: a multiple of every number of digits in a byte, so only the last byte
-# of all is padded.
+# Codes processed at a time: a multiple of every number of digits in a byte, so only the very last
+# byte is padded.
 _CHUNK = 120 * 2**13
-# Codes that a byte may stand for: a bit for eight is Huffman's best, more would be a bomb.
+# Codes that a byte may decode to: Huffman's best is one bit for eight codes, more would be a bomb.
 _MAX_GROWTH = 64
-# Codes that any data may stand for in asymmetric numeral systems, where constants are free.
+# Codes that any data may decode to in asymmetric numeral systems, where constants take no bits.
 _ALWAYS_ALLOWED = 2**26
 # zlib's window bits for a stream with neither header nor checksum.
 _RAW_DEFLATE = -15
@@ -47,14 +47,14 @@ def codings_tried(coding: str | None) -> tuple[str, ...]:
 
 
 def encode_codes(codes: np.ndarray, coding: str) -> bytes | None:
-    """Returns flat int8 codes entropy coded; None if a reader would refuse them as a bomb."""
+    """Returns flat int8 codes entropy-coded; None if a reader would refuse them as a bomb."""
     # Equal codes give equal bytes, for Huffman with one version of zlib.
     return (_huffman_encode if coding == "huffman" else _ans_encode)(codes)
 
 
 def decode_codes(data: bytes, coding: str, count: int) -> np.ndarray:
     """Returns the int8 codes that `encode_codes` coded; raises ValueError if data are damaged."""
-    # Memory is bounded by `count` and the data, whatever they hold.
+    # Memory is bounded by `count` and the size of the data, even if they are malicious.
     return (_huffman_decode if coding == "huffman" else _ans_decode)(data, count)
 
 
@@ -69,8 +69,8 @@ def _counts(codes: np.ndarray) -> tuple[int, np.ndarray]:
 #
 # Huffman spends a whole number of bits on a byte, so several codes share one: with `base` levels,
 # k codes are the digits of a byte, base**k <= 256. Codes are mostly near 0. Those beyond the
-# levels are written as the last digit, and follow after all others, one a byte. The best k
-# depends on how peaked the codes are, and is found by trying all on a sample.
+# levels are written as the last digit, and follow after all others, one per byte. The best k
+# depends on the distribution of the codes, and is found by trying all on a sample.
 
 _BASES = {1: 256, 2: 16, 3: 6, 4: 4, 5: 3, 8: 2}  # levels of a digit, by digits in a byte
 _SAMPLE = 2**17  # codes that are tried
@@ -80,7 +80,7 @@ _HUFFMAN_PREFIX = "<bBxxxxxxQ"
 
 @dataclasses.dataclass(frozen=True)
 class _Digits:
-    """Codes as `k` digits a byte; digit 0 is the code `lowest`, `num_beyond` codes have none."""
+    """Codes as `k` digits per byte; digit 0 is the code `lowest`, `num_beyond` codes have none."""
 
     k: int
     lowest: int
@@ -101,7 +101,7 @@ class _Digits:
 
 
 def _choose_digits(lowest: int, counts: np.ndarray, k: int) -> _Digits:
-    """Returns the k digits a byte whose levels hold the most codes."""
+    """Returns the digits, k per byte, whose levels include the most codes."""
     base = _BASES[k]
     if counts.size <= base:
         return _Digits(k, lowest, 0)
@@ -159,7 +159,7 @@ def _huffman_decode(data: bytes, count: int) -> np.ndarray:
         codes[start:stop] = codes_of_bytes[stream[start:stop]]
     codes = codes.reshape(-1)[:count]
     if num_beyond:
-        # Past 127 the last digit wraps to a code that no other digit stands for.
+        # Past 127 the last digit wraps around to a code that no other digit has.
         last_digit = np.array(lowest + digits.base - 1).astype(np.int8)
         is_beyond = codes == last_digit
         if np.count_nonzero(is_beyond) != num_beyond:
@@ -191,7 +191,7 @@ _ANS_PREFIX = "<bxHI"
 def _ans_encode(codes: np.ndarray) -> bytes | None:
     lowest, counts = _counts(codes)
     coder, model = _ans_coder(None), _ans_model(counts)
-    # A stack: what goes in last comes out first.
+    # A stack: the last code in is the first out.
     for start in reversed(range(0, codes.size, _CHUNK)):
         levels = codes[start : start + _CHUNK].astype(np.int32) - np.int32(lowest)
         coder.encode_reverse(levels, model)
@@ -238,7 +238,7 @@ def _ans_coder(compressed: np.ndarray | None) -> Any:
 
 
 def _ans_model(counts: np.ndarray) -> Any:
-    """Returns a model of the counts; coders need two levels, so one alone gets a second."""
+    """Returns a model of the counts; coders need two levels, so a single one gets a second."""
     probabilities = counts / counts.sum() if counts.sum() else np.ones(1)
     if probabilities.size == 1:
         probabilities = np.append(probabilities, 0.0)

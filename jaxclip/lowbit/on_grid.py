@@ -47,15 +47,15 @@ def keep_on_grid(
     rule: Threshold | None = None,
     policy: Policy = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that from a step on the weights lie on a low-bit grid.
+    """Wraps an optimizer so that from `start_step` on the weights are on a low-bit grid.
 
     `v = w + r`, `v <- v + inner(g, v)`, `w <- Q(v)` and `r <- v - w`, where
     `Q(v) = decompress(compress(v, bits, ...))`; the first `start_step` updates are those of
-    `inner`. Gradients are taken at the rounded `w` and go to `v`: the straight-through
-    derivative, without a change to the loss. The residual `r` stays in the state, in float32 for
-    weights in half precision too, so small steps add up.
+    `inner`. Gradients are taken at the rounded `w` and applied to `v`: the straight-through
+    derivative, without a change to the loss. The residual `r` stays in the state, in float32 even
+    for weights in half precision, so small steps add up.
 
-    Wraps everything that sees or bounds the unrounded weights. A box goes inside:
+    Everything that reads or bounds the unrounded weights goes inside, such as a box:
     `keep_on_grid(optax.chain(inner, project_weights(box(fan_in(1.0)))), ...)`.
 
     Args:
@@ -70,15 +70,15 @@ def keep_on_grid(
       A transform that needs `params`; shapes, dtypes and weak types of the updates are kept. Its
       state has as many numbers as the weights. Parameters are on the grid to the rounding of
       `optax.apply_updates`. The low-bit tree itself is `compress(w + r, bits, ...)` with the same
-      arguments, of the sum in the dtype of `r`; for one bit and ternary
-      `compress(params, bits, rule=max_abs)` has its codes. A step that is NaN or infinite passes,
-      and `r` stays.
+      arguments, with the sum in the dtype of `r`; for one bit and ternary
+      `compress(params, bits, rule=max_abs)` has its codes. A step that is NaN or infinite is
+      passed on, and `r` stays as it was.
 
     Raises:
-      TypeError: If `inner` is no transformation, or an argument of `compress` is of a wrong
+      TypeError: If `inner` is not a transformation, or an argument of `compress` is of a wrong
         type.
-      ValueError: If `bits` or `start_step` is not allowed, or `update` gets no params; at
-        `init`, as `compress`.
+      ValueError: If `bits` or `start_step` is not allowed, or `update` gets no params; in
+        `init`, for the reasons of `compress`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -100,7 +100,7 @@ def keep_on_grid(
     grid = as_grid(bits, axis=-1)
     _check_start_step(start_step)
 
-    # Compiled, so outside jit too nothing waits for a check that all values are finite.
+    # Jitted, so that outside of jit, too, no step waits for the check that all values are finite.
     @jax.jit
     def compressed(params):
         return compress(params, grid, rule=least_squares if rule is None else rule, policy=policy)
@@ -118,7 +118,7 @@ def keep_on_grid(
         after = map_clippable(_moved, params, state.residual, updates)
         small = jax.eval_shape(compressed, after)
         is_on = state.step >= start_step
-        # A condition: before `start_step` the grid costs nothing, unless the condition is batched.
+        # A `cond`: before `start_step` the grid costs nothing, unless the condition is batched.
         target = lax.cond(is_on, lambda v: decompress(compressed(v)), lambda v: v, after)
 
         # Leaves that are not low-bit move as `inner` says, and have no residual.

@@ -1,10 +1,10 @@
 """Integer codes as dense bytes, and back: the same bytes from NumPy and from jax.
 
     1, 2, 3, 4, 5, 6, 8 bits   bits [i * b, (i + 1) * b) of a little-endian bit stream
-    ternary                    five a byte in base 3, the first the least significant digit
+    ternary                    five per byte in base 3, the first the least significant digit
 
-Eight codes fill whole bytes at every width, two or four at some. So codes, a byte each, are read
-as words of that many bytes and pushed together: neighbours to pairs, pairs to fours, fours to
+Eight codes fill whole bytes at every width, two or four at some widths. So codes, one byte each,
+are read as words of that many bytes and joined: neighbours to pairs, pairs to fours, fours to
 eights.
 """
 
@@ -18,9 +18,9 @@ from jax.typing import DTypeLike
 
 from jaxclip._core.grids import Bits, code_range
 
-_Array: TypeAlias = Any  # of NumPy or of jax; what comes out is of the kind that went in
-# Codes that NumPy works on at a time, so that intermediate arrays stay in the cache; a multiple of
-# 40, which ends on a byte at every width.
+_Array: TypeAlias = Any  # of NumPy or of jax; results are of the same kind
+# Codes that NumPy processes at a time, so that intermediate arrays stay in the cache. A multiple
+# of 40, so that a piece ends on a byte at every width.
 _PIECE = 40 * 2**15
 # The base-3 digits of each byte, eight bytes read as one word: five digits and three zeros.
 _TRITS = np.arange(256)[:, None] // 3 ** np.arange(8) % 3 * (np.arange(8) < 5)
@@ -38,7 +38,7 @@ def pack_codes(codes: _Array, bits: Bits, *, levels: str = "full") -> _Array:
 
     Code i becomes the unsigned `u = code - low`; one bit is 0 for -1 and 1 for 1. A width of b
     bits takes the bits [i * b, (i + 1) * b) of a little-endian stream. Ternary codes are base-3
-    digits, five a byte, the first the least significant. The last byte is filled up with zeros.
+    digits, five per byte, the first the least significant. The last byte is padded with zeros.
 
     Args:
       codes: Integer array of any shape, entries on the grid; taken in row-major order. NumPy
@@ -69,7 +69,7 @@ def pack_codes(codes: _Array, bits: Bits, *, levels: str = "full") -> _Array:
 
 
 def unpack_codes(packed: _Array, bits: Bits, count: int, *, levels: str = "full") -> _Array:
-    """Unpacks what `pack_codes` packed.
+    """Unpacks the result of `pack_codes`.
 
     Args:
       packed: Flat uint8 array, NumPy or jax.
@@ -161,7 +161,7 @@ def _digits(packed: _Array) -> _Array:
 
 
 def _join(unsigned: _Array, bits: int) -> _Array:
-    """Returns codes, a byte each, joined side by side; a row for some whole bytes."""
+    """Returns codes, one byte each, joined into whole bytes."""
     shared = math.gcd(bits, 8)
     rows = unsigned.reshape(-1, 8 // shared)  # the fewest codes that fill whole bytes
     if isinstance(unsigned, np.ndarray):
@@ -169,7 +169,7 @@ def _join(unsigned: _Array, bits: int) -> _Array:
             return np.packbits(unsigned, bitorder="little")
         words = rows.view(f"<u{8 // shared}")
         return _first_columns(_compact(words, bits).view(np.uint8), bits // shared)
-    # jax has 64-bit words on request only; of bytes XLA makes vectors by itself.
+    # jax has 64-bit words only if they are enabled; XLA vectorizes byte operations by itself.
     columns = []
     for j in range(bits // shared):
         byte = None
@@ -183,7 +183,7 @@ def _join(unsigned: _Array, bits: int) -> _Array:
 
 
 def _split(packed: _Array, bits: int) -> _Array:
-    """Returns the codes, a byte each, that `_join` joined; in rows."""
+    """Returns the codes that `_join` joined, one byte each, in rows."""
     if isinstance(packed, np.ndarray):
         if bits == 1:
             return np.unpackbits(packed, bitorder="little")

@@ -1,4 +1,4 @@
-"""Policies: how each leaf of a tree becomes low-bit, by the first regex that matches its path."""
+"""Policies: a grid and a rule for each leaf, by the first regex that matches its path."""
 
 import dataclasses
 import re
@@ -49,9 +49,9 @@ class LeafSpec:
             return
         if self.has_price and (self.grid.bits == 1 or self.grid.zero_point):
             lacking = "bits=1" if self.grid.bits == 1 else "zero_point"
-            raise ValueError(f"bit_price needs a code that stands for 0, which {lacking} lacks.")
+            raise ValueError(f"bit_price needs a code for the value 0, which {lacking} lacks.")
         if isinstance(self.rule, ThresholdRule):
-            self.rule.bind(self.grid)  # refuses a grid that the rule is not for
+            self.rule.bind(self.grid)  # raises if the rule does not support the grid
 
     @property
     def has_price(self) -> bool:
@@ -63,7 +63,7 @@ class LeafSpec:
         return dataclasses.replace(self, grid=dataclasses.replace(self.grid, bits=bits))
 
     def quantize(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> QuantizedArray:
-        """Returns a leaf as low-bit; `bits` is its width where the grid's is open."""
+        """Returns the low-bit array of a leaf; `bits` is its width if the grid has none."""
         grid = (self if bits is None else self.with_bits(bits)).grid
         if np.ndim(leaf) < 2:
             grid = dataclasses.replace(grid, axis=None)
@@ -74,7 +74,7 @@ class LeafSpec:
                 rule = rule.at_path(path)
             elif not callable(rule) and not _broadcasts(np.shape(rule), shape):
                 raise ValueError(
-                    f"rule must broadcast to one value a block, {shape}, got {np.shape(rule)}."
+                    f"rule must broadcast to one value per block, {shape}, got {np.shape(rule)}."
                 )
         except ValueError as error:
             where = f"{self.origin}, {name}" if self.origin else name
@@ -105,7 +105,7 @@ class _Entry(NamedTuple):
 def leaf_specs(
     names: Sequence[str], leaves: Sequence[PyTree], policy: Policy, default: LeafSpec
 ) -> list[LeafSpec | None]:
-    """Returns the spec of each leaf by the first regex that matches it; None: it stays as it is."""
+    """Returns the spec of each leaf by the first regex that matches it; None to leave it as is."""
     entries = [_parse_entry(pair, default) for pair in policy]
     firsts = [next((i for i, e in enumerate(entries) if e.pattern.search(n)), None) for n in names]
     unmatched = [entry.pattern.pattern for i, entry in enumerate(entries) if i not in firsts]
@@ -127,7 +127,7 @@ def _parse_entry(pair: tuple[str, Spec], default: LeafSpec) -> _Entry:
     try:
         pattern = re.compile(text)
     except (re.error, TypeError) as error:
-        raise ValueError(f"policy has {text!r}, which is no regular expression: {error}") from error
+        raise ValueError(f"policy: {text!r} is not a regular expression: {error}") from error
     if given is None:
         return _Entry(pattern, None, False)
     if isinstance(given, Grid):
@@ -148,7 +148,7 @@ def _spec_of(given: Spec, default: LeafSpec, origin: str) -> LeafSpec:
         if unknown:
             raise ValueError(f"{unknown[0]!r} is none of {_FIELDS}.")
         if fields.get("bits", 4) is None:
-            raise ValueError("bits=None is no width: give None alone to keep a leaf as it is.")
+            raise ValueError("bits must be a width, got None: to keep a leaf, the spec is None.")
         of_grid = {name: fields.pop(name) for name in _GRID_FIELDS if name in fields}
         grid = dataclasses.replace(default.grid, **of_grid)
         return dataclasses.replace(default, grid=grid, **fields, origin=origin)

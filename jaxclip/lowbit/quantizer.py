@@ -27,7 +27,7 @@ from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.scale_and_zero import best_scale_and_zero
 from jaxclip.thresholds.values import is_rule_factory
 
-# A number, an array of one a block, a rule, or the factory of a rule.
+# A number, an array of one per block, a rule, or the factory of a rule.
 Threshold: TypeAlias = ArrayLike | ThresholdRule | Callable[..., ThresholdRule]
 
 
@@ -43,10 +43,10 @@ def quantize(
     Args:
       array: Real floating array of any shape. May be traced.
       bits: A `Grid`; or its width, 1, 2, 3, 4, 5, 6, 8 or "ternary", for one scale for the whole
-        array. With a zero point the range is that of the weights and 0, inside the threshold if
-        one is given; `mse_optimal` chooses both ends.
+        array. With a zero point the grid spans the weights and 0, clipped to the threshold;
+        `mse_optimal` chooses both ends.
       threshold: A rule or a rule's factory (`mse_optimal`, `max_abs`), bound here to the grid;
-        or a number in (0, inf), or an array of one a block.
+        or a number in (0, inf), or an array of one per block.
       name: Name of the array in errors.
 
     Returns:
@@ -55,7 +55,7 @@ def quantize(
       smallest scale of the format.
 
     Raises:
-      TypeError: If `array` is not real floating, or `threshold` is no threshold.
+      TypeError: If `array` is not real floating, or `threshold` is not a threshold.
       ValueError: If `bits` is not allowed, or a concrete entry is NaN or infinite; if
         `mse_optimal` has an `importance` and the grid has a zero point.
 
@@ -90,7 +90,7 @@ def quantize(
 def _check_all_finite(name: str, array: jax.Array) -> None:
     if not checks.is_concrete(array) or not array.is_fully_addressable:
         return
-    with jax.ensure_compile_time_eval():  # a concrete array inside somebody's jit
+    with jax.ensure_compile_time_eval():  # for a concrete array inside a caller's jit
         all_finite = bool(jnp.all(jnp.isfinite(array)))
     if not all_finite:
         index = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array, np.float64)))[0])
@@ -98,7 +98,7 @@ def _check_all_finite(name: str, array: jax.Array) -> None:
 
 
 def _block_thresholds(array: jax.Array, grid: Grid, threshold: Threshold) -> jax.Array:
-    """Returns one threshold a block, in the shape of the scales."""
+    """Returns one threshold per block, in the shape of the scales."""
     if isinstance(threshold, ThresholdRule):
         t = jnp.asarray(threshold.bind(grid).compact(array))
     elif callable(threshold):
@@ -113,7 +113,7 @@ def _block_thresholds(array: jax.Array, grid: Grid, threshold: Threshold) -> jax
         return jnp.broadcast_to(t.reshape((1,) * (len(shape) - t.ndim) + t.shape), shape)
     except ValueError as error:
         raise ValueError(
-            f"threshold must broadcast to one value a block, {shape}, got shape {t.shape}."
+            f"threshold must broadcast to one value per block, {shape}, got shape {t.shape}."
         ) from error
 
 
@@ -146,7 +146,7 @@ def _encode(
 
     if low < -high:  # the sign of the scale puts the longer side where the error is lower
         is_mirrored = block_error(-scale) < block_error(scale)
-        # As a product, since a selection would want scales that are sharded as the errors are.
+        # As a product, because a selection needs scales that are sharded like the errors.
         scale = scale * (1 - 2 * is_mirrored.astype(jnp.float32))
     codes = jnp.clip(jnp.round(ratio(scale)), low, high).astype(jnp.int8)
     return codes, scale.astype(stored.dtype)

@@ -1,7 +1,7 @@
-"""Codes that cost fewer bits once they are entropy coded: rounding that looks at the rate.
+"""Rounding by rate and error: codes that take fewer bits once they are entropy-coded.
 
 The nearest code has the least error, but a rare code is long. A weight goes from code l to the
-next code l' towards 0 where the bits that this saves are worth the error that it adds:
+next code l' towards 0 where the bits saved are worth the added error:
 
     (w - s l')^2 - (w - s l)^2  <  price * s^2 * (bits(l) - bits(l')),   bits(l) = -log2 p(l)
 """
@@ -23,10 +23,10 @@ _NUM_ROUNDS = 3  # the bits of a code depend on the codes chosen
 def cheaper_codes(small: PyTree, original: PyTree, *, price: ArrayLike = 0.12) -> PyTree:
     """Moves codes one step towards 0 where the bits saved are worth the error.
 
-    For files that are entropy coded, together with `rate_optimal`; the reader does not change.
+    For entropy-coded files, together with `rate_optimal`; the reader does not change.
     For each array `sum((w - q)**2) + price * mean(scale**2) * bits` is no larger than before, with
     the bits of an ideal order-0 code (`code_entropy` times the number of entries). The error
-    grows: an entry that moves is within 1.5 steps of its weight, no longer within half of one.
+    grows: an entry that moves is within 1.5 steps of its weight instead of half a step.
 
     Args:
       small: A `QuantizedArray`, or a tree with some; other leaves stay as they are.
@@ -36,7 +36,7 @@ def cheaper_codes(small: PyTree, original: PyTree, *, price: ArrayLike = 0.12) -
         grid falls by `s**2 * log(2) / 6 = 0.116 s**2` for one more bit.
 
     Returns:
-      The same tree, each code as it was or one nearer to 0.
+      The same tree, each code unchanged or one step nearer to 0.
 
     Raises:
       ValueError: If `price` is negative or NaN, an array has one bit or a zero point, or the
@@ -48,8 +48,8 @@ def cheaper_codes(small: PyTree, original: PyTree, *, price: ArrayLike = 0.12) -
       >>> from jaxclip.thresholds import code_entropy, rate_optimal
       >>> w = jax.random.normal(jax.random.key(0), (64, 64))
       >>> q = quantize(w, 8, threshold=rate_optimal(2.0))
-      >>> print(f"{code_entropy(cheaper_codes(q, w).qvalue):.2f} bits a weight")
-      1.86 bits a weight
+      >>> print(f"{code_entropy(cheaper_codes(q, w).qvalue):.2f} bits per weight")
+      1.86 bits per weight
 
     References:
       Wiedemann et al., DeepCABAC, 2019, https://arxiv.org/abs/1905.08318
@@ -88,7 +88,7 @@ def _choose_codes(w: jax.Array, q: QuantizedArray, price: jax.Array) -> jax.Arra
     def code_lengths(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the bits of each code, and of all codes together."""
         counts = code_counts(codes).astype(jnp.float32)
-        # A code that does not occur is as long as if it did half a time.
+        # A code that does not occur counts as occurring half a time.
         bits = jnp.log2(max(codes.size, 1) / jnp.maximum(counts, 0.5))
         return bits, jnp.sum(counts * bits)
 

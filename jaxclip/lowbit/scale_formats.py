@@ -1,4 +1,4 @@
-"""Formats of scales: what a scale is rounded to before codes are made with it.
+"""Formats of scales, to which scales are rounded before codes are computed with them.
 
 | format     | bytes | magnitudes                                | relative error, at most |
 |------------|-------|-------------------------------------------|-------------------------|
@@ -42,7 +42,7 @@ def round_scale(scale: ArrayLike, scale_dtype: str) -> jax.Array:
     scale = jnp.asarray(scale, jnp.float32)
     if scale_dtype == "log8":
         largest = _log8_largest(scale, jnp)
-        # A quotient by a number near the top of float32 would go through a subnormal.
+        # Not log2 of a quotient: by a number near the largest float32 it would be subnormal.
         places = jnp.round(_STEPS * (jnp.log2(largest) - jnp.log2(jnp.abs(scale))))
         index = jnp.clip(places, 0, _LARGEST_CODE).astype(jnp.int32)
         return jnp.copysign(jnp.asarray(_POWERS)[index] * largest, scale)

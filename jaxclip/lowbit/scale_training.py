@@ -1,4 +1,4 @@
-"""Training of scales: the codes of a low-bit tree stay, factors of its scales are trained.
+"""Training of scales: factors of the scales of a low-bit tree are trained, its codes are fixed.
 
     w = (factor * scale) * (code - zero)
 
@@ -24,10 +24,10 @@ def trainable_parts(
 ) -> tuple[dict[str, jax.Array], Callable[[Mapping[str, jax.Array]], PyTree]]:
     """Returns the parts of a low-bit tree that can be trained, and a function to put them back.
 
-    The codes stay. Each low-bit leaf gives factors of its scales, ones at first, so one step size
-    suits scales of all sizes. The other floating leaves, biases and norm scales, are given as
-    they are. A short training of these recovers much of what rounding lost, and the file has the
-    same size.
+    The codes are fixed. Each low-bit leaf gives factors of its scales, ones at first, so one step
+    size suits scales of all sizes. The other floating leaves, biases and norm scales, are returned
+    as they are. A short training of these recovers much of the accuracy that rounding lost, and
+    the file has the same size.
 
     Args:
       small: A tree from `compress`, with at least one low-bit leaf.
@@ -35,10 +35,10 @@ def trainable_parts(
     Returns:
       `parts`, a dict from path to array, and `rebuild`: `rebuild(parts)` is the low-bit tree with
       these parts. Its derivative is straight through the rounding of scales to their format, and
-      `rebuild` of the first parts is `small` itself.
+      `rebuild` of the unchanged parts is `small` itself.
 
     Raises:
-      TypeError: By `rebuild`, if the parts are no dict.
+      TypeError: By `rebuild`, if the parts are not a dict.
       ValueError: If no leaf is low-bit, or two have the same path because a key has a "/"; by
         `rebuild`, if the parts have other paths or shapes.
 
@@ -57,7 +57,7 @@ def trainable_parts(
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(small, is_leaf=is_quantized)
     if not any(is_quantized(leaf) for _, leaf in flat):
-        raise ValueError("trainable_parts needs a tree with a low-bit leaf, as compress gives.")
+        raise ValueError("small must have a low-bit leaf, as the result of compress has.")
     names = _names_of([path for path, _ in flat])
     parts = {}
     for name, (_, leaf) in zip(names, flat, strict=True):

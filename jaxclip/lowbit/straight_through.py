@@ -1,10 +1,10 @@
 """Training through a low-bit grid: rounded values forward, a straight derivative backward.
 
     value        dequantize(quantize(w))
-    derivative   1 where w lies on the grid's range, 0 outside
+    derivative   1 where w is within the grid's range, 0 outside
 
 The threshold itself has no derivative: scales and zeros are measured anew from the weights and
-taken as constants.
+treated as constants.
 """
 
 import jax
@@ -17,7 +17,7 @@ from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.quantizer import Threshold, quantize
 from jaxclip.thresholds.by_error import mse_optimal
 
-# The range is wider by a millionth, so the largest weight of `max_abs` counts as inside.
+# The range is wider by a millionth, so that with `max_abs` the largest weight counts as inside.
 _SLACK = 2.0**-20
 
 
@@ -35,14 +35,14 @@ def fake_quantize(
       array: Real floating array of any shape. May be traced.
       bits: A `Grid`; or its width, 1, 2, 3, 4, 5, 6, 8 or "ternary", for one scale for the whole
         array.
-      threshold: A rule or its factory; or a number in (0, inf), or an array of one a block.
+      threshold: A rule or its factory, a number in (0, inf), or an array of one per block.
 
     Returns:
-      An array of the shape and dtype of `array`. The derivative passes where the entry is
-      within the levels of its block (for 1 bit, within the threshold), and is 0 elsewhere.
+      An array of the shape and dtype of `array`. The derivative is 1 where the entry is
+      within the levels of its block (for 1 bit, within the threshold), and 0 elsewhere.
 
     Raises:
-      TypeError: If `array` is not real floating, or `threshold` is no threshold.
+      TypeError: If `array` is not real floating, or `threshold` is not a threshold.
       ValueError: If an argument is not allowed, or a concrete entry is NaN or infinite.
 
     Example:

@@ -1,4 +1,4 @@
-"""Trees of low-bit arrays: which leaf is stored at how many bits, and the way back."""
+"""Compressing the leaves of a tree to low-bit arrays, and decompressing them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -36,31 +36,30 @@ def compress(
 ) -> PyTree:
     """Replaces leaves of two or more dimensions by low-bit arrays.
 
-    With a target, each leaf gets the width of "ternary", 2, 3, 4, 5, 6 or 8 bits that makes
-    the squared error `sum |W - Q|^2` over all leaves small: bytes go where they lower it most.
-    The error counts in the weights' own units, so that leaves of large weights get more bits;
-    `policy` fixes a leaf that must not follow.
+    With a target, each leaf gets a width of "ternary", 2, 3, 4, 5, 6 or 8 bits. They make the
+    squared error `sum |W - Q|^2` over all leaves small: bytes are spent where they lower it most.
+    The error is in the weights' own units, so leaves of large weights get more bits. `policy` can
+    fix the width of a leaf.
 
     Args:
       params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
         stay as they are, and so do low-bit leaves.
       bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each index
-        along the last axis, an output channel in flax's layouts. None for 4, or with a target
-        for the width that it chooses; so does `Grid(None, group_size=64)`. The grid's axis
-        counts for leaves of two or more dimensions.
-      target_bits_per_weight: Most bits that an entry of a low-bit leaf takes on average, in
-        (0, inf): codes and scales, those of leaves whose width is fixed included. Not traced.
+        along the last axis, an output channel in flax's layouts. None (also in a `Grid`) is 4, or
+        the width that a target chooses. The grid's axis applies to leaves of two or more
+        dimensions.
+      target_bits_per_weight: Largest average number of bits of an entry of a low-bit leaf, in
+        (0, inf): codes and scales, including leaves of fixed width. Not traced.
       rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
         `max_abs`), bound here to the grid; `per_tree` of a rule, measured on all leaves that
         become low-bit by it; or a number.
-      bit_price: For files that are entropy coded: error that a bit is worth, in squared steps, as
-        `price` of `cheaper_codes`, such as 0.12; at 0 every code is the nearest. Files get
-        smaller and the error larger, more so with coarse steps. At least 0; not for 1 bit or
-        with zero points.
+      bit_price: For entropy-coded files: error that a bit is worth, in squared steps, the `price`
+        of `cheaper_codes`, such as 0.12; at 0 every code is the nearest. Files get smaller and
+        the error larger, more so with coarse steps. At least 0; not for 1 bit or zero points.
       policy: Pairs `(regex, spec)`; the first whose regex matches a leaf's path decides. A spec
         is a width, a `Grid`, None to leave a leaf as it is, or a dict of any of a grid's fields,
-        `rule` and `bit_price`, for those leaves instead of the arguments. Leaves that none
-        matches, and specs without a width, follow `bits` or the target. Leaves of fewer than two
+        `rule` and `bit_price`, which replace the arguments for those leaves. Leaves without a
+        match, and specs without a width, follow `bits` or the target. Leaves of fewer than two
         dimensions become low-bit only by a spec with a width.
 
     Returns:
@@ -160,11 +159,11 @@ def decompress(small: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Returns the tree of arrays that a compressed tree stands for.
 
     Args:
-      small: What `compress` returned, or `checkpoints.load` read.
+      small: The result of `compress` or of `checkpoints.load`.
       dtype: Floating dtype for the leaves that were compressed; None for their own.
 
     Returns:
-      The tree with every `QuantizedArray` dequantized; other leaves as they are.
+      The tree with every `QuantizedArray` dequantized; other leaves are unchanged.
 
     Example:
       >>> import jax.numpy as jnp

@@ -66,7 +66,7 @@ class Compressor:
             metrics.append({k: np.asarray(x).astype(np.float64) for k, x in found.items()})
             num_seeds = len(jax.tree.leaves(small)[0])
             trees = [jax.tree.map(lambda x, i=i: x[i], small) for i in range(num_seeds)]
-            if self._coding is None:  # then the size follows from the shapes
+            if self._coding is None:  # the size follows from the shapes
                 sizes.append([size_report(trees[0]).total_bytes] * num_seeds)
             else:
                 sizes.append([size_report(tree, self._coding).total_bytes for tree in trees])
@@ -110,7 +110,7 @@ class Trainer:
 
     def chunk(self, settings: np.ndarray, keep_params: bool = False) -> dict[str, np.ndarray]:
         """Trains pairs (step size, threshold) and returns their arrays, settings leading."""
-        # A chunk with fewer settings is filled up, so that it runs in the same program.
+        # A chunk with fewer settings is padded, so that it runs in the same program.
         num_missing = self.program.num_settings - len(settings)
         filled = np.concatenate([settings, np.repeat(settings[-1:], num_missing, axis=0)])
         trained = self.program.run(filled[:, 0], filled[:, 1])
@@ -157,7 +157,7 @@ class ChunkStore:
         if different:
             raise ValueError(
                 f"directory '{self._folder}' has chunks of another sweep: {', '.join(different)} "
-                "differ. Take an empty folder, or the same arguments, data and version of jax."
+                "differ. Use an empty folder, or the same arguments, data and version of jax."
             )
 
     def _file(self, start: int) -> Path:

@@ -3,8 +3,8 @@
     result = sweep(task, step_sizes=[1e-3, 1e-2], thresholds=[0.5, 1.0])
     print(result.recommend(max_loss=0.01))
 
-Every setting is trained with every seed, compressed to every width, and evaluated as a reader
-of the file would see it.
+Every setting is trained with every seed, compressed to every width, and evaluated with the weights
+that a file would give back.
 """
 
 import math
@@ -66,7 +66,7 @@ def sweep(
       task: The problem: loss, data, optimizer, stop rule and evaluation.
       step_sizes: Positive numbers.
       thresholds: Numbers in [0, inf], one for each box; inf for no box.
-      seeds: Number of seeds, counted from 0, or the integers themselves.
+      seeds: Number of seeds, counted from 0, or the seeds themselves.
       bits: Widths at which each row is evaluated; None for the weights as they were trained.
       compress: `compress(params, bits)`; for other rules or groups, a function around
         `jaxclip.compress`. It is compiled.
@@ -74,25 +74,25 @@ def sweep(
         "smallest".
       record_every: Steps between two records of the history; by default a fiftieth of all.
       loop: "compiled" for a loop over the steps inside the program, "host" for one outside.
-        By default outside where the loss has convolutions and runs on CPU, because XLA's loops
-        around them are slow.
+        None is "host" if the loss has convolutions and runs on CPU, where XLA's loops around
+        them are slow, otherwise "compiled".
       chunk_size: Settings that are trained at once, rounded up to a multiple of the number of
         devices; None for all that fit `memory_budget`.
-      memory_budget: Bytes that the program may hold on each device; None for no limit. Its
-        need is known once it is compiled, so a chunk made smaller by this compiles it again.
+      memory_budget: Bytes that the program may use on each device; None for no limit. Memory use
+        is known only after compilation, so a smaller chunk compiles the program again.
       directory: Folder for finished chunks. An interrupted sweep continues after them when it
-        is called again; with other arguments or data it is refused.
+        is called again; a call with other arguments or data is refused.
       devices: Devices over which the settings are divided; None for all of this process.
       keep_params: True to have the trained parameters in the result.
       progress: True to show a bar in a terminal or a notebook, if rich is installed.
 
     Returns:
-      A `SweepResult`. A diverged row is marked and changes no other.
+      A `SweepResult`. A diverged row is marked and does not affect the others.
 
     Raises:
       TypeError: If `task.evaluate` does not return a dict, or an argument has a wrong type.
       ValueError: If a number is out of range; if a metric of the task is not among those that
-        `evaluate` returns; if `stop` looks at a metric that nothing measures, or that a step and
+        `evaluate` returns; if `stop` reads a metric that nothing measures, or that a step and
         `evaluate` both report; if one setting exceeds `memory_budget`; or if `directory` has
         chunks of another sweep.
       CheckpointError: If a file in `directory` is damaged.
@@ -190,7 +190,7 @@ def _joined(
 
 
 def _identity_of_programs(trainer: Trainer, compressor: Compressor, task: Task) -> dict[str, Any]:
-    """Returns what else must be equal for stored chunks to be of the same sweep."""
+    """Returns further values that must be equal for stored chunks to be of the same sweep."""
     shapes = jax.eval_shape(jax.vmap(task.init_fn), jax.random.split(jax.random.key(0), 2))
     return {
         "recorded_at": trainer.program.recorded_at,
@@ -232,7 +232,7 @@ def _seed_axis(seeds: int | Sequence[int]) -> list[int]:
             found.append(operator.index(seed))
         except TypeError as error:
             raise TypeError(f"seeds[{i}] must be an integer, got {seed!r}.") from error
-        # Of larger integers `jax.random.key` drops the higher bits: two seeds would be one.
+        # `jax.random.key` drops the higher bits of larger integers: two seeds would be one.
         if not -(2**31) <= found[-1] < 2**31:
             raise ValueError(f"seeds[{i}] must be within 32 bits, got {seed!r}.")
     if not found or len(set(found)) != len(found):

@@ -222,7 +222,7 @@ class Program:
         memory, code = self._task.stop.update(row.memory, progress)
         if metrics:
             progress = progress._replace(metrics={**progress.metrics, **metrics})
-            # The rule is updated once a step: on due steps with the metrics, instead of without.
+            # The rule is updated once per step: on due steps with the metrics of `evaluate`.
             if_due = self._task.stop.update(row.memory, progress)
             memory, code = jax.tree.map(
                 functools.partial(jnp.where, is_due), if_due, (memory, code)
@@ -273,7 +273,7 @@ def fingerprint(*programs: Any) -> str:
     """Returns a digest of traced functions and their data, equal in all processes."""
     digest = hashlib.sha256()
     for program in programs:
-        # The structure has the names: a jaxpr knows its outputs by position only.
+        # The structure has the names: a jaxpr identifies its outputs only by position.
         text = f"{program.jaxpr} {jax.tree.structure(program.out_info)}"
         digest.update(re.sub(r"0x[0-9a-f]+", "", text).encode())  # addresses in memory
         for constant in _constants(program.jaxpr):
@@ -284,7 +284,7 @@ def fingerprint(*programs: Any) -> str:
 
 
 def _constants(jaxpr: Any) -> Iterator[Any]:
-    """Yields the data of a jaxpr and of all jaxprs in it, which its text does not show."""
+    """Yields the constants of a jaxpr and of all jaxprs in it, which its text omits."""
     # Jaxprs are recognized by their attributes, because `jax.extend.core` is slow to import.
     yield from getattr(jaxpr, "consts", ())  # an open jaxpr has none
     for equation in jaxpr.eqns:

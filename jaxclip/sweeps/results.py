@@ -48,7 +48,7 @@ def pareto_front(costs: ArrayLike) -> np.ndarray:
         raise ValueError(f"costs must be of shape (points, objectives), got {costs.shape}.")
     is_known = ~np.any(np.isnan(costs), axis=1)
     is_on_front = is_known.copy()
-    # In this order a point comes after all that beat it, so a comparison with the front suffices.
+    # In this order a point comes after all that beat it, so comparing with the front suffices.
     front: list[np.ndarray] = []
     for i in np.lexsort(costs.T[::-1]):
         if not is_known[i]:
@@ -142,7 +142,7 @@ class SweepResult:
     params: PyTree = None
 
     def reason(self, i: int, j: int, seed: int = 0) -> StopReason:
-        """Returns why step size `i` and threshold `j` stopped training; indices, as `seed` is."""
+        """Returns why training stopped, by the indices of step size, threshold and seed."""
         return list(StopReason)[int(self.reason_codes[i, j, seed]) - 1]
 
     def means(self) -> np.ndarray:
@@ -150,7 +150,7 @@ class SweepResult:
         return self.metrics[self.metric].mean(axis=2)
 
     def rows(self) -> list[SweepRow]:
-        """Returns a row for each setting and width, as `pandas.DataFrame` takes them."""
+        """Returns a row for each setting and width, for instance for `pandas.DataFrame`."""
         values = self.metrics[self.metric]
         mean, error = values.mean(axis=2), _standard_error(values)
         gap = np.full(mean.shape, np.nan)
@@ -188,8 +188,8 @@ class SweepResult:
     def recommend(self, max_loss: float = 0.01) -> SweepRow:
         """Returns the row with the smallest file among those nearly as good as the best row.
 
-        Of files of one size it takes the one with the best metric. Its metric is too optimistic,
-        because it was chosen by it: keep a test set that the sweep has not seen.
+        Among files of one size it takes the one with the best metric. That metric is too
+        optimistic, because the row was chosen by it: keep a test set that the sweep has not seen.
 
         Args:
           max_loss: Largest difference of the mean metric to the best, in its own units, up to
@@ -199,8 +199,8 @@ class SweepResult:
           A `SweepRow`.
 
         Raises:
-          ValueError: If `max_loss` is negative or NaN, each setting has a diverged seed, or the
-            mean metric of all others is NaN.
+          ValueError: If `max_loss` is negative or NaN, if each setting has a diverged seed, or if
+            the mean metric of all other settings is NaN.
         """
         if not max_loss >= 0:
             raise ValueError(f"max_loss must be at least 0, got {max_loss!r}.")
@@ -212,7 +212,7 @@ class SweepResult:
                 reason = f"{self.metric!r} is NaN in each row without a diverged seed"
             raise ValueError(f"there is nothing to recommend: {reason}.")
         best = min(self._cost(row) for row in rows)
-        # Metrics are float32 as a rule: .97 and .96 must count as .01 apart.
+        # Metrics are usually float32: .97 and .96 must count as .01 apart.
         worst = best + max_loss + 4 * float(np.finfo(np.float32).eps) * abs(best)
         return min(
             (row for row in rows if self._cost(row) <= worst),
@@ -250,7 +250,7 @@ class SweepResult:
         return self.table()
 
     def to_csv(self, path: str | os.PathLike | None = None) -> str:
-        """Returns the rows as CSV with a header, and writes it to `path` if that is given."""
+        """Returns the rows as CSV with a header, and writes them to `path` if it is given."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(SweepRow._fields)
@@ -258,7 +258,7 @@ class SweepResult:
         return _written(text.getvalue(), path)
 
     def to_json(self, path: str | os.PathLike | None = None) -> str:
-        """Returns all but the parameters as JSON, and writes it to `path` if that is given.
+        """Returns all but the parameters as JSON, and writes it to `path` if it is given.
 
         `from_json` reads it back exactly: NaN and infinities, which JSON lacks, become the
         strings "nan", "inf" and "-inf".
@@ -277,7 +277,7 @@ class SweepResult:
         fields = json.loads(text)
         names = {f.name for f in dataclasses.fields(cls)} - {"params"}
         if not isinstance(fields, dict) or set(fields) != names:
-            raise ValueError("text must be what SweepResult.to_json wrote, with all its fields.")
+            raise ValueError("text must be the result of SweepResult.to_json, with all its fields.")
         kinds = {"seeds": np.int64, "steps": np.int64, "reason_codes": np.int64}
         kinds |= {"recorded_at": np.int64, "is_diverged": np.bool_}
         for name, value in fields.items():

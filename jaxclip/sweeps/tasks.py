@@ -25,22 +25,22 @@ class Task:
       optimizer: `optimizer(step_size)` returns an optax transformation. The step size is
         traced: it may go into a schedule, but not into a Python `if`.
       batches: `batches(key)` returns the batch of a step; pure, with a new key for each step.
-        `random_batches` makes one from arrays.
+        `random_batches` makes such a function from arrays.
       stop: A stop rule with a `max_steps` in it and no `max_seconds`, such as
         `max_steps(1000) | plateau("loss", 50)`. It sees the metrics of every step.
       evaluate: `evaluate(params)` returns scalars by name; pure, because it is compiled.
       metric: Name of the scalar by which settings are judged.
       train_metric: Name of the same scalar on the training data, for the generalization gap.
       mode: "max" if a larger metric is better, "min" if a smaller one is.
-      weight_threshold: `weight_threshold(number)` returns a threshold of `make_train_step`;
+      weight_threshold: `weight_threshold(number)` returns a threshold for `make_train_step`;
         the number is traced. `fan_in` takes multiples of the initial scale, a function of your
         own may return a schedule. None bounds all weights by the number itself.
-      evaluate_every: Steps between two evaluations for `stop`; needed only if `stop` looks
-        at a scalar of `evaluate`.
+      evaluate_every: Steps between two evaluations for `stop`; needed only if `stop` reads
+        a scalar of `evaluate`.
 
     Raises:
       TypeError: If `stop` is not a stop rule.
-      ValueError: If `stop` has no last step or looks at the clock, `mode` is neither "max" nor
+      ValueError: If `stop` has no last step or reads the clock, `mode` is neither "max" nor
         "min", or `evaluate_every` is not an integer of at least 1.
 
     Example:
@@ -80,7 +80,7 @@ class Task:
         if self.stop.num_steps is None:
             raise ValueError("stop must have a last step: add | max_steps(...).")
         if self.stop.uses_clock:
-            raise ValueError("stop looks at the clock, which all rows of a sweep share.")
+            raise ValueError("stop must not read the clock, which all rows of a sweep share.")
         checks.check_choice("mode", self.mode, ("max", "min"))
         if self.evaluate_every is not None:
             checks.check_count("evaluate_every", self.evaluate_every)
@@ -136,15 +136,15 @@ def checked_task(task: Task) -> Task:
     check_unambiguous(task.stop, STEP_METRICS, metrics)
     watched = sorted(task.stop.metrics & set(metrics))
     if watched and task.evaluate_every is None:
-        raise ValueError(f"stop looks at {watched}: set evaluate_every.")
+        raise ValueError(f"stop reads {watched} of evaluate: set evaluate_every.")
     return task if watched else dataclasses.replace(task, evaluate_every=None)
 
 
 def check_unambiguous(stop: StopRule, reported: Iterable[str], evaluated: Iterable[str]) -> None:
-    """Raises if `stop` looks at a name that both a step and `evaluate` use: it would see both."""
+    """Raises if `stop` reads a name that both a step and `evaluate` use: it would get both."""
     both = sorted(stop.metrics & set(reported) & set(evaluated))
     if both:
         raise ValueError(
-            f"evaluate returns {both}, which the step reports already, and stop looks at it: "
+            f"evaluate returns {both}, which the step reports already, and stop reads it: "
             "choose another name."
         )

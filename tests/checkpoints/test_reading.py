@@ -29,9 +29,12 @@ def test_like_gives_its_structure_to_flat_names(folder, tmp_path):
     ("change", "message"),
     [
         (lambda t: t | {"w": np.zeros((3, 2), np.float32)}, r"'w' has shape \(2, 3\)"),
-        (lambda t: t | {"w": np.zeros((2, 3), np.float16)}, "'w' has dtype float32, and float16"),
-        (lambda t: t | {"x": np.zeros(1)}, "'x' is wanted"),
-        (lambda t: {"w": t["w"]}, "'b/0' is there, but is not wanted"),
+        (
+            lambda t: t | {"w": np.zeros((2, 3), np.float16)},
+            "'w' has dtype float32, but like has float16",
+        ),
+        (lambda t: t | {"x": np.zeros(1)}, "'x' is in like, but not in the file"),
+        (lambda t: {"w": t["w"]}, "'b/0' is in the file, but not in like"),
     ],
 )
 def test_like_names_the_first_difference(change, message, tmp_path):

@@ -329,7 +329,7 @@ def test_a_folder_that_is_read_still_loads(name, tmp_path):
         functools.partial(clip_checkpoint, threshold=0.5),
     ]
     for rewrite in rewrites:
-        with pytest.raises(ValueError, match="would change what the folder"):
+        with pytest.raises(ValueError, match="would change the content of the folder"):
             rewrite(folder, folder / name)
     assert sorted(checkpoints.load(folder)) == ["a", "b"]
 

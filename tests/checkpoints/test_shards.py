@@ -90,7 +90,7 @@ def test_a_shard_that_the_index_does_not_list_is_named(folder):
 def test_index_and_shards_must_agree_on_every_tensor(folder):
     weight_map = read_weight_map(folder)
     write_index(folder, weight_map | {"c": SHARDS[0]})
-    with pytest.raises(CheckpointError, match="tensor 'c' is missing in its shard"):
+    with pytest.raises(CheckpointError, match="tensor 'c' is missing from its shard"):
         checkpoints.load(folder)
     write_index(folder, weight_map | {"a.bias": SHARDS[1]})
     with pytest.raises(CheckpointError, match=r"tensor 'a\.bias' is in shard"):

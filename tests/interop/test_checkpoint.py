@@ -139,9 +139,9 @@ def test_an_export_never_changes_the_content_of_a_folder_that_it_reads(tmp_path,
     ]
     for source, name, place in itertools.product(sources, names, [folder, link]):
         if name not in before:
-            with pytest.raises(ValueError, match="would change what the folder"):
+            with pytest.raises(ValueError, match="would change the content of the folder"):
                 interop.export_checkpoint(source, place / name, "safetensors")
-            with pytest.raises(ValueError, match="would change what the folder"):
+            with pytest.raises(ValueError, match="would change the content of the folder"):
                 interop.export_checkpoint(source, place / name, "safetensors", max_shard_bytes=1)
     assert files_of(folder) == before
     interop.export_checkpoint(folder, folder / "other.safetensors", "safetensors")

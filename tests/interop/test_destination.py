@@ -206,8 +206,8 @@ def test_other_files_are_copied_with_shards_and_from_a_cache_of_links(tmp_path):
     [
         ("{", "Expecting property name"),
         ("[" * 100_000, "recursion"),
-        ("[]", "config.json holds no object"),
-        ('{"quantization_config": {}}', "has a quantization_config: give that of plain weights"),
+        ("[]", "config.json is not a JSON object"),
+        ('{"quantization_config": {}}', "has a quantization_config: use that of plain weights"),
         (None, "No such file .*config.json"),
     ],
 )

@@ -156,7 +156,7 @@ def test_metadata_is_read_back(tmp_path, gguf):
         (
             {"w": quantized(np.ones((1, 32)), [[1]], 8, zero=[[1]])},
             ValueError,
-            "'w' has zero points, which GGUF has up to 4 bits only",
+            "'w' has zero points, which GGUF has only up to 4 bits",
         ),
         ({"w": drawn(4, (2, 33))}, ValueError, "'w' must have rows of a multiple of 32, got 33"),
         ({"w": np.full((1, 32), np.nan)}, ValueError, "'w': a weight is NaN or infinite"),

@@ -87,7 +87,7 @@ def test_leaves_of_one_name_are_refused(tmp_path):
     tree = {"a": {"b": np.zeros(1)}, "a.b": np.ones(1)}
     with pytest.raises(ValueError, match=r"two leaves have the name 'a\.b'"):
         interop.to_safetensors(tmp_path / "net.safetensors", tree)
-    with pytest.raises(ValueError, match="'__metadata__', which safetensors keeps"):
+    with pytest.raises(ValueError, match="'__metadata__', which safetensors reserves"):
         interop.to_safetensors(tmp_path / "net.safetensors", {"__metadata__": np.zeros(1)})
     assert list(tmp_path.iterdir()) == []
 

@@ -127,8 +127,8 @@ def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
         ({"bits": 4, "rule": jaxclip.thresholds.rate_optimal(2.0)}, "rate_optimal needs bits=8"),
         ({"bit_price": -0.1}, "bit_price must be finite and not negative"),
         ({"bit_price": "low"}, "bit_price must be a non-negative number"),
-        ({"bits": 1, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
-        ({"zero_point": True, "bit_price": 0.1}, "bit_price needs a code that stands for 0"),
+        ({"bits": 1, "bit_price": 0.1}, "bit_price needs a code for the value 0"),
+        ({"zero_point": True, "bit_price": 0.1}, "bit_price needs a code for the value 0"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""The file format, byte by byte as in `docs/format.md`: layout, codes and header.
+"""The file format of `docs/format.md`, byte by byte: layout, codes and header.
 
-`file = length + header + tensors`; a plan of it follows from shapes and dtypes alone.
+`file = length + header + tensors`; a plan of the file follows from shapes and dtypes alone.
 """

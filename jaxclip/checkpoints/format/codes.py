@@ -1,4 +1,4 @@
-"""The codes of a low-bit leaf: packed or entropy coded when written, decoded when read.
+"""The codes of a low-bit leaf: packed or entropy-coded when written, decoded when read.
 
 `codes = unpack(bytes)` is exact, and bytes that no writer makes are refused.
 """
@@ -16,7 +16,7 @@ from jaxclip.lowbit.scale_formats import decode_log8
 
 
 def coded_tensor(tensor: Tensor, leaf: Leaf, coding: str | None) -> tuple[str, np.ndarray] | None:
-    """Returns coding and bytes of a leaf's codes, or None where packed codes are no larger."""
+    """Returns the coding and bytes of a leaf's codes, or None if packed codes are not larger."""
     if coding is None or not isinstance(leaf, QuantizedArray):
         return None
     if tensor.name != f"{tensor.leaf}:codes":
@@ -25,7 +25,7 @@ def coded_tensor(tensor: Tensor, leaf: Leaf, coding: str | None) -> tuple[str, n
     leaf.check_codes(codes, tensor.leaf)
     num_bytes, smallest = tensor.num_bytes, None
     for tried in codings_tried(coding):
-        # None where the codes get so small that no reader would believe it.
+        # None where the data are so small that a reader would refuse them.
         coded = encode_codes(codes, tried)
         if coded is not None and len(coded) < num_bytes:
             num_bytes, smallest = len(coded), (tried, np.frombuffer(coded, np.uint8))

@@ -1,7 +1,7 @@
-"""The header of a file, made for a plan: JSON behind an 8-byte length.
+"""The header of a file, made from its plan: an 8-byte length, then JSON.
 
 To the safetensors header it adds one metadata entry with the tree, the grids of low-bit leaves
-and a CRC-32 for each tensor and for the header. `docs/format.md` has every key.
+and a CRC-32 for each tensor and for the header. `docs/format.md` documents every key.
 """
 
 import json
@@ -28,11 +28,9 @@ def make_header(
     codings: dict[str, str | None] | None = None,
     min_bytes: int = 0,
 ) -> bytes:
-    """Returns length and header of a file, filled up with spaces to `min_bytes`.
-
-    Without checksums, zeros stand for them: the size is the same. Codes are packed unless
-    `codings` has the name of their leaf.
-    """
+    """Returns length and header of a file, padded with spaces to `min_bytes`."""
+    # Without checksums they are zeros: the size is the same. Codes are packed unless `codings`
+    # has the name of their leaf.
     crc = {t.name: f"{checksums[t.name] if checksums else 0:08x}" for t in plan.tensors}
     quantized = {n: leaf for n, leaf in plan.leaves.items() if is_quantized(leaf)}
     codings = codings or {}
@@ -64,7 +62,7 @@ def make_header(
 
 
 def header_size(plan: FilePlan, coding: str | None) -> int:
-    """Returns the bytes kept for a header: the most it takes, however small coded codes get."""
+    """Returns the bytes reserved for a header: its largest size, whatever the coded sizes are."""
     # The offsets are those of packed codes, and each leaf has the longest name of a coding.
     quantized = (n for n, leaf in plan.leaves.items() if is_quantized(leaf))
     longest = max(codings_tried(coding), key=len, default=None)

@@ -1,8 +1,8 @@
-"""The layout of a file: which tensors hold a tree, where they lie, and their bytes.
+"""The layout of a file: the tensors that hold a tree, their places, and their bytes.
 
 The layout follows from shapes and dtypes alone, so the size of a file is known before any value
 is: `data_bytes = sum(tensor.stop - tensor.start)`. `docs/format.md` has the format byte by byte.
-What a file cannot hold raises TypeError or ValueError naming the leaf.
+Leaves that a file cannot hold raise a TypeError or ValueError that names them.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ DTYPES = {
     "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Bounds the memory of packing. A multiple of 40 codes ends on a byte at every width.
+# Bounds the memory of packing. A multiple of 40, so that a chunk ends on a byte at every width.
 CODES_PER_CHUNK = 40 * 2**15
 
 
@@ -58,7 +58,7 @@ class Tensor:
 
     @property
     def leaf(self) -> str:
-        """The name of the leaf that it holds, whole or in part."""
+        """The name of the leaf that it holds, or holds a part of."""
         return self.name.partition(":")[0]
 
     @property
@@ -112,8 +112,8 @@ class FilePlan:
 
 
 def native_dtype(dtype: np.dtype) -> np.dtype:
-    """Returns a dtype in the machine's byte order, the only one that jax and files take."""
-    # Not newbyteorder alone: the dtypes of random keys do not have it.
+    """Returns a dtype in the machine's byte order, the only one that jax and files support."""
+    # Not newbyteorder alone: the dtypes of random keys lack that method.
     return dtype if getattr(dtype, "isnative", True) else dtype.newbyteorder("=")
 
 
@@ -176,7 +176,7 @@ def _escape(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the key {text!r} of a dict is not valid Unicode text.") from error
-    if text == "__metadata__":  # the key that safetensors keeps for itself
+    if text == "__metadata__":  # the key that safetensors reserves
         return "%5F_metadata__"
     return text.replace("%", "%25").replace("/", "%2F").replace(":", "%3A")
 
@@ -204,7 +204,7 @@ def check_has_values(name: str, array: Array) -> None:
         raise TypeError(f"leaf '{name}' has no values: it is a {type(array).__name__}.")
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise ValueError(
-            f"leaf '{name}' lies partly on other processes: gather it first, for instance "
+            f"leaf '{name}' is partly on other processes: gather it first, for instance "
             "with `jax.experimental.multihost_utils.process_allgather`."
         )
 
@@ -248,7 +248,7 @@ def _packed_chunks(name: str, leaf: QuantizedArray) -> Iterator[np.ndarray]:
 
 
 def _side_part(name: str, leaf: QuantizedArray, part: str) -> np.ndarray:
-    """Returns scales, their largest (":unit") or zeros of a low-bit leaf as a file holds it."""
+    """Returns the scales, the unit of log8 scales, or the zeros of a low-bit leaf for a file."""
     leaf.check_values(name)
     if part == ":zero":
         return np.asarray(leaf.zero)

@@ -1,6 +1,6 @@
-"""The header of a file, read with suspicion: anyone can compute a checksum.
+"""The header of a file, parsed as untrusted input: anyone can compute a checksum.
 
-Everything it says is checked before a byte of data is read. The tree that it describes, laid out
+All its values are checked before a byte of data is read. The tree that it describes, laid out
 again, must give exactly the tensors that it lists. Errors are ValueErrors that name the tensor;
 `reading` adds the file's name.
 """
@@ -40,7 +40,7 @@ from jaxclip.lowbit.scale_formats import dtype_in_memory
 
 @dataclasses.dataclass(frozen=True)
 class FileContents:
-    """Contents of a file, as its header tells them.
+    """Contents of a file, as its header describes them.
 
     Attributes:
       tensors: The tensors by name.
@@ -79,17 +79,14 @@ def header_length(prefix: bytes, file_size: int) -> int:
     """Returns the header's length in bytes, read from the first 8 bytes of a file."""
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= file_size - 8:
-        raise ValueError("not a safetensors file, or cut short: its header is not all there.")
+        raise ValueError("not a safetensors file, or cut short: its header is incomplete.")
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"its header is larger than {MAX_HEADER_BYTES:,} bytes.")
     return length
 
 
 def parse_header(raw: bytes, data_bytes: int) -> FileContents:
-    """Parses and checks a header with its length, ours or another library's.
-
-    `data_bytes` is the number of bytes that follow it in the file.
-    """
+    """Parses and checks length and header of a file in which `data_bytes` bytes follow them."""
     outer = strict_json(raw[8:], "the header")
     metadata = outer.pop("__metadata__", {}) if type(outer) is dict else None
     if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
@@ -107,8 +104,8 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
     version = inner.get("version")
     if version not in VERSIONS or type(version) is not int:
         raise ValueError(
-            f"the file has version {version!r} of the format and this jaxclip reads versions "
-            f"1 to {VERSIONS[-1]}: a jaxclip that reads version {version!r} is needed."
+            f"the file has version {version!r} of the format, but this jaxclip reads versions "
+            f"1 to {VERSIONS[-1]}: use a jaxclip that reads version {version!r}."
         )
     return _parse_ours(inner, _parse_tensors(outer, data_bytes))
 
@@ -150,7 +147,7 @@ def _parse_tensors(entries: dict[str, Any], data_bytes: int) -> dict[str, Tensor
         if type(dtype) is not str or dtype not in DTYPES:
             raise ValueError(f"tensor {name!r}: its dtype {dtype!r} is not supported.")
         if not _is_shape(shape) or not _is_shape(offsets) or len(offsets) != 2:
-            raise ValueError(f"tensor {name!r}: its shape or its place is not valid.")
+            raise ValueError(f"tensor {name!r}: its shape or its data_offsets are not valid.")
         if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
             raise ValueError(f"tensor {name!r}: its shape does not fit its size.")
         tensors[name] = Tensor(name, dtype, tuple(shape), *offsets)
@@ -180,8 +177,8 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
 
     codings = {name: _coding_of(name, info) for name, info in infos.items()}
     tree = _abstract_node(inner["tree"], (), shapes_of)
-    # Laid out again, the tree must give the tensors that the file has. Coded codes take the bytes
-    # that the file says, but never more than packed ones.
+    # Laid out again, the tree must give the tensors of the file. Coded codes take the bytes that
+    # the header says, but never more than packed ones.
     plan = plan_file(tree)
     coded = {f"{name}:codes" for name, coding in codings.items() if coding is not None}
     sizes = {}
@@ -235,7 +232,7 @@ def _split_node(node: Any) -> tuple[str, Any]:
 
 
 def _coding_of(name: str, info: Any) -> str | None:
-    """Returns the coding of a leaf's codes, None in version 1, which has packed codes only."""
+    """Returns the coding of a leaf's codes; None in version 1, which has only packed codes."""
     coding = info.get("coding") if type(info) is dict else None
     if coding not in (None, "huffman", "ans"):
         raise ValueError(f"tensor {name!r}: its coding {coding!r} is not known.")
@@ -256,7 +253,7 @@ def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
     try:
         if type(scale_dtype) is not str:
             raise TypeError(f"scale_dtype must be a name, got {scale_dtype!r}.")
-        code_range(info["bits"])  # an open width is for trees, not for files
+        code_range(info["bits"])  # raises for None, which a Grid allows but a file does not
         grid = Grid(
             info["bits"],
             levels="full" if info["full_signed"] else "narrow",

@@ -1,8 +1,8 @@
-"""Files written leaf by leaf: a tree of ours, or plain tensors for other readers.
+"""Files written leaf by leaf: a tree, or plain tensors for other readers.
 
-Memory is bounded by one leaf. The header of a tree stands before the data that it describes, so
-bytes are kept for the largest header possible: the size of coded codes is known only when they
-are written.
+Memory is bounded by one leaf. The header of a tree precedes the data that it describes, and the
+size of coded codes is known only when they are written. So bytes are reserved for the largest
+header possible.
 """
 
 import json
@@ -33,8 +33,8 @@ def write_tree(
 ) -> FilePlan:
     """Writes a tree to an empty file; returns its plan with the sizes of coded codes.
 
-    `produce` gives a leaf by name. It is called once a leaf, and the leaf is dropped before the
-    next one.
+    `produce` returns a leaf by name. It is called once per leaf, and each leaf is dropped before
+    the next one.
     """
     reserved = header_size(plan, coding)
     file.write(bytes(reserved))
@@ -76,7 +76,7 @@ def _write_chunks(file: BinaryIO, chunks: Iterator[np.ndarray]) -> tuple[int, in
 
 
 def _is_of_bytes(tensor: Tensor) -> bool:
-    """Returns True for tensors of single bytes: the last ones, coded ones among them."""
+    """Returns True for tensors of single bytes: the last ones, including coded codes."""
     return DTYPES[tensor.dtype].itemsize == 1
 
 
@@ -93,7 +93,7 @@ def write_plain(
 ) -> int:
     """Writes tensors under their own names, for other readers; returns the bytes of the header."""
     if "__metadata__" in specs:
-        raise ValueError("a leaf has the name '__metadata__', which safetensors keeps.")
+        raise ValueError("a leaf has the name '__metadata__', which safetensors reserves.")
     plan = plan_file(specs)
     # A plan escapes names, but here they stay as they are. Both are sorted alike.
     names = dict(zip(plan.leaves, sorted(specs), strict=True))
@@ -105,7 +105,7 @@ def write_plain(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     prefix = struct.pack("<Q", len(text))
-    header_length(prefix, 8 + len(text))  # raises if it is longer than any reader takes
+    header_length(prefix, 8 + len(text))  # raises if it is longer than readers accept
     file.write(prefix + text)
     for t in plan.tensors:
         array = np.asarray(produce(names[t.name]))
