@@ -1,4 +1,4 @@
-"""The plan of the house: wings import one way, faces name what is public, the root is light."""
+"""Architecture: imports run one way, `__init__` files list public names, the root is light."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""Updates whose rounded sum with the weights lies in a set, not only near it.
+"""Updates whose rounded sum with the weights is in a set, not only near it.
 
 `optax.apply_updates` rounds `w + u`. An update to a point of a set, `target - w`, is itself
 rounded, and so is its sum with `w`: some weights that should end on a bound end beyond it.

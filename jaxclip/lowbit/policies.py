@@ -148,7 +148,7 @@ def _spec_of(given: Spec, default: LeafSpec, origin: str) -> LeafSpec:
         if unknown:
             raise ValueError(f"{unknown[0]!r} is none of {_FIELDS}.")
         if fields.get("bits", 4) is None:
-            raise ValueError("bits must be a width, got None: to keep a leaf, the spec is None.")
+            raise ValueError("bits must be a width, got None; None alone keeps a leaf.")
         of_grid = {name: fields.pop(name) for name in _GRID_FIELDS if name in fields}
         grid = dataclasses.replace(default.grid, **of_grid)
         return dataclasses.replace(default, grid=grid, **fields, origin=origin)

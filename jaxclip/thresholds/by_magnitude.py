@@ -106,7 +106,7 @@ class _PercentileAbs(ThresholdRule):
         return _least_exceeded_by(self._num_above(count), count_above, largest)
 
     def _num_above(self, counts: ArrayLike) -> np.ndarray:
-        """Returns how many weights may lie above."""
+        """Returns the number of weights that may be above the threshold."""
         # Counted from the top, because padding of a group is at the bottom.
         counts = np.asarray(counts, np.float64)
         return counts - np.ceil(counts * self.q / 100)

@@ -57,9 +57,9 @@ def _of_all_entries(grid: Grid) -> Grid:
 def per_tree(rule: ThresholdRule) -> ThresholdRule:
     """Makes a rule that chooses one threshold for all leaves together.
 
-    `t = rule(w)`, where `w` are the entries of all floating leaves: of the tree, of the subtree
-    that it stands for in a prefix tree, or of the leaves that a mask keeps. In `compress` they
-    are those of the leaves that it makes low-bit; with `axis=None` each leaf stores one scale.
+    `t = rule(w)`, where `w` are the entries of all floating leaves of the tree. In a prefix tree
+    these are the leaves of its subtree, with a mask those that it keeps, and in `compress` those
+    that become low-bit. With `axis=None` each leaf stores one scale.
     `clip_weights`, `box`, `make_train_step`, `compress` and leaf-wise gradient clips take this
     rule. Functions that see one leaf at a time refuse it: other projections, `quantize`, and the
     rewriting of files.

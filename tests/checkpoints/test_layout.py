@@ -293,7 +293,7 @@ def test_the_hand_made_header_is_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "version 3 is needed"),
+        ({"version": 3}, "use a jaxclip that reads version 3"),
         ({"version": 2}, "description in the header"),
         ({"version": True}, "version"),
         ({"version": "1"}, "version"),

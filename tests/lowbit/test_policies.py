@@ -116,7 +116,7 @@ def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
     [
         ({"width": 4}, "'width' is none of"),
         ({"bits": 7}, "bits must be one of"),
-        ({"bits": None}, "bits=None"),
+        ({"bits": None}, "bits must be a width, got None"),
         ({"group_size": 0}, "group_size must be"),
         ({"axis": "last"}, "axis must be an integer"),
         ({"axis": 5}, r"kernel.*axis must be in \[-2, 2\)"),
