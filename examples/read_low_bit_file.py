@@ -59,7 +59,7 @@ def weights(name, info, tensors):
 
 
 def spread(scale, info):
-    """One value a block to one an entry, along the axis that is cut into groups."""
+    """Repeats one value per block to one per entry, along the axis that is cut into groups."""
     shape, channels = info["shape"], np.atleast_1d([] if info["axis"] is None else info["axis"])
     free = [a for a in range(len(shape)) if a not in channels and a - len(shape) not in channels]
     if info["group_size"] is None or not shape:

@@ -1,6 +1,6 @@
 """The command line: `jaxclip COMMAND ...`, or `python -m jaxclip COMMAND ...`.
 
-Commands import what they need when they run, so that `--help` answers at once.
+Commands import their modules when they run, so that `--help` is fast.
 """
 
 import argparse
@@ -114,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         process.
 
     Returns:
-      The exit status: 0, 1 after an error, with a message on standard error, or 130 after an
-      interrupt.
+      The exit status: 0, 1 after an error (a message on standard error), 130 after an interrupt.
 
     Example:
       >>> main(["verify", "net.safetensors"])

@@ -119,7 +119,7 @@ class Grid:
 
     def from_the_end(self, ndim: int) -> "Grid":
         """Returns the same grid with negative axes, for an array of `ndim` dimensions."""
-        # Negative axes stay right when vmap or a stack puts other axes in front.
+        # Negative axes stay right when vmap or a stack adds leading axes.
         self.channel_axes(ndim)  # refuses axes that the array does not have
         if self.axis is None:
             return self

@@ -90,7 +90,7 @@ def check_total_size(total: int | None, found: int) -> None:
     """Raises if the index gives a total size and the shards hold another number of bytes."""
     if total is not None and total != found:
         raise ValueError(
-            f"{INDEX_NAME} says {total:,} bytes of tensors, the shards hold {found:,}."
+            f"{INDEX_NAME} gives {total:,} bytes of tensors, but the shards have {found:,}."
         )
 
 

@@ -108,9 +108,9 @@ def load(
       jax's on `device`; dtypes are those of the file.
 
     Raises:
-      CheckpointError: If the file is damaged, not what its suffix says, of a newer version or not
-        a regular file, or differs from `like`; names the first difference. `.npy` files have no
-        checksum, so damaged values are not noticed.
+      CheckpointError: If the file is damaged, not of the format of its suffix, of a newer version
+        or not a regular file, or differs from `like`; names the first difference. `.npy` files
+        have no checksum, so damaged values are not noticed.
       ValueError: If a leaf cannot be split as `device` says.
       FileNotFoundError: If there is no file.
       OSError: If the disk fails.

@@ -1,7 +1,7 @@
 """Clips the gradient by its global norm: `g * min(1, max_norm / norm(g))`, one coefficient for all.
 
 A NaN or an infinity in the gradient, or a NaN as threshold, makes a bad step: all leaves become
-zeros, and `num_nonfinite` counts it. To leave the optimizer's state untouched as well, use
+zeros, and `num_nonfinite` counts it. To leave the optimizer's state unchanged, too, use
 `make_train_step` or `skip_nonfinite`, which skip the whole step.
 """
 
@@ -62,8 +62,8 @@ def clip_by_global_norm(
       A transform; shapes, dtypes and weak types of the updates are kept. The norm of the
       result is at most `max_norm` in exact arithmetic. Gradients at or below it come back
       bit-identical; a bad step gives zeros. `update(..., pre_norm=n)` takes a norm that is
-      known already: a number, or what `jaxclip.norms.of_trees.measure_norm` returned for these
-      very updates, as `make_train_step` does.
+      known already: a number, or the result of `jaxclip.norms.of_trees.measure_norm` for these
+      very updates, which `make_train_step` passes.
 
     Raises:
       TypeError: If `max_norm` is of a wrong type.

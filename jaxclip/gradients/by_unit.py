@@ -30,7 +30,7 @@ from jaxclip.norms.of_units import MeasuredUnits, join_units, measure_units
 from jaxclip.norms.scaling import NormClip, norm_of_norms, scale_leaf, scaling_to
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
-# What a bound is computed from besides the norm: for each leaf a scalar or `MeasuredUnits`.
+# Inputs of a bound other than the norm: for each leaf a scalar or `MeasuredUnits`.
 Terms: TypeAlias = list[Any]
 
 

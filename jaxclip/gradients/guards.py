@@ -1,6 +1,6 @@
 """Wrappers that keep bad steps out of an optimizer.
 
-A skipped step leaves the inner state as it was, bit for bit, and its updates are -0.0, because
+A skipped step leaves the inner state as it was, bit for bit. Its updates are -0.0, because
 `w + -0.0` is `w` even where w is -0.0. Exceptions are subnormals where the backend flushes them
 (XLA on CPU does), and updates that a later link multiplies, which may come out as 0.0. Nothing
 branches: old and new are selected between.
@@ -178,7 +178,7 @@ def skip_or_clip(
       num_warmup: Number of accepted steps before the history counts; until then `drop_norm`
         alone keeps a spike out of it.
       max_consecutive: After this many finite spikes in a row the next one is accepted,
-        clipped, and enters the history, so training continues if the gradients have reached
+        clipped, and enters the history. So training continues if the gradients have reached
         a new level. None for never. Non-finite steps are never accepted, and neither
         lengthen nor end a run of spikes.
       axis_name: Mapped axis to take the norm over inside `shard_map` or `pmap`, so that all

@@ -74,11 +74,9 @@ def learning_transform(
     rule: Callable[..., LearningStep],
     settings: tuple[ArrayLike, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes a transform from a rule that learns from good steps; bad ones give zeros.
-
-    `start(params)` gives the first threshold and statistics, `rule(updates, state, pre_norm)` a
-    step; `pre_norm` is as in `norm_of`. A NaN in one of `settings` makes a bad step.
-    """
+    """Makes a transform from a rule that learns from good steps; bad ones give zeros."""
+    # `start(params)` gives the first threshold and statistics, `rule(updates, state, pre_norm)` a
+    # step; `pre_norm` is as in `norm_of`. A NaN in one of `settings` makes a bad step.
 
     def init_fn(params):
         threshold, learned = start(params)

@@ -29,8 +29,8 @@ class ClipStats(NamedTuple):
         largest float32. Of `clip_by_spectral_norm` the largest spectral norm.
       post_norm: Float32, the same norm after the clip; 0 after a bad step.
       clip_coef: Float32 in [0, 1], `post_norm / pre_norm`; 0 after a bad step.
-      clip_rate: Float32 in [0, 1], the clipped fraction of what the clip bounds: steps, leaves,
-        units, matrices or entries. The mean over all steps for `clip_by_global_norm`,
+      clip_rate: Float32 in [0, 1], the clipped fraction of the steps, leaves, units, matrices or
+        entries that the clip bounds. The mean over all steps for `clip_by_global_norm`,
         `skip_or_clip` and the clips that learn from history; of the last step for the others.
       num_nonfinite: Int32, bad steps so far.
     """

@@ -80,7 +80,7 @@ def quantize(
         codes, scale = _encode(array, _block_thresholds(array, grid, threshold), grid, v)
         return QuantizedArray(codes, scale, grid, array.dtype)
     if importance is not None:
-        raise ValueError("importance is for grids without a zero point.")
+        raise ValueError("importance must be None for a grid with a zero point.")
     is_searched = isinstance(threshold, type(mse_optimal()))
     t = None if is_searched else _block_thresholds(array, grid, threshold)
     codes, scale, zero = _encode_with_zero(array, t, grid)

@@ -261,8 +261,8 @@ def _find_decay_grows_weights(trial: Trial, i: int) -> _Fault | None:
     added, total = (trial.run([trial.links[i]], rows) for rows in (0 * g, g))
     multiples = (added / trial.weights).real
     is_decay = np.allclose(total - g, added, atol=1e-5) and np.all(multiples >= 0)
-    before, behind = trial.run(trial.links[:i], g)[2], trial.run(trial.links[i + 1 :], g)[0]
-    goes_down, stays_down = np.vdot(before, g[2]).real < 0, np.vdot(behind, g[0]).real > 0
+    before, after = trial.run(trial.links[:i], g)[2], trial.run(trial.links[i + 1 :], g)[0]
+    goes_down, stays_down = np.vdot(before, g[2]).real < 0, np.vdot(after, g[0]).real > 0
     if not (is_decay and np.any(added) and goes_down and stays_down):
         return None
     return (i - 1, i), (
@@ -276,10 +276,10 @@ def _find_skip_undone(trial: Trial, i: int) -> _Fault | None:
     if not _skips(trial, trial.links[i]):
         return None
     g = trial.gradients()
-    behind = [j for j in range(i + 1, len(trial.links)) if not _keeps_set(trial, trial.links[j])]
+    later = [j for j in range(i + 1, len(trial.links)) if not _keeps_set(trial, trial.links[j])]
     zeros = np.concatenate([g, 0 * g[:1]])
-    if np.any(trial.run([trial.links[j] for j in behind], zeros)[-1]):
-        return (i, *behind), (
+    if np.any(trial.run([trial.links[j] for j in later], zeros)[-1]):
+        return (i, *later), (
             f"When link {i} skips a step, the links after it get zeros, and move the weights "
             "nevertheless. Put the skip around the whole optimizer."
         )

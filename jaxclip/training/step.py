@@ -181,7 +181,7 @@ def make_train_step(
     if weight_threshold is not None:
         check_threshold_tree("weight_threshold", weight_threshold)
     elif mask is not None:
-        raise ValueError("mask says which weights are boxed: it needs a weight_threshold.")
+        raise ValueError("mask selects the weights to box, so it needs a weight_threshold.")
     threshold = float("inf") if weight_threshold is None else weight_threshold
     checks.check_choice("stochastic_rounding", stochastic_rounding, (False, True))
     optimizer = optax.with_extra_args_support(optimizer)
@@ -267,7 +267,7 @@ def _select(is_good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _find_key_parameter(loss_fn: Callable[..., Any]) -> str | None:
-    """Returns how `loss_fn` takes a key: "positional", "keyword" or None for not at all."""
+    """Returns how `loss_fn` takes a key: "positional", "keyword" or None if it takes none."""
     try:
         parameters = inspect.signature(loss_fn).parameters.values()
     except (TypeError, ValueError):

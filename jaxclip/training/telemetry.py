@@ -13,7 +13,7 @@ from jaxclip._core.checks import is_concrete
 from jaxclip._core.trees import PyTree, is_clippable, path_name
 from jaxclip.gradients.state import ClipStats, LeafReport
 
-# Numbers that states report besides their `ClipStats`.
+# Further numbers of a state, outside of its `ClipStats`.
 _OTHER_STATISTICS = ("threshold", "num_nonfinite", "num_skipped", "num_consecutive")
 
 

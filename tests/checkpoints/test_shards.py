@@ -108,7 +108,7 @@ def test_a_tensor_in_two_shards_is_refused(folder):
 
 def test_a_wrong_total_size_is_refused(folder):
     write_index(folder, read_weight_map(folder), total_size=73)
-    with pytest.raises(CheckpointError, match="says 73 bytes of tensors, the shards hold 72"):
+    with pytest.raises(CheckpointError, match="gives 73 bytes of tensors, but the shards have 72"):
         checkpoints.load(folder)
 
 

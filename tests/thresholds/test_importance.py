@@ -199,5 +199,5 @@ def test_an_importance_that_fits_one_leaf_alone_is_refused_with_the_other():
 
 def test_with_a_zero_point_an_importance_is_refused():
     rule = jaxclip.mse_optimal(importance=np.ones(3))
-    with pytest.raises(ValueError, match="importance is for grids without a zero point"):
+    with pytest.raises(ValueError, match="importance must be None for a grid with a zero point"):
         jaxclip.quantize(jnp.ones(3), jaxclip.Grid(4, zero_point=True), threshold=rule)

@@ -60,7 +60,7 @@ def _decoded_log8(name: str, codes: np.ndarray, largest_scale: np.ndarray) -> np
         scale = decode_log8(codes, largest_scale)
         parts = log8_parts(name, scale)
     if parts[":unit"] != largest_scale or not np.array_equal(parts[":scale"], codes):
-        raise ValueError(f"'{name}': scales are not encoded as the format says.")
+        raise ValueError(f"'{name}': scales are not encoded as the format requires.")
     return scale
 
 
@@ -87,5 +87,5 @@ def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray
     padded = pack_codes(codes[tail:], bits, levels=levels)
     is_too_large = bits == "ternary" and packed.max(initial=0) > 242
     if is_too_large or not np.array_equal(padded, packed[num_packed_bytes(tail, bits) :]):
-        raise ValueError(f"'{name}': codes are not packed as the format says.")
+        raise ValueError(f"'{name}': codes are not packed as the format requires.")
     return codes

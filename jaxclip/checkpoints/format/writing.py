@@ -31,11 +31,9 @@ from jaxclip.checkpoints.format.parsing import header_length
 def write_tree(
     file: BinaryIO, plan: FilePlan, produce: Callable[[str], Leaf], coding: str | None
 ) -> FilePlan:
-    """Writes a tree to an empty file; returns its plan with the sizes of coded codes.
-
-    `produce` returns a leaf by name. It is called once per leaf, and each leaf is dropped before
-    the next one.
-    """
+    """Writes a tree to an empty file; returns its plan with the sizes of coded codes."""
+    # `produce` returns a leaf by name. It is called once per leaf, and each leaf is dropped before
+    # the next one.
     reserved = header_size(plan, coding)
     file.write(bytes(reserved))
     checksums: dict[str, int] = {}
@@ -97,7 +95,7 @@ def write_plain(
     plan = plan_file(specs)
     # A plan escapes names, but here they stay as they are. Both are sorted alike.
     names = dict(zip(plan.leaves, sorted(specs), strict=True))
-    # transformers refuses files that do not say for which framework they were saved.
+    # transformers refuses files that do not name the framework for which they were saved.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for t in plan.tensors:
         offsets = [t.start, t.stop]

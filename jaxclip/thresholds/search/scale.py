@@ -1,9 +1,9 @@
 """The scale of a low-bit grid that has the least squared error: a search in a few passes.
 
 The error has many local minima. A pass over a geometric bracket finds the neighborhoods of the
-best two candidates, a second searches both, and a third searches around the best of all. A finer
-grid has narrower minima and needs more candidates. If the grid has one more level on one side,
-both signs of the scale are tried.
+best two candidates. A second pass searches both, and a third searches around the best of all. A
+finer grid has narrower minima and needs more candidates. If the grid has one more level on one
+side, both signs of the scale are tried.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """The scale and zero point of a low-bit grid that have the least squared error.
 
 The grid is `w' = s * (l - z)` with codes l from `low` to `high`. z is a code, so 0 stays on the
-grid. A coarse search over z and s is followed by passes around the best two, over the neighbors
-of the best z, and around the best of all.
+grid. After a coarse search over z and s, passes search around the best two, over the neighbors of
+the best z, and around the best of all.
 """
 
 # The grid over the whole range of the weights bounds the search. In a better grid, clipping the
