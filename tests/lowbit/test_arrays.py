@@ -237,7 +237,7 @@ def test_numpy_takes_it_for_the_array_it_stands_for():
     np.testing.assert_allclose(q @ np.ones(2), dense.sum(1), rtol=1e-6)
     np.testing.assert_array_equal(q @ jnp.ones(2), jnp.asarray(dense) @ jnp.ones(2))
     assert np.asarray(quantize(jnp.ones(3, jnp.bfloat16), 4)).dtype == ml_dtypes.bfloat16
-    with pytest.raises(ValueError, match="copy=False"):
+    with pytest.raises(ValueError, match="copy must not be False"):
         np.array(q, copy=False)
     with pytest.raises(jax.errors.TracerArrayConversionError):
         jax.jit(lambda q: np.asarray(q))(q)
