@@ -18,9 +18,9 @@ from jaxclip._core import checks
 from jaxclip._core.floats import keep_weak_type, round_toward_zero
 from jaxclip._core.trees import PyTree
 from jaxclip._core.updates import clip_modulus, rounded_sum, update_between, update_within
-from jaxclip.thresholds.rules import ThresholdRule
+from jaxclip.thresholds.rules import Bound, ThresholdRule
 from jaxclip.thresholds.values import check_number_or_schedule, check_threshold_tree
-from jaxclip.weights.projections import Bound, Projection
+from jaxclip.weights.projections import Projection
 
 
 def box(low: PyTree, high: ArrayLike | optax.Schedule | None = None) -> Projection:

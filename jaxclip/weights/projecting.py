@@ -9,9 +9,10 @@ import optax
 from jaxclip._core import checks
 from jaxclip._core.floats import increment
 from jaxclip._core.trees import Mask, PyTree, is_clippable, masked, path_name
+from jaxclip.thresholds.rules import Bound
 from jaxclip.thresholds.values import resolve_threshold
 from jaxclip.weights.boxes import box
-from jaxclip.weights.projections import Bound, Projection
+from jaxclip.weights.projections import Projection
 
 
 class ProjectWeightsState(NamedTuple):

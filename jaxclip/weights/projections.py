@@ -26,10 +26,9 @@ from jaxclip.norms.magnitudes import accumulator
 from jaxclip.norms.of_units import rescaled_unit_norm, unit_axes
 from jaxclip.norms.scaling import Scaling, scale_leaf, scaling_to
 from jaxclip.norms.singular_values import cap_leaf
-from jaxclip.thresholds.rules import ThresholdRule
+from jaxclip.thresholds.rules import Bound, ThresholdRule
 from jaxclip.thresholds.values import check_one_threshold, resolve_threshold
 
-Bound: TypeAlias = float | jax.Array  # a leaf of the result of `resolve_threshold`
 # The axes over which a norm is taken; None for a unit by flax's layouts, ... for the whole leaf.
 _Axis: TypeAlias = int | Sequence[int] | EllipsisType | None
 
