@@ -251,9 +251,9 @@ def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax
     if quantized.zero is not None:
         levels = levels - expanded(quantized.zero)
     values = expanded(quantized.scale) * levels
-    dtype = jnp.dtype(quantized.dtype if dtype is None else dtype)
+    dtype = quantized.dtype if dtype is None else dtype
     # The largest code times the scale may round past the largest number of the dtype.
-    return saturate(values, dtype).astype(dtype)
+    return saturate(values, jnp.finfo(dtype).dtype).astype(dtype)
 
 
 def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:

@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import keep_weak_type
-from jaxclip._core.trees import Mask, PyTree
+from jaxclip._core.trees import Mask, PyTree, map_clippable
 from jaxclip.norms.of_trees import measure_norm
 from jaxclip.thresholds.values import check_threshold_tree
 from jaxclip.training.stochastic_rounding import apply_updates_stochastically
@@ -202,12 +202,12 @@ def make_train_step(
             params = apply_updates_stochastically(state.params, updates, rounding_key)
         else:
             params = optax.apply_updates(state.params, updates)
-        bounds = resolve_bounds(params, threshold, mask, state.step)
-        params = clip_to_bounds(params, bounds)
-
         is_good = jnp.isfinite(loss) & jnp.isfinite(measured.norm.norm)
+        # A rule measures the weights that the step keeps, not those of a bad step.
+        kept = map_clippable(functools.partial(jnp.where, is_good), params, state.params)
+        bounds = resolve_bounds(kept, threshold, mask, state.step)
+        params = _select(is_good, clip_to_bounds(params, bounds), state.params)
         stats = clip_stats(opt_state)
-        params = _select(is_good, params, state.params)
         opt_state = _select(is_good, opt_state, state.opt_state)
         # With the same bounds: a rule measured again would see the clipped weights.
         on_bound = rate_on_bounds(params, bounds)

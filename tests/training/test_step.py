@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import jaxclip
+from jaxclip.thresholds import percentile_abs
 from jaxclip.training.step import StepInfo, TrainState, make_train_step
 from oracles.given_gradients import given_loss
 
@@ -343,6 +344,21 @@ def test_the_threshold_of_a_step_is_resolved_once():
     step = make_train_step(lambda p, _: jnp.sum(p["a"]), tx, weight_threshold={"a": rule, "b": 2.0})
     _, info = step(TrainState.create(params, tx), None)
     np.testing.assert_allclose(info.weight_clip_rate, 1 / 200, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [percentile_abs(90.0), jaxclip.mse_optimal(3)], ids=["p", "mse"])
+def test_the_clip_rate_of_a_skipped_step_is_that_of_the_weights_it_keeps(rule):
+    tx = make_optimizer()
+    step = make_train_step(linear_loss, tx, weight_threshold=rule)
+    state, _ = run(step, TrainState.create(make_params(), tx))
+    x, y = make_batch()
+    kept = float64(state.params["kernel"])
+    bound = float64(rule(state.params["kernel"]))
+    _, info = step(state, (x.at[0, 0].set(jnp.nan), y))
+    num_boxed = sum(w.size for w in jax.tree.leaves(make_params()))
+    on_bound = np.sum(np.abs(kept) >= bound) / num_boxed
+    assert int(info.num_skipped) == 1
+    np.testing.assert_allclose(info.weight_clip_rate, on_bound, atol=2.1 / num_boxed)
 
 
 def test_without_a_box_the_clip_rate_is_zero():
