@@ -409,7 +409,7 @@ def test_num_bytes_is_what_a_file_holds_of_the_array(bits, scale_dtype, zero_poi
     assert q.num_bytes == plan_file(q).data_bytes
 
 
-@pytest.mark.parametrize("bad", ["x", jnp.int32, jnp.ones(2)], ids=["name", "integer", "array"])
+@pytest.mark.parametrize("bad", ["x", jnp.int32], ids=["name", "integer"])
 def test_only_a_floating_dtype_is_decoded_to(bad):
     with pytest.raises(ValueError):  # noqa: PT011, jax's own words
         dequantize(quantize(jnp.ones(3), 4), bad)
