@@ -1,4 +1,4 @@
-"""The names used most, which the root has beside the wings."""
+"""The most used names, which the root offers in addition to the subpackages."""
 
 from jaxclip.checkpoints import size_report as size_report
 from jaxclip.gradients import adaptive_grad_clip as adaptive_grad_clip
