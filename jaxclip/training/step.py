@@ -240,10 +240,15 @@ class _TopLevelStep:
         self._function, self._jitted = function, jitted
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
-        # Inside jit and scan an operation on constants is traced too; vmap and grad leave it alone.
-        probes = [lax.neg(np.int32(0)), *jax.tree.leaves((state, batch))]
-        is_traced = any(isinstance(x, jax.core.Tracer) for x in probes)
-        return self._function(state, batch) if is_traced else self._jitted(state, batch)
+        if isinstance(state.step, jax.core.Tracer):
+            return self._function(state, batch)
+        try:
+            return self._jitted(state, batch)
+        except ValueError:
+            # Asked only now, because even this small operation costs a small step 10 %.
+            if not isinstance(lax.neg(np.int32(0)), jax.core.Tracer):
+                raise
+        return self._function(state, batch)
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """Returns the lowered program, as `jax.jit(...).lower` does."""
