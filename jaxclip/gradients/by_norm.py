@@ -62,8 +62,8 @@ def clip_by_global_norm(
       A transform; shapes, dtypes and weak types of the updates are kept. The norm of the
       result is at most `max_norm` in exact arithmetic. Gradients at or below it come back
       bit-identical; a bad step gives zeros. `update(..., pre_norm=n)` takes a norm that is
-      known already: a number, or the result of `jaxclip.norms.of_trees.measure_norm` for these
-      very updates, which `make_train_step` passes.
+      known already: a number, or the result of `jaxclip.norms.measure_norm` for these very
+      updates, which `make_train_step` passes.
 
     Raises:
       TypeError: If `max_norm` is of a wrong type.

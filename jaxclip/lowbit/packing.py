@@ -21,7 +21,7 @@ from jaxclip._core.grids import Bits, code_range
 _Array: TypeAlias = Any  # of NumPy or of jax; results are of the same kind
 # Codes that NumPy processes at a time, so that intermediate arrays stay in the cache. A multiple
 # of 40, so that a piece ends on a byte at every width.
-_PIECE = 40 * 2**15
+CODES_PER_CHUNK = 40 * 2**15
 # The base-3 digits of each byte, eight bytes read as one word: five digits and three zeros.
 _TRITS = np.arange(256)[:, None] // 3 ** np.arange(8) % 3 * (np.arange(8) < 5)
 _TRITS_OF_BYTE = _TRITS.astype(np.uint8).view(np.uint64)[:, 0]
@@ -62,9 +62,9 @@ def pack_codes(codes: _Array, bits: Bits, *, levels: str = "full") -> _Array:
         return _pack(jnp.reshape(codes, (-1,)), bits, low)
     flat, size = codes.reshape(-1), codes.size
     packed = np.empty(num_packed_bytes(size, bits), np.uint8)
-    for start in range(0, size, _PIECE):
+    for start in range(0, size, CODES_PER_CHUNK):
         place = _bytes_of_piece(start, size, bits)
-        packed[place] = _pack(flat[start : start + _PIECE], bits, low)
+        packed[place] = _pack(flat[start : start + CODES_PER_CHUNK], bits, low)
     return packed
 
 
@@ -97,15 +97,15 @@ def unpack_codes(packed: _Array, bits: Bits, count: int, *, levels: str = "full"
     if not isinstance(packed, np.ndarray):
         return _unpack(packed, bits, count, low)
     codes = np.empty(count, np.int8)
-    for start in range(0, count, _PIECE):
-        stop = min(start + _PIECE, count)
+    for start in range(0, count, CODES_PER_CHUNK):
+        stop = min(start + CODES_PER_CHUNK, count)
         piece = packed[_bytes_of_piece(start, count, bits)]
         codes[start:stop] = _unpack(piece, bits, stop - start, low)
     return codes
 
 
 def _bytes_of_piece(start: int, count: int, bits: Bits) -> slice:
-    stop = min(start + _PIECE, count)
+    stop = min(start + CODES_PER_CHUNK, count)
     return slice(num_packed_bytes(start, bits), num_packed_bytes(stop, bits))
 
 

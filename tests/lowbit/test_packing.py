@@ -73,7 +73,7 @@ def test_numpy_and_jit_pack_the_same_bytes_and_unpack_the_same_codes(bits, level
 
 @every_grid
 def test_long_arrays_are_packed_in_pieces_without_a_seam(bits, levels, monkeypatch):
-    monkeypatch.setattr(packing, "_PIECE", 40)
+    monkeypatch.setattr(packing, "CODES_PER_CHUNK", 40)
     codes = random_codes(bits, levels, 131)
     packed = pack_codes(codes, bits, levels=levels)
     assert packed.tolist() == packed_by_hand(codes, bits, levels)

@@ -8,10 +8,15 @@ import math
 
 import numpy as np
 
-from jaxclip.checkpoints.format.layout import CODES_PER_CHUNK, Leaf, Tensor, log8_parts
+from jaxclip.checkpoints.format.layout import Leaf, Tensor, log8_parts
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.entropy_coding import codings_tried, decode_codes, encode_codes
-from jaxclip.lowbit.packing import num_packed_bytes, pack_codes, unpack_codes
+from jaxclip.lowbit.packing import (
+    CODES_PER_CHUNK,
+    num_packed_bytes,
+    pack_codes,
+    unpack_codes,
+)
 from jaxclip.lowbit.scale_formats import decode_log8
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
-from jaxclip.lowbit.packing import num_packed_bytes, pack_codes
+from jaxclip.lowbit.packing import CODES_PER_CHUNK, num_packed_bytes, pack_codes
 from jaxclip.lowbit.scale_formats import encode_log8
 
 Array: TypeAlias = np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct
@@ -34,8 +34,6 @@ DTYPES = {
     "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Bounds the memory of packing. A multiple of 40, so that a chunk ends on a byte at every width.
-CODES_PER_CHUNK = 40 * 2**15
 
 
 @dataclasses.dataclass(frozen=True)
