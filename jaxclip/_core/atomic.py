@@ -1,24 +1,35 @@
 """Files and folders that appear under their name whole or not at all.
 
 They are written next to their destination under a temporary name, synced and renamed. After
-a crash at any moment the name holds either the old content or the new.
+a crash at any moment the name holds either the old content or the new. A writer locks its
+temporary, so one that can be locked was left by a writer that died.
 """
 
 import contextlib
+import errno
+import functools
+import hashlib
 import os
-import platform
 import re
 import secrets
 import shutil
 import stat
+import sys
 import time
-import zlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# A temporary file that nobody has written to for this long was abandoned.
+if sys.platform != "win32":
+    import fcntl
+
+# A temporary that nobody has written to for this long was abandoned, wherever its writer ran.
 _STALE_SECONDS = 24 * 3600
+# What file systems say that lack a call: some of CIFS, FUSE, S3 and HDFS.
+_NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+# Names may have 255 bytes, on some file systems 143: those of temporaries have to stay below.
+_MAX_STEM_BYTES = 100
 
 
 @contextlib.contextmanager
@@ -29,20 +40,33 @@ def replacing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bina
     mode = check_destination(path, overwrite)
     _remove_stale(path)
     temporary = _temporary(path)
-    try:
-        with open(temporary, "xb") as file:
-            if mode is not None:
-                os.chmod(temporary, mode)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, path, overwrite)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        error.add_note(f"jaxclip: while saving {path}; a file that was there is unchanged.")
-        raise
+    with contextlib.ExitStack() as lock:
+        try:
+            with _open_locked(temporary, lock) as file:
+                has_mode = mode is None or _set_mode(temporary, mode)
+                yield file
+                file.flush()
+                is_synced = _sync(file.fileno())
+            _publish(temporary, path, overwrite)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            error.add_note(f"jaxclip: while saving {path}; a file that was there is unchanged.")
+            raise
     _sync_directory(path.parent)
+    # Warned last: the file is there even where warnings are errors.
+    if not is_synced:
+        warnings.warn(
+            f"'{path}' is saved, but its file system cannot sync: a loss of power in the next "
+            "seconds may damage it.",
+            stacklevel=3,
+        )
+    if not has_mode:
+        warnings.warn(
+            f"'{path}' is saved, but its file system could not keep the permissions of the file "
+            "that it replaces.",
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager
@@ -54,16 +78,17 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.realpath(path.parent), path.name)
     _remove_stale(path)
     temporary = _temporary(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _sync_directory(temporary)
-        _check_new(path)  # renaming would replace an empty folder
-        os.rename(temporary, path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        error.add_note(f"jaxclip: while writing the folder {path}, which was not made.")
-        raise
+    with contextlib.ExitStack() as lock:
+        try:
+            _make_locked(temporary, lock)
+            yield temporary
+            _sync_directory(temporary)
+            _check_new(path)  # renaming would replace an empty folder
+            os.rename(temporary, path)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            error.add_note(f"jaxclip: while writing the folder {path}, which was not made.")
+            raise
     _sync_directory(path.parent)
 
 
@@ -71,12 +96,6 @@ def _check_new(path: Path) -> None:
     if os.path.lexists(path):
         raise FileExistsError(f"'{path}' exists, and folders are not replaced: name a new one.")
     check_destination(path, False)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(
-        f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.jaxclip-tmp"
-    )
 
 
 def check_destination(path: Path, overwrite: bool) -> int | None:
@@ -115,49 +134,150 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
             temporary.unlink()
 
 
+def _set_mode(path: Path, mode: int) -> bool:
+    """Gives a file its permissions; returns False if its file system cannot."""
+    if stat.S_IMODE(path.stat().st_mode) == mode:
+        return True
+    try:
+        os.chmod(path, mode)
+    except OSError as error:
+        if error.errno not in {*_NOT_SUPPORTED, errno.EPERM}:
+            raise
+        return False
+    return True
+
+
+def _sync(handle: int) -> bool:
+    """Syncs an open file; returns False if its file system cannot."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        return False
+    return True
+
+
 def _sync_directory(directory: Path) -> None:
     if os.name != "posix":
         return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems refuse
+    with contextlib.suppress(OSError):  # some network file systems refuse
+        handle = os.open(directory, os.O_RDONLY)
+        try:
             os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# --- Whose temporary it is ----------------------------------------------------------------
+#
+# Numbers of processes and names of hosts say nothing: containers share a folder and have both in
+# common. A lock is held as long as its writer lives. It is seen by all who have the same mount of
+# the same kernel, which the temporary's name tells. Elsewhere, as on other hosts of a network
+# file system, locks may be invisible, and only age counts.
+
+
+def _temporary(path: Path) -> Path:
+    name = f"{_stem(path)}{_mount(path.parent)}-{secrets.token_hex(8)}.jaxclip-tmp"
+    return path.with_name(name)
+
+
+def _stem(path: Path) -> str:
+    """Returns how the names of a path's temporaries begin; long names are hashed."""
+    name = os.fsencode(path.name)
+    is_short = len(name) <= _MAX_STEM_BYTES
+    return f".{path.name if is_short else hashlib.blake2b(name, digest_size=16).hexdigest()}."
+
+
+def _mount(directory: Path) -> str:
+    """Returns a digest of the running kernel and of a directory's mount in it."""
+    mount = _kernel() + str(directory.stat().st_dev).encode()
+    return hashlib.blake2b(mount, digest_size=8).hexdigest()
+
+
+@functools.cache
+def _kernel() -> bytes:
+    """Returns an id of the running kernel, or one of this process where kernels have none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        return secrets.token_bytes(16)
+
+
+@contextlib.contextmanager
+def _open_locked(temporary: Path, lock: contextlib.ExitStack) -> Iterator[BinaryIO]:
+    """Opens a new file, locked until `lock` is closed."""
+    is_there = False
+    while not is_there:  # or removed as abandoned, just before it was locked
+        with open(temporary, "xb") as file:
+            # On Windows a file that is open cannot be renamed.
+            if sys.platform != "win32":
+                # A second handle has the lock, so the file can be closed before it is renamed.
+                _lock(lock.enter_context(_closing(os.dup(file.fileno()))), wait=True)
+            is_there = temporary.exists()
+            if is_there:
+                yield file
+
+
+def _make_locked(temporary: Path, lock: contextlib.ExitStack) -> None:
+    """Makes a folder, locked until `lock` is closed."""
+    while not temporary.exists():  # removed as abandoned, just before it was locked
+        temporary.mkdir()
+        if sys.platform != "win32":
+            _lock(lock.enter_context(_closing(os.open(temporary, os.O_RDONLY))), wait=True)
+
+
+@contextlib.contextmanager
+def _closing(handle: int) -> Iterator[int]:
+    try:
+        yield handle
     finally:
         os.close(handle)
 
 
-def _host() -> str:
-    return f"{zlib.crc32(platform.node().encode()):08x}"
+def _lock(handle: int, wait: bool) -> bool | None:
+    """Locks an open file; returns False if it is locked, None if there are no locks here."""
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes temporary files that killed writers of the same path left."""
+    """Removes temporaries that writers of the same path left when they died."""
     ours = re.compile(
-        rf"\.{re.escape(path.name)}\.([0-9a-f]{{8}})-([0-9]{{1,10}})-[0-9a-f]{{8}}\.jaxclip-tmp"
+        rf"{re.escape(_stem(path))}([0-9a-f]{{16}})-[0-9a-f]{{16}}\.jaxclip-tmp", re.DOTALL
     )
     with os.scandir(path.parent) as entries:
-        matches = [(entry, ours.fullmatch(entry.name)) for entry in entries]
-    for entry, match in matches:
+        matches = [(Path(entry.path), ours.fullmatch(entry.name)) for entry in entries]
+    for temporary, match in matches:
         with contextlib.suppress(OSError):
-            if match is None or entry.is_symlink():
+            is_plain = not temporary.is_symlink() and (temporary.is_file() or temporary.is_dir())
+            if match is None or not is_plain:
                 continue
-            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-            died_here = match[1] == _host() and not _is_alive(int(match[2]))
-            if not died_here and age <= _STALE_SECONDS:
-                continue
-            if entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
-            elif entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
+            is_old = time.time() - _last_change(temporary) > _STALE_SECONDS
+            if is_old or match[1] == _mount(path.parent):
+                _remove_unless_locked(temporary, is_old)
 
 
-def _is_alive(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere `os.kill(pid, 0)` ends the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+def _last_change(temporary: Path) -> float:
+    """Returns when a temporary was written to; for a folder that includes its files."""
+    inside = temporary.iterdir() if temporary.is_dir() else ()
+    return max(file.lstat().st_mtime for file in (temporary, *inside))
+
+
+def _remove_unless_locked(temporary: Path, is_old: bool) -> None:
+    """Removes a temporary that nobody has locked; where there are no locks, only an old one."""
+    with contextlib.ExitStack() as stack:
+        is_free = None
+        # For writing, because network file systems lock nothing else.
+        flags = (os.O_RDONLY if temporary.is_dir() else os.O_RDWR) | getattr(os, "O_NONBLOCK", 0)
+        with contextlib.suppress(OSError):  # another user's
+            is_free = _lock(stack.enter_context(_closing(os.open(temporary, flags))), wait=False)
+        if is_free or (is_free is None and is_old):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()

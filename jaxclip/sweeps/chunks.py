@@ -1,5 +1,6 @@
 """Chunks of a sweep: some settings with all their seeds, trained, compressed and kept in files."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -146,7 +147,8 @@ class ChunkStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / "sweep.json"
         if not file.exists():
-            with replacing(file) as out:
+            # Another process that runs the same sweep may write it first.
+            with contextlib.suppress(FileExistsError), replacing(file) as out:
                 out.write(json.dumps(identity).encode())
         with checkpoint_errors(file):
             found = json.loads(file.read_bytes())
@@ -168,6 +170,15 @@ class ChunkStore:
         file = self._file(start)
         return dict(store.load(file)) if file.exists() else None
 
-    def save(self, start: int, chunk: dict[str, np.ndarray]) -> None:
-        """Writes the chunk that begins with setting `start`."""
-        store.save(self._file(start), chunk)
+    def save(self, start: int, chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Writes the chunk that begins with setting `start`; returns the one that is stored."""
+        # A second process that runs the same sweep may have stored the chunk while this one was
+        # training it. Both then report the same one.
+        try:
+            store.save(self._file(start), chunk)
+        except FileExistsError:
+            stored = self.load(start)
+            if stored is None:
+                raise
+            return stored
+        return chunk

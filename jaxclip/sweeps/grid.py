@@ -175,7 +175,7 @@ def _chunks(
             if chunk is None:
                 chunk = trainer.chunk(some, keep_params)
                 if store:
-                    store.save(start, chunk)
+                    chunk = store.save(start, chunk)
             yield chunk
             advance(len(some))
 

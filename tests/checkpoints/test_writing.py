@@ -1,5 +1,6 @@
 """Files appear whole or not at all: whatever happens while one is written."""
 
+import errno
 import os
 import pathlib
 import resource
@@ -185,27 +186,119 @@ def test_permissions_follow_the_umask_and_are_kept_on_overwrite(mask, path):
         os.umask(before)
 
 
-def test_only_dead_temporaries_of_the_same_target_are_removed(path):
-    host = atomic._host()
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                          capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
-    removed = [
-        f".{path.name}.{host}-{dead}-0123abcd.jaxclip-tmp",
-        f".{path.name}.00000000-{os.getpid()}-abcdabcd.jaxclip-tmp",
-    ]
-    kept = [
-        f".{path.name}.{host}-{os.getpid()}-0123abcd.jaxclip-tmp",  # alive
-        f".{path.name}.00000000-{dead}-0123abcd.jaxclip-tmp",  # may live on another host
-        f".other.safetensors.{host}-{dead}-0123abcd.jaxclip-tmp",
-        f".{path.name}.{host}-{dead}-0123abcd.jaxclip-tmp.txt",
+def test_a_temporary_is_owned_by_its_lock_and_elsewhere_by_its_age(path):
+    with atomic.replacing(path.with_name("other")) as file:
+        here = pathlib.Path(file.name).name.split(".")[2].split("-")[0]
+    number = "0123456789abcdef"
+    dead = f".{path.name}.{here}-{number}.jaxclip-tmp"
+    elsewhere = f".{path.name}.{number}-{number}.jaxclip-tmp"
+    old_elsewhere = f".{path.name}.{number}-abcdefabcdefabcd.jaxclip-tmp"
+    others = [
+        f".other.safetensors.{here}-{number}.jaxclip-tmp",
+        f".{path.name}.{here}-{number}.jaxclip-tmp.txt",
         f".{path.name}.jaxclip-tmp",
     ]
-    for name in removed + kept:
+    before = os.listdir(path.parent)
+    for name in (dead, elsewhere, old_elsewhere, *others):
         (path.parent / name).write_bytes(b"")
-    old = time.time() - 2 * 24 * 3600
-    os.utime(path.parent / removed[1], (old, old))
-    checkpoints.save(path, {})
-    assert sorted(os.listdir(path.parent)) == sorted([*kept, path.name])
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(path.parent / old_elsewhere, (two_days_ago, two_days_ago))
+    with atomic.replacing(path, overwrite=True) as file:
+        mine = pathlib.Path(file.name).name
+        os.utime(file.name, (two_days_ago, two_days_ago))  # alive, however old
+        found = sorted(os.listdir(path.parent))
+        assert found == sorted([*before, mine, elsewhere, *others])
+        checkpoints.save(path, {})
+        assert sorted(os.listdir(path.parent)) == sorted([*found, path.name])
+
+
+def test_where_locks_do_not_work_only_an_old_temporary_is_removed(path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with atomic.replacing(path) as file:
+        checkpoints.save(path, {})
+        file.write(b"alive")
+        two_days_ago = time.time() - 2 * 24 * 3600
+        os.utime(file.name, (two_days_ago, two_days_ago))
+        checkpoints.save(path, {}, overwrite=True)
+        assert os.listdir(path.parent) == [path.name]
+        pathlib.Path(file.name).touch()
+        path.unlink()
+
+
+SAVE_LOOP = """
+import os, sys
+from jaxclip._core.atomic import replacing
+
+# Another container has the same name of the host, and does not see this process.
+os.getpid = lambda: 10**7
+for _ in range(300):
+    with replacing(sys.argv[1], overwrite=True) as file:
+        file.write(sys.argv[2].encode() * 100_000)
+"""
+
+
+def test_two_containers_that_share_a_folder_leave_each_others_temporaries_alone(path):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVE_LOOP, str(path), letter],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for letter in "ab"
+    ]
+    errors = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], errors
+    assert path.read_bytes() in (b"a" * 100_000, b"b" * 100_000)
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_saves_with_a_warning(number, path, monkeypatch):
+    def no_sync(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", no_sync)
+    with pytest.warns(UserWarning, match=r"net\.safetensors' is saved, but .* cannot sync"):
+        checkpoints.save(path, small_tree())
+    assert_same(checkpoints.load(path), small_tree())
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_disk_that_fails_to_sync_is_an_error(path, monkeypatch):
+    def fails(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoints.save(path, small_tree())
+    assert os.listdir(path.parent) == []
+
+
+def test_a_file_system_without_permissions_saves_with_a_warning(path, monkeypatch):
+    def no_modes(*_):
+        raise PermissionError(errno.EPERM, "no modes here")
+
+    checkpoints.save(path, [])
+    path.chmod(0o600)
+    monkeypatch.setattr(os, "chmod", no_modes)
+    with pytest.warns(UserWarning, match="could not keep the permissions"):
+        checkpoints.save(path, small_tree(), overwrite=True)
+    assert_same(checkpoints.load(path), small_tree())
+
+
+@pytest.mark.parametrize("letter", ["a", "\N{CYRILLIC SMALL LETTER ZHE}"])
+def test_the_longest_names_are_saved(letter, tmp_path):
+    for num_bytes in (200, 218, 254):
+        name = letter * ((num_bytes - 12) // len(letter.encode())) + ".safetensors"
+        for _ in range(2):
+            checkpoints.save(tmp_path / name, small_tree(), overwrite=True)
+        assert_same(checkpoints.load(tmp_path / name), small_tree())
+    assert len(os.listdir(tmp_path)) == 3
 
 
 KILL_LOOP = """

@@ -121,6 +121,31 @@ def test_a_damaged_chunk_is_an_error(tmp_path):
         run(**small)
 
 
+def test_the_same_sweep_started_twice_on_a_folder_ends_twice_with_one_result(tmp_path, monkeypatch):
+    few = {"chunk_size": 1, "bits": (None,), "thresholds": [1.0], "directory": tmp_path}
+    real, others = programs.Program.run, []
+
+    def overtaken(self, *args):
+        trained = real(self, *args)
+        if not others:  # another process trains the same chunk, and all others, and is faster
+            others.append(None)
+            others[0] = run(**few)
+        return trained
+
+    monkeypatch.setattr(programs.Program, "run", overtaken)
+    mine = run(**few)
+    same(mine, others[0])
+    np.testing.assert_array_equal(mine.seconds_per_step, others[0].seconds_per_step)
+
+
+def test_a_description_that_another_process_writes_first_is_compared(tmp_path, monkeypatch):
+    ChunkStore(tmp_path, {"seeds": [0]})
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: False)
+    ChunkStore(tmp_path, {"seeds": [0]})
+    with pytest.raises(ValueError, match="another sweep: seeds"):
+        ChunkStore(tmp_path, {"seeds": [1]})
+
+
 @pytest.mark.thorough
 def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
     script = textwrap.dedent("""
