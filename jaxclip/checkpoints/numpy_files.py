@@ -17,7 +17,8 @@ from typing import IO, Any, BinaryIO, cast
 import numpy as np
 
 from jaxclip._core.trees import PyTree
-from jaxclip.checkpoints.format.layout import DEPTH_LIMIT, Array, check_has_values, check_leaf
+from jaxclip.checkpoints.format.layout import Array, check_has_values, check_leaf
+from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT, as_plain
 from jaxclip.lowbit.arrays import QuantizedArray
 
 # How much larger the members of an .npz may be than the file. Real weights deflate by less than
@@ -28,12 +29,14 @@ _ALWAYS_ALLOWED_BYTES = 2**28
 
 def prepare_npy(tree: PyTree) -> Callable[[BinaryIO], None]:
     """Checks that a tree is one array; returns a function that writes it to a .npy file."""
-    _check_numpy_leaf("array", tree)
-    return lambda file: _write_npy(file, tree)
+    array = as_plain(tree)
+    _check_numpy_leaf("array", array)
+    return lambda file: _write_npy(file, array)
 
 
 def prepare_npz(tree: PyTree) -> Callable[[BinaryIO], None]:
     """Checks a (nested) dict of arrays; returns a function that writes it to a .npz file."""
+    tree = as_plain(tree)
     if type(tree) is not dict:
         raise TypeError(
             f"a .npz file holds a dict of arrays, got {type(tree).__name__}; save other trees "

@@ -1,6 +1,6 @@
 """Trees saved to files, whole or not at all, and loaded back bit for bit.
 
-    .safetensors   any tree, `QuantizedArray` leaves included; a checksum for every byte
+    .safetensors   any pytree, `QuantizedArray` leaves included; a checksum for every byte
     .npz           (nested) dicts of arrays; names joined by "/"
     .npy           one array
 
@@ -17,14 +17,15 @@ from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxclip._core import trees
 from jaxclip._core.atomic import replacing
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files
 from jaxclip.checkpoints.format.headers import header_size
 from jaxclip.checkpoints.format.layout import Leaf, check_has_values, leaf_name, plan_file
+from jaxclip.checkpoints.format.pytrees import is_static, named_leaves
 from jaxclip.checkpoints.format.writing import write_tree
 from jaxclip.checkpoints.reading import ALLOWED_SUFFIXES, Source, checkpoint_errors, open_source
 from jaxclip.checkpoints.sizes import SizeReport, report_source
@@ -47,7 +48,11 @@ def save(
     Args:
       path: File to write. Its suffix is the format: `.safetensors` for any tree, `.npz` for
         (nested) dicts of arrays, `.npy` for one array. NumPy's formats have no bfloat16.
-      tree: Nested dicts, lists, tuples and None with arrays and `QuantizedArray` leaves.
+      tree: Pytree of arrays and `QuantizedArray` leaves. Dicts, lists, tuples and None come back
+        as they were. Every other node is written by its key paths, as the dict or list of its
+        children: FrozenDict, NamedTuple, dataclass, nnx and equinox modules. A box such as
+        `nnx.Param` or linen's `Partitioned` is written as its value. `load(like=)` gives back the
+        types. Functions and texts in a module are not written, and its Python numbers as arrays.
       coding: Entropy coding of low-bit codes in `.safetensors`, used for each leaf that it makes
         smaller. "huffman" is read by every Python. "ans" takes about the entropy of the codes,
         and readers need the extra `coding`. "smallest" takes the smaller of both for each leaf,
@@ -95,8 +100,9 @@ def load(
       path: A `.safetensors`, `.npz` or `.npy` file; or a folder with
         `model.safetensors.index.json` and its shards, or with `model.safetensors`.
       like: Tree of arrays or `jax.ShapeDtypeStruct` that the file must match; None for any. The
-        result has its structure. Flat names are matched with keys joined by "/" or ".". An array
-        in it also matches a low-bit leaf of its shape and dtype.
+        result has its structure, types and static parts. Flat names are matched with keys joined
+        by "/" or ".". An array in it also matches a low-bit leaf of its shape and dtype. A Python
+        number in it is read as one, and like a function or text it may be missing from the file.
       device: Device or sharding on which each leaf is put as soon as it is read; None returns
         NumPy arrays. A `NamedSharding` must divide every leaf's shape. It splits the codes of a
         low-bit leaf. Scales and zeros are split along the axes that it divides, and replicated
@@ -131,13 +137,8 @@ def load(
         if names is None:
             return source.restore(read)
         wanted, structure = jax.tree.flatten(like, is_leaf=is_quantized)
-        leaves = []
-        for name, template in zip(names, wanted, strict=True):
-            leaf = read(name)
-            # Axes may be counted from either end: the result has the template's form of the grid.
-            if is_quantized(leaf) and is_quantized(template):
-                leaf = dataclasses.replace(leaf, grid=template.grid)
-            leaves.append(leaf)
+        pairs = zip(names, wanted, strict=True)
+        leaves = [x if name is None else _as_in(x, read(name)) for name, x in pairs]
         return jax.tree.unflatten(structure, leaves)
 
 
@@ -187,15 +188,19 @@ _PREPARERS: dict[str, Callable[[PyTree, str | None], Callable[[BinaryIO], Any]]]
 # --- Matching with a tree ---------------------------------------------------------------------
 
 
-def _match_leaves(like: PyTree, source: Source) -> list[str]:
-    """Returns the name in the source of each leaf of `like`; raises at the first difference."""
-    names = []
-    wanted = jax.tree_util.tree_leaves_with_path(like, is_leaf=is_quantized)
-    for path, leaf in wanted:
-        name = next((n for n in _spellings(path, source) if n in source.leaves), None)
-        if name is None:
-            raise ValueError(f"'{trees.path_name(path)}' is in like, but not in the file.")
-        _check_fits(name, leaf, source.leaves[name])
+def _match_leaves(like: PyTree, source: Source) -> list[str | None]:
+    """Returns the name in the source of each leaf of `like`; raises at the first difference.
+
+    It is None for leaves that are no arrays and not in the source.
+    """
+    names: list[str | None] = []
+    for keys, leaf in named_leaves(like):
+        spellings = () if is_static(leaf) else _spellings(keys, source)
+        name = next((n for n in spellings if n in source.leaves), None)
+        if name is not None:
+            _check_fits(name, leaf, source.leaves[name])
+        elif hasattr(leaf, "shape"):
+            raise ValueError(f"'{'/'.join(map(str, keys))}' is in like, but not in the file.")
         names.append(name)
     unwanted = source.leaves.keys() - set(names)
     if unwanted:
@@ -203,15 +208,33 @@ def _match_leaves(like: PyTree, source: Source) -> list[str]:
     return names
 
 
-def _spellings(path: tuple, source: Source) -> list[str]:
+def _spellings(keys: tuple[str | int, ...], source: Source) -> list[str]:
     """Returns the names that the leaf at a path may have in the source."""
-    keys = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
     if source.structure is not None:
         return [leaf_name(keys)]
-    return ["/".join(keys), ".".join(keys)]
+    texts = [str(key) for key in keys]
+    return ["/".join(texts), ".".join(texts)]
+
+
+def _as_in(template: Any, leaf: Leaf) -> Any:
+    """Returns a leaf of the file in the form that it has in `like`."""
+    # Axes may be counted from either end: the result has the template's form of the grid.
+    if is_quantized(leaf) and is_quantized(template):
+        return dataclasses.replace(leaf, grid=template.grid)
+    return type(template)(np.asarray(leaf).item()) if type(template) in _NUMBERS else leaf
+
+
+_NUMBERS = {bool: jnp.bool_, int: jnp.integer, float: jnp.floating}
 
 
 def _check_fits(name: str, wanted: Any, found: Any) -> None:
+    if type(wanted) in _NUMBERS:
+        if tuple(found.shape) or not jnp.issubdtype(found.dtype, _NUMBERS[type(wanted)]):
+            raise ValueError(
+                f"'{name}' has shape {tuple(found.shape)} and dtype {found.dtype}, but like has "
+                f"the Python number {wanted!r}."
+            )
+        return
     pairs = [("shape", tuple(wanted.shape), tuple(found.shape))]
     pairs += [("dtype", jnp.dtype(wanted.dtype), jnp.dtype(found.dtype))]
     if is_quantized(wanted):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclip._core.trees import PyTree
+from jaxclip.checkpoints.format import pytrees
 from jaxclip.checkpoints.format.layout import check_has_values, check_leaf
 from jaxclip.checkpoints.reading import Source
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
@@ -88,8 +89,8 @@ def stored_leaves(source: Source, separator: str) -> dict[str, NamedLeaf]:
 
 def _by_name(tree: PyTree, separator: str) -> dict[str, PyTree]:
     leaves: dict[str, PyTree] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized):
-        name = jax.tree_util.keystr(path, simple=True, separator=separator) or "array"
+    for keys, leaf in pytrees.named_leaves(pytrees.as_plain(tree)):
+        name = separator.join(map(str, keys)) or "array"
         if name in leaves:
             raise ValueError(
                 f"two leaves have the name '{name}' when keys are joined by {separator!r}."

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from flax import nnx
 
 import jaxclip
 from jaxclip import interop
@@ -51,6 +52,13 @@ def test_safetensors_loads_what_decompress_gives(tmp_path, dtype):
             array = array.astype(dtype)
         assert loaded[name].dtype == array.dtype
         assert np.array_equal(loaded[name], array), name
+
+
+def test_boxes_and_modules_export_under_the_names_that_save_gives_them(tmp_path):
+    path = tmp_path / "net.safetensors"
+    state = nnx.State({"a": {0: {"kernel": nnx.Param(np.ones((2, 3)))}}})
+    interop.to_safetensors(path, [state, nnx.Linear(2, 3, rngs=nnx.Rngs(0))])
+    assert set(safetensors.numpy.load_file(path)) == {"0.a.0.kernel", "1.kernel", "1.bias"}
 
 
 def test_the_file_names_its_format_for_transformers_and_tensors_are_aligned(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
+from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT, as_plain
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.packing import CODES_PER_CHUNK, num_packed_bytes, pack_codes
 from jaxclip.lowbit.scale_formats import encode_log8
@@ -24,7 +25,6 @@ Array: TypeAlias = np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct
 Leaf: TypeAlias = Array | QuantizedArray
 StoredLeaf: TypeAlias = np.ndarray | QuantizedArray
 
-DEPTH_LIMIT = 64  # of nested nodes
 DTYPES = {
     "BOOL": jnp.dtype(bool),
     **{f"{s}{8 * n}": jnp.dtype(f"{s.lower()}{n}") for s in "UI" for n in (1, 2, 4, 8)},
@@ -124,7 +124,7 @@ def raw_bytes(array: np.ndarray) -> np.ndarray:
 def plan_file(tree: PyTree) -> FilePlan:
     """Lays out a tree as a file; equal structures, shapes and dtypes make equal plans."""
     leaves: dict[str, Leaf] = {}
-    skeleton = _skeleton(tree, (), leaves)
+    skeleton = _skeleton(as_plain(tree), (), leaves)
     parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf)]
     parts.sort(key=lambda part: (-DTYPES[part[1]].itemsize, part[0]))  # aligned without gaps
     return FilePlan(_placed(parts), leaves, skeleton)
@@ -190,9 +190,8 @@ def check_leaf(name: str, leaf: Any) -> None:
             f"instance as np.float32({leaf!r})."
         )
     raise TypeError(
-        f"'{name}' is of type {type(leaf).__name__}: a file holds dicts, lists, tuples, None, "
-        "arrays and QuantizedArrays. Convert it first: `nnx.to_pure_dict(state)` for nnx, "
-        "`flax.core.unfreeze(params)` for FrozenDict, `._asdict()` for a NamedTuple."
+        f"'{name}' is of type {type(leaf).__name__}, which is neither an array nor a node that jax "
+        "knows: convert it to an array, register its type as a pytree, or leave it out."
     )
 
 
@@ -230,7 +229,10 @@ def _dtype_code(name: str, dtype: Any) -> str:
     if code is None:
         hint = ""
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-            hint = " Save `jax.random.key_data(key)` instead."
+            hint = (
+                " Save `jax.random.key_data(key)` instead, and of an nnx module only "
+                "`nnx.state(module, nnx.Param)`."
+            )
         elif jnp.issubdtype(dtype, jnp.complexfloating):
             hint = " Save real and imaginary parts instead."
         raise TypeError(f"leaf '{name}' has dtype {dtype}, which a file cannot hold.{hint}")

@@ -26,7 +26,6 @@ from jaxclip.checkpoints.format.headers import (
     VERSIONS,
 )
 from jaxclip.checkpoints.format.layout import (
-    DEPTH_LIMIT,
     DTYPES,
     Leaf,
     StoredLeaf,
@@ -34,6 +33,7 @@ from jaxclip.checkpoints.format.layout import (
     leaf_name,
     plan_file,
 )
+from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 
