@@ -30,7 +30,7 @@ def read_file(path):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     ours = json.loads(header.pop("__metadata__")["jaxclip"])
-    if ours["version"] not in (1, 2):
+    if ours["version"] not in (1, 2, 3):
         raise ValueError(f"version {ours['version']} of the format is not known here")
     tensors = {}
     for name, entry in header.items():
@@ -40,7 +40,8 @@ def read_file(path):
             raise ValueError(f"tensor {name!r} is damaged")
         tensors[name] = as_array(raw, entry["dtype"]).reshape(entry["shape"])
     arrays = {name: tensor for name, tensor in tensors.items() if ":" not in name}
-    return arrays | {name: weights(name, i, tensors) for name, i in ours["leaves"].items()}
+    leaves = {name: i | {"version": ours["version"]} for name, i in ours["leaves"].items()}
+    return arrays | {name: weights(name, i, tensors) for name, i in leaves.items()}
 
 
 def weights(name, info, tensors):
@@ -59,13 +60,22 @@ def weights(name, info, tensors):
 
 
 def spread(scale, info):
-    """Repeats one value per block to one per entry, along the axis that is cut into groups."""
-    shape, channels = info["shape"], np.atleast_1d([] if info["axis"] is None else info["axis"])
-    free = [a for a in range(len(shape)) if a not in channels and a - len(shape) not in channels]
+    """Repeats one value per block to one per entry, along the axes that are cut into groups."""
+    shape, ndim = info["shape"], len(info["shape"])
+    channels = {a % ndim for a in np.atleast_1d([] if info["axis"] is None else info["axis"])}
+    if info["axis"] is None and ndim > 1:
+        channels = {0}
     if info["group_size"] is None or not shape:
         return scale
-    repeated = np.repeat(scale, min(info["group_size"], max(shape[free[-1]], 1)), free[-1])
-    return np.take(repeated, range(shape[free[-1]]), free[-1])
+    axes = [a for a in range(ndim) if a not in channels]
+    if info["version"] < 3:  # groups run along the last of these axes only
+        axes = axes[-1:]
+    apart = [a for a in range(ndim) if a not in axes]
+    rows, length = (math.prod(shape[a] for a in some) for some in (apart, axes))
+    flat = scale.transpose(*apart, *axes).reshape(rows, scale.shape[axes[-1]])
+    flat = np.repeat(flat, min(info["group_size"], max(length, 1)), 1)[:, :length]
+    entries = flat.reshape([shape[a] for a in (*apart, *axes)])
+    return entries.transpose(np.argsort((*apart, *axes)))
 
 
 def decode(stored, info, count):

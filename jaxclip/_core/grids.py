@@ -5,12 +5,13 @@ w ~ scale * code,    low <= code <= high,    one scale per block
 
 import contextlib
 import dataclasses
+import math
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxclip._core import checks
 
@@ -49,16 +50,18 @@ class Grid:
     |---------------------------|-----------------------------------------------------------|
     | axis=None                 | the whole array                                           |
     | axis=c                    | each index along the channel axis (or axes) c             |
-    | axis=c, group_size=g      | g consecutive entries along the last axis that is not     |
-    |                           | a channel axis; all other axes stay apart                 |
+    | axis=c, group_size=g      | g consecutive entries of a channel; its entries are those |
+    |                           | along all other axes together, in row-major order         |
+    | axis=None, group_size=g   | the same, with the first axis of two or more as c         |
+
+    So a convolution kernel of shape (height, width, in, out) has groups along height * width * in.
 
     Attributes:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where a budget chooses the width.
       levels: "full" or "narrow"; the narrow grid is symmetric.
       axis: Channel axis or axes, or None. The last is an output channel in flax's layouts, the
         first in PyTorch's.
-      group_size: Entries that share a scale along the last non-channel axis, at least 1; None
-        for no groups.
+      group_size: Entries of a channel that share a scale, at least 1; None for no groups.
       zero_point: True to shift each block's grid by whole codes, so that its range may lie
         unevenly around 0. Not for 1 bit.
       scale_dtype: Format of the scales: float32, float16, bfloat16 (names or dtypes), or "log8",
@@ -93,6 +96,8 @@ class Grid:
                 raise TypeError(f"axis must be an integer, a tuple of them or None, got {a!r}.")
         if self.group_size is not None:
             checks.check_count("group_size", self.group_size)
+            if self.group_size >= 2**63:  # which no file could hold
+                raise ValueError(f"group_size must be at most 2**63 - 1, got {self.group_size}.")
         if not isinstance(self.zero_point, (bool, np.bool_)):
             raise TypeError(f"zero_point must be True or False, got {self.zero_point!r}.")
         if self.zero_point and self.bits == 1:
@@ -129,74 +134,131 @@ class Grid:
         axis = int(self.axis)
         return dataclasses.replace(self, axis=axis - ndim if axis >= 0 else axis)
 
-    def group_axis(self, ndim: int) -> int | None:
-        """Returns the axis that is split into groups, or None."""
+    def group_axes(self, ndim: int) -> tuple[int, ...]:
+        """Returns the axes along which groups run together, in order; none without groups."""
         if self.group_size is None or ndim == 0:
-            return None
-        free = [a for a in range(ndim) if a not in self.channel_axes(ndim)]
-        if not free:
+            return ()
+        apart = (0,) if self.axis is None and ndim > 1 else self.channel_axes(ndim)
+        axes = tuple(a for a in range(ndim) if a not in apart)
+        if not axes:
             raise ValueError(
                 f"group_size={self.group_size} needs an axis that is not a channel axis; "
                 f"axis={self.axis} takes all {ndim}."
             )
-        return free[-1]
+        return axes
 
     def group_size_of(self, shape: tuple[int, ...]) -> int:
-        """Returns the entries of a full group of an array: at most those of its group axis."""
-        axis = self.group_axis(len(shape))
-        return 1 if axis is None else max(min(self.group_size or 1, shape[axis]), 1)
+        """Returns the entries of a full group of an array: at most those of a channel."""
+        axes = self.group_axes(len(shape))
+        length = math.prod(shape[a] for a in axes)
+        return max(min(self.group_size or 1, length), 1) if axes else 1
+
+    def fitted(self, shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> "Grid":
+        """Returns a grid for a stack: leading axes that stack whole arrays become channel axes."""
+        # An array of one grid may have been stacked or batched since. Its scales show how often;
+        # if a stack has one array, both readings of its shape are the same.
+        if self.group_size is None or self.scale_shape(shape) == scale_shape:
+            return self
+        ndim = len(shape)
+        for num_stacked in range(1, ndim):
+            try:
+                own = self.group_axes(ndim - num_stacked)
+            except ValueError:  # too few axes for this grid
+                break
+            channels = {a for a in range(ndim) if a - num_stacked not in own}
+            axis = tuple(a - ndim for a in sorted(channels))
+            stacked = dataclasses.replace(self, axis=axis)
+            if stacked.scale_shape(shape) == scale_shape:
+                return stacked
+        return self
 
     def split(self, x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
-        """Returns `x` with its group axis split in two (zero-padded), and the axes to reduce."""
-        axis = self.group_axis(x.ndim)
-        if axis is None:
+        """Returns `x` cut into groups (zero-padded), and the axes to reduce for one value each."""
+        axes = self.group_axes(x.ndim)
+        if not axes:
             channels = self.channel_axes(x.ndim)
             return x, tuple(a for a in range(x.ndim) if a not in channels)
-        size = self.group_size_of(x.shape)
-        groups = -(-x.shape[axis] // size)
+        size, place = self.group_size_of(x.shape), axes[-1] - len(axes) + 1
+        x = _merged(x, axes)
+        groups = -(-x.shape[place] // size)
         padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, groups * size - x.shape[axis])
-        x = jnp.pad(x, padding) if padding[axis][1] else x
-        return x.reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :]), (axis + 1,)
+        padding[place] = (0, groups * size - x.shape[place])
+        x = jnp.pad(x, padding) if padding[place][1] else x
+        return x.reshape(*x.shape[:place], groups, size, *x.shape[place + 1 :]), (place + 1,)
 
     def block_counts(self, shape: tuple[int, ...]) -> np.ndarray:
         """Returns the entries of each block without padding; broadcasts against kept dims."""
-        ndim, axis = len(shape), self.group_axis(len(shape))
-        if axis is None:
+        ndim, axes = len(shape), self.group_axes(len(shape))
+        if not axes:
             channels = self.channel_axes(ndim)
             reduced = [n for a, n in enumerate(shape) if a not in channels]
             return np.asarray(max(int(np.prod(reduced)), 1), np.float32)
-        size, length = self.group_size_of(shape), shape[axis]
+        size, length = self.group_size_of(shape), math.prod(shape[a] for a in axes)
         counts = np.minimum(size, length - size * np.arange(-(-length // size)))
-        kept = [1] * axis + [-1, 1] + [1] * (ndim - axis - 1)
+        kept = [1] * (axes[-1] - len(axes) + 1) + [-1, 1] + [1] * (ndim - axes[-1] - 1)
         return counts.astype(np.float32).reshape(kept)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of the scales of an array: 1 for each axis that shares them."""
-        axis, channels = self.group_axis(len(shape)), self.channel_axes(len(shape))
-        if axis is None:
+        # Groups are counted along the last of their axes.
+        axes, channels = self.group_axes(len(shape)), self.channel_axes(len(shape))
+        if not axes:
             return tuple(n if a in channels else 1 for a, n in enumerate(shape))
-        groups = -(-shape[axis] // self.group_size_of(shape))
-        return (*shape[:axis], groups, *shape[axis + 1 :])
+        groups = -(-math.prod(shape[a] for a in axes) // self.group_size_of(shape))
+        sizes = {a: groups if a == axes[-1] else 1 for a in axes}
+        return tuple(sizes.get(a, n) for a, n in enumerate(shape))
 
     def compact(self, per_block: jax.Array, ndim: int) -> jax.Array:
         """Returns one value a block, reduced with kept dims, in the shape of the scales."""
-        axis = self.group_axis(ndim)
-        return per_block if axis is None else jnp.squeeze(per_block, axis + 1)
+        axes = self.group_axes(ndim)
+        if not axes:
+            return per_block
+        per_block = jnp.squeeze(per_block, axes[-1] - len(axes) + 2)
+        return jnp.expand_dims(per_block, axes[:-1]) if len(axes) > 1 else per_block
 
     def expand(self, compact: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Returns values in the shape of the scales, repeated to broadcast against `shape`."""
-        axis = self.group_axis(len(shape))
-        if axis is None:
+        return self.expand_with(jnp, compact, shape)
+
+    def expand_with(self, xp: ModuleType, compact: Any, shape: tuple[int, ...]) -> Any:
+        """Returns the values of `expand`, made with `jax.numpy` or NumPy."""
+        grid = self.fitted(shape, tuple(compact.shape))
+        axes = grid.group_axes(len(shape))
+        if not axes:
             return compact
-        if (wanted := self.scale_shape(shape)) != tuple(compact.shape):
+        if (wanted := grid.scale_shape(shape)) != tuple(compact.shape):
             raise ValueError(
                 f"an array of shape {shape} with axis={self.axis} and group_size={self.group_size} "
                 f"must have scales of shape {wanted}, got {tuple(compact.shape)}. In a batch, "
                 "channel axes must be counted from the end."
             )
-        repeated = jnp.repeat(compact, self.group_size_of(shape), axis=axis)
-        return lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
+        place, length = axes[-1] - len(axes) + 1, math.prod(shape[a] for a in axes)
+        joined = xp.squeeze(compact, axes[:-1])
+        repeated = xp.repeat(joined, grid.group_size_of(shape), axis=place)
+        repeated = repeated[(slice(None),) * place + (slice(length),)]
+        if len(axes) == 1:
+            return repeated
+        group_shape = (shape[a] for a in axes)
+        split = repeated.reshape(*joined.shape[:place], *group_shape, *joined.shape[place + 1 :])
+        return xp.transpose(split, np.argsort(_joining_order(axes, len(shape))))
+
+
+def _joining_order(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """Returns the order of axes in which `axes` follow each other and end where their last is."""
+    before = [a for a in range(axes[-1]) if a not in axes]
+    return (*before, *axes, *range(axes[-1] + 1, ndim))
+
+
+def _merged(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns `x` with some axes as one, row-major, in the place of their last."""
+    if len(axes) == 1:
+        return x
+    order = _joining_order(axes, x.ndim)
+    if order != tuple(range(x.ndim)):
+        x = jnp.transpose(x, order)
+    place = axes[-1] - len(axes) + 1
+    length = math.prod(x.shape[place : axes[-1] + 1])
+    return x.reshape(*x.shape[:place], length, *x.shape[axes[-1] + 1 :])
 
 
 def _name_of_scale_dtype(scale_dtype: Any) -> str:

@@ -238,8 +238,8 @@ def _check_fits(name: str, wanted: Any, found: Any) -> None:
     pairs = [("shape", tuple(wanted.shape), tuple(found.shape))]
     pairs += [("dtype", jnp.dtype(wanted.dtype), jnp.dtype(found.dtype))]
     if is_quantized(wanted):
-        found_grid = found.grid.from_the_end(found.ndim) if is_quantized(found) else "none"
-        pairs += [("grid", wanted.grid.from_the_end(wanted.ndim), found_grid)]
+        found_grid = found.fitted_grid.from_the_end(found.ndim) if is_quantized(found) else "none"
+        pairs += [("grid", wanted.fitted_grid.from_the_end(wanted.ndim), found_grid)]
     for field, asked, got in pairs:
         if asked != got:
             raise ValueError(f"'{name}' has {field} {got}, but like has {asked}.")

@@ -140,7 +140,7 @@ def _scheme_of(name: str, leaf: QuantizedArray) -> Scheme:
     num_rows, num_columns = leaf.shape
     grid = leaf.grid
     group_size = None
-    if grid.group_axis(2) == 1:
+    if grid.group_axes(2) == (1,):
         group_size = min(int(grid.group_size or num_columns), num_columns)
         group_size = None if group_size == num_columns else group_size
     if leaf.scale.shape[0] not in (1, num_rows) or 1 in grid.channel_axes(2):

@@ -44,12 +44,12 @@ class QuantizedArray:
         low <= qvalue <= high, low <= zero <= high         low, high = grid.code_range
         qvalue != 0                                        for one bit
         scale != 0 and finite                              scale > 0 with a zero point
-        scale.shape == zero.shape == grid.scale_shape(qvalue.shape)
+        scale.shape == zero.shape == fitted_grid.scale_shape(qvalue.shape)
 
     Attributes:
       qvalue: Codes in the array's shape: int8, or int4 or int2 after `with_code_dtype`.
-      scale: float32, float16 or bfloat16; of length 1 along shared axes, one per group along a
-        grouped axis.
+      scale: float32, float16 or bfloat16; of length 1 along shared axes, and one per group along
+        the last of the axes that groups run along.
       grid: The codes and the blocks that share a scale; from `quantize` with negative axes.
       dtype: Dtype of the array that was quantized, and of `dequantize`'s result.
       zero: int8, in the shape of `scale`; None without a zero point.
@@ -76,6 +76,11 @@ class QuantizedArray:
     def ndim(self) -> int:
         """Number of dimensions of the array."""
         return len(self.shape)
+
+    @property
+    def fitted_grid(self) -> Grid:
+        """The grid with the axes along which arrays were stacked as channel axes."""
+        return self.grid.fitted(self.shape, tuple(self.scale.shape))
 
     @property
     def num_bytes(self) -> int:
@@ -192,7 +197,7 @@ class QuantizedArray:
 
     def _check_part(self, name: str, part: str, array: jax.Array, dtype: str) -> None:
         """Raises unless `array` has the dtype, and one value for each block."""
-        shape = self.grid.scale_shape(self.shape)
+        shape = self.fitted_grid.scale_shape(self.shape)
         if (array.dtype, tuple(array.shape)) != (jnp.dtype(dtype), shape):
             raise ValueError(
                 f"QuantizedArray '{name}' of shape {self.shape} must have {part} of dtype "
@@ -234,8 +239,7 @@ def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax
       fuses into its consumer.
 
     Raises:
-      ValueError: If groups do not fit the shape. That happens if codes and scales whose channel
-        axes are counted from the front were stacked, or if one of them was sliced.
+      ValueError: If groups do not fit the shape. That happens if codes or scales were sliced.
 
     Example:
       >>> from jaxclip import quantize

@@ -134,9 +134,5 @@ def _reader(array: _Array) -> Callable[[_Rows], np.ndarray]:
 
 
 def _expanded(low_bit: QuantizedArray, compact: np.ndarray) -> np.ndarray:
-    """Returns one value per block repeated along the group axis; `Grid.expand` in NumPy."""
-    axis = low_bit.grid.group_axis(low_bit.ndim)
-    if axis is None:
-        return compact
-    repeated = np.repeat(compact, low_bit.grid.group_size_of(low_bit.shape), axis=axis)
-    return repeated[(slice(None),) * axis + (slice(low_bit.shape[axis]),)]
+    """Returns one value per block repeated along the axes of its groups."""
+    return low_bit.grid.expand_with(np, compact, low_bit.shape)

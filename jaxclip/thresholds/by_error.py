@@ -133,7 +133,7 @@ def mse_optimal(
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary", or a `Grid` instead of all fields of one; None
         where `quantize` or `compress` fills it.
       axis: Channel axis or axes with a threshold each; None for one threshold.
-      group_size: Entries that share a threshold along the last non-channel axis.
+      group_size: Entries of a channel that share a threshold, as in `Grid`.
       levels: As in `Grid`.
       importance: Factors in [0, inf) of the squared errors, broadcastable to the array. The
         mean square of each input makes the error that of the layer's outputs, for uncorrelated
@@ -239,7 +239,7 @@ def least_squares(
       num_refits: Number of refits, at least 0; 0 takes the scale of a normal distribution. One
         bit needs none: there `t = mean |w|`.
       axis: Channel axis or axes with a threshold each; None for one threshold.
-      group_size: Entries that share a threshold along the last non-channel axis.
+      group_size: Entries of a channel that share a threshold, as in `Grid`.
       levels: As in `Grid`.
 
     Returns:

@@ -59,7 +59,7 @@ def max_abs(
 
     Args:
       axis: Channel axis or axes with a threshold each; None for one threshold.
-      group_size: Entries that share a threshold along the last non-channel axis.
+      group_size: Entries of a channel that share a threshold, as in `Grid`.
 
     Returns:
       A rule: array -> float32 thresholds that broadcast against the array.
@@ -145,7 +145,7 @@ def percentile_abs(
     Args:
       q: Number in (0, 100]; 100 is `max_abs`.
       axis: Channel axis or axes with a threshold each; None for one threshold.
-      group_size: Entries that share a threshold along the last non-channel axis.
+      group_size: Entries of a channel that share a threshold, as in `Grid`.
 
     Returns:
       A rule: array -> float32 thresholds that broadcast against the array.
@@ -198,7 +198,7 @@ def std_multiple(
     Args:
       k: Finite number above 0; 2 to 4 are usual.
       axis: Channel axis or axes with a threshold each; None for one threshold.
-      group_size: Entries that share a threshold along the last non-channel axis.
+      group_size: Entries of a channel that share a threshold, as in `Grid`.
 
     Returns:
       A rule: array -> float32 thresholds that broadcast against the array. Right for every

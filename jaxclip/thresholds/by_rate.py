@@ -131,7 +131,7 @@ def rate_optimal(
         rates D is then `lagrangian / (2 ln 2)`.
       axis: Channel axis or axes with a step each, in proportion to the square root of the
         channel's root mean square; None for one step.
-      group_size: Entries that share a step along the last non-channel axis.
+      group_size: Entries of a channel that share a step, as in `Grid`.
 
     Returns:
       A rule: array -> float32 thresholds that broadcast against the array; 0 for blocks of

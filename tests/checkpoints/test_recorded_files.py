@@ -14,7 +14,11 @@ from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.trees import decompress
 from oracles import recorded_trees
 
-TREES = {1: recorded_trees.version_1, 2: recorded_trees.version_2}
+TREES = {
+    1: recorded_trees.version_1,
+    2: recorded_trees.version_2,
+    3: recorded_trees.version_3,
+}
 every_version = pytest.mark.parametrize("version", TREES)
 
 
@@ -83,6 +87,47 @@ def test_a_recorded_file_is_read_as_what_quantize_makes_today(version):
     assert jax.tree.structure(loaded) == jax.tree.structure(like)
     for a, b in zip(*map(jax.tree.leaves, map(decompress, (loaded, tree))), strict=True):
         assert np.array_equal(a, b)
+
+
+def weights_by_hand(leaf, along, size):
+    """scale * code, with groups of `size` entries along the axes `along` together."""
+    order = (*(a for a in range(leaf.ndim) if a not in along), *along)
+    length = int(np.prod([leaf.shape[a] for a in along]))
+    codes = np.transpose(leaf.qvalue, order).reshape(-1, length).astype(np.float32)
+    scale = np.transpose(leaf.scale, order).reshape(len(codes), -1)
+    spread = np.repeat(scale, size, 1)[:, :length]
+    shape = [leaf.shape[a] for a in order]
+    return np.transpose((spread * codes).reshape(shape), np.argsort(order))
+
+
+def test_groups_of_version_3_run_along_all_inputs_together():
+    loaded = checkpoints.load(recorded(3))
+    groups = {"flax": ((0, 1, 2), 8), "torch": ((1, 2, 3), 16), "middle": ((0, 2), 4)}
+    groups |= {"rows": ((1, 2), 4), "matrix": ((1,), 4)}
+    for name, leaf in loaded.items():
+        assert np.array_equal(decompress(leaf), weights_by_hand(leaf, *groups[name])), name
+
+
+def test_groups_of_version_1_run_along_one_axis_of_a_convolution():
+    """Recorded by the code that wrote them: axis -1, 0 and None, in groups of 3."""
+    path = recorded_trees.RECORDED / "version_1_convolutions.safetensors"
+    loaded = checkpoints.load(path)
+    along = {"flax": 2, "torch": 3, "tensor": 2}
+    assert loaded.keys() == along.keys()
+    for name, leaf in loaded.items():
+        codes = recorded_trees.codes_of(leaf.shape, -8, 7)
+        assert np.array_equal(leaf.qvalue, codes)
+        assert np.array_equal(leaf.scale.ravel(), np.arange(1, 1 + leaf.scale.size))
+        assert np.array_equal(decompress(leaf), weights_by_hand(leaf, (along[name],), 3)), name
+
+
+def test_a_file_of_version_1_that_is_loaded_and_saved_means_the_same(tmp_path):
+    path = recorded_trees.RECORDED / "version_1_convolutions.safetensors"
+    before = checkpoints.load(path)
+    checkpoints.save(tmp_path / "net.safetensors", before)
+    after = checkpoints.load(tmp_path / "net.safetensors")
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    assert all(map(np.array_equal, *map(jax.tree.leaves, map(decompress, (after, before)))))
 
 
 def test_every_kind_of_low_bit_leaf_is_recorded():

@@ -343,11 +343,11 @@ def test_pickles_are_never_run(suffix, tmp_path):
 
 def test_a_newer_version_is_refused_by_its_number(path, monkeypatch):
     monkeypatch.setattr(
-        "jaxclip.checkpoints.format.headers._version_for", lambda quantized, codings: 3
+        "jaxclip.checkpoints.format.headers._version_for", lambda quantized, codings: 4
     )
     checkpoints.save(path, small_tree())
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"use a jaxclip that reads version 3"):
+    with pytest.raises(CheckpointError, match=r"use a jaxclip that reads version 4"):
         checkpoints.load(path)
 
 

@@ -67,14 +67,16 @@ def block_of_each_entry(shape, axis, group_size):
     axes = () if axis is None else axis if isinstance(axis, tuple) else (axis,)
     channels = {a % ndim for a in axes} if ndim else set()
     labels = np.zeros(shape, dtype=object)
+    if group_size is not None and axis is None and ndim > 1:
+        channels = {0}
     free = [a for a in range(ndim) if a not in channels]
     for index in itertools.product(*map(range, shape)):
+        channel = tuple(index[a] for a in sorted(channels))
         if group_size is None or not free:
-            labels[index] = tuple(index[a] for a in sorted(channels))
+            labels[index] = channel
         else:
-            labels[index] = tuple(
-                i // group_size if a == free[-1] else i for a, i in enumerate(index)
-            )
+            place = np.ravel_multi_index([index[a] for a in free], [shape[a] for a in free])
+            labels[index] = (*channel, int(place) // group_size)
     return labels
 
 
@@ -130,8 +132,30 @@ def test_axes_counted_from_the_end_name_the_same_blocks(case):
     assert all(a is None or a < 0 for a in axes)
     assert type(grid.axis) is type(axis)
     assert grid.channel_axes(len(shape)) == given_axes.channel_axes(len(shape))
+    assert grid.group_axes(len(shape)) == given_axes.group_axes(len(shape))
     assert grid.scale_shape(shape) == given_axes.scale_shape(shape)
     assert grid.from_the_end(len(shape)) == grid
+
+
+@pytest.mark.parametrize("size", [2**63, 10**20, np.uint64(2**63)], ids=repr)
+def test_a_group_size_that_no_file_can_hold_is_refused_when_made(size):
+    with pytest.raises(ValueError, match="group_size must be at most"):
+        Grid(4, group_size=size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "scales"),
+    [
+        ((3, 3, 64, 16), -1, (1, 1, 9, 16)),  # flax: height * width * in
+        ((16, 64, 3, 3), 0, (16, 1, 1, 9)),  # PyTorch: in * height * width
+        ((16, 1, 3, 3), 0, (16, 1, 1, 1)),  # depthwise
+        ((8, 32, 16), (0, -1), (8, 1, 16)),  # experts
+        ((4, 6, 16), 1, (1, 6, 1)),
+        ((4, 8, 32), None, (4, 1, 4)),
+    ],
+)
+def test_groups_run_along_all_inputs_of_an_output_together(shape, axis, scales):
+    assert Grid(4, axis=axis, group_size=64).scale_shape(shape) == scales
 
 
 def test_a_grid_is_a_static_argument_of_jit():

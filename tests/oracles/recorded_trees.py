@@ -83,5 +83,25 @@ def version_2() -> dict:
     }
 
 
+def version_3() -> dict:
+    """Groups along all inputs of an output, and of a row where no axis has the outputs."""
+
+    def low_bit(bits, shape, axis, group_size, scale_shape):
+        scale = np.arange(1, 1 + np.prod(scale_shape, dtype=int)).reshape(scale_shape) * 0.1
+        low, high = code_range(bits)
+        return QuantizedArray(
+            codes_of(shape, low, high).astype(np.int8), scale.astype(np.float32),
+            Grid(bits, axis=axis, group_size=group_size), np.dtype(np.float32),
+        )  # fmt: skip
+
+    return {
+        "flax": low_bit(4, (3, 2, 5, 4), -1, 8, (1, 1, 4, 4)),
+        "torch": low_bit("ternary", (4, 5, 3, 2), 0, 16, (4, 1, 1, 2)),
+        "middle": low_bit(3, (3, 2, 5), 1, 4, (1, 2, 4)),
+        "rows": low_bit(8, (2, 3, 5), None, 4, (2, 1, 4)),
+        "matrix": low_bit(2, (3, 10), -2, 4, (3, 3)),
+    }
+
+
 if __name__ == "__main__":
-    checkpoints.save(sys.argv[1], version_2())
+    checkpoints.save(sys.argv[1], version_3())

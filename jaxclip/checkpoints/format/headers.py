@@ -5,6 +5,7 @@ and a CRC-32 for each tensor and for the header. `docs/format.md` documents ever
 """
 
 import json
+import math
 import struct
 import zlib
 from typing import Any
@@ -16,7 +17,7 @@ from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.entropy_coding import codings_tried
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 # Every version begins like this, so the header's checksum has a fixed place.
 PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
 CRC_PLACE = slice(8 + len(PREFIX), 16 + len(PREFIX))
@@ -75,6 +76,8 @@ def _to_json(value: Any) -> str:
 
 def _version_for(quantized: dict[str, QuantizedArray], codings: dict[str, str | None]) -> int:
     """Returns the lowest version that holds all leaves: older readers read it if they can."""
+    if any(_has_groups_along_many_axes(leaf) for leaf in quantized.values()):
+        return 3
     needs_version_2 = any(
         leaf.zero is not None or leaf.grid.scale_dtype != "float32" or codings.get(name) is not None
         for name, leaf in quantized.items()
@@ -82,8 +85,14 @@ def _version_for(quantized: dict[str, QuantizedArray], codings: dict[str, str | 
     return 2 if needs_version_2 else 1
 
 
+def _has_groups_along_many_axes(leaf: QuantizedArray) -> bool:
+    """Returns True if groups run along more than the last of their axes."""
+    axes = leaf.fitted_grid.group_axes(leaf.ndim)
+    return math.prod(leaf.shape[a] for a in axes[:-1]) != 1
+
+
 def _quantized_info(leaf: QuantizedArray, version: int, coding: str | None) -> dict[str, Any]:
-    axis = leaf.grid.axis
+    axis = leaf.fitted_grid.axis
     info = {
         "bits": leaf.bits,
         "full_signed": leaf.grid.levels == "full",

@@ -262,6 +262,7 @@ def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
             zero_point=has_zero,
             scale_dtype=scale_dtype,
         )
+        grid = grid if version >= 3 else _with_groups_along_one_axis(grid, shape)
         scale_shape = grid.scale_shape(shape)
         qvalue: Any = jax.ShapeDtypeStruct(shape, np.dtype(np.int8))
         scale: Any = jax.ShapeDtypeStruct(scale_shape, jnp.dtype(dtype_in_memory(scale_dtype)))
@@ -269,3 +270,12 @@ def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
         return QuantizedArray(qvalue, scale, grid, stored, zero)
     except (TypeError, ValueError) as error:
         raise ValueError(f"tensor {name!r}: {error}") from error
+
+
+def _with_groups_along_one_axis(grid: Grid, shape: tuple[int, ...]) -> Grid:
+    """Returns the grid whose groups run along the last of their axes alone."""
+    # So they did in versions 1 and 2: the other axes were apart, as channel axes are.
+    *apart, last = grid.group_axes(len(shape)) or (None,)
+    if math.prod(shape[a] for a in apart) == 1:  # both readings are the same
+        return grid
+    return dataclasses.replace(grid, axis=tuple(a for a in range(len(shape)) if a != last))
