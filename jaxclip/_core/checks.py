@@ -1,8 +1,8 @@
 """Eager checks of arguments, with errors that name the argument, the rule and the value.
 
 Only Python and NumPy numbers are checked by value. A jax array may be traced, so only its
-shape and dtype are checked. The transform then treats a bad value by a documented policy,
-the same in eager and jitted code.
+shape and dtype are checked, also where it arrives late, from a schedule. The transform then treats
+a bad value by a documented policy, the same in eager and jitted code.
 """
 
 import math
@@ -13,6 +13,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from jaxclip._core.trees import PyTree, is_clippable, path_name
 
@@ -22,8 +23,13 @@ def is_concrete(value: object) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def _describe(value: object) -> str:
-    return f"got {value!r} of type {type(value).__name__}"
+def describe(value: object) -> str:
+    """Returns the end of an error: the value, its type, and a hint if it may be traced."""
+    hint = f": {_STATIC_HINT}" if isinstance(value, jax.Array) else ""
+    return f"got {value!r} of type {type(value).__name__}{hint}"
+
+
+_STATIC_HINT = "under optax.inject_hyperparams name it in static_args"
 
 
 def _check_real(name: str, value: Any, rule: str) -> None:
@@ -31,10 +37,10 @@ def _check_real(name: str, value: Any, rule: str) -> None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return
     if value is None or isinstance(value, (bool, str, bytes, complex)):
-        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
+        raise TypeError(f"{name} must be {rule}, {describe(value)}.")
     dtype = getattr(value, "dtype", None)
     if dtype is None or not hasattr(value, "shape"):
-        raise TypeError(f"{name} must be {rule}, {_describe(value)}.")
+        raise TypeError(f"{name} must be {rule}, {describe(value)}.")
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name} must be {rule}, got an array of dtype {dtype}.")
 
@@ -56,7 +62,7 @@ def check_threshold(name: str, value: Any) -> None:
     """Raises unless `value` is a number in [0, inf], or a scalar jax array."""
     number = _concrete_scalar(name, value, "a number in [0, inf]")
     if number is not None and not number >= 0:
-        raise ValueError(f"{name} must be in [0, inf], {_describe(value)}.")
+        raise ValueError(f"{name} must be in [0, inf], {describe(value)}.")
 
 
 def check_threshold_array(name: str, value: Any) -> None:
@@ -73,47 +79,84 @@ def check_positive(name: str, value: Any) -> None:
     """Raises unless `value` is a number in (0, inf), or a jax array."""
     number = _concrete_scalar(name, value, "a positive number")
     if number is not None and not 0 < number < math.inf:
-        raise ValueError(f"{name} must be positive and finite, {_describe(value)}.")
+        raise ValueError(f"{name} must be positive and finite, {describe(value)}.")
 
 
 def check_finite(name: str, value: Any) -> None:
     """Raises unless `value` is a finite number, or a jax array."""
     number = _concrete_scalar(name, value, "a finite number")
     if number is not None and not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, {_describe(value)}.")
+        raise ValueError(f"{name} must be finite, {describe(value)}.")
 
 
 def check_bound(name: str, value: Any, never: float) -> None:
     """Raises unless `value` is a number other than NaN and `never`, or a jax array."""
     number = _concrete_scalar(name, value, "a number")
     if number is not None and (math.isnan(number) or number == never):
-        raise ValueError(f"{name} must be neither NaN nor {never}, {_describe(value)}.")
+        raise ValueError(f"{name} must be neither NaN nor {never}, {describe(value)}.")
 
 
 def check_nonnegative(name: str, value: Any) -> None:
     """Raises unless `value` is a number in [0, inf), or a jax array."""
     number = _concrete_scalar(name, value, "a non-negative number")
     if number is not None and not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, {_describe(value)}.")
+        raise ValueError(f"{name} must be finite and not negative, {describe(value)}.")
 
 
 def check_decay_rate(name: str, value: Any) -> None:
     """Raises unless `value` is a number in [0, 1], or a jax array."""
     number = _concrete_scalar(name, value, "a number in [0, 1]")
     if number is not None and not 0 <= number <= 1:
-        raise ValueError(f"{name} must be in [0, 1], {_describe(value)}.")
+        raise ValueError(f"{name} must be in [0, 1], {describe(value)}.")
+
+
+def value_at(name: str, given: Any, step: ArrayLike) -> ArrayLike:
+    """Returns a number, or a schedule's value at a step; raises unless that is a real scalar."""
+    if not callable(given):
+        return given
+    value: Any = given(step)
+    name = f"the value of the schedule {name}"
+    _concrete_scalar(name, value, "a real floating scalar")
+    if _is_integer_scalar(value):
+        raise TypeError(f"{name} must be a real floating scalar, got {jnp.result_type(value)}.")
+    return value
+
+
+def refuse_step(name: str, given: Any, expected: str) -> None:
+    """Raises TypeError for an integer scalar, which functions get that are taken for schedules."""
+    if _is_integer_scalar(given):
+        raise TypeError(
+            f"{name} must be given {expected}, got a scalar of dtype {given.dtype}: "
+            "optax.inject_hyperparams calls every function among the arguments with the step; name "
+            "those that are not schedules in static_args."
+        )
+
+
+def _is_integer_scalar(value: Any) -> bool:
+    """Returns True for 0-d integer arrays, but not for numbers of Python in an array."""
+    dtype = getattr(value, "dtype", None)
+    is_integer = dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+    return is_integer and np.ndim(value) == 0 and not getattr(value, "weak_type", False)
 
 
 def check_choice(name: str, value: object, allowed: tuple) -> None:
     """Raises unless `value` is one of `allowed`, of the same type."""
     if not any(type(value) is type(a) and value == a for a in allowed):
-        raise ValueError(f"{name} must be one of {list(allowed)}, {_describe(value)}.")
+        raise ValueError(f"{name} must be one of {list(allowed)}, {describe(value)}.")
 
 
 def check_count(name: str, value: object, at_least: int = 1) -> None:
     """Raises unless `value` is a Python or NumPy integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}, {_describe(value)}.")
+        raise ValueError(f"{name} must be an integer of at least {at_least}, {describe(value)}.")
+
+
+def check_traced_count(name: str, value: Any, at_least: int = 1) -> None:
+    """Raises unless `value` is a count, or an integer scalar of jax, which may be traced."""
+    if not isinstance(value, jax.Array):
+        check_count(name, value, at_least)
+    elif value.ndim or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
 
 
 def check_params_given(name: str, params: optax.Params | None) -> None:

@@ -39,6 +39,17 @@ def map_clippable(fn: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
     return jax.tree.map(apply, tree, *rest)
 
 
+def check_mask_for_leaves(mask: Mask | None) -> None:
+    """Raises TypeError if the mask of a transform is one bool for all leaves."""
+    # That is what a function becomes under optax.inject_hyperparams, which calls it with the step
+    # in place of the parameters.
+    if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
+        raise TypeError(
+            "mask must be a tree of bools, a function of the parameters, or None for all leaves, "
+            f"got {mask!r}: under optax.inject_hyperparams name it in static_args."
+        )
+
+
 def masked(mask: Mask | None, params: PyTree, tree: PyTree, otherwise: object) -> PyTree:
     """Returns `tree` with `otherwise` at the leaves that the mask over `params` leaves out."""
     if mask is None:

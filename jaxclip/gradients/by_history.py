@@ -174,8 +174,7 @@ def zclip(
     """
     checks.check_threshold("z", z)
     checks.check_decay_rate("alpha", alpha)
-    if not isinstance(warmup, jax.Array):  # as `inject_hyperparams` gives it
-        checks.check_count("warmup", warmup, at_least=0)
+    checks.check_traced_count("warmup", warmup, at_least=0)
     check_number_or_schedule("max_norm", max_norm)
 
     def start(params):
@@ -193,7 +192,7 @@ def zclip(
         has_std = ~is_warm & (std > 0)
         is_spike = has_std & (deviation > max_deviation)
         spike_bound = mean + max_deviation * (max_deviation / jnp.where(is_spike, deviation, 1))
-        usual_bound = jnp.where(has_std, jnp.inf, bound_at(max_norm, state.step))
+        usual_bound = jnp.where(has_std, jnp.inf, bound_at("max_norm", max_norm, state.step))
         bound = jnp.where(is_spike, spike_bound, usual_bound)
 
         # In warm-up the plain mean and variance (Welford), then moving averages.
@@ -253,8 +252,7 @@ def adagc(
     """
     checks.check_threshold("relative", relative)
     checks.check_decay_rate("beta", beta)
-    if not isinstance(warmup, jax.Array):  # as `inject_hyperparams` gives it
-        checks.check_count("warmup", warmup, at_least=0)
+    checks.check_traced_count("warmup", warmup, at_least=0)
     check_number_or_schedule("max_norm", max_norm)
 
     def rule(updates, state, pre_norm):
@@ -264,7 +262,7 @@ def adagc(
         norms = [rescaled_unit_norm(x, tuple(range(x.ndim)), axis_name=axis_name) for x in leaves]
         norm = _norm_of_leaf_norms(norms)
         is_warm = state.num_learned < warmup
-        max_global = bound_at(max_norm, state.step, norm.norm.dtype)
+        max_global = bound_at("max_norm", max_norm, state.step, norm.norm.dtype)
         max_own = jnp.where(reference > 0, clamp(relative, 0, jnp.inf) * reference, jnp.inf)
         # In warm-up one coefficient for all, that of the global norm.
         deciding = [_select_norm(is_warm, norm, n) for n in norms]

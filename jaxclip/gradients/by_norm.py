@@ -94,7 +94,7 @@ def clip_by_global_norm(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params
-        bound = max_norm(state.step) if callable(max_norm) else max_norm
+        bound = checks.value_at("max_norm", max_norm, state.step)
         norm, leaf_norms = norm_of(updates, extra_args.get("pre_norm"), ord, axis_name)
         clipped, clip = clip_to_norm(updates, norm, bound, eps)
         step = increment(state.step)

@@ -78,8 +78,7 @@ def clip_by_spectral_norm(
     if steps is not None:
         checks.check_count("steps", steps)
     stacked_axes = 0 if stacked_axes is None else stacked_axes
-    if stacked_axes != 0:
-        checks.check_count("stacked_axes", stacked_axes)
+    checks.check_count("stacked_axes", stacked_axes, at_least=0)
     check_threshold_tree("max_norm", max_norm)
 
     def init_fn(params):
@@ -89,7 +88,7 @@ def clip_by_spectral_norm(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        bounds = resolve_threshold(max_norm, updates, state.step)
+        bounds = resolve_threshold(max_norm, updates, state.step, name="max_norm")
         entries, treedef = jax.tree_util.tree_flatten_with_path(updates)
         pairs = list(zip(entries, jax.tree.leaves(bounds), strict=True))
         is_bad = is_bad_step(updates, bounds)

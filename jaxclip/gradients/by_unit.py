@@ -99,12 +99,11 @@ def clip_by_leaf_norm(
     """
     check_threshold_tree("max_norm", max_norm)
     num_stacked = 0 if stacked_axes is None else stacked_axes
-    if num_stacked != 0:
-        checks.check_count("stacked_axes", num_stacked)
+    checks.check_count("stacked_axes", num_stacked, at_least=0)
 
     def terms_of(updates, params, step):
         del params
-        return [_scalar_bounds("max_norm", resolve_threshold(max_norm, updates, step), updates)]
+        return [_scalar_bounds("max_norm", max_norm, updates, step)]
 
     def axes_of(shape):
         return tuple(range(min(num_stacked, len(shape)), len(shape)))
@@ -149,7 +148,7 @@ def clip_by_block_rms(
 
     def terms_of(updates, params, step):
         del params
-        bounds = _scalar_bounds("threshold", resolve_threshold(threshold, updates, step), updates)
+        bounds = _scalar_bounds("threshold", threshold, updates, step)
         num_devices = 1 if axis_name is None else lax.psum(1, axis_name)
         sizes = [max(np.size(g), 1) * num_devices for g in floating_leaves(updates)]
         return [bounds, [_root_rounded_down(size) for size in sizes]]
@@ -174,9 +173,10 @@ def _bound_times_root(norm: RescaledNorm, limit: jax.Array, root: jax.Array) -> 
     return limit.astype(norm.norm.dtype) * root.astype(norm.norm.dtype)
 
 
-def _scalar_bounds(name: str, bounds: PyTree, updates: optax.Updates) -> Terms:
+def _scalar_bounds(name: str, threshold: PyTree, updates: optax.Updates, step: jax.Array) -> Terms:
     """Returns the thresholds of the floating leaves; raises unless each is one number."""
     scalars = []
+    bounds = resolve_threshold(threshold, updates, step, name=name)
     pairs = zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(bounds), strict=True)
     for (path, leaf), bound in pairs:
         if not is_clippable(leaf):

@@ -73,7 +73,7 @@ def clip_by_value(max_abs: PyTree) -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        bounds = resolve_threshold(max_abs, updates, state.step)
+        bounds = resolve_threshold(max_abs, updates, state.step, name="max_abs")
         clipped, num_clipped, is_bad = clip_entries(updates, bounds)
         num_entries = max(sum(np.size(g) for g in floating_leaves(updates)), 1)
         rate = jnp.where(is_bad, state.stats.clip_rate, num_clipped / num_entries)

@@ -104,7 +104,7 @@ def error_feedback(
         given = map_clippable(lambda g, s: keep_weak_type(s.astype(g.dtype), g), updates, sums)
         updates, inner_state = inner.update(given, state.inner_state, params, **extra_args)
         residual = map_clippable(_remainder, state.residual, sums, updates)
-        bounds = resolve_threshold(max_residual, residual, state.step)
+        bounds = resolve_threshold(max_residual, residual, state.step, name="max_residual")
         residual, _, _ = clip_entries(residual, bounds)
         return updates, ErrorFeedbackState(increment(state.step), inner_state, residual)
 

@@ -228,10 +228,12 @@ def skip_or_clip(
     def update_fn(updates, state, params=None, **extra_args):
         norm, leaf_norms = norm_of(updates, extra_args.get("pre_norm"), axis_name=axis_name)
         dtype = norm.norm.dtype
-        limit = _usual_norm(state, bound_at(num_deviations, state.step), min_accepted)
-        threshold = jnp.minimum(bound_at(drop_norm, state.step, dtype), limit.astype(dtype))
+        max_deviations = bound_at("num_deviations", num_deviations, state.step)
+        limit = _usual_norm(state, max_deviations, min_accepted).astype(dtype)
+        threshold = jnp.minimum(bound_at("drop_norm", drop_norm, state.step, dtype), limit)
         weight = _newest_weight(state, decay)
-        clipped, clip = clip_to_norm(updates, norm, bound_at(max_norm, state.step, dtype))
+        bound = bound_at("max_norm", max_norm, state.step, dtype)
+        clipped, clip = clip_to_norm(updates, norm, bound)
         is_bad = clip.is_bad | jnp.isnan(threshold) | jnp.isnan(weight)
         is_spike = ~is_bad & (norm.norm > threshold * norm.rescale)
         is_dropped = is_spike & (state.num_consecutive < max_spikes)
@@ -255,10 +257,10 @@ def skip_or_clip(
 
 def _as_count(name: str, given: int | jax.Array | None) -> jax.Array | np.int32:
     """Returns a count as int32; None is a count that is never reached."""
+    if given is not None:
+        checks.check_traced_count(name, given)
     if isinstance(given, jax.Array):
         return given.astype(jnp.int32)
-    if given is not None:
-        checks.check_count(name, given)
     return np.int32(np.iinfo(np.int32).max if given is None else given)
 
 

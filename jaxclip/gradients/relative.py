@@ -87,7 +87,7 @@ def adaptive_grad_clip(
     def terms_of(updates, params, step):
         weights = _weights_of(updates, params, "adaptive_grad_clip")
         units = [measure_units(w, axes_of(w.shape), axis_name=axis_name) for w in weights]
-        ratio, least_norm = bound_at(clipping, step), jnp.asarray(eps)
+        ratio, least_norm = bound_at("clipping", clipping, step), jnp.asarray(eps)
         return [[ratio] * len(units), [least_norm] * len(units), units]
 
     return clip_units(AdaptiveGradClipState, axes_of, terms_of, _bound_of_weights, axis_name)

@@ -75,7 +75,7 @@ def smooth_clip(
     def update_fn(updates, state, params=None, **extra_args):
         del params
         norm, _ = norm_of(updates, extra_args.get("pre_norm"), axis_name=axis_name)
-        limit = bound_at(scale, state.step, norm.norm.dtype)
+        limit = bound_at("scale", scale, state.step, norm.norm.dtype)
         limited, clip = clip_to_norm(updates, norm, _smooth_norm(norm, limit))
         stats = state.stats.update(
             clip.is_bad,

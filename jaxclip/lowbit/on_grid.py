@@ -5,7 +5,7 @@
 Gradients are taken at the rounded weights w; the weights v before rounding accumulate the steps.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def keep_on_grid(
     """
     inner = checks.check_transformation("inner", inner)
     grid = as_grid(bits, axis=-1)
-    _check_start_step(start_step)
+    checks.check_traced_count("start_step", start_step, at_least=0)
 
     # Jitted, so that outside of jit, too, no step waits for the check that all values are finite.
     @jax.jit
@@ -133,13 +133,6 @@ def keep_on_grid(
         return updates, KeepOnGridState(increment(state.step), residual, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_start_step(value: Any) -> None:
-    if not isinstance(value, jax.Array):
-        checks.check_count("start_step", value, at_least=0)
-    elif value.ndim or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"start_step must be an integer of at least 0, got {value!r}.")
 
 
 def _no_residual(w: ArrayLike) -> jax.Array:

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxclip._core.checks import check_choice
+from jaxclip._core.checks import check_choice, describe
 from jaxclip._core.floats import rescale_for
 from jaxclip._core.trees import PyTree, is_clippable
 from jaxclip.norms.magnitudes import (
@@ -92,8 +92,10 @@ def unit_axes(shape: tuple[int, ...], axis: int | Sequence[int] | None = None) -
         if sum(n != 1 for n in shape) <= 1:
             return tuple(range(rank))
         return (0,) if rank in (2, 3) else tuple(range(rank - 1))
-    axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+    axes = tuple(axis) if np.iterable(axis) else (axis,)
     for a in axes:
+        if isinstance(a, bool) or not isinstance(a, (int, np.integer)):
+            raise TypeError(f"axis must be an integer, several or None, {describe(a)}.")
         if not -rank <= a < rank:
             raise ValueError(f"axis must be in [{-rank}, {rank}) for shape {shape}, got {a}.")
     return tuple(sorted({a % rank for a in axes}))

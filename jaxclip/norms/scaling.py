@@ -13,6 +13,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxclip._core import checks
 from jaxclip._core.floats import (
     FLOAT32_MAX,
     compute_dtype,
@@ -67,10 +68,13 @@ def as_bound(value: ArrayLike, dtype: DTypeLike) -> jax.Array:
 
 
 def bound_at(
-    given: ArrayLike | optax.Schedule, step: jax.Array, dtype: DTypeLike = jnp.float32
+    name: str,
+    given: ArrayLike | optax.Schedule,
+    step: jax.Array,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Returns `as_bound` of a number, or of a schedule's value at a step."""
-    return as_bound(given(step) if callable(given) else given, dtype)
+    return as_bound(checks.value_at(name, given, step), dtype)
 
 
 def scaling_to(

@@ -114,7 +114,9 @@ class _SoftSign(SignKind):
     ) -> tuple[optax.Updates, PyTree]:
         if not callable(self.temperature):
             return super().apply(directions, updates, state)
-        now = dataclasses.replace(self, temperature=self.temperature(state.step))
+        now = dataclasses.replace(
+            self, temperature=checks.value_at("temperature", self.temperature, state.step)
+        )
         steps, _ = now.apply(directions, updates, ())
         return steps, _SoftSignState(increment(state.step))
 
@@ -165,6 +167,7 @@ def soft_sign(temperature: ArrayLike | optax.Schedule = 0.5, *, quantile: float 
       Feoktistov et al., Softsign: Smooth Sign in Your Optimizer For Better Parameter
       Heterogeneity Handling, 2026, https://arxiv.org/abs/2605.31371
     """
+    checks.refuse_step("soft_sign", temperature, "a floating temperature")
     check_number_or_schedule("temperature", temperature, checks.check_nonnegative)
     checks.check_positive("quantile", quantile)
     checks.check_decay_rate("quantile", quantile)

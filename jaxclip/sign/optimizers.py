@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, saturate
-from jaxclip._core.trees import Mask, PyTree, map_clippable
+from jaxclip._core.trees import Mask, PyTree, check_mask_for_leaves, map_clippable
 from jaxclip.sign.directions import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign.kinds import SignKind, alignment
 from jaxclip.thresholds.values import (
@@ -195,6 +195,7 @@ def _decay_weights(
     """Adds `weight_decay * w` to the direction, in its dtype."""
     check_number_or_schedule("weight_decay", weight_decay, checks.check_nonnegative)
     checks.check_choice("cautious_decay", is_cautious, (False, True))
+    check_mask_for_leaves(mask)
     is_off = isinstance(weight_decay, (int, float)) and weight_decay == 0
 
     def decayed(g: jax.Array, p: ArrayLike, coefficient: ArrayLike) -> jax.Array:
@@ -219,7 +220,8 @@ def _decay_weights(
             return updates, state
         checks.check_params_given("weight_decay", params)
         checks.check_same_structure("updates", updates, "params", params)
-        coefficient = weight_decay(state.step) if callable(weight_decay) else weight_decay
+        step = getattr(state, "step", 0)  # a number needs no state
+        coefficient = checks.value_at("weight_decay", weight_decay, step)
         updates = map_clippable(lambda g, p: decayed(g, p, coefficient), updates, params)
         return updates, _StepState(increment(state.step)) if callable(weight_decay) else state
 
@@ -245,8 +247,7 @@ def _scale_by_step(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        rate = jnp.asarray(rate)
+        rate = jnp.asarray(checks.value_at("learning_rate", learning_rate, state.step))
         rate = rate if rate.dtype == jnp.float64 else rate.astype(jnp.float32)
         if relative_to is None:
             updates = map_clippable(lambda u: scaled(u, rate), updates)
@@ -257,7 +258,7 @@ def _scale_by_step(
                 size = jnp.asarray(threshold, rate.dtype)
                 return scaled(u, rate * jnp.where(jnp.isinf(size), jnp.ones_like(size), size))
 
-            thresholds = resolve_threshold(relative_to, params, state.step)
+            thresholds = resolve_threshold(relative_to, params, state.step, name="relative_to")
             updates = map_clippable(relative, updates, thresholds)
         return updates, _StepState(step=increment(state.step))
 

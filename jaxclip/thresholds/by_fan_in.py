@@ -26,13 +26,16 @@ class _FanIn(ThresholdRule):
     is_blockwise: ClassVar[bool] = False  # fan-in depends on the shape of the whole array
 
     def __call__(self, array: ArrayLike) -> Any:  # inf, a number, for an unbounded leaf
+        self.refuse_step(array)
         return self.for_leaf(self.path, array, jnp.zeros((), jnp.int32))
 
     def for_leaf(self, path: str, leaf: ArrayLike, step: ArrayLike) -> Bound:
         num_inputs = self.num_inputs(path, np.shape(leaf))
         if num_inputs is None:
             return float("inf")
-        kappa = jnp.asarray(self.kappa(step)) if callable(self.kappa) else self.kappa
+        kappa = checks.value_at("kappa", self.kappa, step)
+        # A number of Python from a schedule is data, too: it may be negative or NaN.
+        kappa = jnp.asarray(kappa) if callable(self.kappa) else kappa
         return as_threshold(kappa) * float(np.sqrt(2 / max(num_inputs, 1)))
 
     def num_inputs(self, path: str, shape: tuple[int, ...]) -> int | None:
@@ -116,6 +119,7 @@ def fan_in(
         if not (axes and all(are_integers)):
             raise ValueError(f"out_axes must be one or more integers, got {out_axes!r}.")
         out_axes = tuple(int(a) for a in axes)
+    checks.refuse_step("fan_in", kappa, "a floating kappa")
     check_number_or_schedule("kappa", kappa)
     checks.check_count("stacked_axes", stacked_axes, at_least=0)
     return _FanIn(WHOLE_ARRAY, kappa, stacked_axes, out_axes)

@@ -27,6 +27,7 @@ class _PerTree(ThresholdRule):
     is_leafwise: ClassVar[bool] = False
 
     def __call__(self, array: PyTree) -> jax.Array:
+        self.refuse_step(array)
         flat = jax.tree_util.tree_leaves_with_path(array)
         named = [(trees.path_name(path), x) for path, x in flat if trees.is_clippable(x)]
         return self._for_named(named)

@@ -1,6 +1,7 @@
 """The type of a threshold rule: a callable `array -> threshold`, made by a factory."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import ClassVar, TypeAlias
 
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxclip._core import checks
 from jaxclip._core.grids import WHOLE_ARRAY, Grid
+from jaxclip._core.trees import PyTree
 
 Bound: TypeAlias = float | jax.Array  # a threshold as a leaf gets it
 
@@ -34,6 +37,7 @@ class ThresholdRule:
 
     def __call__(self, array: ArrayLike) -> jax.Array:
         """Returns thresholds that broadcast against `array`, in float32."""
+        self.refuse_step(array)
         array = jnp.asarray(array)
         return self.grid.expand(self.compact(array), array.shape)
 
@@ -63,6 +67,11 @@ class ThresholdRule:
         del step
         self.check_leaf(path, leaf)
         return self(leaf)
+
+    def refuse_step(self, given: PyTree) -> None:
+        """Raises TypeError if the rule was called with a step, as a schedule is."""
+        factory = re.sub("(?<=[a-z])(?=[A-Z])", "_", type(self).__name__.lstrip("_")).lower()
+        checks.refuse_step(f"the rule {factory}", given, "an array of weights")
 
     def check_leaf(self, path: str, leaf: ArrayLike) -> None:
         """Raises TypeError if the leaf at `path` is complex and the rule is for a grid."""

@@ -66,7 +66,13 @@ def _is_threshold_leaf(x: object) -> bool:
     return x is None or callable(x)
 
 
-def resolve_threshold(threshold: PyTree, params: PyTree, step: ArrayLike | None = None) -> PyTree:
+def resolve_threshold(
+    threshold: PyTree,
+    params: PyTree,
+    step: ArrayLike | None = None,
+    *,
+    name: str = "threshold",
+) -> PyTree:
     """Returns a threshold for every leaf of `params`.
 
     Args:
@@ -74,6 +80,7 @@ def resolve_threshold(threshold: PyTree, params: PyTree, step: ArrayLike | None 
         a prefix tree of these.
       params: Pytree whose leaves are bounded. Rules read their shapes or values.
       step: Scalar integer for schedules; without it they are taken at step 0.
+      name: What errors call the threshold.
 
     Returns:
       A tree with the structure of `params`. Each leaf is a Python float if it was given
@@ -82,20 +89,22 @@ def resolve_threshold(threshold: PyTree, params: PyTree, step: ArrayLike | None 
       (integers, or biases under `fan_in`) get `inf`.
 
     Raises:
-      TypeError: If a threshold is a string, None, bool, complex, or a rule's factory.
-      ValueError: If a concrete number is negative or NaN, an array does not broadcast, or
-        the prefix does not fit; the message names the path.
+      TypeError: If a threshold, or the value of a schedule, is a string, None, bool or complex;
+        if it is a rule's factory.
+      ValueError: If a concrete number is negative or NaN, an array does not broadcast, the value
+        of a schedule is not a scalar, or the prefix does not fit; the message names the path.
 
     Example:
       >>> resolve_threshold({"w": 0.5, "b": float("inf")}, {"w": jnp.ones(2), "b": jnp.ones(2)})
       {'b': inf, 'w': 0.5}
     """
-    check_threshold_tree("threshold", threshold)
+    check_threshold_tree(name, threshold)
     step = jnp.zeros((), jnp.int32) if step is None else step
 
     def resolve_subtree(prefix_path: tuple, given: Any, subtree: PyTree) -> PyTree:
         if callable(given) and not isinstance(given, ThresholdRule):
-            given = jnp.asarray(given(step))
+            where = f"{name} at '{trees.path_name(prefix_path)}'" if prefix_path else name
+            given = jnp.asarray(checks.value_at(where, given, step))
         flat, structure = jax.tree_util.tree_flatten_with_path(subtree)
         bounded = [
             (trees.path_name(prefix_path + path), leaf)
@@ -107,7 +116,7 @@ def resolve_threshold(threshold: PyTree, params: PyTree, step: ArrayLike | None 
         elif isinstance(given, jax.Array) and given.ndim == 0:
             bounds = itertools.repeat(as_threshold(given))  # the same array for all leaves
         else:
-            bounds = iter([as_threshold(given, name, np.shape(leaf)) for name, leaf in bounded])
+            bounds = iter([as_threshold(given, path, np.shape(leaf)) for path, leaf in bounded])
         return structure.unflatten(
             [next(bounds) if trees.is_clippable(leaf) else float("inf") for _, leaf in flat]
         )

@@ -106,8 +106,8 @@ class _Interval(Projection):
     high: ArrayLike | optax.Schedule = 0.0
 
     def at_step(self, step: ArrayLike) -> Projection:
-        low = self.low(step) if callable(self.low) else self.low
-        high = self.high(step) if callable(self.high) else self.high
+        low = checks.value_at("low", self.low, step)
+        high = checks.value_at("high", self.high, step)
         return _Interval(low=low, high=high)
 
     def project(self, path: str, w: jax.Array, bound: Bound) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxclip._core import trees
+from jaxclip._core import checks, trees
 from jaxclip._core.floats import compute_dtype, not_folded
 from jaxclip._core.trees import Mask, PyTree, map_clippable
 from jaxclip._core.updates import bound_in, clip_modulus, is_unbounded
@@ -29,6 +29,7 @@ def kernels_only(params: optax.Params) -> PyTree:
       >>> kernels_only({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
       {'bias': False, 'kernel': True}
     """
+    checks.refuse_step("kernels_only", params, "parameters")
     return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
 
 

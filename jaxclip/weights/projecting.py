@@ -8,7 +8,14 @@ import optax
 
 from jaxclip._core import checks
 from jaxclip._core.floats import increment
-from jaxclip._core.trees import Mask, PyTree, is_clippable, masked, path_name
+from jaxclip._core.trees import (
+    Mask,
+    PyTree,
+    check_mask_for_leaves,
+    is_clippable,
+    masked,
+    path_name,
+)
 from jaxclip.thresholds.rules import Bound
 from jaxclip.thresholds.values import resolve_threshold
 from jaxclip.weights.boxes import box
@@ -65,7 +72,9 @@ def project_weights(
         is_free_part = given is None and path
         if not (is_free_part or isinstance(given, Projection)):
             where = f"projection at '{path_name(path)}'" if path else "projection"
+            checks.refuse_step(where, given, "a Projection such as box(1.0)")
             raise TypeError(f"{where} must be a Projection such as box(1.0), got {given!r}.")
+    check_mask_for_leaves(mask)
     projection = jax.tree.map(lambda p: _FREE if p is None else p, projection, is_leaf=_is_none)
 
     def init_fn(params):

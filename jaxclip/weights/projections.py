@@ -188,8 +188,7 @@ def spectral_cap(
     if steps is not None:
         checks.check_count("steps", steps)
     num_stacked = 0 if stacked_axes is None else stacked_axes
-    if num_stacked != 0:
-        checks.check_count("stacked_axes", num_stacked)
+    checks.check_count("stacked_axes", num_stacked, at_least=0)
     return _SpectralCap(threshold=max_singular_value, steps=steps, num_stacked=num_stacked)
 
 

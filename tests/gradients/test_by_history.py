@@ -204,7 +204,7 @@ def test_a_traced_nan_is_a_bad_step(factory: Any, name: str):
 @pytest.mark.parametrize("factory", [adagc, zclip])
 def test_a_schedule_for_max_norm_is_read_at_each_step(factory: Any):
     g = {"w": jnp.array([3.0, 4.0])}
-    tx = factory(max_norm=lambda step: 1 + step)
+    tx = factory(max_norm=lambda step: 1.0 + step.astype(jnp.float32))
     state = tx.init(g)
     for expected in (1.0, 2.0, 3.0):
         updates, state = tx.update(g, state)
