@@ -29,9 +29,8 @@ from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
     Budget,
-    Option,
     check_budget,
-    outline_of,
+    option_of,
     widths_within_average,
     widths_within_file,
 )
@@ -63,7 +62,8 @@ def compress_checkpoint(
 
     Memory is bounded by a few times the largest leaf, however large the checkpoint. The new
     file appears when it is complete; a crash or an interrupt leaves no file. The source is never
-    written to.
+    written to. A leaf whose codes and scales would take no fewer bytes than the leaf stays as it
+    is, and the report says so.
 
     Args:
       src: File or folder that `load` takes. Leaves that are low-bit already are copied.
@@ -117,10 +117,13 @@ def compress_checkpoint(
         grid = dataclasses.replace(grid, bits=4)
     default = LeafSpec(grid, rule, bit_price)
     specs: dict[str, LeafSpec] = {}
+    kept: set[str] = set()
 
     def outline(source: Source) -> dict[str, Leaf]:
         names, leaves = list(source.leaves), list(source.leaves.values())
-        found = leaf_specs(names, leaves, policy, default)
+        found, unchanged = leaf_specs(names, leaves, policy, default)
+        is_flat = source.structure is None
+        kept.update(leaf_name((name,)) if is_flat else name for name in unchanged)
         specs.update({name: spec for name, spec in zip(names, found, strict=True) if spec})
         priced = [name for name, spec in specs.items() if spec.has_price]
         if coding is None and priced:
@@ -139,7 +142,8 @@ def compress_checkpoint(
 
     output = _Output(Path(dst), overwrite, progress, coding, dry_run)
     num_passes = 1 if budget is None else 2
-    return _rewrite(src, output, outline, rewrite_leaf, num_passes)
+    report = _rewrite(src, output, outline, rewrite_leaf, num_passes)
+    return dataclasses.replace(report, kept=tuple(sorted(kept)))
 
 
 def _specs_within(
@@ -154,7 +158,7 @@ def _specs_within(
         leaf, options = source.read(name), []
         for width in ALL_WIDTHS:
             q, error = compress_leaf(np.asarray(leaf), specs[name], name, width)
-            options.append(Option(outline_of(q), plan_file(q).data_bytes, error.squared_error))
+            options.append(option_of(q, error.squared_error))
         measured.append(options)
 
     def file_bytes(outlines: list[QuantizedArray]) -> int:

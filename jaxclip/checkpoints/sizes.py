@@ -57,7 +57,10 @@ class LeafSize:
 
     def cells(self) -> list[str]:
         """Returns its row of the printed table; cells of unknown values are empty."""
-        shape, bits = "x".join(map(str, self.shape)), str(self.bits or "as is")
+        shape, bits = (
+            "x".join(map(str, self.shape)),
+            str(self.bits or "as is"),
+        )
         sizes = [f"{self.raw_bytes:,}", f"{self.stored_bytes:,}", _short(self.threshold)]
         lost = [_short(self.relative_error), _percent(self.clip_rate)]
         return [self.path, shape or "scalar", self.dtype, bits, *sizes, *lost]
@@ -74,6 +77,8 @@ class SizeReport:
       raw_bytes: Bytes of all arrays in their own dtype.
       relative_error: `sum((w - q)**2) / sum(w**2)` over all leaves that have one; None if none has.
       clip_rate: Fraction of clipped entries over all leaves that have one; None if none has.
+      kept: Paths of leaves that stay as they are because codes and scales would take no fewer
+        bytes.
     """
 
     leaves: tuple[LeafSize, ...]
@@ -82,6 +87,7 @@ class SizeReport:
     raw_bytes: int
     relative_error: float | None = None
     clip_rate: float | None = None
+    kept: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -109,6 +115,8 @@ class SizeReport:
         sizes = ["leaf", "shape", "dtype", "bits", "raw", "stored"]
         rows = [[*sizes, "threshold", "error", "clipped"]]
         rows += [leaf.cells() for leaf in self.leaves]
+        for leaf, row in zip(self.leaves, rows[1:], strict=True):
+            row[3] += ": no smaller" if leaf.path in self.kept else ""
         rows.append(["file header", *[""] * 4, f"{self.overhead_bytes:,}", *[""] * 3])
         rows.append(["total", *[""] * 3, f"{self.raw_bytes:,}", f"{self.total_bytes:,}", ""])
         rows[-1] += [_short(self.relative_error), _percent(self.clip_rate)]

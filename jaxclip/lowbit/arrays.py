@@ -85,12 +85,7 @@ class QuantizedArray:
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed codes, scales and zeros, as a file stores them."""
-        is_log8 = self.grid.scale_dtype == "log8"
-        per_block = 1 if is_log8 else self.scale.dtype.itemsize
-        per_block += 0 if self.zero is None else 1
-        codes = num_packed_bytes(math.prod(self.shape), self.bits)
-        # log8 also stores its largest scale, a float32.
-        return codes + math.prod(self.scale.shape) * per_block + 4 * is_log8
+        return num_stored_bytes(self.shape, math.prod(self.scale.shape), self.grid)
 
     @property
     def threshold(self) -> jax.Array:
@@ -225,6 +220,20 @@ class QuantizedArray:
         inside = low <= codes.min(initial=high) and codes.max(initial=low) <= high
         if not inside or (self.bits == 1 and not codes.all()):
             raise ValueError(f"'{name}': codes are not in the range of bits={self.bits!r}.")
+
+
+def num_stored_bytes(shape: tuple[int, ...], num_blocks: int, grid: Grid) -> int:
+    """Returns the bytes of packed codes, scales and zeros of an array in so many blocks."""
+    assert grid.bits is not None
+    return num_packed_bytes(math.prod(shape), grid.bits) + num_side_bytes(num_blocks, grid)
+
+
+def num_side_bytes(num_blocks: int, grid: Grid) -> int:
+    """Returns the bytes of scales and zeros."""
+    is_log8 = grid.scale_dtype == "log8"
+    per_block = 1 if is_log8 else jnp.dtype(grid.scale_dtype).itemsize
+    # log8 also stores its largest scale, a float32.
+    return num_blocks * (per_block + grid.zero_point) + 4 * is_log8
 
 
 def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax.Array:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxclip._core import checks
@@ -18,6 +19,7 @@ from jaxclip.lowbit.arrays import QuantizedArray
 # The widths that a budget chooses from. One bit is left out: it has no code for 0, so its error
 # predicts the loss in accuracy less well.
 ALL_WIDTHS: tuple[Bits, ...] = ("ternary", 2, 3, 4, 5, 6, 8)
+NARROWEST = ALL_WIDTHS[0]
 
 
 class Budget(NamedTuple):
@@ -38,12 +40,19 @@ class Option(NamedTuple):
     Attributes:
       outline: The low-bit array with shapes for arrays; codes of all widths would fill memory.
       num_bytes: Bytes that it takes in a file, without the header.
-      error: Its squared error.
+      error: Its squared error; infinite if it takes no less than the leaf.
     """
 
     outline: QuantizedArray
     num_bytes: int
     error: float
+
+
+def option_of(low_bit: QuantizedArray, error: float) -> Option:
+    """Returns a leaf at one width, of this squared error."""
+    num_bytes = low_bit.num_bytes
+    is_smaller = num_bytes < math.prod(low_bit.shape) * jnp.dtype(low_bit.dtype).itemsize
+    return Option(outline_of(low_bit), num_bytes, error if is_smaller else math.inf)
 
 
 def check_budget(

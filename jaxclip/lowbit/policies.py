@@ -1,6 +1,7 @@
 """Policies: a grid and a rule for each leaf, by the first regex that matches its path."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -13,7 +14,13 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits, Grid
 from jaxclip._core.trees import PyTree
-from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
+from jaxclip.lowbit.arrays import (
+    QuantizedArray,
+    is_quantized,
+    num_side_bytes,
+    num_stored_bytes,
+)
+from jaxclip.lowbit.budgets import NARROWEST
 from jaxclip.lowbit.quantizer import Threshold, quantize
 from jaxclip.lowbit.rate_rounding import cheaper_codes
 from jaxclip.thresholds.rules import ThresholdRule
@@ -64,23 +71,47 @@ class LeafSpec:
 
     def quantize(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns the low-bit array of a leaf; `bits` is its width if the grid has none."""
+        grid, rule = self.grid_for(leaf, path, bits), self.rule
+        if isinstance(rule, ThresholdRule):
+            rule = rule.at_path(path)
+        elif not callable(rule):
+            shape = grid.scale_shape(np.shape(leaf))
+            if not _broadcasts(np.shape(rule), shape):
+                raise ValueError(
+                    f"{self._name(path)}: rule must broadcast to one value per block, {shape}, "
+                    f"got {np.shape(rule)}."
+                )
+        small = quantize(leaf, grid, threshold=rule, name=f"params at {path!r}")
+        return cheaper_codes(small, leaf, price=self.bit_price) if self.has_price else small
+
+    def grid_for(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> Grid:
+        """Returns the grid of a leaf; raises if the leaf lacks one of its axes."""
         grid = (self if bits is None else self.with_bits(bits)).grid
         if np.ndim(leaf) < 2:
             grid = dataclasses.replace(grid, axis=None)
-        name, rule = f"params at '{path}'", self.rule
         try:
-            shape = grid.scale_shape(np.shape(leaf))
-            if isinstance(rule, ThresholdRule):
-                rule = rule.at_path(path)
-            elif not callable(rule) and not _broadcasts(np.shape(rule), shape):
-                raise ValueError(
-                    f"rule must broadcast to one value per block, {shape}, got {np.shape(rule)}."
-                )
+            grid.scale_shape(np.shape(leaf))
         except ValueError as error:
-            where = f"{self.origin}, {name}" if self.origin else name
-            raise ValueError(f"{where}: {error}") from error
-        small = quantize(leaf, grid, threshold=rule, name=name)
-        return cheaper_codes(small, leaf, price=self.bit_price) if self.has_price else small
+            raise ValueError(f"{self._name(path)}: {error}") from error
+        return grid
+
+    def makes_smaller(self, leaf: ArrayLike, path: str) -> bool:
+        """Returns True if codes and scales can take fewer bytes than the leaf."""
+        grid = self.grid_for(leaf, path, self.grid.bits or NARROWEST)
+        shape = np.shape(leaf)
+        num_blocks = math.prod(grid.scale_shape(shape))
+        # Codes that are made to be coded may take any size: there only the scales count.
+        is_coded = self.has_price or getattr(self.rule, "needs_coding", False)
+        num_bytes = (
+            num_side_bytes(num_blocks, grid)
+            if is_coded
+            else num_stored_bytes(shape, num_blocks, grid)
+        )
+        return num_bytes < math.prod(shape) * jnp.result_type(leaf).itemsize
+
+    def _name(self, path: str) -> str:
+        """Returns where a leaf is, and the policy's entry that is for it, for messages."""
+        return f"{self.origin}, params at {path!r}" if self.origin else f"params at {path!r}"
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
@@ -102,22 +133,39 @@ class _Entry(NamedTuple):
     has_width: bool
 
 
+class LeafSpecs(NamedTuple):
+    """The specs of the leaves of a tree.
+
+    Attributes:
+      specs: The spec of each leaf; None to leave it as it is.
+      kept: Names of leaves that stay as they are because low bits would take no fewer bytes.
+    """
+
+    specs: list[LeafSpec | None]
+    kept: list[str]
+
+
 def leaf_specs(
     names: Sequence[str], leaves: Sequence[PyTree], policy: Policy, default: LeafSpec
-) -> list[LeafSpec | None]:
-    """Returns the spec of each leaf by the first regex that matches it; None to leave it as is."""
+) -> LeafSpecs:
+    """Returns the spec of each leaf by the first regex that matches it."""
     entries = [_parse_entry(pair, default) for pair in policy]
     firsts = [next((i for i, e in enumerate(entries) if e.pattern.search(n)), None) for n in names]
     unmatched = [entry.pattern.pattern for i, entry in enumerate(entries) if i not in firsts]
     if unmatched:
         raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
-    specs = []
-    for leaf, i in zip(leaves, firsts, strict=True):
+    specs: list[LeafSpec | None] = []
+    kept = []
+    for name, leaf, i in zip(names, leaves, firsts, strict=True):
         spec = default if i is None else entries[i].spec
         has_width = i is not None and entries[i].has_width
-        is_low_bit = _can_be_low_bit(leaf) and (has_width or np.ndim(leaf) >= 2)
-        specs.append(spec if is_low_bit else None)
-    return specs
+        if not (_can_be_low_bit(leaf) and (has_width or np.ndim(leaf) >= 2)):
+            spec = None
+        elif spec is not None and not spec.makes_smaller(leaf, name):
+            kept.append(name)
+            spec = None
+        specs.append(spec)
+    return LeafSpecs(specs, kept)
 
 
 def _parse_entry(pair: tuple[str, Spec], default: LeafSpec) -> _Entry:

@@ -23,6 +23,7 @@ from jaxclip._core.grids import Bits, Grid, as_grid
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.scale_formats import round_scale
 from jaxclip.thresholds.by_error import importance_for, mse_optimal
+from jaxclip.thresholds.by_magnitude import max_abs
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.scale_and_zero import best_scale_and_zero
 from jaxclip.thresholds.values import is_rule_factory
@@ -46,7 +47,8 @@ def quantize(
         array. With a zero point the grid spans the weights and 0, clipped to the threshold;
         `mse_optimal` chooses both ends.
       threshold: A rule or a rule's factory (`mse_optimal`, `max_abs`), bound here to the grid;
-        or a number in (0, inf), or an array of one per block.
+        or a number in (0, inf), or an array of one per block. In an array 0 is for blocks of
+        zeros.
       name: Name of the array in errors.
 
     Returns:
@@ -56,8 +58,9 @@ def quantize(
 
     Raises:
       TypeError: If `array` is not real floating, or `threshold` is not a threshold.
-      ValueError: If `bits` is not allowed, or a concrete entry is NaN or infinite; if
-        `mse_optimal` has an `importance` and the grid has a zero point.
+      ValueError: If `bits` is not allowed, or a concrete entry is NaN or infinite; if a concrete
+        threshold is infinite, or 0 for a block that has other weights; if `mse_optimal` has an
+        `importance` and the grid has a zero point.
 
     Example:
       >>> q = quantize(jnp.array([0.9, -1.1, 1.0, 0.05]), "ternary")
@@ -77,12 +80,12 @@ def quantize(
     importance = getattr(threshold, "importance", None)
     if not grid.zero_point:
         v = None if importance is None else importance_for(importance, array.shape, name)
-        codes, scale = _encode(array, _block_thresholds(array, grid, threshold), grid, v)
+        codes, scale = _encode(array, _block_thresholds(array, grid, threshold, name), grid, v)
         return QuantizedArray(codes, scale, grid, array.dtype)
     if importance is not None:
         raise ValueError("importance must be None for a grid with a zero point.")
     is_searched = isinstance(threshold, type(mse_optimal()))
-    t = None if is_searched else _block_thresholds(array, grid, threshold)
+    t = None if is_searched else _block_thresholds(array, grid, threshold, name)
     codes, scale, zero = _encode_with_zero(array, t, grid)
     return QuantizedArray(codes, scale, grid, array.dtype, zero)
 
@@ -97,7 +100,7 @@ def _check_all_finite(name: str, array: jax.Array) -> None:
         raise ValueError(f"{name} must be finite to be quantized, got {array[index]} at {index}.")
 
 
-def _block_thresholds(array: jax.Array, grid: Grid, threshold: Threshold) -> jax.Array:
+def _block_thresholds(array: jax.Array, grid: Grid, threshold: Threshold, name: str) -> jax.Array:
     """Returns one threshold per block, in the shape of the scales."""
     if isinstance(threshold, ThresholdRule):
         t = jnp.asarray(threshold.bind(grid).compact(array))
@@ -110,11 +113,40 @@ def _block_thresholds(array: jax.Array, grid: Grid, threshold: Threshold) -> jax
         t = jnp.asarray(threshold).astype(jnp.float32)
     shape = grid.scale_shape(array.shape)
     try:
-        return jnp.broadcast_to(t.reshape((1,) * (len(shape) - t.ndim) + t.shape), shape)
+        per_block = jnp.broadcast_to(t.reshape((1,) * (len(shape) - t.ndim) + t.shape), shape)
     except ValueError as error:
         raise ValueError(
             f"threshold must broadcast to one value per block, {shape}, got shape {t.shape}."
         ) from error
+    if not isinstance(threshold, ThresholdRule):
+        _check_numbers(name, array, grid, threshold)
+    return per_block
+
+
+def _check_numbers(name: str, array: jax.Array, grid: Grid, threshold: ArrayLike) -> None:
+    """Raises if a concrete threshold would make zeros of a block that has other weights."""
+    is_known = checks.is_concrete(threshold) and getattr(threshold, "is_fully_addressable", True)
+    if not is_known:
+        return
+    values = np.asarray(threshold).astype(np.float64)
+    if not np.all((values >= 0) & (values < np.inf)):
+        wrong = values[~((values >= 0) & (values < np.inf))][0]
+        raise ValueError(
+            f"threshold of {name} must be finite and at least 0 everywhere, got {wrong}: max_abs "
+            "clips nothing."
+        )
+    if np.all(values > 0) or not checks.is_concrete(array) or not array.is_fully_addressable:
+        return
+    with jax.ensure_compile_time_eval():  # for a concrete array inside a caller's jit
+        largest = np.asarray(max_abs().bind(grid).compact(array))
+    # A rule gives 0 for a block of zeros, and so may an array that a rule made.
+    lost = np.argwhere((values == 0) & (largest > 0))
+    if lost.size:
+        block = tuple(int(i) for i in lost[0])
+        raise ValueError(
+            f"threshold of {name} must be positive for a block that is not all 0, got 0 for block "
+            f"{block}, whose largest weight is {largest[block]}."
+        )
 
 
 # --- Codes ----------------------------------------------------------------------------

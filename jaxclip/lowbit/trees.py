@@ -14,7 +14,7 @@ from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
     Option,
     check_budget,
-    outline_of,
+    option_of,
     widths_within_average,
 )
 from jaxclip.lowbit.distortion import squared_error
@@ -35,6 +35,8 @@ def compress(
     policy: Policy = (),
 ) -> PyTree:
     """Replaces leaves of two or more dimensions by low-bit arrays.
+
+    A leaf whose codes and scales would take no fewer bytes than the leaf stays as it is.
 
     With a target, each leaf gets a width of "ternary", 2, 3, 4, 5, 6 or 8 bits. They make the
     squared error `sum |W - Q|^2` over all leaves small: bytes are spent where they lower it most.
@@ -103,7 +105,7 @@ def compress(
         grid = dataclasses.replace(grid, bits=4)
     flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     names, leaves = [trees.path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
-    specs = leaf_specs(names, leaves, policy, LeafSpec(grid, rule, bit_price))
+    specs, _ = leaf_specs(names, leaves, policy, LeafSpec(grid, rule, bit_price))
     specs = _with_shared_rules(specs, leaves)
     small = list(leaves)
     open_specs: dict[int, LeafSpec] = {}
@@ -130,7 +132,7 @@ def _measured(spec: LeafSpec, leaf: jax.Array, name: str) -> list[Option]:
             raise TypeError(
                 "target_bits_per_weight needs the weights' values: compress outside of jit."
             )
-        options.append(Option(outline_of(q), q.num_bytes, squared_error(leaf, q)))
+        options.append(option_of(q, squared_error(leaf, q)))
     return options
 
 

@@ -82,6 +82,7 @@ class _RateOptimal(ThresholdRule):
     grid_name: ClassVar[str] = "rate_optimal"
     goal: str = "bits_per_weight"
     target: ArrayLike = 4.0
+    needs_coding: ClassVar[bool] = True
     is_blockwise: ClassVar[bool] = False  # one table of codes for the whole array
 
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:

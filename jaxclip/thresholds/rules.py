@@ -26,6 +26,7 @@ class ThresholdRule:
       is_blockwise: True if a block's threshold depends on its entries alone, so that an array
         may be measured in parts.
       is_leafwise: True if a leaf's threshold depends on that leaf alone.
+      needs_coding: True if the rule is for codes that are entropy-coded.
       grid_name: The factory's name if the rule measures errors on a grid, which complex numbers
         lack; None if it measures magnitudes.
     """
@@ -33,6 +34,7 @@ class ThresholdRule:
     grid: Grid = WHOLE_ARRAY
     is_blockwise: ClassVar[bool] = True
     is_leafwise: ClassVar[bool] = True
+    needs_coding: ClassVar[bool] = False
     grid_name: ClassVar[str | None] = None
 
     def __call__(self, array: ArrayLike) -> jax.Array:

@@ -75,6 +75,28 @@ def test_the_file_is_that_of_the_tree_in_memory(bits, grid, rule, coding, source
     assert checkpoints.load(target)["position_ids"].dtype == np.int64
 
 
+def test_convolutions_shrink_in_groups_and_what_would_not_stays_and_is_reported(tmp_path, target):
+    arrays = {
+        "conv.weight": drawn(8, 32, 3, 3),
+        "depthwise.weight": drawn(32, 1, 5, 5),
+        "a/b.weight": drawn(40, 1),
+        "column.weight": drawn(40, 1),
+    }
+    safetensors.numpy.save_file(arrays, tmp_path / "net.safetensors")
+    grid = Grid(4, axis=0, group_size=64)
+    report = compress_checkpoint(tmp_path / "net.safetensors", target, grid, rule=jaxclip.max_abs)
+    loaded = checkpoints.load(target)
+    # 288 inputs of an output make 5 groups, 25 make 1.
+    assert loaded["conv.weight"].scale.shape == (8, 1, 1, 5)
+    assert loaded["depthwise.weight"].scale.shape == (32, 1, 1, 1)
+    assert np.array_equal(loaded["a/b.weight"], arrays["a/b.weight"])
+    assert report.kept == ("a%2Fb.weight", "column.weight")
+    assert str(report).count("as is: no smaller") == 2
+    conv = next(leaf for leaf in report.leaves if leaf.path == "conv.weight")
+    assert conv.stored_bytes == 8 * 32 * 9 // 2 + 4 * 8 * 5
+    assert all(leaf.stored_bytes <= leaf.raw_bytes for leaf in report.leaves)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     "grid",

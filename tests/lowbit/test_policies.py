@@ -135,3 +135,36 @@ def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
 def test_a_wrong_spec_is_refused_by_its_rule_and_field(spec, message):
     with pytest.raises((TypeError, ValueError), match=rf"policy 'dense/k'.*{message}"):
         compress(make_params(), 4, rule=jaxclip.max_abs, policy=[("dense/k", spec)])
+
+
+def test_a_leaf_that_low_bits_would_make_no_smaller_stays_as_it_is():
+    ones = lambda *shape: jnp.ones(shape, jnp.float16)  # noqa: E731
+    params = {
+        "column": ones(16, 1),  # codes and a scale for each entry
+        "row": ones(1, 16),
+        "pair": ones(16, 2),  # 16 bytes of codes and 64 of scales, 64 as it is
+        "matrix": ones(16, 8),
+        "empty": ones(0, 4),
+        "bias": ones(1),
+    }
+    small = compress(params, Grid(4, axis=0), rule=jaxclip.max_abs, policy=[("bias", 8)])
+    low_bit = {name for name, leaf in small.items() if isinstance(leaf, QuantizedArray)}
+    assert low_bit == {"row", "matrix"}
+    assert all(small[name] is params[name] for name in params.keys() - low_bit)
+
+
+def test_a_leaf_whose_codes_are_coded_is_judged_by_its_scales_alone():
+    params = {"w": jnp.ones((16, 16), jnp.float8_e4m3fn), "column": jnp.ones((16, 1))}
+    rule = jaxclip.thresholds.rate_optimal(2.0)
+    assert not isinstance(compress(params, 8, rule=jaxclip.max_abs)["w"], QuantizedArray)
+    small = compress(params, Grid(8, axis=0), rule=rule)
+    assert isinstance(small["w"], QuantizedArray)
+    assert not isinstance(small["column"], QuantizedArray)
+
+
+def test_a_target_never_chooses_a_width_that_makes_a_leaf_no_smaller():
+    params = {"w": 3 * jnp.eye(4, 24, dtype=jnp.float8_e4m3fn), "v": jnp.eye(4, 24)}
+    policy = [("w", {"axis": None}), ("v", {"axis": 0})]
+    small = compress(params, target_bits_per_weight=20.0, rule=jaxclip.max_abs, policy=policy)
+    assert isinstance(small["w"], QuantizedArray)
+    assert small["w"].num_bytes < params["w"].nbytes

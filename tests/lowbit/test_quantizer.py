@@ -260,6 +260,35 @@ def test_arrays_without_entries_go_through(shape, group_size):
         assert dequantize(q).shape == shape
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        ([0.0, 1.0], r"threshold of w must be positive .* got 0 for block \(0, 0\), .* is 2\.0"),
+        ([1.0, np.inf], "threshold of w must be finite .* got inf: max_abs clips nothing"),
+        ([np.nan, 1.0], "threshold"),
+        ([1.0, -1.0], "threshold"),
+    ],
+    ids=str,
+)
+def test_thresholds_that_would_make_zeros_are_refused_in_an_array_as_they_are_alone(
+    kind, thresholds, message
+):
+    w = jnp.asarray([[1.0, -2.0], [0.5, 3.0]])
+    t = kind(np.asarray(thresholds, np.float32)[:, None])
+    with pytest.raises(ValueError, match=message):
+        quantize(w, Grid(4, axis=0), threshold=t, name="w")
+
+
+def test_a_threshold_of_0_is_for_a_block_of_zeros():
+    w = jnp.asarray([[0.0, 0.0], [0.5, 3.0]])
+    t = jaxclip.max_abs(axis=0)(w)
+    assert t[0, 0] == 0
+    q = quantize(w, Grid(4, axis=0), threshold=t)
+    np.testing.assert_allclose(dequantize(q), [[0, 0], [0.5, 3]], atol=0.25)
+    assert np.array_equal(q.qvalue[0], [0, 0])
+
+
 # --- Blocks ----------------------------------------------------------------------------
 
 
