@@ -10,6 +10,7 @@ import errno
 import functools
 import io
 import math
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any, BinaryIO, cast
@@ -94,8 +95,10 @@ def _is_numpy_dtype(dtype: Any) -> bool:
 
 
 def _write_npy(file: IO[bytes], array: Array) -> None:
+    # To a real file NumPy writes an array at once, and hides the cause if that fails.
+    target = cast(IO[bytes], types.SimpleNamespace(write=file.write))
     # Always row-major, so that equal arrays give equal bytes.
-    np.lib.format.write_array(file, np.asarray(array, order="C"), allow_pickle=False)
+    np.lib.format.write_array(target, np.asarray(array, order="C"), allow_pickle=False)
 
 
 def read_array(

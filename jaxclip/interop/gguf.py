@@ -3,10 +3,11 @@
 The bytes of the blocks are made in `gguf_blocks`; the gguf package writes the file.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +104,7 @@ def write_gguf(
     """Writes leaves as GGUF, one after the other."""
     gguf = check_gguf(kind)
     tensors = {name: _gguf_tensor(leaf, kind) for name, leaf in leaves.items()}
-    with replacing(path, overwrite) as file:
+    with replacing(path, overwrite) as file, _system_errors(file):
         # The package opens files by name, so it gets that of the temporary file.
         writer = gguf.GGUFWriter(file.name, architecture)
         try:
@@ -120,6 +121,19 @@ def write_gguf(
                 writer.write_tensor_data(np.ascontiguousarray(tensor.make()))
         finally:
             writer.close()
+
+
+@contextlib.contextmanager
+def _system_errors(file: BinaryIO) -> Iterator[None]:
+    """Raises the system's error, such as that of a full disk, where NumPy hides it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # "100 requested and 50 written": writing again fails, and says why
+            file.seek(0, os.SEEK_END)
+            file.write(bytes(2**20))
+            file.flush()
+        raise
 
 
 def _gguf_tensor(leaf: NamedLeaf, kind: str | None) -> tuple[str, ExportTensor]:

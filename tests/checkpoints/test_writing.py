@@ -19,7 +19,9 @@ import pytest
 
 from jaxclip import checkpoints
 from jaxclip._core import atomic
+from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError
+from jaxclip.checkpoints.format import codes, layout, writing
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.quantizer import quantize
 from oracles.saved_trees import assert_same, leftovers, small_tree
@@ -157,19 +159,24 @@ def test_a_refused_tree_leaves_the_old_file(path):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_other(path):
-    checkpoints.save(path, small_tree())
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".npy"])
+def test_a_full_disk_leaves_the_old_file_and_no_other(suffix, path):
+    path = path.with_suffix(suffix)
+    old = np.arange(3) if suffix == ".npy" else {"w": np.arange(3)}
+    checkpoints.save(path, old)
+    new = jax.tree.map(lambda _: np.zeros(1_000_000), old)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         with pytest.raises(OSError, match="large") as caught:
-            checkpoints.save(path, np.zeros(1_000_000), overwrite=True)
+            checkpoints.save(path, new, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno == errno.EFBIG  # the limit stands for the end of a disk
     assert "unchanged" in caught.value.__notes__[0]
-    assert_same(checkpoints.load(path), small_tree())
+    assert_same(checkpoints.load(path), old)
     assert os.listdir(path.parent) == [path.name]
 
 
@@ -301,6 +308,37 @@ def test_the_longest_names_are_saved(letter, tmp_path):
     assert len(os.listdir(tmp_path)) == 3
 
 
+def changed_when(monkeypatch, module, name, change):
+    """Lets another thread call `change` just before a function of a module does its work."""
+    real = getattr(module, name)
+
+    def called(*args, **keywords):
+        change()
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(module, name, called)
+
+
+@pytest.mark.parametrize("coding", [None, "huffman"])
+def test_the_bytes_that_are_checked_are_those_that_are_written(coding, path, monkeypatch):
+    """Another thread changes all arrays before and after each checksum, packing and encoding."""
+    grid = Grid(4, scale_dtype="log8", zero_point=True)
+    leaf = jax.tree.map(np.array, quantize(jnp.linspace(-1.0, 1.0, 999).reshape(333, 3), grid))
+    tree = {"w": np.zeros(1000, np.float32), "q": leaf}
+
+    def change():
+        tree["w"] += 1
+        leaf.scale[...] *= 0.5
+        leaf.zero[...] = (leaf.zero + 1) % 7
+        leaf.qvalue[...] = (leaf.qvalue + 1) % 7
+
+    for module, name in ((writing.zlib, "crc32"), (layout, "pack_codes"), (codes, "encode_codes")):
+        changed_when(monkeypatch, module, name, change)
+    checkpoints.save(path, tree, coding=coding)
+    monkeypatch.undo()
+    assert set(checkpoints.load(path)) == {"w", "q"}
+
+
 KILL_LOOP = """
 import os, random, signal, sys, time
 import numpy as np
@@ -346,8 +384,7 @@ def test_memory_is_bounded_by_the_largest_tensor_not_the_tree(path):
     """Codes are packed and unpacked in pieces, one tensor after the other."""
     num_codes, num_leaves = 3_000_000, 4
     one = quantize(jnp.ones(8), 6)
-    codes = np.ones(num_codes, np.int8)
-    leaf = QuantizedArray(codes, np.asarray(one.scale), one.grid, one.dtype)
+    leaf = QuantizedArray(np.ones(num_codes, np.int8), np.asarray(one.scale), one.grid, one.dtype)
     tracemalloc.start()
     try:
         checkpoints.save(path, [leaf] * num_leaves)

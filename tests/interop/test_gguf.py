@@ -1,6 +1,10 @@
 """GGUF files, read by the gguf package."""
 
+import errno
+import os
 import pathlib
+import resource
+import signal
 import sys
 from typing import Any
 
@@ -190,3 +194,17 @@ def test_a_missing_gguf_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"jaxclip\[gguf\]"):
         interop.to_gguf(tmp_path / "net.gguf", {}, "llama")
+
+
+def test_a_full_disk_is_reported_as_such(tmp_path, gguf):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(OSError, match="large") as caught:
+            interop.to_gguf(tmp_path / "x.gguf", {"w": np.zeros((512, 1024), np.float32)}, "llama")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno == errno.EFBIG  # the limit stands for the end of a disk
+    assert os.listdir(tmp_path) == []

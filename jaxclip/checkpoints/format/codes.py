@@ -26,7 +26,8 @@ def coded_tensor(tensor: Tensor, leaf: Leaf, coding: str | None) -> tuple[str, n
         return None
     if tensor.name != f"{tensor.leaf}:codes":
         return None
-    codes = np.asarray(leaf.qvalue).reshape(-1).astype(np.int8, copy=False)
+    # A copy: coders read the codes several times, and another thread may change them.
+    codes = np.asarray(leaf.qvalue).reshape(-1).astype(np.int8)
     leaf.check_codes(codes, tensor.leaf)
     num_bytes, smallest = tensor.num_bytes, None
     for tried in codings_tried(coding):

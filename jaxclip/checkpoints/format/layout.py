@@ -34,6 +34,7 @@ DTYPES = {
     "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_BYTES_PER_CHUNK = 2**24  # of a plain array that is copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +99,15 @@ class FilePlan:
         return dataclasses.replace(self, tensors=_placed(parts))
 
     def chunks(self, tensor: Tensor, leaf: Leaf | None = None) -> Iterator[np.ndarray]:
-        """Yields the bytes of a tensor: those of `leaf`, or of the plan's own leaf."""
+        """Yields the bytes of a tensor, copied: those of `leaf`, or of the plan's own leaf."""
+        # Copies, because another thread may change an array while it is saved: the bytes that are
+        # checked and summed up have to be those that are written.
         name, part = tensor.leaf, tensor.name.removeprefix(tensor.leaf)
         leaf = self.leaves[name] if leaf is None else leaf
         if not is_quantized(leaf):
-            yield raw_bytes(np.asarray(leaf))
+            flat = raw_bytes(np.asarray(leaf))
+            for start in range(0, flat.size, _BYTES_PER_CHUNK):
+                yield flat[start : start + _BYTES_PER_CHUNK].copy()
         elif part == ":codes":
             yield from _packed_chunks(name, leaf)
         else:
@@ -242,7 +247,7 @@ def _dtype_code(name: str, dtype: Any) -> str:
 def _packed_chunks(name: str, leaf: QuantizedArray) -> Iterator[np.ndarray]:
     codes = np.asarray(leaf.qvalue).reshape(-1)
     for start in range(0, codes.size, CODES_PER_CHUNK):
-        chunk = codes[start : start + CODES_PER_CHUNK].astype(np.int8, copy=False)
+        chunk = codes[start : start + CODES_PER_CHUNK].astype(np.int8)
         leaf.check_codes(chunk, name)
         yield pack_codes(chunk, leaf.bits, levels=leaf.grid.levels)
 

@@ -5,6 +5,7 @@ size of coded codes is known only when they are written. So bytes are reserved f
 header possible.
 """
 
+import dataclasses
 import json
 import struct
 import zlib
@@ -26,6 +27,7 @@ from jaxclip.checkpoints.format.layout import (
     raw_bytes,
 )
 from jaxclip.checkpoints.format.parsing import header_length
+from jaxclip.lowbit.arrays import is_quantized
 
 
 def write_tree(
@@ -42,7 +44,7 @@ def write_tree(
     # Where the next one-byte tensor starts: coded ones are smaller than planned.
     byte_start = min((t.start for t in plan.tensors if _is_of_bytes(t)), default=0)
     for name, tensors in _tensors_by_leaf(plan).items():
-        leaf = produce(name)
+        leaf = _with_own_scales(produce(name))
         for tensor in tensors:
             chunks = plan.chunks(tensor, leaf)
             coded = coded_tensor(tensor, leaf, coding)
@@ -61,6 +63,15 @@ def write_tree(
     file.seek(0)
     file.write(make_header(final, checksums, codings, reserved))
     return final
+
+
+def _with_own_scales(leaf: Leaf) -> Leaf:
+    """Returns a leaf whose scales and zeros nobody else can change."""
+    # They are checked, and log8 scales are read for two tensors.
+    if not is_quantized(leaf):
+        return leaf
+    zero = None if leaf.zero is None else np.array(leaf.zero)
+    return dataclasses.replace(leaf, scale=np.array(leaf.scale), zero=zero)
 
 
 def _write_chunks(file: BinaryIO, chunks: Iterator[np.ndarray]) -> tuple[int, int]:
