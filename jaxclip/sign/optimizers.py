@@ -189,6 +189,13 @@ class _StepState(NamedTuple):
     step: jax.Array
 
 
+class _StepSizeState(NamedTuple):
+    """State of the step size: a scalar int32 step count, and the last learning rate."""
+
+    step: jax.Array
+    learning_rate: jax.Array  # float32, for reports
+
+
 def _decay_weights(
     weight_decay: ArrayLike | optax.Schedule, mask: Mask | None, is_cautious: bool
 ) -> optax.GradientTransformationExtraArgs:
@@ -260,11 +267,13 @@ def _scale_by_step(
 
             thresholds = resolve_threshold(relative_to, params, state.step, name="relative_to")
             updates = map_clippable(relative, updates, thresholds)
-        return updates, _StepState(step=increment(state.step))
+        reported = jnp.asarray(rate, jnp.float32)
+        return updates, _StepSizeState(step=increment(state.step), learning_rate=reported)
 
     def init_fn(params):
         del params
-        return _StepState(step=jnp.zeros((), jnp.int32))
+        zero = jnp.zeros((), jnp.float32)
+        return _StepSizeState(step=jnp.zeros((), jnp.int32), learning_rate=zero)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

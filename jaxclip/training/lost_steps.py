@@ -28,6 +28,7 @@ _SCHEDULE_STATES = (
     "WrappedScheduleState",
     "WeightDecaySchedule",
     "_StepState",
+    "_StepSizeState",
 )
 
 

@@ -2,8 +2,8 @@
 
     state, info = step(state, batch)
 
-One step is one compiled program. A step whose loss or gradients are not finite changes
-neither parameters nor optimizer state: it is skipped and counted.
+One step is one compiled program. A step whose loss is not finite, or a gradient of a leaf that
+trains, changes neither parameters nor optimizer state: it is skipped and counted.
 """
 
 import functools
@@ -22,12 +22,13 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import keep_weak_type
-from jaxclip._core.trees import Mask, PyTree, map_clippable
+from jaxclip._core.floats import increment, keep_weak_type
+from jaxclip._core.trees import Mask, PyTree, is_clippable, map_clippable, path_name
 from jaxclip.norms.of_trees import measure_norm
 from jaxclip.thresholds.values import check_threshold_tree
+from jaxclip.training.frozen import find_frozen, first_nonfinite, zero_nonfinite
 from jaxclip.training.stochastic_rounding import apply_updates_stochastically
-from jaxclip.training.telemetry import clip_stats
+from jaxclip.training.telemetry import Statistics, clip_stats, find_learning_rate
 from jaxclip.weights.clipping import clip_to_bounds, rate_on_bounds, resolve_bounds
 
 
@@ -35,7 +36,7 @@ class TrainState(NamedTuple):
     """State of training between two steps; a plain pytree.
 
     Attributes:
-      step: Scalar int32, steps taken, skipped ones included.
+      step: Scalar int32, steps taken, skipped ones included; it stays at 2**31 - 1.
       params: The parameters.
       opt_state: State of the optimizer.
       key: PRNG key for losses that take one and for stochastic rounding, or None.
@@ -107,11 +108,16 @@ class StepInfo(NamedTuple):
     Attributes:
       loss: Scalar, the loss before the step.
       aux: The auxiliary output of the loss with `has_aux`, or None.
-      stats: `clip_stats` of the optimizer; the first clip of the chain also under its bare
-        names, such as `stats["pre_norm"]`.
+      stats: `clip_stats` of the optimizer, each once. Those of the first clip of the chain are
+        found by their bare names too, such as `stats["pre_norm"]`.
       weight_clip_rate: Scalar float32, fraction of the boxed weights that are on the bound;
         0 without a box.
       num_skipped: Scalar int32, steps skipped so far.
+      grad_norm: Scalar, norm of all gradients; non-finite entries of frozen leaves count as 0.
+      learning_rate: Scalar, the first learning rate that the optimizer's state has: that of
+        jaxclip's optimizers, or of `optax.inject_hyperparams`. None if it has none.
+      nonfinite_leaf: Scalar int32, position of the first leaf whose gradient is not finite among
+        the floating leaves of the parameters, or -1; leaves that train come before frozen ones.
     """
 
     loss: jax.Array
@@ -119,6 +125,20 @@ class StepInfo(NamedTuple):
     stats: dict[str, jax.Array]
     weight_clip_rate: jax.Array
     num_skipped: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array | None
+    nonfinite_leaf: jax.Array
+
+    def nonfinite_path(self, params: optax.Params) -> str | None:
+        """Returns the path of the first leaf whose gradient is not finite; None if all are.
+
+        Args:
+          params: The parameters, or any tree of their structure; only paths are read.
+        """
+        index = int(self.nonfinite_leaf)
+        named = jax.tree_util.tree_leaves_with_path(params)
+        paths = [path_name(path) for path, leaf in named if is_clippable(leaf)]
+        return paths[index] if index >= 0 else None
 
 
 def make_train_step(
@@ -138,11 +158,12 @@ def make_train_step(
       loss_fn: `(params, batch) -> loss` or `(params, batch, key) -> loss`. A third required
         parameter, or a keyword-only `key`, gets a fresh PRNG key each step. With `has_aux`
         it returns `(loss, aux)`.
-      optimizer: Any optax transformation; it is also given `value=loss` and
-        `pre_norm`, the norm of the gradients.
+      optimizer: Any optax transformation. It also gets `value` and `grad`, the loss as a function
+        of the parameters as `value_fn` and `obj_fn`, and the norm of the gradients as `pre_norm`.
       weight_threshold: A threshold as in `clip_weights` (`fan_in(1.0)`, a number, a
-        schedule, ...): parameters are projected after every step. None for no box.
-        Pretrained weights outside the box are brought in by the first step.
+        schedule, ...): parameters are projected after every step. None for no box, also for
+        single leaves of a tree. Pretrained weights outside the box are brought in by the first
+        step.
       mask: The leaves to box, all if None: a tree of bools, or a function of the parameters
         that returns one.
       has_aux: True if `loss_fn` returns `(loss, aux)`.
@@ -160,8 +181,14 @@ def make_train_step(
       `step(state, batch) -> (state, info)`, compiled by `jax.jit` on the first call; with
       `lower`, `trace`, and the plain function as `__wrapped__`. Inside another program, such
       as a `scan`, or with traced arrays it is that plain function; to batch or differentiate
-      over a value in its closure, call `__wrapped__`. If the loss or a gradient is not finite,
-      parameters and optimizer state come back bit-identical and `num_skipped` goes up by one.
+      over a value in its closure, call `__wrapped__`.
+
+      A step is bad if the loss is not finite, or a gradient of a leaf that trains, even if the
+      optimizer would make a finite update of it. Then parameters and optimizer state come back
+      bit-identical, `num_skipped` goes up by one, and `info.nonfinite_path(params)` names the
+      leaf. A frozen leaf makes no step bad: one whose gradient never reaches its own weight, as
+      under `optax.set_to_zero`, `partition` or `optax.transforms.freeze`. The optimizer gets
+      the non-finite entries of its gradient as 0.
 
     Raises:
       TypeError: If `weight_threshold` is of a wrong type.
@@ -178,11 +205,14 @@ def make_train_step(
       >>> print(state.params, info.weight_clip_rate)
       [ 0.5  -0.25] 0.5
     """
-    if weight_threshold is not None:
-        check_threshold_tree("weight_threshold", weight_threshold)
-    elif mask is not None:
+    if weight_threshold is None and mask is not None:
         raise ValueError("mask selects the weights to box, so it needs a weight_threshold.")
-    threshold = float("inf") if weight_threshold is None else weight_threshold
+    threshold = jax.tree.map(
+        lambda t: float("inf") if t is None else t,
+        weight_threshold,
+        is_leaf=lambda t: t is None or callable(t),
+    )
+    check_threshold_tree("weight_threshold", threshold)
     checks.check_choice("stochastic_rounding", stochastic_rounding, (False, True))
     optimizer = optax.with_extra_args_support(optimizer)
     key_kind = _find_key_parameter(loss_fn)
@@ -192,11 +222,22 @@ def make_train_step(
         value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(*arguments, **keywords)
         loss, aux = value if has_aux else (value, None)
 
-        # A clip that gets these very gradients reuses this norm.
-        measured = measure_norm(grads)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, value=loss, pre_norm=measured
-        )
+        # optax's line searches hand what they do not know to `value_fn`, and refuse the rest.
+        def value_fn(params: optax.Params, obj_fn: Any = None, pre_norm: Any = None) -> jax.Array:
+            del obj_fn, pre_norm
+            value = loss_fn(params, *arguments[1:], **keywords)
+            return value[0] if has_aux else value
+
+        def update(grads: optax.Updates, opt_state: optax.OptState) -> tuple:
+            # A clip that gets these very gradients reuses this norm.
+            measured = measure_norm(grads)
+            given = {"value": loss, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
+            result = optimizer.update(grads, opt_state, state.params, pre_norm=measured, **given)
+            return *result, measured
+
+        is_frozen = find_frozen(lambda *trees: update(*trees)[:2], grads, state.opt_state)
+        counted = zero_nonfinite(grads, is_frozen)
+        updates, opt_state, measured = update(counted, state.opt_state)
         if stochastic_rounding:
             key, rounding_key = _split_key(key, "stochastic_rounding needs a key")
             params = apply_updates_stochastically(state.params, updates, rounding_key)
@@ -207,19 +248,22 @@ def make_train_step(
         kept = map_clippable(functools.partial(jnp.where, is_good), params, state.params)
         bounds = resolve_bounds(kept, threshold, mask, state.step)
         params = _select(is_good, clip_to_bounds(params, bounds), state.params)
-        stats = clip_stats(opt_state)
+        stats, learning_rate = clip_stats(opt_state), find_learning_rate(opt_state)
         opt_state = _select(is_good, opt_state, state.opt_state)
         # With the same bounds: a rule measured again would see the clipped weights.
         on_bound = rate_on_bounds(params, bounds)
-        num_skipped = state.num_skipped + jnp.where(is_good, 0, 1)
+        num_skipped = increment(state.num_skipped, ~is_good)
         info = StepInfo(
             loss=loss,
             aux=aux,
-            stats=stats | _bare_names(stats),
+            stats=Statistics(stats),
             weight_clip_rate=on_bound,
             num_skipped=num_skipped,
+            grad_norm=measured.norm.value(),
+            learning_rate=learning_rate,
+            nonfinite_leaf=first_nonfinite(measured.leaf_norms, grads, is_frozen),
         )
-        return TrainState(state.step + 1, params, opt_state, key, num_skipped), info
+        return TrainState(increment(state.step), params, opt_state, key, num_skipped), info
 
     options = _backend_options() | dict(compiler_options or {})
     jitted = jax.jit(
@@ -302,13 +346,6 @@ def _split_key(key: jax.Array | None, reason: str) -> tuple[jax.Array, jax.Array
         raise ValueError(f"{reason}: give TrainState.create(..., key=...) one.")
     next_key, used_key = jax.random.split(key)
     return next_key, used_key
-
-
-def _bare_names(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the statistics of the first clip in the chain, without its name."""
-    first = next((k.split("/")[0] for k in stats if k.endswith("/clip_rate")), None)
-    prefix = f"{first}/"
-    return {k.removeprefix(prefix): v for k, v in stats.items() if k.startswith(prefix)}
 
 
 def _is_donation_safe() -> bool:

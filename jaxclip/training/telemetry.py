@@ -1,7 +1,7 @@
 """Reading norms, clip rates and counters from optimizer states."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,41 @@ from jaxclip.gradients.state import ClipStats, LeafReport
 
 # Further numbers of a state, outside of its `ClipStats`.
 _OTHER_STATISTICS = ("threshold", "num_nonfinite", "num_skipped", "num_consecutive")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Statistics(dict[str, Any]):
+    """`clip_stats`, in which the first clip's are found by their bare names too.
+
+    It shows each number once: `stats["pre_norm"]` is `stats["clip_by_global_norm/pre_norm"]`.
+    """
+
+    def __missing__(self, name: str) -> Any:
+        first = next((k.split("/")[0] for k in self if k.endswith("/clip_rate")), None)
+        full_name = f"{first}/{name}"
+        if full_name not in self.keys():
+            raise KeyError(name)
+        return self[full_name]
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self[name]  # pyright: ignore[reportArgumentType]
+        except KeyError:
+            return False
+        return True
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def tree_flatten_with_keys(self) -> tuple[list, tuple[str, ...]]:
+        return [(jax.tree_util.DictKey(k), x) for k, x in self.items()], tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], numbers: Iterable[Any]) -> "Statistics":
+        return cls(zip(names, numbers, strict=True))
 
 
 def clip_stats(opt_state: optax.OptState) -> dict[str, jax.Array]:
@@ -48,6 +83,22 @@ def clip_stats(opt_state: optax.OptState) -> dict[str, jax.Array]:
         for name, state in _named_states(opt_state)
         for field, number in _statistics(state).items()
     }
+
+
+def find_learning_rate(opt_state: optax.OptState) -> jax.Array | None:
+    """Returns the first learning rate that a state holds, of the step that it comes from."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: _learning_rate(node) is not None)
+    rates = (_learning_rate(node) for node in nodes)
+    rate = next((rate for rate in rates if rate is not None), None)
+    return None if rate is None else jnp.asarray(rate)
+
+
+def _learning_rate(node: object) -> Any:
+    """Returns the learning rate of a state: of `inject_hyperparams`, or of jaxclip's step size."""
+    hyperparams = getattr(node, "hyperparams", None)
+    if isinstance(hyperparams, Mapping):
+        return hyperparams.get("learning_rate")
+    return getattr(node, "learning_rate", None)
 
 
 class LeafNorms(NamedTuple):

@@ -594,10 +594,96 @@ def test_the_info_names_the_first_clip_of_the_chain_bare():
         np.testing.assert_allclose(float(info.stats[name]), value, rtol=1e-5, err_msg=name)
 
 
+def test_the_info_shows_each_statistic_once_and_finds_it_by_both_names():
+    tx = make_optimizer()
+    _, info = make_train_step(linear_loss, tx)(TrainState.create(make_params(), tx), make_batch())
+    assert set(info.stats) == set(
+        jaxclip.clip_stats(TrainState.create(make_params(), tx).opt_state)
+    )
+    assert str(info).count("pre_norm") == 1
+    assert info.stats["pre_norm"] is info.stats["clip_by_global_norm/pre_norm"]
+    assert "clip_rate" in info.stats
+    assert info.stats.get("pre_norms", 3) == 3
+    with pytest.raises(KeyError, match="pre_norms"):
+        info.stats["pre_norms"]
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), info)
+    assert stacked.stats["clip_rate"].shape == (2,)
+
+
+def test_the_info_has_the_norm_of_the_gradients_and_the_learning_rate():
+    def rate(step):
+        return 0.5 / (1 + step.astype(jnp.float32))
+
+    grads = jax.grad(linear_loss)(make_params(), make_batch())
+    norm = np.sqrt(sum(np.sum(float64(g) ** 2) for g in jax.tree.leaves(grads)))
+    for tx, rates in [
+        (jaxclip.lion(rate), [0.5, 0.25]),
+        (jaxclip.sign_sgd(0.5), [0.5, 0.5]),
+        (optax.inject_hyperparams(optax.sgd)(learning_rate=rate), [0.5, 0.25]),
+        (optax.sgd(0.5), None),
+    ]:
+        _, infos = run(make_train_step(linear_loss, tx), TrainState.create(make_params(), tx), 2)
+        np.testing.assert_allclose(infos[0].grad_norm, norm, rtol=1e-6)
+        found = [info.learning_rate for info in infos]
+        assert found == (rates or [None, None])
+
+
 def test_without_a_clip_there_are_no_bare_names():
     tx = jaxclip.sign_sgd(0.1)
     _, info = make_train_step(linear_loss, tx)(TrainState.create(make_params(), tx), make_batch())
     assert set(info.stats) == {"scale_by_sign/num_nonfinite"}
+
+
+def test_the_counts_of_steps_stay_at_the_largest_integer():
+    tx, largest = jaxclip.sign_sgd(0.1), 2**31 - 1
+    state = TrainState.create(make_params(), tx)
+    full = [jnp.full((), largest, jnp.int32) for _ in range(2)]
+    state = state._replace(step=full[0], num_skipped=full[1])
+    x, y = make_batch()
+    state, info = make_train_step(linear_loss, tx)(state, (x * jnp.nan, y))
+    assert [int(n) for n in (state.step, state.num_skipped, info.num_skipped)] == [largest] * 3
+
+
+def quadratic(params, batch):
+    return jnp.sum(batch * (params["kernel"] - 0.5) ** 2)
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_an_optimizer_that_searches_along_a_line_gets_the_loss(has_aux):
+    def loss(params, batch, *, key):  # the search must see the noise of the step's own key
+        value = quadratic(params, batch) + jax.random.normal(key)
+        return (value, value) if has_aux else value
+
+    tx = optax.chain(jaxclip.clip_by_global_norm(100.0), optax.lbfgs())
+    params = {"kernel": jnp.zeros(3, jnp.float32)}
+    state = TrainState.create(params, tx, key=jax.random.key(0))
+    step = make_train_step(loss, tx, has_aux=has_aux)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(6):
+            state, _ = step(state, jnp.array([1.0, 2.0, 3.0], jnp.float32))
+    np.testing.assert_allclose(state.params["kernel"], 0.5, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["sophia", "reduce_on_plateau"])
+def test_optimizers_that_ask_for_more_than_the_gradient_get_it(name):
+    tx = getattr(optax.contrib, name)(0.1)
+    step = make_train_step(linear_loss, tx)
+    with jax.numpy_dtype_promotion("standard"):
+        jax.eval_shape(step.__wrapped__, TrainState.create(make_params(), tx), make_batch())
+
+
+def test_none_leaves_single_leaves_of_a_tree_free():
+    pull = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    tx = jaxclip.sign_sgd(0.5)
+    step = make_train_step(
+        lambda p, _: jnp.sum(p["kernel"]) + jnp.sum(p["bias"]),
+        tx,
+        weight_threshold={"kernel": 0.25, "bias": None},
+    )
+    state, info = step(TrainState.create(jax.tree.map(jnp.zeros_like, pull), tx), None)
+    assert float(state.params["kernel"][0, 0]) == -0.25
+    assert float(state.params["bias"][0]) == -0.5
+    assert float(info.weight_clip_rate) == 1
 
 
 # --- Flax ------------------------------------------------------------------------------
