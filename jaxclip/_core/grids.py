@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxclip._core import checks
 
 # A code width: 1, 2, 3, 4, 5, 6 or 8 bits, or "ternary" (three levels, 1.58 bits).
 Bits: TypeAlias = int | str
+Axis: TypeAlias = int | tuple[int, ...] | Literal["outputs"] | None
 _ALLOWED_BITS = (1, "ternary", 2, 3, 4, 5, 6, 8)
 _LEVELS = ("full", "narrow")
 _SCALE_DTYPES = ("float32", "float16", "bfloat16", "log8")
@@ -59,8 +60,8 @@ class Grid:
     Attributes:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where a budget chooses the width.
       levels: "full" or "narrow"; the narrow grid is symmetric.
-      axis: Channel axis or axes, or None. The last is an output channel in flax's layouts, the
-        first in PyTorch's.
+      axis: Channel axis or axes, or None; or "outputs": in a tree or a file the output axes of
+        each leaf by its layout, for a single array the last axis, as flax has it.
       group_size: Entries of a channel that share a scale, at least 1; None for no groups.
       zero_point: True to shift each block's grid by whole codes, so that its range may lie
         unevenly around 0. Not for 1 bit.
@@ -81,7 +82,7 @@ class Grid:
     bits: Bits | None
     _: dataclasses.KW_ONLY
     levels: str = "full"
-    axis: int | tuple[int, ...] | None = -1
+    axis: Axis = "outputs"
     group_size: int | None = None
     zero_point: bool = False
     scale_dtype: str = "float32"
@@ -91,9 +92,11 @@ class Grid:
             checks.check_choice("bits", self.bits, _ALLOWED_BITS)
         checks.check_choice("levels", self.levels, _LEVELS)
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        for a in axes if self.axis is not None else ():
+        for a in axes if self.axis not in (None, "outputs") else ():
             if isinstance(a, bool) or not isinstance(a, (int, np.integer)):
-                raise TypeError(f"axis must be an integer, a tuple of them or None, got {a!r}.")
+                raise TypeError(
+                    f"axis must be an integer, a tuple of them, None or 'outputs', got {a!r}."
+                )
         if self.group_size is not None:
             checks.check_count("group_size", self.group_size)
             if self.group_size >= 2**63:  # which no file could hold
@@ -116,6 +119,8 @@ class Grid:
         """Returns the channel axes of an array of `ndim` dimensions, counted from 0."""
         if self.axis is None:
             return ()
+        if self.axis == "outputs":
+            return (ndim - 1,) if ndim else ()
         given = self.axis if isinstance(self.axis, tuple) else (self.axis,)
         for a in given:
             if not -ndim <= a < ndim:
@@ -128,6 +133,8 @@ class Grid:
         self.channel_axes(ndim)  # refuses axes that the array does not have
         if self.axis is None:
             return self
+        if self.axis == "outputs":
+            return dataclasses.replace(self, axis=-1 if ndim else None)
         if isinstance(self.axis, tuple):
             axes = tuple(int(a) - ndim if a >= 0 else int(a) for a in self.axis)
             return dataclasses.replace(self, axis=axes)
@@ -272,7 +279,7 @@ def _name_of_scale_dtype(scale_dtype: Any) -> str:
 WHOLE_ARRAY = Grid(None, axis=None)  # one block, of a width still to be chosen
 
 
-def as_grid(bits: Bits | Grid, *, axis: int | tuple[int, ...] | None) -> Grid:
+def as_grid(bits: Bits | Grid, *, axis: Axis) -> Grid:
     """Returns a grid as it is, and a bare width as a grid with this channel axis."""
     grid = bits if isinstance(bits, Grid) else Grid(bits, axis=axis)
     checks.check_choice("bits", grid.bits, _ALLOWED_BITS)  # None needs a budget, and none is here

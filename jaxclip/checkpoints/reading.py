@@ -65,6 +65,11 @@ class Source:
     structure: Any = None
     folder: Path | None = None
 
+    @property
+    def is_foreign(self) -> bool:
+        """True for safetensors of another library."""
+        return self.structure is None and all(f.suffix != ".npz" for f in self.files)
+
     def restore(self, read: Callable[[str], PyTree]) -> PyTree:
         """Returns the tree, or flat dict, with `read` called once per leaf."""
         values = {name: read(name) for name in self.leaves}

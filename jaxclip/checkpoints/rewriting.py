@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxclip._core.atomic import check_destination, replacing
 from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits, Grid
+from jaxclip._core.layouts import LAYOUTS, layouts_of
 from jaxclip.checkpoints.format.headers import header_size
 from jaxclip.checkpoints.format.layout import FilePlan, Leaf, StoredLeaf, leaf_name, plan_file
 from jaxclip.checkpoints.format.writing import write_plain, write_tree
@@ -53,6 +54,7 @@ def compress_checkpoint(
     rule: Any = mse_optimal,
     bit_price: float = 0.0,
     policy: Policy = (),
+    layout: str | None = None,
     coding: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -68,9 +70,8 @@ def compress_checkpoint(
     Args:
       src: File or folder that `load` takes. Leaves that are low-bit already are copied.
       dst: The `.safetensors` file to write.
-      bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each index
-        along the first axis: PyTorch's layouts have the output channel first, flax's have it
-        last. None is 4, or the width that a target chooses.
+      bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each output.
+        None is 4, or the width that a target chooses.
       target_bits_per_weight: Largest average number of bits of an entry of a low-bit leaf, codes
         and scales included, in (0, inf). With a target the weights are read twice: first to
         measure their errors at every width.
@@ -81,6 +82,11 @@ def compress_checkpoint(
       bit_price: Error that an entropy-coded bit is worth, in squared steps, at least 0, such as
         0.12; needs a `coding`, and leaves are then compressed whole.
       policy: Pairs `(regex, spec)`, as in `compress`, for the names in the source.
+      layout: Where the outputs are: "in_out" (flax: the last axis) or "out_in" (PyTorch: the
+        first). None says it by the names, as in `compress`. Where no name says it, a
+        `.safetensors` file or folder of another library is "out_in", all else "in_out". The
+        report has the layouts and the axes. In "out_in" a leaf of three dimensions whose last
+        axis is 32 or longer is a stack of matrices, with a scale for each of their outputs.
       coding: Entropy coding of the codes: None, "huffman", "ans" or "smallest", as for `save`.
       overwrite: True to replace an existing file.
       dry_run: True to write nothing and only return the sizes. Without `coding` they follow from
@@ -111,17 +117,20 @@ def compress_checkpoint(
       (16384, 1076)
       >>> folder.cleanup()
     """
-    grid = bits if isinstance(bits, Grid) else Grid(bits, axis=0)
+    grid = bits if isinstance(bits, Grid) else Grid(bits)
     budget = check_budget(grid.bits, target_bits_per_weight, target_bytes)
     if budget is None and grid.bits is None:
         grid = dataclasses.replace(grid, bits=4)
     default = LeafSpec(grid, rule, bit_price)
     specs: dict[str, LeafSpec] = {}
     kept: set[str] = set()
+    used: set[str] = set()
 
     def outline(source: Source) -> dict[str, Leaf]:
         names, leaves = list(source.leaves), list(source.leaves.values())
-        found, unchanged = leaf_specs(names, leaves, policy, default)
+        layouts = layouts_of(names, layout, default="out_in" if source.is_foreign else "in_out")
+        found, unchanged = leaf_specs(names, leaves, policy, default, layouts)
+        used.update(layouts[i] for i, spec in enumerate(found) if spec is not None)
         is_flat = source.structure is None
         kept.update(leaf_name((name,)) if is_flat else name for name in unchanged)
         specs.update({name: spec for name, spec in zip(names, found, strict=True) if spec})
@@ -143,7 +152,8 @@ def compress_checkpoint(
     output = _Output(Path(dst), overwrite, progress, coding, dry_run)
     num_passes = 1 if budget is None else 2
     report = _rewrite(src, output, outline, rewrite_leaf, num_passes)
-    return dataclasses.replace(report, kept=tuple(sorted(kept)))
+    layouts_found = tuple(x for x in LAYOUTS if x in used)
+    return dataclasses.replace(report, kept=tuple(sorted(kept)), layouts=layouts_found)
 
 
 def _specs_within(

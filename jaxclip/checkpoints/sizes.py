@@ -43,6 +43,8 @@ class LeafSize:
         real floating.
       clip_rate: Fraction of the original's entries beyond the outermost level of their block's
         grid, in [0, 1]; None if unknown, and for an array stored as it is.
+      axes: Channel axes with scales of their own, counted from 0; () if one scale or group is for
+        all; None for an array stored as it is.
     """
 
     path: str
@@ -54,6 +56,7 @@ class LeafSize:
     threshold: float | None = None
     relative_error: float | None = None
     clip_rate: float | None = None
+    axes: tuple[int, ...] | None = None
 
     def cells(self) -> list[str]:
         """Returns its row of the printed table; cells of unknown values are empty."""
@@ -61,7 +64,8 @@ class LeafSize:
             "x".join(map(str, self.shape)),
             str(self.bits or "as is"),
         )
-        sizes = [f"{self.raw_bytes:,}", f"{self.stored_bytes:,}", _short(self.threshold)]
+        axes = "" if self.axes is None else ",".join(map(str, self.axes)) or "none"
+        sizes = [axes, f"{self.raw_bytes:,}", f"{self.stored_bytes:,}", _short(self.threshold)]
         lost = [_short(self.relative_error), _percent(self.clip_rate)]
         return [self.path, shape or "scalar", self.dtype, bits, *sizes, *lost]
 
@@ -79,6 +83,8 @@ class SizeReport:
       clip_rate: Fraction of clipped entries over all leaves that have one; None if none has.
       kept: Paths of leaves that stay as they are because codes and scales would take no fewer
         bytes.
+      layouts: Layouts of the leaves that were compressed: "in_out", "out_in" or both; empty if
+        unknown.
     """
 
     leaves: tuple[LeafSize, ...]
@@ -88,6 +94,7 @@ class SizeReport:
     relative_error: float | None = None
     clip_rate: float | None = None
     kept: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -112,18 +119,20 @@ class SizeReport:
         return [dataclasses.asdict(leaf) for leaf in self.leaves]
 
     def __str__(self) -> str:
-        sizes = ["leaf", "shape", "dtype", "bits", "raw", "stored"]
+        sizes = ["leaf", "shape", "dtype", "bits", "axis", "raw", "stored"]
         rows = [[*sizes, "threshold", "error", "clipped"]]
         rows += [leaf.cells() for leaf in self.leaves]
         for leaf, row in zip(self.leaves, rows[1:], strict=True):
             row[3] += ": no smaller" if leaf.path in self.kept else ""
-        rows.append(["file header", *[""] * 4, f"{self.overhead_bytes:,}", *[""] * 3])
-        rows.append(["total", *[""] * 3, f"{self.raw_bytes:,}", f"{self.total_bytes:,}", ""])
+        rows.append(["file header", *[""] * 5, f"{self.overhead_bytes:,}", *[""] * 3])
+        rows.append(["total", *[""] * 4, f"{self.raw_bytes:,}", f"{self.total_bytes:,}", ""])
         rows[-1] += [_short(self.relative_error), _percent(self.clip_rate)]
         # Sizes are always shown, the other columns where something is known.
-        shown = [i for i in range(9) if i < len(sizes) or any(row[i] for row in rows[1:])]
+        always = {rows[0].index(name) for name in sizes if name != "axis"}
+        shown = [i for i in range(len(rows[0])) if i in always or any(r[i] for r in rows[1:])]
         table = format_table([[row[i] for i in shown] for row in rows])
-        return f"{table}  ({self.ratio:.1f}x smaller)"
+        layouts = f"\nlayout: {' and '.join(self.layouts)}" if self.layouts else ""
+        return f"{table}  ({self.ratio:.1f}x smaller){layouts}"
 
 
 def _short(number: float | None) -> str:
@@ -195,6 +204,7 @@ def _report(
             raw_bytes=math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize,
             stored_bytes=stored_bytes[name],
             threshold=_largest_threshold(leaf),
+            axes=_channel_axes(leaf),
         )
         for name, leaf in leaves.items()
     )
@@ -204,6 +214,12 @@ def _report(
         total_bytes=total_bytes,
         raw_bytes=sum(leaf.raw_bytes for leaf in sizes),
     )
+
+
+def _channel_axes(leaf: Leaf) -> tuple[int, ...] | None:
+    if not isinstance(leaf, QuantizedArray):
+        return None
+    return leaf.fitted_grid.channel_axes(leaf.ndim)
 
 
 def _largest_threshold(leaf: Leaf) -> float | None:

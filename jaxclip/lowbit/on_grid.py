@@ -60,7 +60,8 @@ def keep_on_grid(
 
     Args:
       inner: Any optimizer.
-      bits: A `Grid`, or its width with one scale for each index along the last axis.
+      bits: A `Grid`, or its width with one scale for each output, by the names of leaves, as in
+        `compress`.
       start_step: Steps before the first rounding, at least 0. May be traced.
       rule: A threshold rule, its factory or a number; None for `least_squares`. Codes and scales
         are chosen anew at every step, so it should be cheap.
@@ -97,7 +98,7 @@ def keep_on_grid(
       https://arxiv.org/abs/1308.3432
     """
     inner = checks.check_transformation("inner", inner)
-    grid = as_grid(bits, axis=-1)
+    grid = as_grid(bits, axis="outputs")
     checks.check_traced_count("start_step", start_step, at_least=0)
 
     # Jitted, so that outside of jit, too, no step waits for the check that all values are finite.

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits, Grid
+from jaxclip._core.layouts import output_axes
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import (
     QuantizedArray,
@@ -68,6 +69,13 @@ class LeafSpec:
     def with_bits(self, bits: Bits) -> "LeafSpec":
         """Returns this spec with a width for its grid."""
         return dataclasses.replace(self, grid=dataclasses.replace(self.grid, bits=bits))
+
+    def in_layout(self, path: str, leaf: ArrayLike, layout: str) -> "LeafSpec":
+        """Returns this spec with the output axes of a leaf where these are asked for."""
+        if self.grid.axis != "outputs" or np.ndim(leaf) < 2:
+            return self
+        axis = output_axes(path, np.shape(leaf), layout)
+        return dataclasses.replace(self, grid=dataclasses.replace(self.grid, axis=axis))
 
     def quantize(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns the low-bit array of a leaf; `bits` is its width if the grid has none."""
@@ -146,9 +154,13 @@ class LeafSpecs(NamedTuple):
 
 
 def leaf_specs(
-    names: Sequence[str], leaves: Sequence[PyTree], policy: Policy, default: LeafSpec
+    names: Sequence[str],
+    leaves: Sequence[PyTree],
+    policy: Policy,
+    default: LeafSpec,
+    layouts: Sequence[str],
 ) -> LeafSpecs:
-    """Returns the spec of each leaf by the first regex that matches it."""
+    """Returns the spec of each leaf by the first regex that matches it, for its layout."""
     entries = [_parse_entry(pair, default) for pair in policy]
     firsts = [next((i for i, e in enumerate(entries) if e.pattern.search(n)), None) for n in names]
     unmatched = [entry.pattern.pattern for i, entry in enumerate(entries) if i not in firsts]
@@ -156,12 +168,13 @@ def leaf_specs(
         raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
     specs: list[LeafSpec | None] = []
     kept = []
-    for name, leaf, i in zip(names, leaves, firsts, strict=True):
+    for name, leaf, layout, i in zip(names, leaves, layouts, firsts, strict=True):
         spec = default if i is None else entries[i].spec
         has_width = i is not None and entries[i].has_width
         if not (_can_be_low_bit(leaf) and (has_width or np.ndim(leaf) >= 2)):
             spec = None
-        elif spec is not None and not spec.makes_smaller(leaf, name):
+        spec = None if spec is None else spec.in_layout(name, leaf, layout)
+        if spec is not None and not spec.makes_smaller(leaf, name):
             kept.append(name)
             spec = None
         specs.append(spec)

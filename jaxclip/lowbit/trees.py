@@ -8,6 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits, Grid
+from jaxclip._core.layouts import layouts_of
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
@@ -33,6 +34,7 @@ def compress(
     rule: Threshold = mse_optimal,
     bit_price: float | jax.Array = 0.0,
     policy: Policy = (),
+    layout: str | None = None,
 ) -> PyTree:
     """Replaces leaves of two or more dimensions by low-bit arrays.
 
@@ -46,10 +48,9 @@ def compress(
     Args:
       params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
         stay as they are, and so do low-bit leaves.
-      bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each index
-        along the last axis, an output channel in flax's layouts. None (also in a `Grid`) is 4, or
-        the width that a target chooses. The grid's axis applies to leaves of two or more
-        dimensions.
+      bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each output.
+        None (also in a `Grid`) is 4, or the width that a target chooses. The grid's axis applies
+        to leaves of two or more dimensions.
       target_bits_per_weight: Largest average number of bits of an entry of a low-bit leaf, in
         (0, inf): codes and scales, including leaves of fixed width. Not traced.
       rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
@@ -63,6 +64,11 @@ def compress(
         `rule` and `bit_price`, which replace the arguments for those leaves. Leaves without a
         match, and specs without a width, follow `bits` or the target. Leaves of fewer than two
         dimensions become low-bit only by a spec with a width.
+      layout: Where the outputs are: "in_out" (flax: the last axis) or "out_in" (PyTorch, equinox:
+        the first). None says it by the names of the leaves: "in_out" for `kernel` and
+        `embedding`, "out_in" for `weight`; other names follow most of these, or else "in_out".
+        The output axes are (heads, head_dim) for query, key and value kernels of flax, and
+        (expert, output) for leaves of three dimensions with "expert" or "moe" in their path.
 
     Returns:
       A tree of the same structure with `QuantizedArray` leaves, for `decompress`,
@@ -105,7 +111,8 @@ def compress(
         grid = dataclasses.replace(grid, bits=4)
     flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     names, leaves = [trees.path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
-    specs, _ = leaf_specs(names, leaves, policy, LeafSpec(grid, rule, bit_price))
+    default = LeafSpec(grid, rule, bit_price)
+    specs, _ = leaf_specs(names, leaves, policy, default, layouts_of(names, layout))
     specs = _with_shared_rules(specs, leaves)
     small = list(leaves)
     open_specs: dict[int, LeafSpec] = {}

@@ -156,6 +156,7 @@ def test_rows_are_plain_dicts_of_all_that_is_known():
         "threshold": report.leaves[1].threshold,
         "relative_error": report.leaves[1].relative_error,
         "clip_rate": report.leaves[1].clip_rate,
+        "axes": (1,),
     }
 
 
@@ -172,10 +173,12 @@ def test_the_printed_table_shows_what_is_known_and_lines_up():
     texts.append(str(size_report(small, original=make_params())))
     titles = [text.splitlines()[0].split() for text in texts]
     sizes = ["leaf", "shape", "dtype", "bits", "raw", "stored"]
-    assert titles == [sizes, [*sizes, "threshold"], [*sizes, "threshold", "error", "clipped"]]
+    assert titles[0] == sizes
+    sizes.insert(4, "axis")
+    assert titles[1:] == [[*sizes, "threshold"], [*sizes, "threshold", "error", "clipped"]]
     lines = texts[2].splitlines()
     assert len(lines) == 1 + 4 + 2
-    assert lines[2].split()[:6] == ["dense/kernel", "6x5", "float32", "4", "120", "35"]
+    assert lines[2].split()[:7] == ["dense/kernel", "6x5", "float32", "4", "1", "120", "35"]
     end = lines[0].index("stored") + len("stored")
     assert all(line[end - 1].isdigit() for line in lines[1:])
     assert lines[2].endswith("%")

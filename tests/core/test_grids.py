@@ -200,7 +200,7 @@ def test_a_grid_of_unknown_bits_is_refused_when_made(bits):
 
 def test_a_bare_width_is_a_grid_with_the_axis_of_the_function():
     assert as_grid("ternary", axis=0) == Grid("ternary", axis=0)
-    assert as_grid(Grid(4, group_size=2), axis=0) == Grid(4, axis=-1, group_size=2)
+    assert as_grid(Grid(4, group_size=2), axis=0) == Grid(4, axis="outputs", group_size=2)
     for bits in (None, Grid(None)):
         with pytest.raises(ValueError, match="bits must be one of"):
             as_grid(bits, axis=0)

@@ -64,8 +64,8 @@ def test_a_grid_as_a_spec_replaces_the_whole_grid():
     policy = [("embed", Grid(2, axis=0)), ("half", Grid(None, group_size=4)), ("bias", Grid(8))]
     small = compress(params, Grid(5, zero_point=True), policy=policy)
     assert small["embed"]["embedding"].grid == Grid(2, axis=-2)
-    assert small["half"]["kernel"].grid == Grid(5, group_size=4)  # the width is left open
-    assert small["dense"]["kernel"].grid == Grid(5, zero_point=True)
+    assert small["half"]["kernel"].grid == Grid(5, axis=-1, group_size=4)  # the width is left open
+    assert small["dense"]["kernel"].grid == Grid(5, axis=-1, zero_point=True)
     assert small["dense"]["bias"].grid == Grid(8, axis=None)
 
 
@@ -79,7 +79,7 @@ def test_a_wrong_grid_of_a_spec_is_refused_by_its_regex():
 
 def test_an_open_width_is_4_bits_without_a_target():
     small = compress(make_params(), Grid(None, group_size=4), rule=jaxclip.max_abs)
-    assert small["dense"]["kernel"].grid == Grid(4, group_size=4)
+    assert small["dense"]["kernel"].grid == Grid(4, axis=-1, group_size=4)
 
 
 def test_a_spec_without_a_width_leaves_it_to_the_target():
@@ -168,3 +168,40 @@ def test_a_target_never_chooses_a_width_that_makes_a_leaf_no_smaller():
     small = compress(params, target_bits_per_weight=20.0, rule=jaxclip.max_abs, policy=policy)
     assert isinstance(small["w"], QuantizedArray)
     assert small["w"].num_bytes < params["w"].nbytes
+
+
+def test_python_and_files_have_one_default_axis_by_the_layout(tmp_path):
+    rng = np.random.default_rng(0)
+    # Outputs of sizes far apart: a scale for the wrong axis would lose the small ones.
+    size = 10.0 ** np.arange(-2, 2)
+    dense, conv = rng.normal(size=(24, 4)) * size, rng.normal(size=(3, 3, 8, 4)) * size
+    stack = rng.normal(size=(2, 24, 4)) * size * np.array([1, 100]).reshape(2, 1, 1)
+    flax = {"dense": {"kernel": dense}, "conv": {"kernel": conv}, "experts": {"up": stack}}
+    flax = jax.tree.map(lambda x: x.astype(np.float32), flax)
+    torch = {
+        "dense.weight": flax["dense"]["kernel"].T,
+        "conv.weight": flax["conv"]["kernel"].transpose(3, 2, 0, 1),
+        "experts.up": flax["experts"]["up"].transpose(0, 2, 1),
+    }
+    torch = {name: np.ascontiguousarray(array) for name, array in torch.items()}
+    axes = {"flax": [(3,), (1,), (0, 2)], "torch": [(0,), (0,), (0, 1)]}
+    for kind, tree in {"flax": flax, "torch": torch}.items():
+        path, out = tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}_small.safetensors"
+        jaxclip.checkpoints.save(path, tree)
+        small = compress(tree, 4, rule=jaxclip.max_abs)
+        report = jaxclip.checkpoints.compress_checkpoint(path, out, 4, rule=jaxclip.max_abs)
+        assert jax.tree.structure(jaxclip.checkpoints.load(out, like=small))
+        assert report.relative_error < 0.02
+        assert [leaf.axes for leaf in report.leaves] == axes[kind]
+        assert [leaf.axes for leaf in jaxclip.size_report(small).leaves] == axes[kind]
+        assert str(report).endswith("layout: " + {"flax": "in_out", "torch": "out_in"}[kind])
+
+
+def test_a_layout_that_is_said_holds_for_all_leaves_without_an_axis_of_their_own():
+    params = {"dense": {"kernel": jnp.ones((6, 4))}, "head": {"kernel": jnp.ones((6, 4))}}
+    policy = [("head", {"axis": 1})]
+    small = compress(params, 4, layout="out_in", policy=policy, rule=jaxclip.max_abs)
+    assert small["dense"]["kernel"].scale.shape == (6, 1)
+    assert small["head"]["kernel"].scale.shape == (1, 4)
+    with pytest.raises(ValueError, match="layout must be one of"):
+        compress(params, 4, layout="pytorch")

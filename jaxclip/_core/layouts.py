@@ -1,0 +1,52 @@
+"""Layouts of weights: which axes of a leaf are its outputs, by its name and shape.
+
+in_out   flax             Dense (in, out), Conv (height, width, in, out)
+out_in   PyTorch, equinox  Linear (out, in), Conv (out, in, height, width)
+"""
+
+import collections
+import re
+from collections.abc import Sequence
+
+from jaxclip._core import checks
+
+LAYOUTS = ("in_out", "out_in")
+Axes = int | tuple[int, ...]
+
+_EXPERTS = re.compile(r"expert|\bmoe\b", re.IGNORECASE)
+_LONGEST_KERNEL = 32  # a last axis from here on is that of a matrix, not of a convolution
+
+
+def layouts_of(
+    names: Sequence[str], layout: str | None = None, default: str = "in_out"
+) -> list[str]:
+    """Returns the layout of each leaf: the one that is given, or by its name."""
+    # A name that says nothing follows most of the others, or else `default`.
+    checks.check_choice("layout", layout, (None, *LAYOUTS))
+    if layout is not None:
+        return [layout] * len(names)
+    found = [_by_name(name) for name in names]
+    counts = collections.Counter(x for x in found if x is not None)
+    most = max(counts, key=lambda x: (counts[x], x == default), default=default)
+    return [x or most for x in found]
+
+
+def _by_name(name: str) -> str | None:
+    words = [word for word in re.split(r"[/.]", name) if word != "value"]
+    if words[-1:] in (["kernel"], ["embedding"]):
+        return "in_out"
+    return "out_in" if words and "weight" in words[-1] else None
+
+
+def output_axes(name: str, shape: tuple[int, ...], layout: str) -> Axes:
+    """Returns the axis or axes of the outputs of a leaf of two or more dimensions."""
+    # Experts are a stack of matrices, each with outputs of its own.
+    has_experts = len(shape) == 3 and _EXPERTS.search(name) is not None
+    if layout == "out_in":
+        is_stack = len(shape) == 3 and shape[-1] >= _LONGEST_KERNEL
+        return (0, 1) if has_experts or is_stack else 0
+    if has_experts:
+        return (0, -1)
+    words = name.split("/")
+    is_attention = len(words) > 1 and words[-2] in ("query", "key", "value")
+    return (1, 2) if is_attention and len(shape) == 3 else -1  # (features, heads, head_dim)
