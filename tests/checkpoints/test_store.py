@@ -50,7 +50,7 @@ def test_low_bit_leaves_come_back_bit_for_bit(bits, path):
             codes = np.random.default_rng(1).integers(-1, 2, size=shape, dtype=np.int8)
             like = jax.eval_shape(
                 lambda s=shape, a=axis, g=group_size: quantize(
-                    jnp.zeros(s, jnp.bfloat16), Grid(bits, axis=a, group_size=g)
+                    jnp.zeros(s, jnp.bfloat16), Grid(bits, axis=a, group_size=g), threshold=max_abs
                 )
             )
             scale = np.full(like.scale.shape, -0.1, np.float32)
