@@ -159,8 +159,22 @@ GIVEN = [
     Setup(optimizer, "sharded", "Explicit" if i % 2 else "Auto", "given")
     for i, optimizer in enumerate(OPTIMIZERS)
 ]
-every_setup = pytest.mark.parametrize("setup", [*NETWORKS, *GIVEN], ids=str)
-every_given = pytest.mark.parametrize("setup", GIVEN, ids=str)
+# A setup is a program or two to compile; these have every layout, and statistics of every kind.
+QUICK = [str(setup) for setup in NETWORKS[:3]] + [
+    "clip, lion-mixed-Explicit-network",
+    "clip, lion, bfloat16-sharded-Auto-given",
+    "agc by rows, lion-sharded-Auto-given",
+]
+
+
+def each_of(setups: list[Setup]) -> pytest.MarkDecorator:
+    """Runs a test on every setup, in the quick run on a few."""
+    marks = ([] if str(setup) in QUICK else [pytest.mark.thorough] for setup in setups)
+    params = [pytest.param(*pair, marks=m) for pair, m in zip(zip(setups), marks, strict=True)]
+    return pytest.mark.parametrize("setup", params, ids=str)
+
+
+every_setup, every_given = each_of([*NETWORKS, *GIVEN]), each_of(GIVEN)
 
 
 # --- Runs -------------------------------------------------------------------------------

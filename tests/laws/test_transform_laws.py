@@ -9,6 +9,7 @@ until it has one.
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -199,35 +200,41 @@ def test_init_needs_only_shapes(row: Row):
 
 
 @every_transform
-def test_state_can_be_donated(row: Row):
+def test_one_program_with_its_state_donated_serves_every_hyper_parameter(row: Row):
     # XLA refuses a buffer that is given twice, so no two fields may be the same array.
-    tx, params = row.make(), make_params()
-    update = jax.jit(tx.update, donate_argnums=1)
-    assert_close(run(tx, params, update=update)[0], run(tx, params)[0])
-
-
-@with_parameter
-def test_hyper_parameters_change_without_recompiling(row: Row):
     params, traces = make_params(), []
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=2)
     def update(value: jax.Array, grads: Any, state: Any) -> Any:
         traces.append(1)
         return row.make(value).update(grads, state, params)
 
     state = row.make().init(params)
-    for i in range(3):
-        _, state = update(jnp.float32(row.value / (i + 1)), make_grads(params, i), state)
+    for i, value in enumerate([row.value, row.value / 2, 0.0, np.inf, -1.0, np.nan, row.value]):
+        updates, state = update(jnp.float32(value), make_grads(params, i), state)
+        for x in jax.tree.leaves((updates, state)):
+            assert np.isfinite(np.asarray(x, np.float64)).all()
     assert len(traces) == 1
 
 
 @with_parameter
-def test_inject_hyperparams_under_jit_keeps_the_dtype(row: Row):
+def test_inject_hyperparams_keeps_the_dtype(row: Row):
     params = make_params(jnp.float64 if jax.config.jax_enable_x64 else jnp.bfloat16)
     tx = optax.inject_hyperparams(row.factory, hyperparam_dtype=jnp.float32)(
         **{row.parameter: row.value}
     )
-    updates, state = run(tx, params, update=jax.jit(tx.update))
+    updates, _ = jax.eval_shape(tx.update, make_grads(params), tx.init(params), params)
+    assert signature(updates) == signature(make_grads(params))
+
+
+@pytest.mark.thorough
+@with_parameter
+def test_inject_hyperparams_under_jit_changes_no_update(row: Row):
+    params = make_params(jnp.float64 if jax.config.jax_enable_x64 else jnp.bfloat16)
+    tx = optax.inject_hyperparams(row.factory, hyperparam_dtype=jnp.float32)(
+        **{row.parameter: row.value}
+    )
+    updates, state = run(tx, params)
     assert signature(updates) == signature(make_grads(params))
     assert_close(updates, run(row.make(), params)[0])
     stats = jaxclip.clip_stats(state)
@@ -237,11 +244,23 @@ def test_inject_hyperparams_under_jit_keeps_the_dtype(row: Row):
 @with_schedule
 def test_a_schedule_equals_the_values_it_takes(row: Row):
     params = make_params()
-    values = [row.value, row.value / 2, row.value / 4]
-    scheduled = run(row.make(lambda step: row.value / 2.0**step), params)[0]
-    assert_close(scheduled, run(row.make(values[-1]), params)[0])
+    pair = (
+        row.make(lambda step: row.value * jnp.exp2(-step.astype(jnp.float32))),
+        row.make(row.value / 4),
+    )
+    states = [tx.init(params) for tx in pair]
+
+    @jax.jit
+    def update(grads: Any, states: Any) -> Any:
+        steps = [tx.update(grads, s, params) for tx, s in zip(pair, states, strict=True)]
+        return tuple(zip(*steps, strict=True))
+
+    for i in range(3):
+        (scheduled, constant), states = update(make_grads(params, i), states)
+    assert_close(scheduled, constant)
 
 
+@pytest.mark.thorough
 @with_schedule
 def test_a_schedule_that_goes_wrong_poisons_nothing(row: Row):
     params = make_params()
@@ -263,40 +282,60 @@ def test_leaves_that_are_not_floating_pass_through(row: Row):
         "key": jax.random.key(3),
         "float0": np.zeros((2,), jax.dtypes.float0),
     }
-    grads = params | {"w": jnp.full((2, 2), 3.0)}
     tx = row.make()
-    updates, state = tx.update(grads, tx.init(params), params)
-    assert jax.tree.structure(updates) == jax.tree.structure(grads)
-    for name in ("step", "flag", "key", "float0"):
-        assert updates[name] is grads[name]
-    with_all = row.make().update({"w": grads["w"]}, tx.init({"w": params["w"]}), {"w": params["w"]})
-    assert_close(updates["w"], with_all[0]["w"])
-    assert jaxclip.clip_stats(state) == jaxclip.clip_stats(with_all[1])
+
+    @jax.jit
+    def update(g: jax.Array) -> Any:
+        grads, alone = params | {"w": g}, {"w": params["w"]}
+        updates, state = tx.update(grads, tx.init(params), params)
+        assert jax.tree.structure(updates) == jax.tree.structure(grads)
+        for name in ("step", "flag", "key", "float0"):
+            assert updates[name] is grads[name]
+        expected, expected_state = tx.update({"w": g}, tx.init(alone), alone)
+        stats = jaxclip.clip_stats(state), jaxclip.clip_stats(expected_state)
+        return (updates["w"], expected["w"]), stats
+
+    updates, stats = update(jnp.full((2, 2), 3.0))
+    assert_close(*updates)
+    assert stats[0] == stats[1]
 
 
 @every_transform
-@pytest.mark.parametrize("params", [{}, {"a": jnp.zeros((0, 3))}, {"a": jnp.asarray(1.0)}, (None,)])
-def test_empty_trees_and_odd_shapes_work(row: Row, params: Any):
-    updates, state = run(row.make(), params)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-    for x in jax.tree.leaves(state):
+def test_empty_trees_and_odd_shapes_work(row: Row):
+    tx, trees = row.make(), [{}, (jnp.zeros((0, 3)), None), {"a": jnp.asarray(1.0)}]
+    states = [tx.init(params) for params in trees]
+
+    @jax.jit
+    def update(grads: Any, states: Any) -> Any:
+        steps = [tx.update(*pair, p) for *pair, p in zip(grads, states, trees, strict=True)]
+        return tuple(zip(*steps, strict=True))
+
+    for i in range(3):
+        updates, states = update([make_grads(params, i) for params in trees], states)
+    for x in jax.tree.leaves(states):
         assert np.isfinite(np.asarray(x, np.float64)).all()
+    assert jax.tree.structure(list(updates)) == jax.tree.structure(trees)
 
 
 @every_transform
 @pytest.mark.parametrize("leaf", [0.5, np.float64(0.5), np.full((3,), 0.5)])
 def test_python_and_numpy_leaves_are_accepted(row: Row, leaf: Any):
     tx, params = row.make(), {"w": leaf}
-    updates, _ = tx.update({"w": leaf}, tx.init(params), params)
-    assert np.shape(updates["w"]) == np.shape(leaf)
-    assert jnp.asarray(updates["w"]).dtype == jnp.asarray(leaf).dtype
+    updates = jax.eval_shape(lambda: tx.update({"w": leaf}, tx.init(params), params)[0])
+    assert updates["w"].shape == np.shape(leaf)
+    assert updates["w"].dtype == jnp.asarray(leaf).dtype
 
 
 @every_transform
 def test_extra_arguments_are_accepted(row: Row):
     tx, params = row.make(), make_params()
-    updates, _ = tx.update(make_grads(params), tx.init(params), params, value=1.0, step=3)
-    assert_close(updates, tx.update(make_grads(params), tx.init(params), params)[0])
+
+    def traced(**extra_args: Any) -> str:
+        update = functools.partial(tx.update, **extra_args)
+        jaxpr = jax.make_jaxpr(update)(make_grads(params), tx.init(params), params)
+        return re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
+
+    assert traced(value=1.0, step=3) == traced()
 
 
 @pytest.mark.thorough
