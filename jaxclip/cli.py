@@ -223,7 +223,7 @@ def _decompress(args: argparse.Namespace) -> Any:
 def _export(args: argparse.Namespace) -> Any:
     from jaxclip import interop
 
-    config = interop.export_checkpoint(
+    result = interop.export_checkpoint(
         args.src,
         args.dst,
         args.to,
@@ -235,7 +235,10 @@ def _export(args: argparse.Namespace) -> Any:
     files = [args.dst]
     if os.path.isdir(args.dst):
         files = [entry.path for entry in os.scandir(args.dst)]
-    return config or {"path": args.dst, "num_bytes": sum(map(os.path.getsize, files))}
+    if args.to == "compressed-tensors":
+        return result
+    counts = {"tensors": result} if result else {}  # of each type in GGUF
+    return {"path": args.dst, "num_bytes": sum(map(os.path.getsize, files)), **counts}
 
 
 def _verify(args: argparse.Namespace) -> Any:

@@ -15,7 +15,7 @@ from jaxclip.interop.compressed_tensors import write_packed
 from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
 from jaxclip.interop.gguf import check_gguf, write_gguf
 from jaxclip.interop.gguf_blocks import BYTES_PER_BLOCK
-from jaxclip.interop.leaves import stored_leaves
+from jaxclip.interop.leaves import Rename, stored_leaves
 from jaxclip.interop.plain import write_values
 
 _SHARD_BYTES = 5 * 10**9  # of a shard in a folder where no size is given
@@ -30,6 +30,7 @@ def export_checkpoint(
     architecture: str = "llama",
     metadata: Mapping[str, Any] | None = None,
     separator: str = ".",
+    rename: Rename = (),
     max_shard_bytes: int | None = None,
     model_files: str | os.PathLike | None = None,
     overwrite: bool = False,
@@ -43,14 +44,16 @@ def export_checkpoint(
       src: File or folder of weights that `checkpoints.load` reads.
       dst: File to write, or new folder. It is a folder if `max_shard_bytes` or `model_files`
         is given, or if `src` is a folder of shards and `dst` does not end in .safetensors.
-      to: "safetensors" for plain weights, "compressed-tensors", or "Q4_0", "Q4_1" or "Q8_0" for
-        GGUF.
+      to: "safetensors" for plain weights; "compressed-tensors"; "gguf" for the codes that the
+        source has; or "Q4_0", "Q4_1" or "Q8_0" for GGUF with blocks of that kind, if the source
+        has no low-bit leaf. In a source that has some, the other leaves stay floating.
       dtype: Floating dtype of plain weights, or of scales and other floating leaves in
         compressed-tensors; None keeps that of each leaf.
       architecture: Value of `general.architecture` in GGUF.
       metadata: Further keys of GGUF.
       separator: String that joins the keys of nested trees; names in files of other libraries
         stay as they are.
+      rename: Pairs `(regex, replacement)` for names, each applied as in `re.sub`, in order.
       max_shard_bytes: Largest size of a shard, in bytes of tensors; 5 GB if `dst` is a folder and
         none is given. Not for GGUF.
       model_files: The model's folder. Its files other than weights are copied into the new
@@ -60,7 +63,7 @@ def export_checkpoint(
 
     Returns:
       For compressed-tensors the value of `quantization_config`, which the `config.json` of
-      `model_files` gets; None for other formats.
+      `model_files` gets; for GGUF the number of tensors of each type; None for safetensors.
 
     Raises:
       CheckpointError: If a file of `src` is damaged or of an unknown kind.
@@ -69,7 +72,8 @@ def export_checkpoint(
       OSError: If there is nothing at `src`, or `dst` cannot be written.
       TypeError: If `dtype` is not floating, or the format lacks the dtype of a leaf.
       ValueError: If `to` is not one of these, or GGUF should have shards or other files; if
-        the format lacks the name, shape or grid of a leaf; if `model_files` has no
+        compressed-tensors has codes for no leaf, or a name is too long for GGUF; if a rule of
+        `rename` is wrong or matches no name; if `model_files` has no
         `config.json`, one that is quantized already, or a link that leads out of it; if `dst`
         is in the folder that is read and has the name of an index, a numbered shard or
         `model.safetensors`.
@@ -80,19 +84,24 @@ def export_checkpoint(
       Traceback (most recent call last):
       FileNotFoundError: there is no file 'small.safetensors'.
     """
-    checks.check_choice("to", to, ("safetensors", "compressed-tensors", *BYTES_PER_BLOCK))
+    is_gguf = to in ("gguf", *BYTES_PER_BLOCK)
+    if not is_gguf:
+        checks.check_choice(
+            "to", to, ("safetensors", "compressed-tensors", "gguf", *BYTES_PER_BLOCK)
+        )
+    kind = None if to == "gguf" else to
     dtype = floating_dtype(dtype)
-    if to in BYTES_PER_BLOCK:
-        check_gguf(to)
+    if is_gguf:
+        check_gguf(kind)
         for name, value in {"max_shard_bytes": max_shard_bytes, "model_files": model_files}.items():
             if value is not None:
                 raise ValueError(f"{name} is for safetensors, {to} is one file.")
     companions = () if model_files is None else _companions(Path(model_files))
     with open_source(Path(src)) as source:
         source.check_unchanged_by(Path(dst))
-        leaves = stored_leaves(source, separator)
-        if to in BYTES_PER_BLOCK:
-            return write_gguf(dst, leaves, architecture, to, metadata or {}, overwrite)
+        leaves = stored_leaves(source, separator, rename)
+        if is_gguf:
+            return write_gguf(dst, leaves, architecture, kind, metadata or {}, overwrite)
         is_of_shards = len(source.files) > 1 and Path(dst).suffix != ".safetensors"
         if max_shard_bytes is None and (companions or is_of_shards):
             max_shard_bytes = _SHARD_BYTES

@@ -19,11 +19,13 @@ from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
 from jaxclip.interop.leaves import (
     ExportTensor,
     NamedLeaf,
+    Rename,
     cast,
     codes_of,
     fits_in_4_bits,
     named_leaves,
     plain_tensor,
+    warn_of_floats,
 )
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.packing import pack_codes
@@ -51,6 +53,7 @@ def to_compressed_tensors(
     *,
     dtype: DTypeLike | None = None,
     separator: str = ".",
+    rename: Rename = (),
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> JsonObject:
@@ -59,17 +62,19 @@ def to_compressed_tensors(
     A low-bit leaf `layer.weight` becomes `layer.weight_packed` (int32, codes packed along the
     inputs), `layer.weight_scale` and `layer.weight_shape`, with zero points also
     `layer.weight_zero_point`. It has 4 bits if its codes are in -8..7, otherwise 8. Other leaves
-    are written as they are.
+    are written as they are. Low-bit leaves that the layout lacks, such as convolutions, are
+    written as floats, and a warning says how many and why.
 
     Args:
       path: File to write, such as `folder/model.safetensors`, or a new folder if
         `max_shard_bytes` is given.
-      tree: Pytree whose `QuantizedArray` leaves are matrices (outputs, inputs) named
-        `...weight`, with a scale for the matrix (`axis=None`), for each output (`axis=0`), or for
-        each group of inputs (`Grid(bits, axis=0, group_size=g)`).
+      tree: Pytree. `QuantizedArray` leaves keep their codes if they are matrices (outputs, inputs)
+        named `...weight`, with a scale for the matrix (`axis=None`), for each output (`axis=0`),
+        or for each group of inputs (`Grid(bits, axis=0, group_size=g)`).
       dtype: Floating dtype of scales and of the other floating leaves; None keeps their own.
         A reader that computes in half precision rounds float32 scales.
       separator: String that joins the keys of nested trees to a name.
+      rename: Pairs `(regex, replacement)` for names, each applied as in `re.sub`, in order.
       max_shard_bytes: Largest size of a shard, in bytes of tensors; None for one file. The folder
         gets shards and an index, or one `model.safetensors` if all tensors fit.
       overwrite: True to replace an existing file. A folder is never replaced.
@@ -81,8 +86,9 @@ def to_compressed_tensors(
     Raises:
       TypeError: If `dtype` is not floating, or a leaf is not an array of a dtype that
         safetensors has.
-      ValueError: If no leaf is low-bit, or the layout lacks the shape, name or grid of one; the
-        message names it. Also if `max_shard_bytes` is not an integer of at least 1.
+      ValueError: If no leaf is low-bit, or the layout has codes for none of them, with the reason
+        for the first; if a rule of `rename` is wrong or matches no name, or `max_shard_bytes` is
+        not an integer of at least 1.
       FileExistsError: If `path` exists, unless it is a file and `overwrite` is set.
       OSError: If the directory of `path` does not exist or cannot be written.
 
@@ -101,7 +107,7 @@ def to_compressed_tensors(
     """
     destination = Destination(path, max_shard_bytes, overwrite)
     dtype = floating_dtype(dtype)
-    return write_packed(destination, named_leaves(tree, separator), dtype, separator)
+    return write_packed(destination, named_leaves(tree, separator, rename), dtype, separator)
 
 
 def write_packed(
@@ -114,28 +120,38 @@ def write_packed(
     tensors: dict[str, dict[str, ExportTensor]] = {}
     schemes: dict[Scheme, list[str]] = {}
     ignored = []
+    lacking: dict[str, str] = {}
     for name, leaf in leaves.items():
         module = name.removesuffix("weight").removesuffix(separator)
+        scheme = None
         if leaf.is_low_bit:
-            scheme = _scheme_of(name, leaf.outline)
+            try:
+                scheme = _scheme_of(leaf.outline, name.endswith("weight"))
+            except ValueError as error:
+                lacking[name] = str(error)
+        if scheme is not None:
             tensors[name] = _packed_tensors(leaf, scheme, dtype)
             schemes.setdefault(scheme, []).append(module)
         else:
             tensors[name] = {name: plain_tensor(leaf, dtype)}
             is_matrix = name.endswith("weight") and len(leaf.outline.shape) == 2
             ignored += [module] if is_matrix else []
+    if not schemes and lacking:
+        name = min(lacking)
+        raise ValueError(f"no leaf can keep its codes: leaf {name!r} {lacking[name]}.")
     if not schemes:
         raise ValueError("tree has no QuantizedArray leaf: compress it first.")
+    warn_of_floats("compressed-tensors", lacking)
     config = _quantization_config(schemes, ignored)
     destination.write(tensors, config)
     return config
 
 
-def _scheme_of(name: str, leaf: QuantizedArray) -> Scheme:
-    if not name.endswith("weight") or len(leaf.shape) != 2:
+def _scheme_of(leaf: QuantizedArray, is_weight: bool) -> Scheme:
+    """Returns the packing of a low-bit leaf; raises with the reason if the layout has none."""
+    if not is_weight or len(leaf.shape) != 2:
         raise ValueError(
-            f"leaf '{name}' has codes, so it must be a matrix whose name ends in 'weight', got "
-            f"shape {leaf.shape}."
+            f"has codes, so it must be a matrix whose name ends in 'weight', got shape {leaf.shape}"
         )
     num_rows, num_columns = leaf.shape
     grid = leaf.grid
@@ -145,13 +161,12 @@ def _scheme_of(name: str, leaf: QuantizedArray) -> Scheme:
         group_size = None if group_size == num_columns else group_size
     if leaf.scale.shape[0] not in (1, num_rows) or 1 in grid.channel_axes(2):
         raise ValueError(
-            f"leaf '{name}' must be (outputs, inputs) with axis=0, or axis=0 and a group_size; "
-            f"got axis={grid.axis}. Transpose the matrix before it is compressed."
+            f"must be (outputs, inputs) with axis=0, or axis=0 and a group_size; got "
+            f"axis={grid.axis}. Transpose the matrix before it is compressed"
         )
     if num_columns % (group_size or 1):
         raise ValueError(
-            f"leaf '{name}' has {num_columns} inputs, which must be a multiple of its "
-            f"group_size={group_size}."
+            f"has {num_columns} inputs, which must be a multiple of its group_size={group_size}"
         )
     return Scheme(4 if fits_in_4_bits(leaf) else 8, group_size, leaf.zero is not None)
 
@@ -170,9 +185,10 @@ def _packed_tensors(
         return _packed_rows(codes_of(name, leaf.read()), num_bits)
 
     def make_scale() -> np.ndarray:
-        scale = np.asarray(leaf.read().scale).astype(np.float32)
+        low_bit = leaf.read()
+        scale = np.asarray(low_bit.scale).astype(np.float32)
         scale = cast(f"{name}_scale", scale, scale_dtype)
-        if not np.all(scale):
+        if not np.all(scale) and not np.all(scale[_has_weights(low_bit)]):
             raise ValueError(f"leaf '{name}' has a scale that is 0 in {scale_dtype}.")
         return np.broadcast_to(scale, scale_shape)
 
@@ -193,6 +209,16 @@ def _packed_tensors(
         zero_shape = (-(-num_rows * num_bits // 32), num_groups)
         tensors[f"{name}_zero_point"] = ExportTensor(zero_shape, int32, make_zero_point)
     return tensors
+
+
+def _has_weights(low_bit: QuantizedArray) -> np.ndarray:
+    """Returns True for each block that is not all 0; the scale of the others means nothing."""
+    zero = np.asarray(0 if low_bit.zero is None else low_bit.zero)
+    if low_bit.zero is not None:
+        zero = low_bit.grid.expand_with(np, zero, low_bit.shape)
+    is_weight = np.asarray(low_bit.qvalue).astype(np.int8) != zero
+    # The layout's groups divide the inputs, so a row is made of whole blocks.
+    return is_weight.reshape(*low_bit.scale.shape, -1).any(axis=-1)
 
 
 def _packed_rows(codes: np.ndarray, num_bits: int) -> np.ndarray:

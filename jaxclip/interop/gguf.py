@@ -3,7 +3,9 @@
 The bytes of the blocks are made in `gguf_blocks`; the gguf package writes the file.
 """
 
+import collections
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -20,15 +22,22 @@ from jaxclip.interop.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_of_c
 from jaxclip.interop.leaves import (
     ExportTensor,
     NamedLeaf,
+    Rename,
     codes_of,
     fits_in_4_bits,
     named_leaves,
     plain_tensor,
+    warn_of_floats,
 )
 from jaxclip.lowbit.arrays import QuantizedArray
 
 _GGUF_DTYPES = {"float16": "F16", "float64": "F64"}
 _GGUF_DTYPES |= {f"int{n}": f"I{n}" for n in (8, 16, 32, 64)}
+# Other integers are written in the next wider type that GGUF has.
+_WIDER = {"bool": "I8", "int2": "I8", "int4": "I8", "uint2": "I8", "uint4": "I8"}
+_WIDER |= {"uint8": "I16", "uint16": "I32", "uint32": "I64"}
+_MOST_DIMENSIONS = 4
+_MOST_NAME_BYTES = 63
 
 
 def to_gguf(
@@ -39,15 +48,20 @@ def to_gguf(
     kind: str | None = "Q4_0",
     metadata: Mapping[str, Any] | None = None,
     separator: str = ".",
+    rename: Rename = (),
     overwrite: bool = False,
-) -> None:
+) -> dict[str, int]:
     """Writes a tree as GGUF, with codes in blocks of 32 along the last axis.
 
-    Floating leaves of two or more dimensions become blocks of `kind`, with scales of small
-    squared error. Low-bit leaves keep their codes: as Q4_0 if these are in -8..7 (Q4_1 with
-    zero points), otherwise as Q8_0; only scales and offsets are rounded, to float16. Leaves of
-    one dimension, or with rows whose length is not a multiple of 32, stay floating: float16 if
-    they are float16, else float32.
+    Low-bit leaves keep their codes: as Q4_0 if these are in -8..7 (Q4_1 with zero points),
+    otherwise as Q8_0; only scales and offsets are rounded, to float16. Those for which GGUF has
+    no blocks are written as floats, and a warning says how many and why. In a tree without
+    low-bit leaves, floating leaves of two or more dimensions become blocks of `kind`, with scales
+    of small squared error. In a tree with some they stay floating, because a policy left them so.
+
+    Leaves of one dimension, or with rows whose length is not a multiple of 32, stay floating:
+    float16 if they are float16, float64 if they are float64, else float32. Integers that GGUF
+    lacks get the next wider type. Leading axes beyond four are written as one.
 
     Args:
       path: File to write.
@@ -55,18 +69,22 @@ def to_gguf(
         expects; llama.cpp expects (outputs, inputs) under names of its own.
       architecture: Value of `general.architecture`, such as "llama".
       kind: "Q4_0" (4.5 bits per weight), "Q4_1" (5), "Q8_0" (8.5), or None to keep floating
-        leaves as they are.
+        leaves as they are, as in a tree with low-bit leaves.
       metadata: Further keys, such as `{"llama.block_count": 12}`: strings, booleans, integers
         (uint32 where they fit, otherwise int64), floats (float32), and lists of one of these.
       separator: String that joins the keys of nested trees to a name.
+      rename: Pairs `(regex, replacement)` for names, each applied as in `re.sub`, in order; a name
+        in GGUF has at most 63 bytes.
       overwrite: True to replace an existing file.
+
+    Returns:
+      The number of tensors of each type, such as `{"F32": 3, "Q4_0": 12}`.
 
     Raises:
       ImportError: If the gguf package is not installed; the message names the extra.
       TypeError: If GGUF lacks the dtype of a leaf, or the type of an entry of `metadata`.
       ValueError: If `kind` is not one of these; if a weight is NaN, infinite or too large for
-        float16 scales; if the scale of a low-bit leaf varies within a block, or one of more than
-        4 bits has zero points; or if a name or shape is longer than GGUF allows.
+        float16 scales; if a name is too long; or if a rule of `rename` is wrong or matches none.
       FileExistsError: If `path` exists and `overwrite` is not set.
       OSError: If the directory of `path` does not exist or cannot be written.
 
@@ -75,15 +93,14 @@ def to_gguf(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = pathlib.Path(folder, "net.gguf")
       ...     to_gguf(path, {"output.weight": jnp.ones((4, 64))}, "llama", kind="Q8_0")
-      ...     path.read_bytes()[:4]
-      b'GGUF'
+      {'Q8_0': 1}
 
     References:
       The GGUF format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     check_gguf(kind)
-    leaves = named_leaves(tree, separator)
-    write_gguf(path, leaves, architecture, kind, metadata or {}, overwrite)
+    leaves = named_leaves(tree, separator, rename)
+    return write_gguf(path, leaves, architecture, kind, metadata or {}, overwrite)
 
 
 def check_gguf(kind: str | None) -> ModuleType:
@@ -100,10 +117,14 @@ def write_gguf(
     kind: str | None,
     metadata: Mapping[str, Any],
     overwrite: bool,
-) -> None:
-    """Writes leaves as GGUF, one after the other."""
+) -> dict[str, int]:
+    """Writes leaves as GGUF, one after the other; returns the number of tensors of each type."""
     gguf = check_gguf(kind)
-    tensors = {name: _gguf_tensor(leaf, kind) for name, leaf in leaves.items()}
+    if any(leaf.is_low_bit for leaf in leaves.values()):
+        kind = None  # what a policy left alone stays as it is
+    lacking: dict[str, str] = {}
+    tensors = {name: _gguf_tensor(leaf, kind, lacking) for name, leaf in leaves.items()}
+    warn_of_floats("GGUF", lacking)
     with replacing(path, overwrite) as file, _system_errors(file):
         # The package opens files by name, so it gets that of the temporary file.
         writer = gguf.GGUFWriter(file.name, architecture)
@@ -121,6 +142,8 @@ def write_gguf(
                 writer.write_tensor_data(np.ascontiguousarray(tensor.make()))
         finally:
             writer.close()
+    counts = collections.Counter(type_name for type_name, _ in tensors.values())
+    return dict(sorted(counts.items()))
 
 
 @contextlib.contextmanager
@@ -136,30 +159,29 @@ def _system_errors(file: BinaryIO) -> Iterator[None]:
         raise
 
 
-def _gguf_tensor(leaf: NamedLeaf, kind: str | None) -> tuple[str, ExportTensor]:
+def _gguf_tensor(
+    leaf: NamedLeaf, kind: str | None, lacking: dict[str, str]
+) -> tuple[str, ExportTensor]:
     """Returns the name of a leaf's GGUF type, and its tensor: blocks are uint8."""
+    # The reason why a low-bit leaf has no blocks is put into `lacking`.
     name = leaf.name
-    shape: tuple[int, ...] = tuple(leaf.outline.shape) or (1,)
-    length = shape[-1]
-    if len(shape) > 4 or len(name.encode()) > 63:
+    if (num_bytes := len(name.encode())) > _MOST_NAME_BYTES:
         raise ValueError(
-            f"leaf '{name}' must have at most 4 dimensions, got {len(shape)}, and a name of at "
-            f"most 63 bytes, got {len(name.encode())}."
+            f"leaf {name!r} has a name of {num_bytes} bytes, but GGUF allows {_MOST_NAME_BYTES}: "
+            "give a shorter one by `rename`."
         )
-    is_floating = jnp.issubdtype(leaf.outline.dtype, jnp.floating)
+    shape = _gguf_shape(leaf.outline.shape)
+    *_, length = shape
     if leaf.is_low_bit:
-        kind = _kind_of_codes(name, leaf.outline)
-    elif not is_floating or len(shape) < 2 or length % BLOCK_SIZE:
+        try:
+            kind = _kind_of_codes(leaf.outline)
+        except ValueError as error:
+            kind, lacking[name] = None, str(error)
+    elif len(shape) < 2 or length % BLOCK_SIZE:
         kind = None
-    if kind is None:
-        default = "F32" if is_floating else None
-        type_name = _GGUF_DTYPES.get(str(leaf.outline.dtype), default)
-        if type_name is None:
-            raise TypeError(f"leaf '{name}' has dtype {leaf.outline.dtype}, which GGUF lacks.")
-        tensor = plain_tensor(leaf, np.dtype(np.float32) if type_name == "F32" else None)
+    if kind is None or not jnp.issubdtype(leaf.outline.dtype, jnp.floating):
+        type_name, tensor = _plain(leaf)
         return type_name, tensor._replace(shape=shape)
-    if length % BLOCK_SIZE:
-        raise ValueError(f"leaf '{name}' must have rows of a multiple of 32, got {length}.")
     byte_shape = (*shape[:-1], length // BLOCK_SIZE * BYTES_PER_BLOCK[kind])
 
     def make() -> np.ndarray:
@@ -172,13 +194,56 @@ def _gguf_tensor(leaf: NamedLeaf, kind: str | None) -> tuple[str, ExportTensor]:
     return kind, ExportTensor(byte_shape, np.dtype(np.uint8), make)
 
 
-def _kind_of_codes(name: str, leaf: QuantizedArray) -> str:
-    """Returns the kind of block that holds the codes of a low-bit leaf."""
+def _gguf_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a shape of 1 to 4 dimensions: a scalar has one, leading axes beyond 4 are joined."""
+    if len(shape) <= _MOST_DIMENSIONS:
+        return tuple(shape) or (1,)
+    rest = 1 - _MOST_DIMENSIONS
+    return (math.prod(shape[:rest]), *shape[rest:])
+
+
+def _plain(leaf: NamedLeaf) -> tuple[str, ExportTensor]:
+    """Returns the GGUF type and the tensor of a leaf's values, of its own shape."""
+    dtype = str(leaf.outline.dtype)
+    if dtype in _WIDER:
+        wide = np.dtype(f"int{_WIDER[dtype][1:]}")
+        make = plain_tensor(leaf).make
+        shape = tuple(leaf.outline.shape)
+        return _WIDER[dtype], ExportTensor(shape, wide, lambda: make().astype(wide))
+    is_floating = jnp.issubdtype(leaf.outline.dtype, jnp.floating)
+    type_name = _GGUF_DTYPES.get(dtype, "F32" if is_floating else None)
+    if type_name is None:
+        raise TypeError(f"leaf {leaf.name!r} has dtype {dtype}, which GGUF lacks.")
+    return type_name, plain_tensor(leaf, np.dtype(np.float32) if type_name == "F32" else None)
+
+
+def _kind_of_codes(leaf: QuantizedArray) -> str:
+    """Returns the kind of block that holds the codes of a low-bit leaf; raises if none does."""
+    length = leaf.shape[-1] if leaf.shape else 1
+    if length % BLOCK_SIZE:
+        raise ValueError(f"must have rows of a multiple of 32, got {length}")
+    if not _has_one_scale_per_block(leaf):
+        raise ValueError(
+            "must have the same scale for each 32 entries along the last axis, as with axis=0 or "
+            f"group_size=32; got axis={leaf.grid.axis}, group_size={leaf.grid.group_size}"
+        )
     if fits_in_4_bits(leaf):
         return "Q4_0" if leaf.zero is None else "Q4_1"
     if leaf.zero is not None:
-        raise ValueError(f"leaf '{name}' has zero points, which GGUF has only up to 4 bits.")
+        raise ValueError("has zero points, which GGUF has only up to 4 bits")
     return "Q8_0"
+
+
+def _has_one_scale_per_block(leaf: QuantizedArray) -> bool:
+    """Returns True if no two entries of a block of 32 have scales of their own."""
+    grid, last = leaf.fitted_grid, leaf.ndim - 1
+    axes = grid.group_axes(leaf.ndim)
+    if not axes:
+        return leaf.scale.shape[last] == 1
+    if axes[-1] != last:
+        return False
+    num_groups = leaf.scale.shape[last]
+    return num_groups == 1 or grid.group_size_of(leaf.shape) % BLOCK_SIZE == 0
 
 
 def _blocks(name: str, leaf: ArrayLike | QuantizedArray, kind: str) -> np.ndarray:
@@ -196,12 +261,6 @@ def _per_block(leaf: QuantizedArray, values: ArrayLike) -> np.ndarray:
     """Returns the scale or zero point of each 32 entries, float32 of shape (blocks, 1)."""
     expanded = leaf.grid.expand(jnp.asarray(values), leaf.shape)
     rows = np.broadcast_to(np.asarray(expanded), leaf.shape).reshape(-1, BLOCK_SIZE)
-    if not np.all(rows == rows[:, :1]):
-        raise ValueError(
-            "its scale must be the same for each 32 entries along the last axis, such as with "
-            f"axis=0 or group_size=32; got axis={leaf.grid.axis}, "
-            f"group_size={leaf.grid.group_size}."
-        )
     return rows[:, :1].astype(np.float32)
 
 

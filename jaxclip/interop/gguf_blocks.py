@@ -46,8 +46,10 @@ def blocks_of_codes(
 ) -> np.ndarray:
     """Returns codes (blocks, 32) with scales and zero codes (blocks, 1) as the bytes of blocks."""
     d = _as_float16(scale)
-    if np.any((d == 0) & (scale != 0)):
-        smallest = np.min(np.abs(scale[d == 0]))
+    # The scale of a block of zeros means nothing: `quantize` gives it the least of float32.
+    is_lost = (d == 0) & np.any(codes != (0 if zeros is None else zeros), axis=1, keepdims=True)
+    if np.any(is_lost):
+        smallest = np.min(np.abs(scale[is_lost]))
         raise ValueError(f"a scale of {smallest:.3g} is 0 in float16.")
     if zeros is None:
         return _packed(codes, [d], kind)

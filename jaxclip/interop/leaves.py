@@ -5,8 +5,10 @@ A leaf is in memory, or on disk and read when its tensors are written; shapes ar
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,10 @@ from jaxclip.checkpoints.format import pytrees
 from jaxclip.checkpoints.format.layout import check_has_values, check_leaf
 from jaxclip.checkpoints.reading import Source
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
+
+# Pairs of a regex and what replaces its matches in names, as in `re.sub`; applied in order.
+Rename: TypeAlias = Sequence[tuple[str, str]]
+_MOST_SHOWN = 5  # leaves that a warning names
 
 
 class NamedLeaf(NamedTuple):
@@ -57,9 +63,9 @@ class ExportTensor(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def named_leaves(tree: PyTree, separator: str) -> dict[str, NamedLeaf]:
+def named_leaves(tree: PyTree, separator: str, rename: Rename = ()) -> dict[str, NamedLeaf]:
     """Returns the checked leaves of a tree by name; a tree that is one leaf is "array"."""
-    leaves = _by_name(tree, separator)
+    leaves = _by_name(tree, separator, rename)
     for name, leaf in leaves.items():
         for part in jax.tree.leaves(leaf):  # codes, scales and zeros of a low-bit leaf
             check_leaf(name, part)
@@ -70,7 +76,7 @@ def named_leaves(tree: PyTree, separator: str) -> dict[str, NamedLeaf]:
     return {name: NamedLeaf(name, leaf, lambda x=leaf: x) for name, leaf in leaves.items()}
 
 
-def stored_leaves(source: Source, separator: str) -> dict[str, NamedLeaf]:
+def stored_leaves(source: Source, separator: str, rename: Rename) -> dict[str, NamedLeaf]:
     """Returns the leaves of an open file by name; names of foreign files stay as they are."""
     last: list[tuple[str, PyTree]] = []  # all tensors of a low-bit leaf come from one read
 
@@ -80,23 +86,61 @@ def stored_leaves(source: Source, separator: str) -> dict[str, NamedLeaf]:
             last.append((stored, source.read(stored)))
         return last[0][1]
 
-    names = _by_name(source.restore(lambda name: name), separator)
+    names = _by_name(source.restore(lambda name: name), separator, rename)
     return {
         name: NamedLeaf(name, source.leaves[stored], functools.partial(read, stored))
         for name, stored in names.items()
     }
 
 
-def _by_name(tree: PyTree, separator: str) -> dict[str, PyTree]:
+def _by_name(tree: PyTree, separator: str, rename: Rename) -> dict[str, PyTree]:
+    rules, used = _parse_rules(rename), set()
     leaves: dict[str, PyTree] = {}
     for keys, leaf in pytrees.named_leaves(pytrees.as_plain(tree)):
         name = separator.join(map(str, keys)) or "array"
+        for i, (pattern, new) in enumerate(rules):
+            name, count = pattern.subn(new, name)
+            used |= {i} if count else set()
         if name in leaves:
             raise ValueError(
-                f"two leaves have the name '{name}' when keys are joined by {separator!r}."
+                f"two leaves have the name '{name}' when keys are joined by {separator!r}"
+                f"{' and renamed' if rules else ''}."
             )
         leaves[name] = leaf
+    unused = [rules[i][0].pattern for i in range(len(rules)) if i not in used]
+    if unused:
+        raise ValueError(f"rename has patterns that match no name: {unused}.")
     return leaves
+
+
+def _parse_rules(rename: Rename) -> list[tuple[re.Pattern, str]]:
+    """Returns the rules of new names with compiled patterns."""
+    rules = []
+    for pair in rename:
+        try:
+            text, new = pair
+            pattern = re.compile(text)
+            re.compile(f"{text}|").sub(new, "")  # raises for groups that the pattern lacks
+            rules.append((pattern, new))
+        except (re.error, TypeError, ValueError) as error:
+            raise ValueError(
+                f"rename must be pairs (regex, replacement), got {pair!r}: {error}"
+            ) from error
+    return rules
+
+
+def warn_of_floats(format_name: str, reasons: Mapping[str, str]) -> None:
+    """Warns of low-bit leaves that are written as floats, by name and reason."""
+    if not reasons:
+        return
+    count = f"{len(reasons):,} low-bit {'leaf is' if len(reasons) == 1 else 'leaves are'}"
+    shown = "; ".join(f"{name!r} {reason}" for name, reason in [*reasons.items()][:_MOST_SHOWN])
+    more = len(reasons) - _MOST_SHOWN
+    rest = f"; and {more:,} more" if more > 0 else ""
+    warnings.warn(
+        f"{count} written as floats, because {format_name} has no codes for them: {shown}{rest}.",
+        stacklevel=4,
+    )
 
 
 def plain_tensor(leaf: NamedLeaf, dtype: np.dtype | None = None) -> ExportTensor:

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from jaxclip._core.trees import PyTree
 from jaxclip.interop.destination import Destination, floating_dtype
-from jaxclip.interop.leaves import NamedLeaf, named_leaves, plain_tensor
+from jaxclip.interop.leaves import NamedLeaf, Rename, named_leaves, plain_tensor
 
 
 def to_safetensors(
@@ -16,6 +16,7 @@ def to_safetensors(
     *,
     dtype: DTypeLike | None = None,
     separator: str = ".",
+    rename: Rename = (),
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -26,6 +27,7 @@ def to_safetensors(
       tree: Pytree of arrays and `QuantizedArray`.
       dtype: Floating dtype of all floating tensors; None keeps the dtype of each leaf.
       separator: String that joins the keys of nested trees to a name.
+      rename: Pairs `(regex, replacement)` for names, each applied as in `re.sub`, in order.
       max_shard_bytes: Largest size of a shard, in bytes of tensors; None for one file. The folder
         gets shards and an index, or one `model.safetensors` if all tensors fit. The tensors of a
         leaf stay together, so a larger leaf is alone in its shard.
@@ -34,8 +36,8 @@ def to_safetensors(
     Raises:
       TypeError: If `dtype` is not floating, or a leaf is not an array of a dtype that
         safetensors has.
-      ValueError: If two leaves get the same name, a finite entry is infinite in `dtype`, or
-        `max_shard_bytes` is not an integer of at least 1.
+      ValueError: If two leaves get the same name, a rule of `rename` is wrong or matches none, a
+        finite entry is infinite in `dtype`, or `max_shard_bytes` is not an integer of at least 1.
       FileExistsError: If `path` exists, unless it is a file and `overwrite` is set.
       OSError: If the directory of `path` does not exist or cannot be written.
 
@@ -52,7 +54,7 @@ def to_safetensors(
       >>> folder.cleanup()
     """
     destination = Destination(path, max_shard_bytes, overwrite)
-    write_values(destination, named_leaves(tree, separator), floating_dtype(dtype))
+    write_values(destination, named_leaves(tree, separator, rename), floating_dtype(dtype))
 
 
 def write_values(

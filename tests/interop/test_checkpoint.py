@@ -197,3 +197,42 @@ def test_exporting_a_file_takes_the_memory_of_its_largest_leaf(tmp_path, to):
 
     # 64 leaves more are 512 MiB as float32, 128 MiB as int8; what grows is what malloc keeps.
     assert peak(72) - peak(8) < 8 * 1024 * 2048 * 4
+
+
+@pytest.mark.parametrize("to", ["safetensors", "compressed-tensors", "Q4_0"])
+def test_names_are_changed_by_rules_in_their_order(tmp_path, to):
+    if to == "Q4_0":
+        pytest.importorskip("gguf")
+    long = "decoder." * 9
+    tree = {f"{long}proj.weight": drawn(4, (8, 32)), "head.bias": random_weights(3)}
+    checkpoints.save(tmp_path / "net.safetensors", tree)
+    rules = [(r"^(decoder\.)+", "d."), (r"^d\.proj", "blk.0"), ("bias$", "b")]
+    out = tmp_path / "out"
+    interop.export_checkpoint(tmp_path / "net.safetensors", out, to, rename=rules)
+    if to == "safetensors":
+        assert sorted(checkpoints.load(out.rename(tmp_path / "out.safetensors"))) == [
+            "blk.0.weight", "head.b",
+        ]  # fmt: skip
+    else:
+        assert b"blk.0.weight" in out.read_bytes()
+        assert b"head.b" in out.read_bytes()
+        assert b"decoder" not in out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        ([("(", "x")], "rename must be pairs"),
+        ([("a",)], "rename must be pairs"),
+        ([("a", 3)], "rename must be pairs"),
+        ([("a", r"\2")], "rename must be pairs"),
+        ([("zzz", "x")], r"rename has patterns that match no name: \['zzz'\]"),
+        ([(".*weight", "w")], "two leaves have the name 'w' when .* and renamed"),
+    ],
+    ids=str,
+)
+def test_wrong_rules_for_names_are_refused(tmp_path, rename, message):
+    tree = {"a.weight": random_weights(2, 2), "b.weight": random_weights(2, 2)}
+    with pytest.raises(ValueError, match=message):
+        interop.to_safetensors(tmp_path / "out.safetensors", tree, rename=rename)
+    assert list(tmp_path.iterdir()) == []

@@ -184,3 +184,27 @@ def test_what_the_layout_lacks_is_refused_by_name(tmp_path, tree, message):
     with pytest.raises(ValueError, match=message):
         exported(tmp_path, tree, dtype=np.float16)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_low_bit_leaves_that_the_layout_lacks_are_written_as_floats_and_counted(tmp_path):
+    tree = {
+        "fc": {"weight": drawn(4, (4, 8))},
+        "conv": {"weight": quantized(np.ones((4, 2, 3, 3)), np.ones((4, 1, 1, 1)), 4)},
+        "lstm": {"weight_ih_l0": drawn(4, (8, 4))},
+        "flax": {"weight": drawn(4, (4, 8), axis=1)},
+        "scalar": quantized(np.ones(()), np.ones(()), 8, axis=None),
+    }
+    with pytest.warns(UserWarning, match="4 low-bit leaves are written as floats") as warned:
+        tensors, config = exported(tmp_path, tree)
+    assert "fc.weight_packed" in tensors
+    for name, leaf in {"conv.weight": tree["conv"]["weight"], "scalar": tree["scalar"],
+                       "lstm.weight_ih_l0": tree["lstm"]["weight_ih_l0"]}.items():  # fmt: skip
+        assert np.array_equal(tensors[name], jaxclip.dequantize(leaf)), name
+    assert config["ignore"] == ["flax"]  # a linear layer without codes
+    assert "'flax.weight' must be (outputs, inputs)" in str(warned[0].message)
+
+
+def test_the_scale_of_a_row_of_zeros_may_be_0_in_half_precision(tmp_path):
+    q = quantized([[0, 0], [1, 2]], [[1e-30], [0.5]], 4)
+    tensors, _ = exported(tmp_path, {"weight": q}, dtype=np.float16)
+    assert tensors["weight_scale"].ravel().tolist() == [0, 0.5]
