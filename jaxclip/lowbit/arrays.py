@@ -8,17 +8,16 @@ One scale, and one zero where there is a zero point, for each block of the grid.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core.floats import saturate
 from jaxclip._core.grids import Bits, Grid
+from jaxclip.lowbit.dense_methods import DenseMethods
 from jaxclip.lowbit.packing import num_packed_bytes
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 
@@ -30,11 +29,13 @@ _CODE_DTYPES = ("int8", "int4", "int2")
     data_fields=("qvalue", "scale", "zero"),
     meta_fields=("grid", "dtype"),
 )
-@dataclasses.dataclass(frozen=True)
-class QuantizedArray:
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedArray(DenseMethods):
     """An array as integer codes and scales, a pytree that passes through jit and vmap.
 
-    jax and NumPy functions take it as the array that it stands for: `x @ q`, `jnp.sin(q)`, `q[0]`.
+    jax.numpy and NumPy take it as the array that it stands for, and its operators and methods are
+    those of that array: `jnp.dot(x, q)`, `x @ q`, `q * 2`, `q.T`, `q.astype(jnp.bfloat16)`,
+    `q[0]`. Results are plain arrays. Functions of `jax.lax` need `jnp.asarray(q)`.
     Arrays from `quantize` stay right when they are stacked or batched along a new first axis,
     because their channel axes are counted from the end.
 
@@ -83,6 +84,17 @@ class QuantizedArray:
         return self.grid.fitted(self.shape, tuple(self.scale.shape))
 
     @property
+    def size(self) -> int:
+        """Number of entries of the array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros in memory; `num_bytes` counts them packed."""
+        parts = jax.tree.leaves(self)
+        return sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the packed codes, scales and zeros, as a file stores them."""
         return num_stored_bytes(self.shape, math.prod(self.scale.shape), self.grid)
@@ -102,25 +114,6 @@ class QuantizedArray:
 
     def __jax_array__(self) -> jax.Array:
         return dequantize(self)
-
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("copy must not be False: a QuantizedArray is computed from its codes.")
-        return np.array(dequantize(self), dtype, copy=copy)
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        return dequantize(self)[index]
-
-    def __iter__(self) -> Iterator[jax.Array]:
-        return iter(dequantize(self))
-
-    def __len__(self) -> int:
-        if not self.shape:
-            raise TypeError("len() of a QuantizedArray without dimensions.")
-        return self.shape[0]
-
-    def __bool__(self) -> bool:  # without it Python would take the length
-        return bool(dequantize(self))
 
     def with_code_dtype(self, dtype: DTypeLike) -> "QuantizedArray":
         """Returns the same array with its codes in int8, int4 or int2.

@@ -1,7 +1,10 @@
 """Low-bit arrays of every kind: the nearest level is taken, and the parts fit together."""
 
+import copy
 import dataclasses
 import itertools
+import operator
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +266,92 @@ def test_it_is_true_or_false_only_where_the_array_is():
     assert not quantize(jnp.zeros(1), 4)
     with pytest.raises(ValueError, match="ambiguous"):
         bool(quantize(jnp.ones(3), 4))
+
+
+OPERATIONS = {
+    "q * 2": lambda q: q * 2,
+    "2 - q": lambda q: 2 - q,
+    "q + q": lambda q: q + q,
+    "q / array": lambda q: q / jnp.full((6, 6), 4.0),
+    "array % q": lambda q: jnp.full((6, 6), 4.0) % q,
+    "numpy * q": lambda q: np.full((6, 6), 4.0, np.float32) * q,
+    "q ** 2": lambda q: q**2,
+    "q // 2": lambda q: q // 2,
+    "divmod": lambda q: divmod(q, 2)[0],
+    "-q": lambda q: -q,
+    "abs": abs,
+    "round": lambda q: round(q, 1),
+    "q > 0": lambda q: q > 0,
+    "q == q": lambda q: q == q + 0,
+    "q != 0": lambda q: q != 0,
+    "q @ q.T": lambda q: q @ q.T,
+    "q += 1": lambda q: operator.iadd(q, 1),
+    "sum": lambda q: q.sum(axis=0),
+    "reshape": lambda q: q.reshape(4, 9),
+    "astype": lambda q: q.astype(jnp.bfloat16),
+    "at": lambda q: q.at[0].set(1),
+    "jnp.where": lambda q: jnp.where(q > 0, q, 0),
+    "jnp.dot": lambda q: jnp.dot(jnp.ones((2, 6)), q),
+    "jnp.einsum": lambda q: jnp.einsum("ij,jk->ik", jnp.ones((2, 6)), q),
+    "jnp.concatenate": lambda q: jnp.concatenate([q, q]),
+    "np.sum": np.sum,
+    "jax.nn.relu": jax.nn.relu,
+}
+
+
+def test_operators_and_methods_are_those_of_the_array_it_stands_for():
+    w = np.random.default_rng(1).normal(size=(6, 6)).astype(np.float32)
+    q = quantize(w, Grid(4, group_size=2, zero_point=True))
+    dense = dequantize(q)
+    for name, apply in OPERATIONS.items():
+        got, wanted = apply(q), apply(dense)
+        assert got.dtype == wanted.dtype, name
+        np.testing.assert_array_equal(got, wanted, err_msg=name)
+    traced = jax.jit(lambda q: [q * 2, q.T, q == 0, q.size])(q)
+    for got, wanted in zip(traced, [dense * 2, dense.T, dense == 0, 36], strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    one = quantize(jnp.asarray(-1.5), 8)
+    assert float(one) == one.item() == float(dequantize(one).item())
+    assert int(one) == int(dequantize(one).item())
+
+
+def test_sizes_need_no_values():
+    q = quantize(jnp.ones((6, 4)), Grid(4, group_size=2, zero_point=True))
+    shapes = jax.eval_shape(lambda: q)
+    # 24 codes of a byte, 12 scales of four and 12 zeros of one; packed codes take 12 bytes.
+    for each in (q, shapes, jax.tree.map(np.asarray, q)):
+        assert (each.size, each.nbytes, each.num_bytes) == (24, 24 + 12 * 5, 12 + 12 * 5)
+
+
+def test_what_it_lacks_is_said_with_what_to_call():
+    q = quantize(jnp.ones(3), 4)
+    for name in ("sharding", "is_fully_addressable"):  # each part has its own
+        with pytest.raises(AttributeError, match=f"QuantizedArray has no .*'{name}'.*dequantize"):
+            getattr(q, name)
+    with pytest.raises(AttributeError, match="no attribute 'sums'"):
+        _ = q.sums
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(q)
+    with pytest.raises((ValueError, DeprecationWarning), match=r"jax\.numpy\.array"):
+        jax.lax.mul(q, jnp.ones(3))
+    assert not hasattr(q, "__array_interface__")
+    for same in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        np.testing.assert_array_equal(same, dequantize(q))
+
+
+def test_equinox_splits_and_joins_modules_with_low_bit_leaves():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
+    small, x = jaxclip.compress(model, Grid(4, axis=0)), jnp.ones(4)
+    expected = jaxclip.decompress(small)(x)
+    np.testing.assert_array_equal(small(x), expected)
+    np.testing.assert_allclose(eqx.filter_jit(lambda m, x: m(x))(small, x), expected, rtol=1e-6)
+    parts = eqx.partition(small, eqx.is_array)
+    np.testing.assert_array_equal(eqx.combine(*parts)(x), expected)
+    arrays, static = eqx.partition(model, eqx.is_array)
+    low_bit = jaxclip.compress(arrays, Grid(4, axis=0))
+    # A low-bit leaf is a node of the tree, so the tree with None in its place comes first.
+    np.testing.assert_array_equal(eqx.combine(static, low_bit)(x), expected)
 
 
 def test_it_goes_straight_into_a_flax_module():
