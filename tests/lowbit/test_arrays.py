@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import operator
 import pickle
@@ -21,7 +22,9 @@ from jaxclip._core.grids import Grid, code_range
 from jaxclip.checkpoints.format.layout import plan_file
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.quantizer import quantize
+from oracles.quick import quick_first
 
+encode = functools.partial(quantize, threshold=max_abs)  # which compiles fast
 TINY = 2.0**-126
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 FORMATS = ["float32", "float16", "bfloat16", "log8"]
@@ -37,17 +40,18 @@ GRIDS = [
     (4, "full", True),
     (8, "full", True),
 ]
-# Every grid meets every format and every dtype, every format every dtype.
+# Every grid meets every format and every dtype, every format every dtype; in the quick run
+# every grid meets one.
 CASES = [
-    (*grid, scale_dtype, DTYPES[(i + j) % 3])
+    (*grid, FORMATS[(i + k) % 4], DTYPES[(2 * i + k) % 3])
+    for k in range(len(FORMATS))
     for i, grid in enumerate(GRIDS)
-    for j, scale_dtype in enumerate(FORMATS)
 ]
 every_case = pytest.mark.parametrize(
-    ("bits", "levels", "zero_point", "scale_dtype", "dtype"), CASES
+    ("bits", "levels", "zero_point", "scale_dtype", "dtype"), quick_first(CASES, len(GRIDS))
 )
 few_grids = pytest.mark.parametrize(
-    ("bits", "levels", "zero_point"), [GRIDS[1], GRIDS[3], GRIDS[7]]
+    ("bits", "levels", "zero_point"), quick_first([GRIDS[7], GRIDS[1], GRIDS[3]])
 )
 HARD_ROWS = np.array(
     [
@@ -215,7 +219,7 @@ def test_each_group_has_its_own_zero():
 @few_grids
 def test_jax_functions_take_it_for_the_array_it_stands_for(bits, levels, zero_point):
     w = np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32)
-    q = quantize(
+    q = encode(
         jnp.asarray(w),
         Grid(bits, levels=levels, axis=1, zero_point=zero_point),
     )
@@ -228,7 +232,7 @@ def test_jax_functions_take_it_for_the_array_it_stands_for(bits, levels, zero_po
 
 
 def test_numpy_takes_it_for_the_array_it_stands_for():
-    q = quantize(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), Grid(8, axis=1))
+    q = encode(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), Grid(8, axis=1))
     dense = np.asarray(dequantize(q))
     assert np.asarray(q).dtype == np.float32
     np.testing.assert_array_equal(np.asarray(q), dense)
@@ -239,7 +243,7 @@ def test_numpy_takes_it_for_the_array_it_stands_for():
     np.testing.assert_allclose(np.ones(3) @ q, dense.sum(0), rtol=1e-6)
     np.testing.assert_allclose(q @ np.ones(2), dense.sum(1), rtol=1e-6)
     np.testing.assert_array_equal(q @ jnp.ones(2), jnp.asarray(dense) @ jnp.ones(2))
-    assert np.asarray(quantize(jnp.ones(3, jnp.bfloat16), 4)).dtype == ml_dtypes.bfloat16
+    assert np.asarray(encode(jnp.ones(3, jnp.bfloat16), 4)).dtype == ml_dtypes.bfloat16
     with pytest.raises(ValueError, match="copy must not be False"):
         np.array(q, copy=False)
     with pytest.raises(jax.errors.TracerArrayConversionError):
@@ -247,7 +251,7 @@ def test_numpy_takes_it_for_the_array_it_stands_for():
 
 
 def test_a_loop_over_it_ends_behind_the_last_row():
-    q = quantize(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), Grid(8, axis=1))
+    q = encode(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), Grid(8, axis=1))
     rows = list(itertools.islice(q, 5))
     assert len(rows) == len(q) == 3
     np.testing.assert_array_equal(np.stack(rows), dequantize(q))
@@ -255,17 +259,17 @@ def test_a_loop_over_it_ends_behind_the_last_row():
     np.testing.assert_array_equal(a + c, q[0] + q[2])
     summed = jax.jit(lambda q: sum(row for row in q))(q)
     np.testing.assert_allclose(summed, np.asarray(q).sum(0), rtol=1e-6)
-    alone = quantize(jnp.asarray(0.5), 4)
+    alone = encode(jnp.asarray(0.5), 4)
     for use in (len, iter):
         with pytest.raises(TypeError):
             use(alone)
 
 
 def test_it_is_true_or_false_only_where_the_array_is():
-    assert bool(quantize(jnp.asarray(0.5), 4))
-    assert not quantize(jnp.zeros(1), 4)
+    assert bool(encode(jnp.asarray(0.5), 4))
+    assert not encode(jnp.zeros(1), 4)
     with pytest.raises(ValueError, match="ambiguous"):
-        bool(quantize(jnp.ones(3), 4))
+        bool(encode(jnp.ones(3), 4))
 
 
 OPERATIONS = {
@@ -358,7 +362,7 @@ def test_it_goes_straight_into_a_flax_module():
     linen = pytest.importorskip("flax.linen")
     module, x = linen.Dense(3), jnp.ones((2, 4), jnp.float32)
     params = module.init(jax.random.key(0), x)
-    small = jaxclip.compress(params, 4)
+    small = jaxclip.compress(params, 4, rule=max_abs)
     expected = module.apply(jaxclip.decompress(small), x)
     np.testing.assert_array_equal(module.apply(small, x), expected)
 
@@ -366,7 +370,7 @@ def test_it_goes_straight_into_a_flax_module():
 @pytest.mark.parametrize("code_dtype", [jnp.int8, jnp.int4])
 def test_codes_stay_narrow_in_the_arguments_of_a_compiled_program(code_dtype):
     w = jnp.asarray(np.random.default_rng(2).normal(size=(64, 48)), jnp.float32)
-    q = quantize(w, Grid(4, axis=1, group_size=16, zero_point=True)).with_code_dtype(code_dtype)
+    q = encode(w, Grid(4, axis=1, group_size=16, zero_point=True)).with_code_dtype(code_dtype)
     x = jnp.ones((2, 64), jnp.float32)
     compiled = jax.jit(lambda x, q: x @ q).lower(x, q).compile()
     entry = compiled.as_text().split("ENTRY")[1]
@@ -420,9 +424,9 @@ def test_parts_of_which_one_was_sliced_are_refused_not_decoded_wrong(decode):
 # --- Dtypes of codes -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [1, "ternary", 2, 3, 4])
+@pytest.mark.parametrize("bits", quick_first([1, 4, "ternary", 2, 3], 2))
 def test_four_bit_integers_hold_the_codes_of_up_to_four_bits(bits):
-    q = quantize(jnp.asarray([0.5, -1.0, 0.1, 1.0]), bits)
+    q = encode(jnp.asarray([0.5, -1.0, 0.1, 1.0]), bits)
     narrow = q.with_code_dtype(jnp.int4)
     narrow.validate()
     assert narrow.qvalue.dtype == jnp.int4
@@ -431,7 +435,7 @@ def test_four_bit_integers_hold_the_codes_of_up_to_four_bits(bits):
 
 
 def test_codes_that_do_not_fit_are_refused():
-    q = quantize(jnp.ones(3), 5)
+    q = encode(jnp.ones(3), 5)
     with pytest.raises(ValueError, match="int4 does not hold the codes of bits=5"):
         q.with_code_dtype(jnp.int4)
     with pytest.raises(TypeError, match="dtype must be one of"):
@@ -439,7 +443,7 @@ def test_codes_that_do_not_fit_are_refused():
 
 
 def test_two_bit_integers_need_a_jax_that_computes_with_them(monkeypatch):
-    q = quantize(jnp.asarray([0.5, -1.0, 0.1, 1.0]), 2)
+    q = encode(jnp.asarray([0.5, -1.0, 0.1, 1.0]), 2)
     monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
     with pytest.raises(ValueError, match=r"int2 needs jax 0\.10"):
         q.with_code_dtype("int2")
@@ -454,7 +458,7 @@ def test_two_bit_integers_need_a_jax_that_computes_with_them(monkeypatch):
 
 def good() -> QuantizedArray:
     w = jnp.asarray(np.linspace(-1, 2, 12).reshape(3, 4), jnp.float32)
-    return quantize(w, Grid(4, axis=0, zero_point=True))
+    return encode(w, Grid(4, axis=0, zero_point=True))
 
 
 @pytest.mark.parametrize(
@@ -497,13 +501,13 @@ def test_what_stands_for_no_float_is_refused():
 def test_num_bytes_is_what_a_file_holds_of_the_array(bits, scale_dtype, zero_point):
     if bits == 1 and zero_point:
         return
-    w = jnp.asarray(np.random.default_rng(0).normal(size=(6, 35)), jnp.float32)
     grid = Grid(bits, axis=0, group_size=7, scale_dtype=scale_dtype, zero_point=zero_point)
-    q = quantize(w, grid, threshold=max_abs)
+    shapes = jax.eval_shape(lambda: quantize(jnp.ones((6, 35)), grid, threshold=max_abs))
+    q = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
     assert q.num_bytes == plan_file(q).data_bytes
 
 
 @pytest.mark.parametrize("bad", ["x", jnp.int32], ids=["name", "integer"])
 def test_only_a_floating_dtype_is_decoded_to(bad):
     with pytest.raises(ValueError):  # noqa: PT011, jax's own words
-        dequantize(quantize(jnp.ones(3), 4), bad)
+        dequantize(encode(jnp.ones(3), 4), bad)

@@ -15,6 +15,7 @@ def test_the_first_pattern_that_matches_decides_the_width():
     small = compress(
         make_params(),
         "ternary",
+        rule=jaxclip.max_abs,
         policy=[("^embed/", 8), ("half", None), ("kernel", 3), ("bias", 6)],
     )
     assert small["embed"]["embedding"].bits == 8
@@ -62,7 +63,7 @@ def test_a_spec_replaces_the_arguments_that_it_names():
 def test_a_grid_as_a_spec_replaces_the_whole_grid():
     params = make_params()
     policy = [("embed", Grid(2, axis=0)), ("half", Grid(None, group_size=4)), ("bias", Grid(8))]
-    small = compress(params, Grid(5, zero_point=True), policy=policy)
+    small = compress(params, Grid(5, zero_point=True), rule=jaxclip.max_abs, policy=policy)
     assert small["embed"]["embedding"].grid == Grid(2, axis=-2)
     assert small["half"]["kernel"].grid == Grid(5, axis=-1, group_size=4)  # the width is left open
     assert small["dense"]["kernel"].grid == Grid(5, axis=-1, zero_point=True)

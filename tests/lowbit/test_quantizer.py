@@ -13,6 +13,7 @@ import jaxclip
 from jaxclip._core.grids import Grid, code_range
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.quantizer import quantize
+from oracles.quick import quick_first
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
@@ -23,7 +24,8 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_grid = pytest.mark.parametrize(("bits", "levels"), GRIDS)
 # One grid of each kind, for what compiles anew for each.
 each_kind_of_grid = pytest.mark.parametrize(
-    ("bits", "levels"), [(1, "full"), ("ternary", "full"), (2, "full"), (4, "narrow"), (8, "full")]
+    ("bits", "levels"),
+    quick_first([(1, "full"), (4, "narrow"), ("ternary", "full"), (2, "full"), (8, "full")], 2),
 )
 every_rule = pytest.mark.parametrize("rule", [jaxclip.mse_optimal, jaxclip.max_abs])
 
@@ -140,7 +142,7 @@ def test_max_abs_clips_nothing_so_every_error_is_half_a_step(bits, levels, dtype
 @every_dtype
 def test_dequantizing_multiplies_in_float32_and_casts_once(dtype):
     x = np.random.default_rng(0).normal(size=(5, 33)).astype(dtype)
-    q = quantize(jnp.asarray(x), Grid(4, axis=0))
+    q = quantize(jnp.asarray(x), Grid(4, axis=0), threshold=jaxclip.max_abs)
     expected = (np.asarray(q.scale) * np.asarray(q.qvalue, np.float32)).astype(dtype)
     for f in (dequantize, jax.jit(dequantize)):
         got = f(q)
@@ -188,7 +190,7 @@ def test_constant_rows_are_stored_to_rounding_from_1e_minus_37_to_1e37(bits, lev
     np.testing.assert_allclose(np.asarray(dequantize(q)), x, rtol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [1, "ternary", 4])
+@pytest.mark.parametrize("bits", quick_first([1, 4, "ternary"], 2))
 @pytest.mark.parametrize("shape", [(), (1, 1)])
 def test_single_entries_are_stored_to_rounding(bits, shape):
     for value in (0.3, -7.0, 1e-30, 1e30):
@@ -212,7 +214,9 @@ def test_the_largest_numbers_of_a_dtype_are_stored_and_decode_to_finite_numbers(
     np.testing.assert_allclose(decoded[:2], x[:2].astype(np.float64), rtol=1e-2)
 
 
-@pytest.mark.parametrize(("bits", "levels"), [(1, "full"), ("ternary", "full"), (4, "full")])
+@pytest.mark.parametrize(
+    ("bits", "levels"), quick_first([(1, "full"), (4, "full"), ("ternary", "full")], 2)
+)
 @every_rule
 def test_one_outlier_a_million_times_larger_keeps_the_error_of_max_abs(bits, levels, rule):
     x = np.random.default_rng(2).uniform(-1, 1, (2, 64)).astype(np.float32)
@@ -234,7 +238,7 @@ def test_one_outlier_a_million_times_larger_keeps_the_error_of_max_abs(bits, lev
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @every_rule
-@pytest.mark.parametrize("bits", [1, "ternary", 2, 8])
+@pytest.mark.parametrize("bits", quick_first([1, 2, "ternary", 8], 2))
 def test_subnormal_rows_divide_by_no_zero(bits, rule, dtype):
     x = np.asarray([[1e-44, -1e-42, 0, 9e-39], [1.3e-38, 1e-40, -2e-38, 0]]).astype(dtype)
     q = quantize(jnp.asarray(x), Grid(bits, axis=0), threshold=rule)

@@ -16,7 +16,7 @@ from oracles.small_params import params_and_goal
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16", "log8"])
 def test_rebuilt_from_its_own_parts_a_tree_is_itself(scale_dtype):
     params, _ = params_and_goal()
-    small = jaxclip.compress(params, jaxclip.Grid(2, scale_dtype=scale_dtype))
+    small = jaxclip.compress(params, jaxclip.Grid(2, scale_dtype=scale_dtype), rule=max_abs)
     parts, rebuild = trainable_parts(small)
     again = rebuild(parts)
     assert jax.tree.structure(again) == jax.tree.structure(small)
@@ -55,7 +55,7 @@ def test_training_the_factors_finds_the_scales_of_least_squares():
 def test_what_is_rebuilt_is_valid_and_of_the_same_size_on_disk(scale_dtype, zero_point, tmp_path):
     params, _ = params_and_goal()
     small = jaxclip.compress(
-        params, jaxclip.Grid(2, zero_point=zero_point, scale_dtype=scale_dtype)
+        params, jaxclip.Grid(2, zero_point=zero_point, scale_dtype=scale_dtype), rule=max_abs
     )
     parts, rebuild = trainable_parts(small)
     moved = jax.tree.map(lambda x: x * jnp.linspace(-1.5, 2.0, x.size).reshape(x.shape), parts)
@@ -70,7 +70,7 @@ def test_what_is_rebuilt_is_valid_and_of_the_same_size_on_disk(scale_dtype, zero
 @pytest.mark.parametrize("scale_dtype", ["float32", "log8"])
 def test_the_derivative_is_that_of_the_weights_in_their_scales(scale_dtype):
     params, _ = params_and_goal()
-    small = jaxclip.compress(params, jaxclip.Grid(4, scale_dtype=scale_dtype))
+    small = jaxclip.compress(params, jaxclip.Grid(4, scale_dtype=scale_dtype), rule=max_abs)
     parts, rebuild = trainable_parts(small)
     grads = jax.grad(lambda p: jnp.sum(jnp.sin(jaxclip.decompress(rebuild(p))["kernel"])))(parts)
     w = np.asarray(jaxclip.decompress(small)["kernel"], np.float64)
@@ -81,7 +81,7 @@ def test_the_derivative_is_that_of_the_weights_in_their_scales(scale_dtype):
 def test_trainable_parts_names_what_is_wrong():
     with pytest.raises(ValueError, match="low-bit leaf"):
         trainable_parts({"w": jnp.ones((2, 2))})
-    parts, rebuild = trainable_parts(jaxclip.compress({"w": jnp.ones((2, 2))}, 4))
+    parts, rebuild = trainable_parts(jaxclip.compress({"w": jnp.ones((2, 2))}, 4, rule=max_abs))
     with pytest.raises(ValueError, match=r"parts\['w'\] must have shape \(1, 2\), got None"):
         rebuild({})
     with pytest.raises(ValueError, match=r"parts\['w'\] must have shape \(1, 2\), got \(2,\)"):
@@ -98,7 +98,7 @@ def test_trainable_parts_mixes_up_no_leaves_of_the_same_path():
     params = {"w": jnp.ones((2, 2)), "a": {"b": jnp.zeros(3)}, "a/b": 5 * jnp.ones(3)}
     message = r"\['a'\]\['b'\] and \['a/b'\] are both called 'a/b'"
     with pytest.raises(ValueError, match=message):
-        trainable_parts(jaxclip.compress(params, 4))
+        trainable_parts(jaxclip.compress(params, 4, rule=max_abs))
     del params["a"]
-    parts, rebuild = trainable_parts(jaxclip.compress(params, 4))
+    parts, rebuild = trainable_parts(jaxclip.compress(params, 4, rule=max_abs))
     assert np.array_equal(rebuild(parts | {"a/b": jnp.arange(3.0)})["a/b"], [0, 1, 2])
