@@ -101,6 +101,8 @@ class Grid:
             checks.check_count("group_size", self.group_size)
             if self.group_size >= 2**63:  # which no file could hold
                 raise ValueError(f"group_size must be at most 2**63 - 1, got {self.group_size}.")
+            # Not NumPy's, in whose narrow types sizes would overflow.
+            object.__setattr__(self, "group_size", int(self.group_size))
         if not isinstance(self.zero_point, (bool, np.bool_)):
             raise TypeError(f"zero_point must be True or False, got {self.zero_point!r}.")
         if self.zero_point and self.bits == 1:

@@ -50,6 +50,13 @@ def test_a_group_size_that_is_no_count_is_refused_when_made(size):
         Grid(4, group_size=size)
 
 
+@pytest.mark.parametrize("size", [np.uint8(4), np.int64(4)], ids=repr)
+def test_a_group_size_of_numpy_is_one_of_python(size):
+    grid = Grid(4, axis=np.int64(0), group_size=size)
+    assert grid == Grid(4, axis=0, group_size=4)
+    assert grid.scale_shape((3, 300)) == (3, 75)
+
+
 @pytest.mark.parametrize("axis", [2, -3, (0, 5)])
 def test_an_axis_that_the_array_does_not_have_is_refused(axis):
     with pytest.raises(ValueError, match=r"axis must be in \[-2, 2\)"):
