@@ -129,8 +129,8 @@ def compress_checkpoint(
     def outline(source: Source) -> dict[str, Leaf]:
         names, leaves = list(source.leaves), list(source.leaves.values())
         layouts = layouts_of(names, layout, default="out_in" if source.is_foreign else "in_out")
-        found, unchanged = leaf_specs(names, leaves, policy, default, layouts)
-        used.update(layouts[i] for i, spec in enumerate(found) if spec is not None)
+        found, unchanged, by_layout = leaf_specs(names, leaves, policy, default, layouts)
+        used.update(by_layout)
         is_flat = source.structure is None
         kept.update(leaf_name((name,)) if is_flat else name for name in unchanged)
         specs.update({name: spec for name, spec in zip(names, found, strict=True) if spec})

@@ -71,9 +71,7 @@ class LeafSpec:
         return dataclasses.replace(self, grid=dataclasses.replace(self.grid, bits=bits))
 
     def in_layout(self, path: str, leaf: ArrayLike, layout: str) -> "LeafSpec":
-        """Returns this spec with the output axes of a leaf where these are asked for."""
-        if self.grid.axis != "outputs" or np.ndim(leaf) < 2:
-            return self
+        """Returns this spec with the output axes of a leaf."""
         axis = output_axes(path, np.shape(leaf), layout)
         return dataclasses.replace(self, grid=dataclasses.replace(self.grid, axis=axis))
 
@@ -147,10 +145,12 @@ class LeafSpecs(NamedTuple):
     Attributes:
       specs: The spec of each leaf; None to leave it as it is.
       kept: Names of leaves that stay as they are because low bits would take no fewer bytes.
+      layouts: The layouts by which axes were found.
     """
 
     specs: list[LeafSpec | None]
     kept: list[str]
+    layouts: set[str]
 
 
 def leaf_specs(
@@ -167,18 +167,21 @@ def leaf_specs(
     if unmatched:
         raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
     specs: list[LeafSpec | None] = []
-    kept = []
+    kept, used = [], set()
     for name, leaf, layout, i in zip(names, leaves, layouts, firsts, strict=True):
         spec = default if i is None else entries[i].spec
         has_width = i is not None and entries[i].has_width
         if not (_can_be_low_bit(leaf) and (has_width or np.ndim(leaf) >= 2)):
             spec = None
-        spec = None if spec is None else spec.in_layout(name, leaf, layout)
+        has_axis = spec is None or spec.grid.axis != "outputs" or np.ndim(leaf) < 2
+        spec = spec if spec is None or has_axis else spec.in_layout(name, leaf, layout)
         if spec is not None and not spec.makes_smaller(leaf, name):
             kept.append(name)
             spec = None
+        elif spec is not None and not has_axis:
+            used.add(layout)
         specs.append(spec)
-    return LeafSpecs(specs, kept)
+    return LeafSpecs(specs, kept, used)
 
 
 def _parse_entry(pair: tuple[str, Spec], default: LeafSpec) -> _Entry:

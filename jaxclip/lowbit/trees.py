@@ -112,7 +112,7 @@ def compress(
     flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     names, leaves = [trees.path_name(path) for path, _ in flat], [leaf for _, leaf in flat]
     default = LeafSpec(grid, rule, bit_price)
-    specs, _ = leaf_specs(names, leaves, policy, default, layouts_of(names, layout))
+    specs = leaf_specs(names, leaves, policy, default, layouts_of(names, layout)).specs
     specs = _with_shared_rules(specs, leaves)
     small = list(leaves)
     open_specs: dict[int, LeafSpec] = {}

@@ -196,6 +196,10 @@ def test_python_and_files_have_one_default_axis_by_the_layout(tmp_path):
         assert [leaf.axes for leaf in report.leaves] == axes[kind]
         assert [leaf.axes for leaf in jaxclip.size_report(small).leaves] == axes[kind]
         assert str(report).endswith("layout: " + {"flax": "in_out", "torch": "out_in"}[kind])
+        said = jaxclip.checkpoints.compress_checkpoint(
+            path, out, Grid(4, axis=0), rule=jaxclip.max_abs, dry_run=True
+        )
+        assert said.layouts == ()
 
 
 def test_a_layout_that_is_said_holds_for_all_leaves_without_an_axis_of_their_own():

@@ -270,7 +270,7 @@ def assert_read_alike(reader, path: pathlib.Path) -> None:
         np.testing.assert_array_equal(found[name], wanted, err_msg=name)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, "1_convolutions", 2, 3])
 def test_the_reader_reads_recorded_files(reader, version):
     assert_read_alike(reader, recorded_trees.RECORDED / f"version_{version}.safetensors")
 
