@@ -143,9 +143,10 @@ def phase_and_modulus(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def quotient(x: jax.Array, by: jax.Array) -> jax.Array:
-    """Returns `x / by` in float32, right even if XLA multiplies by the reciprocal instead."""
-    # The reciprocal of a float32 above 2**126 is subnormal, and flushed to 0.
-    rescale = jnp.where(jnp.abs(by) > 1, jnp.float32(0.25), jnp.float32(1))
+    """Returns `x / by` for a real `by` that is broadcast; both have one real dtype."""
+    # XLA multiplies by the reciprocal instead. That of a float32 above 2**126 is subnormal, and
+    # flushed to 0: the quotient would be 0, or NaN where x is infinite.
+    rescale = jnp.where(jnp.abs(by) > 2.0**100, jnp.asarray(0.25, by.dtype), jnp.ones_like(by))
     return (x * rescale) / (by * rescale)
 
 

@@ -16,7 +16,13 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import FLOAT32_MAX, compute_dtype, increment, round_toward_zero
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    compute_dtype,
+    increment,
+    quotient,
+    round_toward_zero,
+)
 from jaxclip._core.trees import (
     PyTree,
     floating_leaves,
@@ -299,7 +305,7 @@ def _leaf_norms(norm: RescaledNorm, sizes: jax.Array, counts: np.ndarray) -> jax
     )
     largest = jax.ops.segment_max(sizes, leaf, counts.size, indices_are_sorted=True)
     largest = jnp.maximum(largest, 0)  # of a leaf without units
-    scaled = sizes / jnp.where(largest > 0, largest, 1)[leaf]
+    scaled = quotient(sizes, jnp.where(largest > 0, largest, 1)[leaf])
     norms = largest * jnp.sqrt(add_up(scaled * scaled, leaf))
     norms = jnp.minimum(norms, FLOAT32_MAX)
     is_nan = add_up(jnp.isnan(sizes).astype(jnp.float32), leaf) > 0

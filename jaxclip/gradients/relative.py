@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import compute_dtype
+from jaxclip._core.floats import compute_dtype, rescale_for
 from jaxclip._core.trees import floating_leaves, is_clippable
 from jaxclip.gradients.by_unit import UnitClipState, all_axes, clip_units
 from jaxclip.norms.magnitudes import RescaledNorm
@@ -129,7 +129,7 @@ def clip_update_relative(
     checks.check_threshold("relative", relative)
     checks.check_threshold("absolute", absolute)
 
-    def coefficient(u: jax.Array, w: jax.Array) -> jax.Array:
+    def coefficient(u: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         dtype = jnp.finfo(compute_dtype(u.dtype, w.dtype)).dtype
         relative_bound = jnp.maximum(jnp.asarray(relative).astype(dtype), 0)
         absolute_bound = jnp.maximum(jnp.asarray(absolute).astype(dtype), 0)
@@ -139,23 +139,27 @@ def clip_update_relative(
         # An infinite multiple of a weight of 0 is no bound either, not NaN.
         is_free = jnp.isinf(relative_bound)
         allowed = jnp.where(is_free, relative_bound, relative_bound * half_w) + absolute_bound / 2
-        ratio = jnp.where(half_u > allowed, allowed / half_u, jnp.ones_like(half_u))
+        # Over a power of two, because the coefficient of a huge update is below the normal range.
+        largest = _largest(half_u, axis_name)
+        rescale = jnp.minimum(rescale_for(largest), 1)
+        ratio = jnp.where(half_u > allowed, allowed / (half_u * rescale), 1 / rescale)
         # Sums, because a minimum may lose a NaN: 0, or NaN if an entry is not finite.
         zero_or_nan = jnp.sum(0 * half_u) + jnp.sum(0 * half_w)
         has_nan_bound = jnp.isnan(relative_bound) | jnp.isnan(absolute_bound)
         zero_or_nan = jnp.where(has_nan_bound, jnp.nan, zero_or_nan)
-        smallest = jnp.min(ratio, initial=1)
+        smallest = jnp.minimum(jnp.min(ratio, initial=jnp.inf), 1 / rescale)
         if axis_name is not None:
             smallest = lax.pmin(smallest, axis_name)
             zero_or_nan = lax.psum(zero_or_nan, axis_name)
-        return smallest + zero_or_nan
+        return smallest + zero_or_nan, rescale
 
     def terms_of(updates, params, step):
         del step
         weights = _weights_of(updates, params, "clip_update_relative")
         coefficient_of = jax.jit(coefficient)  # so that leaves of one shape share one trace
         pairs = zip(floating_leaves(updates), weights, strict=True)
-        return [[coefficient_of(jnp.asarray(u), w) for u, w in pairs]]
+        terms = [coefficient_of(jnp.asarray(u), w) for u, w in pairs]
+        return [[coef for coef, _ in terms], [rescale for _, rescale in terms]]
 
     return clip_units(ClipUpdateRelativeState, all_axes, terms_of, _bound_by_coefficient, axis_name)
 
@@ -180,6 +184,15 @@ def _bound_of_weights(
     return jnp.where(jnp.isfinite(size), bound, jnp.nan)
 
 
-def _bound_by_coefficient(norm: RescaledNorm, coef: jax.Array) -> jax.Array:
-    bound = norm.norm * coef.astype(norm.norm.dtype) / norm.rescale
-    return jnp.where(coef == 1, jnp.inf, bound)
+def _largest(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """Returns the largest of non-negative entries, on all devices of the axis."""
+    largest = jnp.max(x, initial=0)
+    return largest if axis_name is None else lax.pmax(largest, axis_name)
+
+
+def _bound_by_coefficient(norm: RescaledNorm, coef: jax.Array, rescale: jax.Array) -> jax.Array:
+    """Returns `coef * rescale` of the norm; inf where that is 1."""
+    dtype = norm.norm.dtype
+    coef, rescale = coef.astype(dtype), rescale.astype(dtype)
+    bound = norm.norm * coef * (rescale / norm.rescale)
+    return jnp.where(coef * rescale == 1, jnp.inf, bound)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
+from jaxclip._core.floats import quotient
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.thresholds.by_rate import code_counts
@@ -79,9 +80,9 @@ def _choose_codes(w: jax.Array, q: QuantizedArray, price: jax.Array) -> jax.Arra
     # In multiples of the steps' root mean square, whose squares neither overflow nor vanish.
     largest = jnp.max(jnp.abs(scale), initial=0)
     largest = jnp.where(largest > 0, largest, 1)
-    typical = largest * jnp.sqrt(jnp.mean(jnp.square(jnp.abs(scale) / largest)))
-    step = q.grid.expand(scale / typical, q.shape)
-    x = w.astype(jnp.float32) / typical
+    typical = largest * jnp.sqrt(jnp.mean(jnp.square(quotient(scale, largest))))
+    step = q.grid.expand(quotient(scale, typical), q.shape)
+    x = quotient(w.astype(jnp.float32), typical)
     error_of_nearest = jnp.square(x - step * nearest.astype(jnp.float32))
     error_of_smaller = jnp.square(x - step * smaller.astype(jnp.float32))
 

@@ -24,7 +24,13 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, phase_and_modulus
+from jaxclip._core.floats import (
+    compute_dtype,
+    increment,
+    keep_weak_type,
+    phase_and_modulus,
+    quotient,
+)
 from jaxclip._core.trees import PyTree, map_clippable
 from jaxclip.thresholds.values import check_number_or_schedule
 
@@ -130,7 +136,7 @@ class _SoftSign(SignKind):
         scale = jnp.where(is_soft, scale, jnp.ones_like(scale))
         temperature = jnp.where(is_soft, temperature, jnp.ones_like(temperature))
         size = jnp.where(jnp.isnan(modulus), jnp.zeros_like(modulus), modulus)
-        size = jnp.tanh(size / scale / temperature)
+        size = jnp.tanh(quotient(quotient(size, scale), temperature))
         return jnp.where(is_soft, sign * size.astype(sign.dtype), sign)
 
 
@@ -242,7 +248,7 @@ def _draw(x: jax.Array, key: jax.Array) -> jax.Array:
     sign, modulus = sign_and_modulus(_widen(x))
     largest = jnp.max(_finite_modulus(modulus), initial=0)
     is_normal = largest >= jnp.finfo(modulus.dtype).tiny
-    relative = modulus / jnp.where(is_normal, largest, jnp.ones_like(largest))
+    relative = quotient(modulus, jnp.where(is_normal, largest, jnp.ones_like(largest)))
     relative = jnp.where(is_normal, relative, jnp.ones_like(relative))
     uniform = jax.random.uniform(key, x.shape, modulus.dtype)
     if jnp.iscomplexobj(x):
@@ -315,7 +321,7 @@ class _ScaledSign(SignKind):
 def _root_mean_square(x: jax.Array, count: ArrayLike) -> jax.Array:
     """Returns `sqrt(sum(x**2) / count)` of entries >= 0, without overflow or underflow."""
     largest = jnp.max(x, initial=0)
-    relative = x / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    relative = quotient(x, jnp.where(largest > 0, largest, jnp.ones_like(largest)))
     return largest * jnp.sqrt(jnp.sum(jnp.square(relative)) / count)
 
 

@@ -57,14 +57,14 @@ class _MseOptimal(ThresholdRule):
                 return jnp.sum(size / counts, axis=axes, keepdims=True)
             fraction = v / jnp.sum(v, axis=axes, keepdims=True)
             return jnp.sum(size * fraction, axis=axes, keepdims=True)
-        return jnp.abs(best_scale(blocks, axes, counts, low, high, v)) * high
+        return _as_threshold(best_scale(blocks, axes, counts, low, high, v), high)
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
         low, high = self._code_range()
         if self.grid.bits == 1:
             count = count_entries(arrays)
             return add_up([jnp.sum(magnitude(x) / count) for x in arrays])
-        return jnp.abs(best_common_scale(arrays, low, high)) * high
+        return _as_threshold(best_common_scale(arrays, low, high), high)
 
     def _code_range(self) -> tuple[int, int]:
         if self.grid.bits is None:
@@ -72,11 +72,17 @@ class _MseOptimal(ThresholdRule):
         return self.grid.code_range
 
 
+def _as_threshold(scale: jax.Array, high: int) -> jax.Array:
+    """Returns the threshold of a scale, at most the largest float32."""
+    return jnp.minimum(jnp.abs(scale) * high, FLOAT32_MAX)
+
+
 def importance_for(
     importance: ArrayLike, shape: tuple[int, ...], name: str = "the array"
 ) -> jax.Array:
-    """Returns an importance for every entry of an array, in float32."""
+    """Returns an importance for every entry of an array, in float32, with a maximum near 1."""
     given = jnp.asarray(importance, jnp.float32)
+    given = given * inverse_size(jnp.max(given, initial=0))
     padded = given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
     try:
         return jnp.broadcast_to(padded, shape)

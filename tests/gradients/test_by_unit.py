@@ -35,6 +35,12 @@ def test_each_leaf_is_scaled_to_its_bound_or_left_alone(dtype, scale):
     np.testing.assert_allclose(state.stats.pre_norm, total, rtol=1e-5)
 
 
+def test_the_reported_norm_of_a_stacked_leaf_is_right_at_the_top_of_float32():
+    grads = {"layers": jnp.array([[1e38], [2e38]])}
+    _, state = update(jaxclip.clip_by_leaf_norm(1.0, stacked_axes=1), grads)
+    np.testing.assert_allclose(state.leaves.norms, [5**0.5 * 1e38], rtol=1e-6)
+
+
 def test_layers_of_a_stacked_leaf_are_clipped_apart():
     grads = {"layers": jnp.array([[3.0, 4.0], [0.3, 0.4], [30.0, 40.0]])}
     clipped, state = update(jaxclip.clip_by_leaf_norm(1.0, stacked_axes=1), grads)

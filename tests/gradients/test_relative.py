@@ -46,6 +46,17 @@ def test_an_update_is_bounded_relative_to_its_weight(dtype):
         np.testing.assert_allclose(exact(clipped[name]), exact(u) * coef, rtol=tolerance, atol=1e-6)
 
 
+@pytest.mark.parametrize("absolute", [0.01, 1e-30, 1e36])
+def test_an_update_at_the_top_of_its_range_is_bounded_and_not_lost(absolute):
+    params = {"w": jnp.ones(4), "b": jnp.ones(1), "s": jnp.float32(1)}
+    updates = {"w": jnp.array([3e38, -1e38, 2e38, 1e37]), "b": jnp.array([1e38]), "s": 2e38}
+    updates["s"] = jnp.float32(updates["s"])
+    clipped, _ = update(jaxclip.gradients.clip_update_relative(0.5, absolute), updates, params)
+    for name, u in updates.items():
+        coef = np.min((0.5 + absolute) / np.abs(exact(u)))
+        np.testing.assert_allclose(exact(clipped[name]), exact(u) * coef, rtol=4e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize(
     "make",

@@ -71,6 +71,16 @@ def test_at_the_same_error_fewer_bits_are_needed():
     assert bits < 0.97 * needed
 
 
+def test_at_the_top_of_float32_the_codes_are_those_of_ordinary_magnitudes():
+    w = np.float32(SHAPES["gauss"] / np.abs(SHAPES["gauss"]).max() * 0.99)
+    grid = jaxclip.Grid(4, axis=0)
+    same, top = (jaxclip.quantize(x, grid, threshold=x.max()) for x in (w, w * 2.0**127 * 2))
+    found = cheaper_codes(same, w, price=2.0)
+    assert (np.asarray(found.qvalue) != np.asarray(same.qvalue)).any()
+    top = cheaper_codes(top, w * np.float32(2.0**127) * 2, price=2.0)
+    np.testing.assert_array_equal(top.qvalue, found.qvalue)
+
+
 def test_without_a_price_nothing_moves():
     w = SHAPES["gauss"].astype(np.float32)
     q = jaxclip.quantize(w, 8, threshold=jaxclip.thresholds.rate_optimal(2.0))

@@ -176,6 +176,18 @@ def test_zeros_and_nonfinite_entries_do_not_count_in_the_quantile():
     np.testing.assert_array_equal(sign_of(padded, soft_sign(0.5))[:32], expected)
 
 
+@every_kind
+def test_at_the_top_of_float32_a_kind_does_as_with_ordinary_magnitudes(kind: Any):
+    x = np.float32([1.5, -0.6, 1.99, 0.05, 0.0])
+    step = f64(sign_of(x, kind))
+    size = 2.0**127 if isinstance(kind, type(scaled_sign())) else 1.0
+    top = x * np.float32(2.0**126) * 2
+    np.testing.assert_allclose(f64(sign_of(top, kind)), step * size, rtol=1e-6)
+    with_inf = f64(sign_of(np.append(top, np.float32(np.inf)), kind))
+    assert np.isfinite(with_inf).all()
+    assert with_inf[-1] > 0
+
+
 def test_soft_is_the_same_for_the_gradient_times_any_power_of_two():
     x = draw()
     small, same, large = sign_of([x * 2.0**-60, x, x * 2.0**60], soft_sign())

@@ -97,6 +97,18 @@ def test_a_constant_importance_of_any_size_and_zeros_alone_change_nothing():
         np.testing.assert_allclose(other, weighted[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_at_the_top_of_float32_an_importance_chooses_the_codes_of_ordinary_magnitudes(bits):
+    x, v = draw(4, 64)
+    v = v / (v.max() * np.float32(1.01))
+    same, top = (
+        jaxclip.quantize(x, jaxclip.Grid(bits, axis=0), threshold=jaxclip.mse_optimal(importance=i))
+        for i in (v, v * np.float32(2.0**127) * 2)
+    )
+    np.testing.assert_array_equal(top.qvalue, same.qvalue)
+    np.testing.assert_array_equal(top.scale, same.scale)
+
+
 def test_one_bit_has_the_weighted_mean():
     t = jaxclip.mse_optimal(1, importance=[1.0, 3.0])(jnp.array([2.0, -4.0]))
     np.testing.assert_allclose(t, [3.5], rtol=1e-6)

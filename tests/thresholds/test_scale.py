@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import jaxclip
 from jaxclip._core.grids import code_range
 from jaxclip.thresholds.search import candidates
 from jaxclip.thresholds.search.scale import best_scale
@@ -153,6 +154,15 @@ def test_degenerate_rows_have_finite_scales_and_no_needless_error(bits, row):
     assert np.all(errors_of(x[2:3], got[2:3], low, high) <= 1.1e-6 * row)
     largest = float(x[4, 0])
     assert errors_of(x[4:] / largest, got[4:] / largest, low, high) <= 1e-12 * row
+
+
+def test_a_threshold_beyond_float32_is_its_largest_number():
+    x = np.float32([[-3.4e38, 3.3e38, 1e38, -2.9e38]])
+    for bits in ("ternary", 4, 8):
+        q = jaxclip.quantize(x, bits, threshold=jaxclip.mse_optimal)
+        error = np.abs(np.asarray(q, np.float64) - x).max()
+        assert error <= np.abs(np.float64(q.scale)).max() * 1.01
+        assert np.asarray(q.qvalue).any()
 
 
 def test_the_search_keeps_little_memory_between_its_passes():
