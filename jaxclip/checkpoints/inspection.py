@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
+from jaxclip.checkpoints.format.headers import MAX_RATIO
 from jaxclip.checkpoints.reading import open_source
 from jaxclip.checkpoints.sizes import SizeReport, report_source
 from jaxclip.lowbit.arrays import dequantize, is_quantized
@@ -89,12 +90,15 @@ def describe_weights(array: np.ndarray, outlier: float = 3.0) -> WeightStatistic
     )
 
 
-def describe_file(path: str | os.PathLike, outlier: float = 3.0) -> dict[str, WeightStatistics]:
+def describe_file(
+    path: str | os.PathLike, outlier: float = 3.0, *, max_ratio: float = MAX_RATIO
+) -> dict[str, WeightStatistics]:
     """Returns statistics of the floating leaves of a file or folder, read one by one.
 
     Args:
       path: A file or folder that `checkpoints.load` takes.
       outlier: Multiple of the rms beyond which an entry counts as an outlier.
+      max_ratio: Bytes of arrays that a byte of the file may stand for, as for `load`.
 
     Returns:
       A `WeightStatistics` for each floating leaf, by name. Low-bit leaves are dequantized.
@@ -109,7 +113,7 @@ def describe_file(path: str | os.PathLike, outlier: float = 3.0) -> dict[str, We
       FileNotFoundError: there is no file 'net.safetensors'.
     """
     statistics = {}
-    with open_source(Path(path)) as source:
+    with open_source(Path(path), max_ratio) as source:
         for name, like in source.leaves.items():
             if jnp.issubdtype(like.dtype, jnp.floating):
                 leaf = source.read(name)
@@ -118,7 +122,9 @@ def describe_file(path: str | os.PathLike, outlier: float = 3.0) -> dict[str, We
     return statistics
 
 
-def verify_file(path: str | os.PathLike, progress: bool = True) -> SizeReport:
+def verify_file(
+    path: str | os.PathLike, progress: bool = True, *, max_ratio: float = MAX_RATIO
+) -> SizeReport:
     """Reads a whole file or folder and checks everything that can be checked.
 
     Files of `checkpoints.save` have a checksum for every byte. Those of other libraries have
@@ -127,6 +133,7 @@ def verify_file(path: str | os.PathLike, progress: bool = True) -> SizeReport:
     Args:
       path: A file or folder that `checkpoints.load` takes.
       progress: True to show a bar on a terminal or in a notebook, if rich is installed.
+      max_ratio: Bytes of arrays that a byte of the file may stand for, as for `load`.
 
     Returns:
       The report of `checkpoints.inspect`.
@@ -140,7 +147,7 @@ def verify_file(path: str | os.PathLike, progress: bool = True) -> SizeReport:
       Traceback (most recent call last):
       FileNotFoundError: there is no file 'net.safetensors'.
     """
-    with open_source(Path(path)) as source:
+    with open_source(Path(path), max_ratio) as source:
         total = sum(source.num_bytes.values())
         with progress_bar(total, progress, is_in_bytes=True) as advance:
             for name, num_bytes in source.num_bytes.items():

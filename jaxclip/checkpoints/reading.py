@@ -10,24 +10,30 @@ names the file.
 
 import contextlib
 import dataclasses
+import errno
+import functools
 import io
+import math
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files, shards
 from jaxclip.checkpoints.format import parsing
+from jaxclip.checkpoints.format.headers import ALWAYS_ALLOWED_BYTES, MAX_RATIO
 from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, Tensor, native_dtype
 from jaxclip.lowbit.arrays import is_quantized
 
 ALLOWED_SUFFIXES = ".safetensors, .npz or .npy"
+_MAX_OPEN_FILES = 16
 
 
 class CheckpointError(ValueError):
@@ -41,6 +47,8 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
         yield
     except (ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: what it holds does not fit into memory. {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +99,26 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """Opens a file, an index of shards or a folder; leaves can be read in this context."""
+def open_source(path: Path, max_ratio: float | None = MAX_RATIO) -> Iterator[Source]:
+    """Opens a file, an index of shards or a folder; leaves can be read in this context.
+
+    The leaves must not take more than 256 MiB and `max_ratio` times the bytes on disk. None is for
+    those who only look at headers.
+    """
+    if max_ratio is not None:
+        checks.check_threshold("max_ratio", max_ratio)
     with contextlib.ExitStack() as stack:
         with checkpoint_errors(path):
             source = _open(stack, path)
+            if max_ratio is not None:
+                _check_ratio(source, max_ratio)
 
         def read(name: str) -> StoredLeaf:
-            with checkpoint_errors(path):
+            try:
                 return source.read(name)
+            except (ValueError, OverflowError, MemoryError):
+                with checkpoint_errors(path):  # entered only now: it takes longer than a small leaf
+                    raise
 
         yield dataclasses.replace(source, read=read)
 
@@ -109,13 +128,56 @@ def _open(stack: contextlib.ExitStack, path: Path) -> Source:
     if folder is not None:
         path = shards.find_weights(folder)
     file = stack.enter_context(_open_regular(path))
-    size = os.fstat(file.fileno()).st_size
     if path.name.endswith(".safetensors.index.json"):
-        return _open_shards(stack, path, file.read(size))
+        return _open_shards(stack, path, file)
     if path.suffix not in _OPENERS:
         raise ValueError(f"the suffix must be {ALLOWED_SUFFIXES}.")
+    size = os.fstat(file.fileno()).st_size
     source = _OPENERS[path.suffix](file, size)
     return dataclasses.replace(source, total_bytes=size, files=(path,), folder=folder)
+
+
+def _check_ratio(source: Source, max_ratio: float) -> None:
+    """Raises if the leaves are too large for the files that they are in."""
+    num_bytes = sum(map(_bytes_in_memory, source.leaves.values()))
+    if num_bytes <= ALWAYS_ALLOWED_BYTES:
+        return
+    on_disk = 0
+    for file in source.files:
+        on_disk += _bytes_on_disk(file)
+        if num_bytes <= ALWAYS_ALLOWED_BYTES + max_ratio * on_disk:
+            return
+    raise ValueError(
+        f"its arrays would take {num_bytes:,} bytes, more than max_ratio={max_ratio:g} times its "
+        f"{on_disk:,} bytes on disk: it may be made to exhaust memory. If you trust it, pass a "
+        "larger max_ratio."
+    )
+
+
+def _bytes_in_memory(leaf: Leaf) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in _parts(leaf))
+
+
+def _parts(leaf: Leaf) -> Sequence[Any]:
+    return jax.tree.leaves(leaf) if is_quantized(leaf) else (leaf,)
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """Returns the size of a file without its holes, which take no place on disk."""
+    # Not the number of blocks, which lags behind on some file systems.
+    total = position = 0
+    with _open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if not hasattr(os, "SEEK_DATA"):
+            return size
+        try:
+            while position < size:
+                start = os.lseek(file.fileno(), position, os.SEEK_DATA)
+                position = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+                total += position - start
+        except OSError as error:
+            return total if error.errno == errno.ENXIO else size  # nothing but a hole is left
+    return total
 
 
 def _open_regular(path: Path) -> io.BufferedIOBase:
@@ -135,22 +197,30 @@ def _open_regular(path: Path) -> io.BufferedIOBase:
 
 
 def _open_safetensors(file: io.BufferedIOBase, file_size: int) -> Source:
+    return _safetensors_source(lambda: file, file_size)
+
+
+def _safetensors_source(get_file: Callable[[], io.BufferedIOBase], file_size: int) -> Source:
+    """Reads the header of a file; `get_file` returns it open, now and when a leaf is read."""
+    file = get_file()
     prefix = file.read(8)
     length = parsing.header_length(prefix, file_size)
     contents = parsing.parse_header(prefix + file.read(length), file_size - 8 - length)
+    tensors, checksums = contents.tensors, contents.checksums
 
     def read_tensor(tensor: Tensor) -> np.ndarray:
+        file = get_file()
         file.seek(8 + length + tensor.start)
         try:
-            array = numpy_files.read_array(file, tensor.numpy_dtype, tensor.shape)
+            stored = numpy_files.read_bytes(file, tensor.num_bytes)
+            if tensor.dtype == "BOOL":
+                numpy_files.check_booleans(stored)
         except ValueError as error:
             raise ValueError(f"tensor {tensor.name!r}: {error}") from error
-        checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data)
-        if contents.checksums and checksum != contents.checksums[tensor.name]:
+        if checksums and zlib.crc32(stored.data) != checksums[tensor.name]:
             raise ValueError(f"tensor {tensor.name!r}: it is damaged, its checksum differs.")
-        return array
+        return tensor.array_of(stored)
 
-    tensors = contents.tensors
     if contents.leaves is None:
         return Source(
             leaves={n: jax.ShapeDtypeStruct(t.shape, t.numpy_dtype) for n, t in tensors.items()},
@@ -168,22 +238,47 @@ def _open_safetensors(file: io.BufferedIOBase, file_size: int) -> Source:
     )
 
 
-def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Source:
+class _OpenFiles:
+    """Files that are opened when they are read, a few at a time: processes may open only some."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, io.BufferedIOBase] = {}
+        self._first: dict[Path, tuple[int, ...]] = {}
+
+    def get(self, path: Path) -> io.BufferedIOBase:
+        """Returns a file, which must be the same as at the first time."""
+        if path in self._files:
+            return self._files[path]
+        while len(self._files) >= _MAX_OPEN_FILES:
+            self._files.pop(next(iter(self._files))).close()
+        file = self._files[path] = _open_regular(path)
+        status = os.fstat(file.fileno())
+        now = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._first.setdefault(path, now) != now:
+            raise ValueError("it was changed while it was read.")
+        return file
+
+    def close(self) -> None:
+        """Closes all files."""
+        for file in self._files.values():
+            file.close()
+
+
+def _open_shards(stack: contextlib.ExitStack, path: Path, index: io.BufferedIOBase) -> Source:
     folder = path.parent
-    weight_map, total_size = shards.read_index(index, folder)
-    total_bytes = len(index)
+    weight_map, total_size, total_bytes = shards.read_index(index, folder)
+    files = stack.enter_context(contextlib.closing(_OpenFiles()))
     opened: dict[str, Source] = {}
+    unassigned: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
-        file = stack.enter_context(_open_regular(folder / shard))
-        size = os.fstat(file.fileno()).st_size
-        total_bytes += size
+        get_file = functools.partial(files.get, folder / shard)
         with _shard_errors(shard):
-            source = _open_safetensors(file, size)
+            size = os.fstat(get_file().fileno()).st_size
+            source = _safetensors_source(get_file, size)
             if source.structure is not None:
                 raise ValueError("a shard must be a plain file of tensors, not one of a tree.")
-        for name in source.leaves:
-            if weight_map.get(name) != shard:
-                raise ValueError(f"tensor {name!r} is in shard {shard!r}, which the index denies.")
+        total_bytes += size
+        unassigned |= {name: shard for name in source.leaves if weight_map.get(name) != shard}
         opened[shard] = source
     for name, shard in weight_map.items():
         if name not in opened[shard].leaves:
@@ -194,10 +289,10 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: bytes) -> Sourc
             return opened[weight_map[name]].read(name)
 
     sizes = {name: opened[shard].num_bytes[name] for name, shard in weight_map.items()}
-    shards.check_total_size(total_size, sum(sizes.values()))
+    shards.warn_of_differences(total_size, sum(sizes.values()), unassigned)
     leaves = {name: opened[shard].leaves[name] for name, shard in weight_map.items()}
-    files = (path, *(folder / shard for shard in opened))
-    return Source(leaves, read, sizes, total_bytes, files, folder=folder)
+    paths = (path, *(folder / shard for shard in opened))
+    return Source(leaves, read, sizes, total_bytes, paths, folder=folder)
 
 
 @contextlib.contextmanager

@@ -4,28 +4,24 @@ Memory is bounded by the largest leaf. The new file appears when it is complete,
 never written to.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxclip._core.atomic import check_destination, replacing
-from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits, Grid
 from jaxclip._core.layouts import LAYOUTS, layouts_of
-from jaxclip.checkpoints.format.headers import header_size
-from jaxclip.checkpoints.format.layout import FilePlan, Leaf, StoredLeaf, leaf_name, plan_file
-from jaxclip.checkpoints.format.writing import write_plain, write_tree
-from jaxclip.checkpoints.reading import Source, open_source
+from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
+from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, is_copied, leaf_name, plan_file
+from jaxclip.checkpoints.leaf_by_leaf import LeafWithError, Output, rewrite
+from jaxclip.checkpoints.reading import Source
 from jaxclip.checkpoints.rows import compress_leaf, outline_leaf
-from jaxclip.checkpoints.sizes import SizeReport, report_plan, with_errors
+from jaxclip.checkpoints.sizes import SizeReport
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
@@ -35,8 +31,7 @@ from jaxclip.lowbit.budgets import (
     widths_within_average,
     widths_within_file,
 )
-from jaxclip.lowbit.distortion import QuantizationError, quantization_error
-from jaxclip.lowbit.entropy_coding import check_coding
+from jaxclip.lowbit.distortion import quantization_error
 from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs
 from jaxclip.lowbit.trees import decompress
 from jaxclip.thresholds.by_error import mse_optimal
@@ -58,6 +53,7 @@ def compress_checkpoint(
     coding: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    max_ratio: float = MAX_RATIO,
     progress: bool = True,
 ) -> SizeReport:
     """Compresses a file or folder of weights to one low-bit file, leaf by leaf.
@@ -91,6 +87,7 @@ def compress_checkpoint(
       overwrite: True to replace an existing file.
       dry_run: True to write nothing and only return the sizes. Without `coding` they follow from
         shapes, and no weight is read unless a target needs it.
+      max_ratio: Bytes of arrays that a byte of the source may stand for, as for `load`.
       progress: True to show a bar on a terminal or in a notebook, if rich is installed.
 
     Returns:
@@ -127,7 +124,8 @@ def compress_checkpoint(
     used: set[str] = set()
 
     def outline(source: Source) -> dict[str, Leaf]:
-        names, leaves = list(source.leaves), list(source.leaves.values())
+        names = [name for name, leaf in source.leaves.items() if not is_copied(leaf.dtype)]
+        leaves = [source.leaves[name] for name in names]
         layouts = layouts_of(names, layout, default="out_in" if source.is_foreign else "in_out")
         found, unchanged, by_layout = leaf_specs(names, leaves, policy, default, layouts)
         used.update(by_layout)
@@ -144,14 +142,14 @@ def compress_checkpoint(
             specs.update(_specs_within(budget, source, specs, coding))
         return source.leaves | {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items()}
 
-    def rewrite_leaf(name: str, leaf: StoredLeaf) -> _LeafWithError:
+    def rewrite_leaf(name: str, leaf: StoredLeaf) -> LeafWithError:
         if name in specs and not isinstance(leaf, QuantizedArray):
             return compress_leaf(leaf, specs[name], name)
-        return leaf, quantization_error(leaf, leaf)
+        return leaf, None if is_copied(leaf.dtype) else quantization_error(leaf, leaf)
 
-    output = _Output(Path(dst), overwrite, progress, coding, dry_run)
+    output = Output(Path(dst), overwrite, progress, coding, dry_run, max_ratio=max_ratio)
     num_passes = 1 if budget is None else 2
-    report = _rewrite(src, output, outline, rewrite_leaf, num_passes)
+    report = rewrite(src, output, outline, rewrite_leaf, num_passes)
     layouts_found = tuple(x for x in LAYOUTS if x in used)
     return dataclasses.replace(report, kept=tuple(sorted(kept)), layouts=layouts_found)
 
@@ -173,7 +171,7 @@ def _specs_within(
 
     def file_bytes(outlines: list[QuantizedArray]) -> int:
         tree = small | dict(zip(free, outlines, strict=True))
-        plan = plan_file(source.restore(tree.__getitem__))
+        plan = plan_file(source.restore(tree.__getitem__), is_copy=True)
         return header_size(plan, coding) + plan.data_bytes
 
     if budget.bits_per_weight is not None:
@@ -191,6 +189,7 @@ def decompress_checkpoint(
     dtype: DTypeLike | None = None,
     *,
     overwrite: bool = False,
+    max_ratio: float = MAX_RATIO,
     progress: bool = True,
 ) -> SizeReport:
     """Writes the weights of a low-bit file, decompressed, to a plain `.safetensors` file.
@@ -204,6 +203,7 @@ def decompress_checkpoint(
       dst: The `.safetensors` file to write.
       dtype: Floating dtype of the leaves that were compressed; None for their own.
       overwrite: True to replace an existing file.
+      max_ratio: Bytes of arrays that a byte of the source may stand for, as for `load`.
       progress: True to show a bar on a terminal or in a notebook, if rich is installed.
 
     Returns:
@@ -225,12 +225,12 @@ def decompress_checkpoint(
         arrays = {n: x for n, x in source.leaves.items() if is_quantized(x)}
         return source.leaves | jax.eval_shape(lambda t: decompress(t, dtype), arrays)
 
-    def decompress_leaf(name: str, leaf: StoredLeaf) -> _LeafWithError:
+    def decompress_leaf(name: str, leaf: StoredLeaf) -> LeafWithError:
         del name
         return dequantize(leaf, dtype) if is_quantized(leaf) else leaf, None
 
-    output = _Output(Path(dst), overwrite, progress, keeps_names=True)
-    return _rewrite(src, output, outline, decompress_leaf)
+    output = Output(Path(dst), overwrite, progress, keeps_names=True, max_ratio=max_ratio)
+    return rewrite(src, output, outline, decompress_leaf)
 
 
 def clip_checkpoint(
@@ -240,6 +240,7 @@ def clip_checkpoint(
     *,
     include: str = "",
     overwrite: bool = False,
+    max_ratio: float = MAX_RATIO,
     progress: bool = True,
 ) -> SizeReport:
     """Writes the weights of a file or folder, clipped to `[-threshold, threshold]`.
@@ -252,6 +253,7 @@ def clip_checkpoint(
       threshold: Number in [0, inf], or a rule that chooses one for each leaf.
       include: Regular expression; leaves with a match in their name are clipped.
       overwrite: True to replace an existing file.
+      max_ratio: Bytes of arrays that a byte of the source may stand for, as for `load`.
       progress: True to show a bar on a terminal or in a notebook, if rich is installed.
 
     Returns:
@@ -278,117 +280,14 @@ def clip_checkpoint(
             raise ValueError(f"include={include!r} matches no leaf.")
         return source.leaves
 
-    def clip_leaf(name: str, leaf: StoredLeaf) -> _LeafWithError:
-        if isinstance(leaf, QuantizedArray) or not pattern.search(name):
+    def clip_leaf(name: str, leaf: StoredLeaf) -> LeafWithError:
+        is_kept = isinstance(leaf, QuantizedArray) or is_copied(leaf.dtype)
+        if is_kept or not pattern.search(name):
             return leaf, None
         if leaf.dtype == np.float64:  # not clip_weights: jax may have float64 disabled
             t = np.asarray(resolve_threshold(threshold, leaf), np.float64)
             return np.clip(leaf, -t, t), None
         return np.asarray(clip_weights(leaf, threshold)), None
 
-    output = _Output(Path(dst), overwrite, progress, keeps_names=True)
-    return _rewrite(src, output, outline, clip_leaf)
-
-
-# --- Rewriting --------------------------------------------------------------------------------
-
-_LeafWithError: TypeAlias = tuple[Leaf, QuantizationError | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """A file to write, and the options for writing it.
-
-    Attributes:
-      dst: Its path.
-      overwrite: True to replace an existing file.
-      progress: True to show a bar if possible.
-      coding: Entropy coding of codes, or None.
-      is_dry_run: True to write nothing.
-      keeps_names: True if tensors keep the names of a source without a tree. This format escapes
-        some characters in names, so a source with such names is written as a plain file.
-    """
-
-    dst: Path
-    overwrite: bool
-    progress: bool
-    coding: str | None = None
-    is_dry_run: bool = False
-    keeps_names: bool = False
-
-
-def _rewrite(
-    src: str | os.PathLike,
-    output: _Output,
-    outline: Callable[[Source], dict[str, Leaf]],
-    rewrite_leaf: Callable[[str, StoredLeaf], _LeafWithError],
-    num_passes: int = 1,
-) -> SizeReport:
-    """Writes the result of `rewrite_leaf` for each leaf; `outline` gives the shapes in advance."""
-    check_coding(output.coding)
-    if output.dst.suffix != ".safetensors":
-        raise ValueError(f"dst must end in .safetensors, got {str(output.dst)!r}.")
-    needs_no_weights = output.is_dry_run and output.coding is None
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open_source(Path(src)))
-        source.check_unchanged_by(output.dst)
-        if not output.is_dry_run:
-            check_destination(output.dst, output.overwrite)
-        num_passes -= needs_no_weights
-        source = stack.enter_context(_with_bar(source, num_passes, output.progress))
-        outlined = outline(source)
-        plan = plan_file(source.restore(outlined.__getitem__))
-        if needs_no_weights:
-            return report_plan(plan, header_size(plan, None))
-        keys = _keys_of_flat_dict(source)
-        source_names = {leaf_name((key,)): name for key, name in keys.items()}
-        errors: dict[str, QuantizationError | None] = {}
-
-        def produce(name: str) -> Leaf:
-            source_name = source_names.get(name, name)
-            leaf, errors[name] = rewrite_leaf(source_name, source.read(source_name))
-            return leaf
-
-        if output.keeps_names and any(leaf_name((key,)) != key for key in keys):
-            specs = {key: outlined[name] for key, name in keys.items()}
-            if not any(isinstance(spec, QuantizedArray) for spec in specs.values()):
-                return _write_plain_file(output, plan, specs, produce)
-        if output.is_dry_run:
-            file = stack.enter_context(open(os.devnull, "wb"))
-        else:
-            file = stack.enter_context(replacing(output.dst, output.overwrite))
-        final = write_tree(file, plan, produce, output.coding)
-    return with_errors(report_plan(final, header_size(plan, output.coding)), errors)
-
-
-@contextlib.contextmanager
-def _with_bar(source: Source, num_passes: int, is_wanted: bool) -> Iterator[Source]:
-    """Shows a bar for the bytes that are read from the source in a number of passes."""
-    num_bytes = num_passes * sum(source.num_bytes.values())
-    with progress_bar(num_bytes, is_wanted and num_passes > 0, is_in_bytes=True) as advance:
-
-        def read(name: str) -> StoredLeaf:
-            leaf = source.read(name)
-            advance(source.num_bytes[name])
-            return leaf
-
-        yield dataclasses.replace(source, read=read)
-
-
-def _write_plain_file(
-    output: _Output, plan: FilePlan, specs: dict[str, Any], produce: Callable[[str], Leaf]
-) -> SizeReport:
-    """Writes arrays under their own names, without tree and checksums."""
-    keys = {leaf_name((key,)): key for key in specs}
-    with replacing(output.dst, output.overwrite) as file:
-        num_bytes = write_plain(file, specs, lambda key: np.asarray(produce(leaf_name((key,)))))
-    report = report_plan(plan, num_bytes)
-    leaves = [dataclasses.replace(leaf, path=keys[leaf.path]) for leaf in report.leaves]
-    return dataclasses.replace(report, leaves=tuple(leaves))
-
-
-def _keys_of_flat_dict(source: Source) -> dict[str, str]:
-    """Returns the source's name of each key if it holds one dict of leaves, else an empty dict."""
-    tree = source.restore(lambda name: name)
-    is_flat = type(tree) is dict and all(type(x) is str for pair in tree.items() for x in pair)
-    return tree if is_flat and "__metadata__" not in tree else {}
+    output = Output(Path(dst), overwrite, progress, keeps_names=True, max_ratio=max_ratio)
+    return rewrite(src, output, outline, clip_leaf)

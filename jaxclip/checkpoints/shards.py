@@ -5,14 +5,16 @@ These names are untrusted: only bare file names are followed, and only inside th
 Errors are ValueErrors; `reading` adds the folder's name.
 """
 
+import io
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxclip.checkpoints.format.parsing import strict_json
+from jaxclip.checkpoints.format.json_text import strict_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -36,11 +38,14 @@ def find_weights(folder: Path) -> Path:
     return folder / (INDEX_NAME if has_index else SINGLE_NAME)
 
 
-def read_index(raw: bytes, folder: Path) -> tuple[dict[str, str], int | None]:
-    """Returns the shard of every tensor, and the total size in bytes if the index gives one."""
+def read_index(file: io.BufferedIOBase, folder: Path) -> tuple[dict[str, str], Any, int]:
+    """Returns the shard of every tensor, the index's total size as given, and the index's size."""
+    raw = file.read(_MAX_INDEX_BYTES + 1)
     if len(raw) > _MAX_INDEX_BYTES:
         raise ValueError(f"{INDEX_NAME} is larger than {_MAX_INDEX_BYTES:,} bytes.")
-    index = strict_json(raw, INDEX_NAME)
+    # An entry of a tensor has at least 16 bytes, and its name may have brackets.
+    max_values = 2**20 + len(raw) // 8
+    index = strict_json(raw, INDEX_NAME, max_values=max_values, fractions=True)
     weight_map = index.get("weight_map") if type(index) is dict else None
     if type(weight_map) is not dict or not weight_map:
         raise ValueError(f"{INDEX_NAME} has no weight_map.")
@@ -54,8 +59,13 @@ def read_index(raw: bytes, folder: Path) -> tuple[dict[str, str], int | None]:
         _check_inside(folder, shard, "shard")
     unlisted = {name for name in os.listdir(folder) if _SHARD.fullmatch(name)} - listed
     if unlisted:
-        raise ValueError(f"shard {min(unlisted)!r} is in the folder but not in {INDEX_NAME}.")
-    return weight_map, _total_size(index.get("metadata", {}))
+        _warn(f"shard {min(unlisted)!r} is in the folder but not in {INDEX_NAME}: left out.")
+    metadata = index.get("metadata")
+    return weight_map, metadata.get("total_size") if type(metadata) is dict else None, len(raw)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _is_bare_name(name: str) -> bool:
@@ -79,18 +89,22 @@ def _check_inside(folder: Path, name: str, kind: str) -> None:
         raise ValueError(f"{kind} {name!r} is missing.")
 
 
-def _total_size(metadata: Any) -> int | None:
-    total = metadata.get("total_size") if type(metadata) is dict else None
-    if total is not None and (type(total) is not int or total < 0):
-        raise ValueError(f"{INDEX_NAME} has a total_size that is not a size: {total!r}.")
-    return total
+def warn_of_differences(total: Any, found: int, unassigned: Mapping[str, str]) -> None:
+    """Warns of a total size that is not that of the tensors, and of tensors that are left out.
 
-
-def check_total_size(total: int | None, found: int) -> None:
-    """Raises if the index gives a total size and the shards hold another number of bytes."""
+    `unassigned` has the shards of tensors that the index does not assign to them, by name.
+    """
+    # Indexes on the hub carry fractions and wrong sums, and shards that hold more.
     if total is not None and total != found:
-        raise ValueError(
-            f"{INDEX_NAME} gives {total:,} bytes of tensors, but the shards have {found:,}."
+        _warn(
+            f"{INDEX_NAME} gives a total_size of {str(total)[:40]!r}, but its tensors take "
+            f"{found:,} bytes."
+        )
+    if unassigned:
+        name, shard = next(iter(unassigned.items()))
+        _warn(
+            f"{len(unassigned)} tensors that {INDEX_NAME} does not assign to their shards are "
+            f"left out, such as {name!r} in {shard!r}."
         )
 
 

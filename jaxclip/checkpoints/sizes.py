@@ -17,9 +17,15 @@ from jaxclip._core import checks
 from jaxclip._core.grids import Bits
 from jaxclip._core.reports import format_table
 from jaxclip._core.trees import PyTree
-from jaxclip.checkpoints.format.codes import coded_tensor
+from jaxclip.checkpoints.format.codes import Allowance, coded_tensor
 from jaxclip.checkpoints.format.headers import header_size
-from jaxclip.checkpoints.format.layout import FilePlan, Leaf, check_has_values, plan_file
+from jaxclip.checkpoints.format.layout import (
+    FilePlan,
+    Leaf,
+    check_has_values,
+    name_and_bits,
+    plan_file,
+)
 from jaxclip.checkpoints.reading import Source
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError, quantization_error
@@ -173,7 +179,8 @@ def size_report(small: PyTree, coding: str | None = None, *, original: PyTree = 
     """
     check_coding(coding)
     plan = plan_file(small)
-    coded = {t.name: coded_tensor(t, plan.leaves[t.leaf], coding) for t in plan.tensors}
+    allowance = Allowance()
+    coded = {t.name: coded_tensor(t, plan.leaves[t.leaf], coding, allowance) for t in plan.tensors}
     sizes = {name: found[1].size for name, found in coded.items() if found is not None}
     report = report_plan(plan.resized(sizes), header_size(plan, coding))
     return report if original is None else _compared(report, plan, original)
@@ -199,9 +206,9 @@ def _report(
         LeafSize(
             path=name,
             shape=tuple(leaf.shape),
-            dtype=jnp.dtype(leaf.dtype).name,
+            dtype=name_and_bits(leaf.dtype)[0],
             bits=leaf.bits if isinstance(leaf, QuantizedArray) else None,
-            raw_bytes=math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize,
+            raw_bytes=math.prod(leaf.shape) * name_and_bits(leaf.dtype)[1] // 8,
             stored_bytes=stored_bytes[name],
             threshold=_largest_threshold(leaf),
             axes=_channel_axes(leaf),

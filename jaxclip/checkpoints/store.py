@@ -23,11 +23,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxclip._core.atomic import replacing
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files
-from jaxclip.checkpoints.format.headers import header_size
+from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
 from jaxclip.checkpoints.format.layout import Leaf, check_has_values, leaf_name, plan_file
 from jaxclip.checkpoints.format.pytrees import is_static, named_leaves
 from jaxclip.checkpoints.format.writing import write_tree
-from jaxclip.checkpoints.reading import ALLOWED_SUFFIXES, Source, checkpoint_errors, open_source
+from jaxclip.checkpoints.reading import (
+    ALLOWED_SUFFIXES,
+    Source,
+    checkpoint_errors,
+    open_source,
+)
 from jaxclip.checkpoints.sizes import SizeReport, report_source
 from jaxclip.lowbit.arrays import is_quantized
 from jaxclip.lowbit.entropy_coding import check_coding
@@ -93,6 +98,7 @@ def load(
     *,
     like: PyTree = None,
     device: Any = None,
+    max_ratio: float = MAX_RATIO,
 ) -> PyTree:
     """Reads the weights in a file or in a folder of shards, leaf by leaf.
 
@@ -107,6 +113,9 @@ def load(
         NumPy arrays. A `NamedSharding` must divide every leaf's shape. It splits the codes of a
         low-bit leaf. Scales and zeros are split along the axes that it divides, and replicated
         along the others.
+      max_ratio: Bytes of arrays that a byte on disk may stand for, in [0, inf]; 256 MiB more
+        are always allowed. A file that takes less place on disk was made of zeros or to exhaust
+        memory; holes of a sparse file take none.
 
     Returns:
       For a `.safetensors` file of `save` the tree that was saved; for one of another library, a
@@ -115,8 +124,9 @@ def load(
 
     Raises:
       CheckpointError: If the file is damaged, not of the format of its suffix, of a newer version
-        or not a regular file, or differs from `like`; names the first difference. `.npy` files
-        have no checksum, so damaged values are not noticed.
+        or not a regular file, if it does not fit into memory or `max_ratio`, or if it differs from
+        `like`; names the first difference. `.npy` files have no checksum, so damaged values are
+        not noticed.
       ValueError: If a leaf cannot be split as `device` says.
       FileNotFoundError: If there is no file.
       OSError: If the disk fails.
@@ -126,7 +136,7 @@ def load(
       Traceback (most recent call last):
       FileNotFoundError: there is no file 'net.safetensors'.
     """
-    with open_source(Path(path)) as source:
+    with open_source(Path(path), max_ratio) as source:
         with checkpoint_errors(Path(path)):
             names = None if like is None else _match_leaves(like, source)
 
@@ -161,7 +171,7 @@ def inspect(path: str | os.PathLike) -> SizeReport:
       Traceback (most recent call last):
       FileNotFoundError: there is no file 'net.safetensors'.
     """
-    with open_source(Path(path)) as source:
+    with open_source(Path(path), max_ratio=None) as source:
         return report_source(source)
 
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxclip._core import checks
 from jaxclip.checkpoints import shards
+from jaxclip.checkpoints.format.headers import MAX_RATIO
 from jaxclip.checkpoints.reading import open_source
 from jaxclip.interop.compressed_tensors import write_packed
 from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
@@ -33,6 +34,7 @@ def export_checkpoint(
     rename: Rename = (),
     max_shard_bytes: int | None = None,
     model_files: str | os.PathLike | None = None,
+    max_ratio: float = MAX_RATIO,
     overwrite: bool = False,
 ) -> JsonObject | None:
     """Writes a file or folder of weights in the format of another library, leaf by leaf.
@@ -59,6 +61,7 @@ def export_checkpoint(
       model_files: The model's folder. Its files other than weights are copied into the new
         folder: tokenizer, card, and `config.json`, which gets its `quantization_config`.
         Subfolders are left out. Not for GGUF.
+      max_ratio: Bytes of arrays that a byte of `src` may stand for, as for `checkpoints.load`.
       overwrite: True to replace an existing file. A folder is never replaced.
 
     Returns:
@@ -97,7 +100,7 @@ def export_checkpoint(
             if value is not None:
                 raise ValueError(f"{name} is for safetensors, {to} is one file.")
     companions = () if model_files is None else _companions(Path(model_files))
-    with open_source(Path(src)) as source:
+    with open_source(Path(src), max_ratio) as source:
         source.check_unchanged_by(Path(dst))
         leaves = stored_leaves(source, separator, rename)
         if is_gguf:

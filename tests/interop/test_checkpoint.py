@@ -94,8 +94,8 @@ def test_each_leaf_is_read_once_and_one_at_a_time(tmp_path, monkeypatch):
     reads = []
 
     @contextlib.contextmanager
-    def recorded(path):
-        with open_source(path) as source:
+    def recorded(path, max_ratio):
+        with open_source(path, max_ratio) as source:
 
             def read(name):
                 reads.append(name)

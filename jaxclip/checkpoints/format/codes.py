@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from jaxclip.checkpoints.format.headers import ALWAYS_ALLOWED_BYTES, MAX_RATIO
 from jaxclip.checkpoints.format.layout import Leaf, Tensor, log8_parts
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.entropy_coding import codings_tried, decode_codes, encode_codes
@@ -20,8 +21,28 @@ from jaxclip.lowbit.packing import (
 from jaxclip.lowbit.scale_formats import decode_log8
 
 
-def coded_tensor(tensor: Tensor, leaf: Leaf, coding: str | None) -> tuple[str, np.ndarray] | None:
-    """Returns the coding and bytes of a leaf's codes, or None if packed codes are not larger."""
+class Allowance:
+    """Codes that the coded tensors of a file may have beyond 64 a byte, which readers allow."""
+
+    def __init__(self) -> None:
+        self._num_left = ALWAYS_ALLOWED_BYTES
+
+    def takes(self, num_codes: int, num_bytes: int) -> bool:
+        """Returns True if readers will not take the file for one made to exhaust memory."""
+        num_beyond = max(num_codes - int(MAX_RATIO) * num_bytes, 0)
+        is_allowed = num_beyond <= self._num_left
+        self._num_left -= num_beyond if is_allowed else 0
+        return is_allowed
+
+
+def coded_tensor(
+    tensor: Tensor, leaf: Leaf, coding: str | None, allowance: Allowance
+) -> tuple[str, np.ndarray] | None:
+    """Returns the coding and bytes of a leaf's codes, or None if packed codes are kept.
+
+    They are if they are not larger, or if the allowance of the file, whose tensors come in their
+    order, is used up.
+    """
     if coding is None or not isinstance(leaf, QuantizedArray):
         return None
     if tensor.name != f"{tensor.leaf}:codes":
@@ -35,6 +56,8 @@ def coded_tensor(tensor: Tensor, leaf: Leaf, coding: str | None) -> tuple[str, n
         coded = encode_codes(codes, tried)
         if coded is not None and len(coded) < num_bytes:
             num_bytes, smallest = len(coded), (tried, np.frombuffer(coded, np.uint8))
+    if smallest is None or not allowance.takes(codes.size, num_bytes):
+        return None
     return smallest
 
 

@@ -6,19 +6,21 @@ Leaves that a file cannot hold raise a TypeError or ValueError that names them.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT, as_plain
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
-from jaxclip.lowbit.packing import CODES_PER_CHUNK, num_packed_bytes, pack_codes
+from jaxclip.lowbit.packing import CODES_PER_CHUNK, num_packed_bytes, pack_codes, unpack_codes
 from jaxclip.lowbit.scale_formats import encode_log8
 
 Array: TypeAlias = np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct
@@ -34,11 +36,25 @@ DTYPES = {
     "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Dtypes of other libraries' tensors, which are read, listed and copied, but not made.
+COPIED_DTYPES = {
+    "C64": jnp.dtype("complex64"),
+    "F8_E8M0": jnp.dtype("float8_e8m0fnu"),
+    "F8_E4M3FNUZ": jnp.dtype("float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": jnp.dtype("float8_e5m2fnuz"),
+    "F6_E2M3": jnp.dtype("float6_e2m3fn"),
+    "F6_E3M2": jnp.dtype("float6_e3m2fn"),
+    "F4": jnp.dtype("float4_e2m1fn"),
+}
+ALL_DTYPES = DTYPES | COPIED_DTYPES
+_ALL_CODES = {dtype: code for code, dtype in ALL_DTYPES.items()}
+# Codes of fewer bits than a byte, the first in a byte's lowest bits; NumPy gives each a byte.
+_SUB_BYTE_BITS = {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+_BITS = {code: 8 * dtype.itemsize for code, dtype in ALL_DTYPES.items()} | _SUB_BYTE_BITS
 _BYTES_PER_CHUNK = 2**24  # of a plain array that is copied
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):  # not a dataclass: a header may have a million
     """A tensor in a file.
 
     Attributes:
@@ -63,12 +79,38 @@ class Tensor:
     @property
     def numpy_dtype(self) -> np.dtype:
         """The dtype that `dtype` stands for."""
-        return DTYPES[self.dtype]
+        return ALL_DTYPES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes."""
         return self.stop - self.start
+
+    def array_of(self, stored: np.ndarray) -> np.ndarray:
+        """Returns the array whose bytes are `stored`, flat and of uint8."""
+        bits = _SUB_BYTE_BITS.get(self.dtype)
+        if bits is not None:
+            codes = unpack_codes(stored, bits, math.prod(self.shape))
+            stored = (codes + np.int8(2 ** (bits - 1))).view(np.uint8)
+        return stored.view(self.numpy_dtype).reshape(self.shape)
+
+
+def num_bits(dtype: str, shape: Sequence[int]) -> int:
+    """Returns the bits that a tensor takes in a file."""
+    return math.prod(shape) * _BITS[dtype]
+
+
+@functools.cache  # finding the name of a dtype takes longer than parsing the entry of a tensor
+def name_and_bits(dtype: DTypeLike) -> tuple[str, int]:
+    """Returns the name of a dtype, and the bits that an entry takes in a file."""
+    found = jnp.dtype(dtype)
+    bits = _SUB_BYTE_BITS.get(_ALL_CODES.get(native_dtype(found), ""), 8 * found.itemsize)
+    return found.name, bits
+
+
+def is_copied(dtype: DTypeLike) -> bool:
+    """Returns True for a dtype that is copied from files, and of no weights to be changed."""
+    return jnp.dtype(dtype) in COPIED_DTYPES.values()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,17 +163,22 @@ def native_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def raw_bytes(array: np.ndarray) -> np.ndarray:
-    """Returns the bytes of an array, row-major, as a flat array of uint8."""
+    """Returns the bytes of an array in a file, row-major, as a flat array of uint8."""
+    bits = _SUB_BYTE_BITS.get(_ALL_CODES.get(array.dtype, ""))
+    if bits is not None:
+        codes = np.ascontiguousarray(array).reshape(-1).view(np.int8)
+        return pack_codes(codes - np.int8(2 ** (bits - 1)), bits)
     native = array.astype(native_dtype(array.dtype), copy=False)
     return np.ascontiguousarray(native).reshape(-1).view(np.uint8)
 
 
-def plan_file(tree: PyTree) -> FilePlan:
+def plan_file(tree: PyTree, is_copy: bool = False) -> FilePlan:
     """Lays out a tree as a file; equal structures, shapes and dtypes make equal plans."""
+    # A copy of a file may have all dtypes of safetensors.
     leaves: dict[str, Leaf] = {}
     skeleton = _skeleton(as_plain(tree), (), leaves)
-    parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf)]
-    parts.sort(key=lambda part: (-DTYPES[part[1]].itemsize, part[0]))  # aligned without gaps
+    parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf, is_copy)]
+    parts.sort(key=lambda part: (-ALL_DTYPES[part[1]].itemsize, part[0]))  # aligned without gaps
     return FilePlan(_placed(parts), leaves, skeleton)
 
 
@@ -139,7 +186,7 @@ def _placed(parts: list[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]
     """Returns tensors that follow each other without gaps."""
     tensors, start = [], 0
     for name, dtype, shape in parts:
-        stop = start + math.prod(shape) * DTYPES[dtype].itemsize
+        stop = start + num_bits(dtype, shape) // 8
         tensors.append(Tensor(name, dtype, shape, start, stop))
         start = stop
     return tuple(tensors)
@@ -211,9 +258,11 @@ def check_has_values(name: str, array: Array) -> None:
         )
 
 
-def _leaf_tensors(name: str, leaf: Leaf) -> list[tuple[str, str, tuple[int, ...]]]:
+def _leaf_tensors(name: str, leaf: Leaf, is_copy: bool) -> list[tuple[str, str, tuple[int, ...]]]:
     """Returns name, dtype and shape of the tensors that hold a leaf."""
     if not is_quantized(leaf):
+        if is_copy and (code := _ALL_CODES.get(native_dtype(leaf.dtype))):
+            return [(name, code, tuple(leaf.shape))]
         return [(name, _dtype_code(name, leaf.dtype), tuple(leaf.shape))]
     leaf.check_parts(name)
     _dtype_code(name, jnp.dtype(leaf.dtype))

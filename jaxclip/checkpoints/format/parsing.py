@@ -6,10 +6,9 @@ again, must give exactly the tensors that it lists. Errors are ValueErrors that 
 """
 
 import dataclasses
-import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,17 +24,22 @@ from jaxclip.checkpoints.format.headers import (
     PREFIX,
     VERSIONS,
 )
+from jaxclip.checkpoints.format.json_text import header_entries, strict_json
 from jaxclip.checkpoints.format.layout import (
+    ALL_DTYPES,
     DTYPES,
     Leaf,
     StoredLeaf,
     Tensor,
     leaf_name,
+    num_bits,
     plan_file,
 )
 from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.scale_formats import dtype_in_memory
+
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,49 +91,26 @@ def header_length(prefix: bytes, file_size: int) -> int:
 
 def parse_header(raw: bytes, data_bytes: int) -> FileContents:
     """Parses and checks length and header of a file in which `data_bytes` bytes follow them."""
-    outer = strict_json(raw[8:], "the header")
-    metadata = outer.pop("__metadata__", {}) if type(outer) is dict else None
-    if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
-        raise ValueError("the header is not that of a safetensors file.")
+    metadata, tensors = _parse_entries(header_entries(raw[8:]), data_bytes)
     # Our metadata has one key. If damage renamed it, the text still shows that it is ours.
     ours = [text for key, text in metadata.items() if key == "jaxclip" or '"header_crc"' in text]
     if not ours:
-        return FileContents(_parse_tensors(outer, data_bytes), {})
+        return FileContents(tensors, {})
     zeroed = bytearray(raw)
     zeroed[CRC_PLACE] = b"00000000"
     checksum = f"{zlib.crc32(zeroed):08x}".encode("ascii")
     if not raw.startswith(PREFIX, 8) or raw[CRC_PLACE] != checksum:
         raise ValueError("the header is damaged or was rewritten: its checksum does not match.")
-    inner = strict_json(ours[0].encode(), "the header")
+    # A value for each node and each number of a shape, and as many for names with brackets.
+    max_values = 2**20 + 128 * len(tensors)
+    inner = strict_json(ours[0].encode(), "the header", max_values=max_values)
     version = inner.get("version")
     if version not in VERSIONS or type(version) is not int:
         raise ValueError(
             f"the file has version {version!r} of the format, but this jaxclip reads versions "
             f"1 to {VERSIONS[-1]}: use a jaxclip that reads version {version!r}."
         )
-    return _parse_ours(inner, _parse_tensors(outer, data_bytes))
-
-
-def strict_json(text: bytes, name: str) -> Any:
-    """Parses JSON without repeated keys, NaN, fractions, giant numbers or deep nesting."""
-
-    def dict_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return result
-
-    def integer_of(number: str) -> int:
-        if len(number) > 20 or not number.lstrip("-").isdigit():
-            raise ValueError(f"{number[:20]} is not a size")
-        return int(number)
-
-    numbers = ("parse_int", "parse_float", "parse_constant")
-    hooks: dict[str, Any] = dict.fromkeys(numbers, integer_of)
-    try:
-        return json.loads(text.decode(), object_pairs_hook=dict_of, **hooks)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not valid JSON: {error}.") from error
+    return _parse_ours(inner, tensors)
 
 
 def _is_shape(value: Any) -> bool:
@@ -137,20 +118,21 @@ def _is_shape(value: Any) -> bool:
     return is_list and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _parse_tensors(entries: dict[str, Any], data_bytes: int) -> dict[str, Tensor]:
-    """Returns the tensors of a header; they must fill the data without holes or overlaps."""
-    tensors = {}
-    for name, entry in entries.items():
-        if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"tensor {name!r}: its entry in the header is not valid.")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if type(dtype) is not str or dtype not in DTYPES:
-            raise ValueError(f"tensor {name!r}: its dtype {dtype!r} is not supported.")
-        if not _is_shape(shape) or not _is_shape(offsets) or len(offsets) != 2:
-            raise ValueError(f"tensor {name!r}: its shape or its data_offsets are not valid.")
-        if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
-            raise ValueError(f"tensor {name!r}: its shape does not fit its size.")
-        tensors[name] = Tensor(name, dtype, tuple(shape), *offsets)
+def _parse_entries(
+    entries: Iterable[tuple[str, Any]], data_bytes: int
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Returns metadata and tensors of a header; they must fill the data without gap or overlap."""
+    metadata: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    names = set()
+    for name, entry in entries:
+        if name in names:
+            raise ValueError(f"the header is not valid JSON: the key {name!r} occurs twice.")
+        names.add(name)
+        if name == "__metadata__":
+            metadata = entry
+        else:
+            tensors[name] = _tensor_of(name, entry)
     position = 0
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
         if tensor.start != position:
@@ -160,7 +142,21 @@ def _parse_tensors(entries: dict[str, Any], data_bytes: int) -> dict[str, Tensor
         raise ValueError(
             f"the tensors take {position} bytes by the header, but {data_bytes} bytes follow it."
         )
-    return tensors
+    return metadata, tensors
+
+
+def _tensor_of(name: str, entry: Any) -> Tensor:
+    """Returns the tensor that an entry of a header describes."""
+    if type(entry) is not dict or entry.keys() != _ENTRY_KEYS:
+        raise ValueError(f"tensor {name!r}: its entry in the header is not valid.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or dtype not in ALL_DTYPES:
+        raise ValueError(f"tensor {name!r}: its dtype {dtype!r} is not supported.")
+    if not _is_shape(shape) or not _is_shape(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r}: its shape or its data_offsets are not valid.")
+    if num_bits(dtype, shape) != 8 * (offsets[1] - offsets[0]):
+        raise ValueError(f"tensor {name!r}: its shape does not fit its size.")
+    return Tensor(name, dtype, tuple(shape), *offsets)
 
 
 def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileContents:
@@ -179,7 +175,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
     tree = _abstract_node(inner["tree"], (), shapes_of)
     # Laid out again, the tree must give the tensors of the file. Coded codes take the bytes that
     # the header says, but never more than packed ones.
-    plan = plan_file(tree)
+    plan = plan_file(tree, is_copy=True)
     coded = {f"{name}:codes" for name, coding in codings.items() if coding is not None}
     sizes = {}
     for tensor in plan.tensors:

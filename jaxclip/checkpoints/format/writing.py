@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from jaxclip.checkpoints.format.codes import coded_tensor
+from jaxclip.checkpoints.format.codes import Allowance, coded_tensor
 from jaxclip.checkpoints.format.headers import header_size, make_header
 from jaxclip.checkpoints.format.layout import (
-    DTYPES,
+    ALL_DTYPES,
     FilePlan,
     Leaf,
     Tensor,
@@ -41,13 +41,14 @@ def write_tree(
     checksums: dict[str, int] = {}
     coded_sizes: dict[str, int] = {}
     codings: dict[str, str | None] = {}
+    allowance = Allowance()
     # Where the next one-byte tensor starts: coded ones are smaller than planned.
     byte_start = min((t.start for t in plan.tensors if _is_of_bytes(t)), default=0)
     for name, tensors in _tensors_by_leaf(plan).items():
         leaf = _with_own_scales(produce(name))
         for tensor in tensors:
             chunks = plan.chunks(tensor, leaf)
-            coded = coded_tensor(tensor, leaf, coding)
+            coded = coded_tensor(tensor, leaf, coding, allowance)
             if coded is not None:
                 codings[name], data = coded
                 coded_sizes[tensor.name] = data.size
@@ -86,7 +87,7 @@ def _write_chunks(file: BinaryIO, chunks: Iterator[np.ndarray]) -> tuple[int, in
 
 def _is_of_bytes(tensor: Tensor) -> bool:
     """Returns True for tensors of single bytes: the last ones, including coded codes."""
-    return DTYPES[tensor.dtype].itemsize == 1
+    return ALL_DTYPES[tensor.dtype].itemsize == 1
 
 
 def _tensors_by_leaf(plan: FilePlan) -> dict[str, list[Tensor]]:
@@ -98,12 +99,15 @@ def _tensors_by_leaf(plan: FilePlan) -> dict[str, list[Tensor]]:
 
 
 def write_plain(
-    file: BinaryIO, specs: dict[str, jax.ShapeDtypeStruct], produce: Callable[[str], np.ndarray]
+    file: BinaryIO,
+    specs: dict[str, jax.ShapeDtypeStruct],
+    produce: Callable[[str], np.ndarray],
+    is_copy: bool = False,
 ) -> int:
     """Writes tensors under their own names, for other readers; returns the bytes of the header."""
     if "__metadata__" in specs:
         raise ValueError("a leaf has the name '__metadata__', which safetensors reserves.")
-    plan = plan_file(specs)
+    plan = plan_file(specs, is_copy)
     # A plan escapes names, but here they stay as they are. Both are sorted alike.
     names = dict(zip(plan.leaves, sorted(specs), strict=True))
     # transformers refuses files that do not name the framework for which they were saved.
