@@ -7,19 +7,21 @@ out_in   PyTorch, equinox  Linear (out, in), Conv (out, in, height, width)
 import collections
 import re
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 from jaxclip._core import checks
 
-LAYOUTS = ("in_out", "out_in")
-Axes = int | tuple[int, ...]
+Layout: TypeAlias = Literal["in_out", "out_in"]
+LAYOUTS: tuple[Layout, ...] = ("in_out", "out_in")
+Axes: TypeAlias = int | tuple[int, ...]
 
 _EXPERTS = re.compile(r"expert|\bmoe\b", re.IGNORECASE)
 _LONGEST_KERNEL = 32  # a last axis from here on is that of a matrix, not of a convolution
 
 
 def layouts_of(
-    names: Sequence[str], layout: str | None = None, default: str = "in_out"
-) -> list[str]:
+    names: Sequence[str], layout: Layout | None = None, default: Layout = "in_out"
+) -> list[Layout]:
     """Returns the layout of each leaf: the one that is given, or by its name."""
     # A name that says nothing follows most of the others, or else `default`.
     checks.check_choice("layout", layout, (None, *LAYOUTS))
@@ -31,14 +33,14 @@ def layouts_of(
     return [x or most for x in found]
 
 
-def _by_name(name: str) -> str | None:
+def _by_name(name: str) -> Layout | None:
     words = [word for word in re.split(r"[/.]", name) if word != "value"]
     if words[-1:] in (["kernel"], ["embedding"]):
         return "in_out"
     return "out_in" if words and "weight" in words[-1] else None
 
 
-def output_axes(name: str, shape: tuple[int, ...], layout: str) -> Axes:
+def output_axes(name: str, shape: tuple[int, ...], layout: Layout) -> Axes:
     """Returns the axis or axes of the outputs of a leaf of two or more dimensions."""
     # Experts are a stack of matrices, each with outputs of its own.
     has_experts = len(shape) == 3 and _EXPERTS.search(name) is not None

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxclip._core.grids import Bits, Grid
-from jaxclip._core.layouts import LAYOUTS, layouts_of
+from jaxclip._core.layouts import LAYOUTS, Layout, layouts_of
 from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
 from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, is_copied, leaf_name, plan_file
 from jaxclip.checkpoints.leaf_by_leaf import LeafWithError, Output, rewrite
@@ -49,7 +49,7 @@ def compress_checkpoint(
     rule: Any = mse_optimal,
     bit_price: float = 0.0,
     policy: Policy = (),
-    layout: str | None = None,
+    layout: Layout | None = None,
     coding: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits, Grid
-from jaxclip._core.layouts import output_axes
+from jaxclip._core.layouts import Layout, output_axes
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import (
     QuantizedArray,
@@ -70,10 +70,14 @@ class LeafSpec:
         """Returns this spec with a width for its grid."""
         return dataclasses.replace(self, grid=dataclasses.replace(self.grid, bits=bits))
 
-    def in_layout(self, path: str, leaf: ArrayLike, layout: str) -> "LeafSpec":
-        """Returns this spec with the output axes of a leaf."""
-        axis = output_axes(path, np.shape(leaf), layout)
-        return dataclasses.replace(self, grid=dataclasses.replace(self.grid, axis=axis))
+    def in_layout(self, path: str, leaf: ArrayLike, layout: Layout) -> "LeafSpec":
+        """Returns this spec for a leaf of that layout, with its output axes if asked for."""
+        grid, rule = self.grid, self.rule
+        if isinstance(rule, ThresholdRule):
+            rule = rule.in_layout(layout)
+        if grid.axis == "outputs" and np.ndim(leaf) >= 2:
+            grid = dataclasses.replace(grid, axis=output_axes(path, np.shape(leaf), layout))
+        return dataclasses.replace(self, grid=grid, rule=rule)
 
     def quantize(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns the low-bit array of a leaf; `bits` is its width if the grid has none."""
@@ -150,7 +154,7 @@ class LeafSpecs(NamedTuple):
 
     specs: list[LeafSpec | None]
     kept: list[str]
-    layouts: set[str]
+    layouts: set[Layout]
 
 
 def leaf_specs(
@@ -158,7 +162,7 @@ def leaf_specs(
     leaves: Sequence[PyTree],
     policy: Policy,
     default: LeafSpec,
-    layouts: Sequence[str],
+    layouts: Sequence[Layout],
 ) -> LeafSpecs:
     """Returns the spec of each leaf by the first regex that matches it, for its layout."""
     entries = [_parse_entry(pair, default) for pair in policy]
@@ -167,14 +171,15 @@ def leaf_specs(
     if unmatched:
         raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
     specs: list[LeafSpec | None] = []
-    kept, used = [], set()
+    kept: list[str] = []
+    used: set[Layout] = set()
     for name, leaf, layout, i in zip(names, leaves, layouts, firsts, strict=True):
         spec = default if i is None else entries[i].spec
         has_width = i is not None and entries[i].has_width
         if not (_can_be_low_bit(leaf) and (has_width or np.ndim(leaf) >= 2)):
             spec = None
         has_axis = spec is None or spec.grid.axis != "outputs" or np.ndim(leaf) < 2
-        spec = spec if spec is None or has_axis else spec.in_layout(name, leaf, layout)
+        spec = spec if spec is None else spec.in_layout(name, leaf, layout)
         if spec is not None and not spec.makes_smaller(leaf, name):
             kept.append(name)
             spec = None

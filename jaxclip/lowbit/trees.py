@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits, Grid
-from jaxclip._core.layouts import layouts_of
+from jaxclip._core.layouts import Layout, layouts_of
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
@@ -34,7 +34,7 @@ def compress(
     rule: Threshold = mse_optimal,
     bit_price: float | jax.Array = 0.0,
     policy: Policy = (),
-    layout: str | None = None,
+    layout: Layout | None = None,
 ) -> PyTree:
     """Replaces leaves of two or more dimensions by low-bit arrays.
 

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.grids import WHOLE_ARRAY, Grid
+from jaxclip._core.layouts import Layout
 from jaxclip._core.trees import PyTree
 
 Bound: TypeAlias = float | jax.Array  # a threshold as a leaf gets it
@@ -87,6 +88,11 @@ class ThresholdRule:
     def at_path(self, path: str) -> "ThresholdRule":
         """Returns this rule for the leaf at `path`; `compress` calls it before `bind`."""
         del path
+        return self
+
+    def in_layout(self, layout: Layout) -> "ThresholdRule":
+        """Returns this rule for a leaf of that layout, unless it was made for one."""
+        del layout
         return self
 
     def bind(self, grid: Grid) -> "ThresholdRule":

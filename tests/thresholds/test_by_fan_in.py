@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from jaxclip._core.trees import path_name
+from jaxclip.lowbit.trees import compress
 from jaxclip.thresholds.by_fan_in import fan_in
 from jaxclip.thresholds.values import resolve_threshold
 
@@ -94,6 +96,64 @@ def test_out_axes_must_be_axes(bad):
         fan_in(1.0, out_axes=bad)
     with pytest.raises(ValueError, match=r"out_axes .*'dense/kernel'"):
         resolve_threshold(fan_in(1.0, out_axes=2), {"dense": {"kernel": jnp.ones((2, 2))}})
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "inputs"),
+    [
+        ("linear/weight", (10, 64), 64),
+        ("conv/weight", (32, 16, 3, 3), 16 * 3 * 3),
+        ("cell/weight_ih", (30, 7), 7),
+        ("embed/weight", (1000, 16), 16),
+        ("moe/experts/weight", (8, 10, 64), 64),
+        ("moe/experts/kernel", (8, 64, 10), 64),
+    ],
+)
+def test_weights_of_pytorch_and_equinox_have_their_inputs_last(path, shape, inputs):
+    assert num_inputs(fan_in(), {path: jnp.zeros(shape)}) == {path: inputs}
+    small = compress({path: jnp.ones(shape)}, 4, rule=fan_in())[path]
+    np.testing.assert_allclose(small.threshold.max(), np.sqrt(2 / inputs), rtol=1e-6)
+
+
+def test_a_layout_is_said_where_names_do_not_say_it():
+    params = {"a": {"w": jnp.zeros((8, 3))}, "b": {"w": jnp.zeros((3, 8))}}
+    assert num_inputs(fan_in(), params) == {"a": {"w": 8}, "b": {"w": 3}}
+    assert num_inputs(fan_in(layout="out_in"), params) == {"a": {"w": 3}, "b": {"w": 8}}
+    # A name that says nothing follows most of the others, also as a rule of `compress`.
+    params |= {"c": {"weight": jnp.zeros((4, 6))}}
+    assert num_inputs(fan_in(), params) == {"a": {"w": 3}, "b": {"w": 8}, "c": {"weight": 6}}
+    params = jax.tree.map(lambda w: w + 1, params)
+    small = compress(params, 8, rule=fan_in(0.5))
+    small = flatten_dict(small, sep="/")
+    got = {name: round(0.5 / float(q.threshold.max()) ** 2) for name, q in small.items()}
+    assert got == {"a/w": 3, "b/w": 8, "c/weight": 6}
+    for bad in ("torch", 0, True):
+        with pytest.raises(ValueError, match="layout must be one of"):
+            fan_in(layout=bad)
+    with pytest.raises(ValueError, match="out_axes and layout say the same thing"):
+        fan_in(layout="in_out", out_axes=0)
+
+
+def test_fan_in_and_scales_of_the_real_layers_of_equinox():
+    eqx = pytest.importorskip("equinox")
+    key = jax.random.key(0)
+    layers = [
+        eqx.nn.Linear(64, 10, key=key),
+        eqx.nn.Conv2d(16, 32, 3, key=key),
+        eqx.nn.ConvTranspose2d(6, 4, 2, key=key),
+        eqx.nn.Embedding(100, 16, key=key),
+        eqx.nn.GRUCell(7, 12, key=key),
+        eqx.nn.MultiheadAttention(2, 8, key=key),
+        eqx.nn.LayerNorm(8),
+    ]
+    params = eqx.filter(layers, eqx.is_inexact_array)
+    got = num_inputs(fan_in(), params)
+    assert [layer.weight for layer in got[:4]] == [64, 16 * 9, 6 * 4, 16]
+    assert (got[4].weight_ih, got[4].weight_hh, got[5].query_proj.weight) == (7, 12, 8)
+    assert {got[0].bias, got[1].bias, got[4].bias, got[6].weight} == {np.inf}
+    small = compress(params, 4)
+    assert [q.weight.scale.size for q in small[:2]] == [10, 32]
+    np.testing.assert_array_equal(small[0].weight.scale.shape, (10, 1))
 
 
 class Layers(nn.Module):
