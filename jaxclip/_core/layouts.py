@@ -34,10 +34,11 @@ def layouts_of(
 
 
 def _by_name(name: str) -> Layout | None:
-    words = [word for word in re.split(r"[/.]", name) if word != "value"]
-    if words[-1:] in (["kernel"], ["embedding"]):
+    name = re.sub(r"([/.]value|:[0-9]+)$", "", name)  # as flax nnx and Keras end names
+    last = re.split(r"[/.]", name)[-1]
+    if last in ("kernel", "embedding"):
         return "in_out"
-    return "out_in" if words and "weight" in words[-1] else None
+    return "out_in" if "weight" in last else None
 
 
 def output_axes(name: str, shape: tuple[int, ...], layout: Layout) -> Axes:

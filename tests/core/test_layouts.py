@@ -11,7 +11,7 @@ from jaxclip._core.layouts import layouts_of, output_axes
         (["dense/kernel", "dense/bias", "w"], "out_in", ["in_out"] * 3),
         (["fc.weight", "fc.bias", "experts.gate_up_proj"], "in_out", ["out_in"] * 3),
         (["lstm.weight_ih_l0", "attn.in_proj_weight"], "in_out", ["out_in"] * 2),
-        (["layers/0/kernel/value", "x"], "out_in", ["in_out"] * 2),
+        (["layers/0/kernel/value", "x", "dense/kernel:0"], "out_in", ["in_out"] * 3),
         (["a/kernel", "b/kernel", "c.weight"], "out_in", ["in_out", "in_out", "out_in"]),
         (["a/kernel", "b/kernel", "c.weight", "d"][::3], "out_in", ["in_out"] * 2),
         (["a/kernel", "c.weight", "d"], "out_in", ["in_out", "out_in", "out_in"]),
