@@ -1,7 +1,7 @@
 """Layouts of weights: which axes of a leaf are its outputs, by its name and shape.
 
-in_out   flax             Dense (in, out), Conv (height, width, in, out)
-out_in   PyTorch, equinox  Linear (out, in), Conv (out, in, height, width)
+in_out   flax, Keras        Dense (in, out), Conv (height, width, in, out)
+out_in   PyTorch, equinox   Linear (out, in), Conv (out, in, height, width)
 """
 
 import collections
