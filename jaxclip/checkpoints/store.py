@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxclip._core.atomic import replacing
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files
-from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
+from jaxclip.checkpoints.format.headers import MAX_RATIO
 from jaxclip.checkpoints.format.layout import Leaf, check_has_values, leaf_name, plan_file
 from jaxclip.checkpoints.format.pytrees import is_static, named_leaves
 from jaxclip.checkpoints.format.writing import write_tree
@@ -45,7 +45,9 @@ def save(
 
     The file is written tensor by tensor under a temporary name in the same directory, synced to
     disk and renamed. After a crash the name holds the old file or the new one, never a part. The
-    next save to the same path removes a temporary file that was left over.
+    next save to the same path removes a temporary file that was left over: one that no writer has
+    locked, or on other hosts one that is a day old. Where a file system cannot sync, the file is
+    saved with a warning.
 
     Equal trees give equal bytes. With Huffman coding that needs the same version of zlib, and with
     "smallest" also the extra `coding` on both machines or on neither.
@@ -180,7 +182,6 @@ def inspect(path: str | os.PathLike) -> SizeReport:
 
 def _prepare_safetensors(tree: PyTree, coding: str | None) -> Callable[[BinaryIO], Any]:
     plan = plan_file(tree)
-    header_size(plan, coding)  # raises if there are too many leaves
     for name, leaf in plan.leaves.items():
         for array in jax.tree.leaves(leaf):
             check_has_values(name, array)

@@ -134,6 +134,8 @@ class FilePlan:
 
     def resized(self, num_bytes: dict[str, int]) -> "FilePlan":
         """Returns the plan with other sizes for some of the one-byte tensors, by name."""
+        if not num_bytes:
+            return self
         parts = [
             (t.name, t.dtype, (num_bytes[t.name],) if t.name in num_bytes else t.shape)
             for t in self.tensors
@@ -222,10 +224,11 @@ def leaf_name(path: tuple[str | int, ...]) -> str:
 
 
 def _escape(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the key {text!r} of a dict is not valid Unicode text.") from error
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the key {text!r} of a dict is not valid Unicode text.") from error
     if text == "__metadata__":  # the key that safetensors reserves
         return "%5F_metadata__"
     return text.replace("%", "%25").replace("/", "%2F").replace(":", "%3A")
