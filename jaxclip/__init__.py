@@ -1,8 +1,8 @@
 """Clipping and sign steps for JAX: train by sign inside a weight box, ship at low bits."""
 
 import importlib
-import pkgutil
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # that of `typing`, without its import: a command starts with this file
 
 __version__ = "0.1.0.dev0"
 
@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 else:
     # Wings and names are imported when they are first used, not before: the command line imports
     # this package too, and its help should not wait for jax.
-    _WINGS = {m.name for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"} - {"cli"}
-
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name == "__all__":
             return _public_names()
-        if name in _WINGS:
+        if not name.startswith("_") and name in _wings():
             return importlib.import_module(f"jaxclip.{name}")
         if not name.startswith("_") and name in _public_names():
             globals()[name] = getattr(importlib.import_module("jaxclip._names"), name)
@@ -37,6 +35,10 @@ else:
     def __dir__() -> list[str]:
         return sorted({*globals(), *_public_names()})
 
+    def _wings() -> set[str]:
+        pkgutil = importlib.import_module("pkgutil")
+        return {m.name for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"} - {"cli"}
+
     def _public_names() -> list[str]:
         names = vars(importlib.import_module("jaxclip._names"))
-        return sorted({*_WINGS, *(name for name in names if not name.startswith("_"))})
+        return sorted({*_wings(), *(name for name in names if not name.startswith("_"))})

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from jaxclip._core.extras import import_extra
 from jaxclip._core.grids import Bits
+from jaxclip._core.text import escaped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -250,7 +251,8 @@ def weight_histograms(
             for level in np.ravel(levels[name]):
                 axes.axvline(level, color="black", linewidth=0.8, linestyle=":")
             axes.plot([], [], color="black", linestyle=":", label="levels of the grid")
-        axes.set(title=name, xlabel="weight", ylabel="fraction of the weights")
+        axes.set(xlabel="weight", ylabel="fraction of the weights")
+        axes.set_title(escaped(name), parse_math=False)  # it may come from a file
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, loc="upper center")
     figure.suptitle(title)

@@ -23,7 +23,7 @@ FLOORS = [
     {"cli", "_names"},
 ]
 FLOOR_OF = {wing: level for level, wings in enumerate(FLOORS) for wing in wings}
-WINGS = [p.parent.name for p in PACKAGE.glob("[a-z]*/__init__.py")]
+WINGS = [p.parent.name for p in PACKAGE.glob("[a-z]*/__init__.py") if p.parent.name != "cli"]
 
 
 def imports_of(path: pathlib.Path) -> set[str]:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import safetensors.numpy
 
 import jaxclip
 from jaxclip import checkpoints, cli
+from jaxclip.cli import arguments, help_texts
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ def run_json(*words: str) -> Any:
 def test_every_example_of_the_help_runs():
     examples = [
         line.strip()
-        for name in cli._HELP
+        for name in help_texts.HELP
         for line in run(name, "--help")[1].splitlines()
         if line.startswith("  jaxclip ")
     ]
@@ -247,18 +249,11 @@ def test_verify_reads_everything():
     [
         ("inspect no.safetensors", "there is no file 'no.safetensors'"),
         ("inspect folder.txt", "there is no file"),
-        ("compress net.safetensors low.safetensors", "low.safetensors' exists"),
+        ("compress net.safetensors low.safetensors", "exists; pass --force to replace it"),
         ("compress net.safetensors net.safetensors --force", "is a file that is read"),
-        ("compress net.safetensors x.safetensors --bits 7", "bits must be one of"),
         ("compress net.safetensors x.safetensors --policy no.json", "there is no file 'no.json'"),
         ("compress net.safetensors no/x.safetensors", "no directory"),
-        ("compress net.safetensors x.safetensors --bit-price .1", "bit_price needs a coding"),
-        ("clip net.safetensors x.safetensors --threshold -1", "threshold must be in"),
         ("export low.safetensors no/x.gguf --to Q4_0", "no directory"),
-        (
-            "export low.safetensors x.safetensors --to safetensors --max-shard-bytes 0",
-            "max_shard_bytes must be an integer of at least 1",
-        ),
     ],
 )
 def test_errors_are_one_line_on_standard_error(words, message):
@@ -271,25 +266,71 @@ def test_errors_are_one_line_on_standard_error(words, message):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        "",
-        "no-such-command",
-        "clip net.safetensors x.safetensors",
-        "compress a b --bits 4 --target-bpw 3",
+        ("", "the following arguments are required: COMMAND"),
+        ("no-such-command", "invalid choice: 'no-such-command'"),
+        ("clip NET x.safetensors", "the following arguments are required: --threshold"),
+        ("compress NET x.safetensors --bits 4 --target-bpw 3", "not allowed with argument --bits"),
+        ("compress NET x.safetensors --bits 7", "--bits: must be one of 1, ternary, 2, 3,"),
+        ("compress NET x.safetensors --axis first", "--axis: must be integers such as 0 or 0,1"),
+        ("compress NET x.safetensors --axis 2", "'embed.weight': --axis must be in [-2, 2)"),
+        ("compress NET x.safetensors --group-size 0", "--group-size: must be an integer of at"),
+        ("compress NET x.safetensors --group-size 9" + "0" * 20, "--group-size: must be an int"),
+        ("compress NET x.safetensors --target-bpw nan", "--target-bpw: must be a number above 0"),
+        ("compress NET x.safetensors --target-bpw 0.1", "--target-bpw=0.1 is out of reach"),
+        ("compress NET x.safetensors --target-bytes 9", "--target-bytes=9 is out of reach"),
+        ("compress NET x.safetensors --rate -1", "--rate: must be a number above 0"),
+        ("compress NET x.safetensors --rate 99", "--rate must be in (0, "),
+        ("compress NET x.safetensors --bit-price .1", "--bit-price needs a coding"),
+        ("compress NET x.safetensors --bit-price inf", "--bit-price: must be a number at least 0"),
+        ("compress NET x.safetensors --bits 1 --zero-point", "--zero-point needs a code for 0"),
+        ("compress NET x.npz", "DST must end in .safetensors"),
+        ("clip NET x.safetensors --threshold -1", "--threshold: must be a number at least 0"),
+        ("clip NET x.safetensors --threshold 1 --include (", "'(' is not a regular expression"),
+        ("inspect NET --outlier -1", "--outlier: must be a number above 0"),
+        ("decompress NET x.safetensors --dtype int8", "--dtype: invalid choice: 'int8'"),
+        (
+            "export NET x.gguf --to Q4_0 --metadata name",
+            "--metadata: must be KEY=VALUE, got 'name'",
+        ),
+        ("export NET x.gguf --to Q4_0 --dtype float16", "--dtype is for safetensors, Q4_0 has"),
+        ("export NET x.gguf --to Q4_0 --max-shard-bytes 9", "--max-shard-bytes is for safetensors"),
+        ("export NET x --to safetensors --max-shard-bytes 0", "--max-shard-bytes: must be an int"),
+        ("export NET x.safetensors --to safetensors --metadata a=1", "--metadata is for GGUF"),
+        ("export NET x --to safetensors --model-files no", "--model-files must be the folder of"),
     ],
 )
-def test_a_wrong_command_line_ends_with_2(words):
-    status, out, err = run(*words.split())
+def test_a_wrong_command_line_ends_with_2_and_names_the_flag(words, message):
+    status, out, err = run(*words.replace("NET", "net.safetensors").split())
     assert (status, out) == (2, "")
     assert "usage: jaxclip" in err
+    assert message in err.splitlines()[-1]
+    assert not os.path.exists("x.safetensors")
+
+
+def test_every_argument_that_errors_rename_is_an_option():
+    helps = "".join(run(name, "--help")[1] for name in help_texts.HELP)
+    for name, flag in arguments._FLAGS.items():
+        assert re.search(rf"(^|[\s\[]){flag}\b", helps), name
+
+
+def test_errors_of_the_package_are_said_in_flags():
+    said = {
+        "'a' exists; pass overwrite=True to replace it.": "'a' exists; pass --force to replace it.",
+        "bits must be 4: bits count.": "--bits must be 4: bits count.",
+        "use bits='ternary' or group_size=32.": "use --bits ternary or --group-size 32.",
+        "leaf 'group_size=3' has axis=(0, 1).": "leaf 'group_size=3' has axis=(0, 1).",
+        "policy 'head': group_size must be 1.": "policy 'head': group_size must be 1.",
+    }
+    assert {message: arguments.in_flags(message) for message in said} == said
 
 
 def test_an_interrupt_ends_with_130_and_leaves_nothing(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxclip.checkpoints.rewriting.write_tree", interrupted)
+    monkeypatch.setattr("jaxclip.checkpoints.rewriting.clip_weights", interrupted)
     before = sorted(os.listdir())
     status, out, err = run("clip", "net.safetensors", "x.safetensors", "--threshold", "1")
     assert (status, out) == (130, "")

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from jaxclip._core import signals
+
 if sys.platform != "win32":
     import fcntl
 
@@ -30,6 +32,7 @@ _STALE_SECONDS = 24 * 3600
 _NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # Names may have 255 bytes, on some file systems 143: those of temporaries have to stay below.
 _MAX_STEM_BYTES = 100
+_unfinished: set[Path] = set()  # temporaries of this process
 
 
 @contextlib.contextmanager
@@ -40,13 +43,14 @@ def replacing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bina
     mode = check_destination(path, overwrite)
     _remove_stale(path)
     temporary = _temporary(path)
-    with contextlib.ExitStack() as lock:
+    with contextlib.ExitStack() as lock, _listed(temporary):
         try:
             with _open_locked(temporary, lock) as file:
                 has_mode = mode is None or _set_mode(temporary, mode)
                 yield file
                 file.flush()
                 is_synced = _sync(file.fileno())
+            signals.check_stop()
             _publish(temporary, path, overwrite)
         except BaseException as error:
             with contextlib.suppress(OSError):
@@ -57,14 +61,14 @@ def replacing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bina
     # Warned last: the file is there even where warnings are errors.
     if not is_synced:
         warnings.warn(
-            f"'{path}' is saved, but its file system cannot sync: a loss of power in the next "
+            f"{str(path)!r} is saved, but its file system cannot sync: a loss of power in the next "
             "seconds may damage it.",
             stacklevel=3,
         )
     if not has_mode:
         warnings.warn(
-            f"'{path}' is saved, but its file system could not keep the permissions of the file "
-            "that it replaces.",
+            f"{str(path)!r} is saved, but its file system could not keep the permissions of the "
+            "file that it replaces.",
             stacklevel=3,
         )
 
@@ -78,11 +82,12 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.realpath(path.parent), path.name)
     _remove_stale(path)
     temporary = _temporary(path)
-    with contextlib.ExitStack() as lock:
+    with contextlib.ExitStack() as lock, _listed(temporary):
         try:
             _make_locked(temporary, lock)
             yield temporary
             _sync_directory(temporary)
+            signals.check_stop()
             _check_new(path)  # renaming would replace an empty folder
             os.rename(temporary, path)
         except BaseException as error:
@@ -92,26 +97,48 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     _sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def _listed(temporary: Path) -> Iterator[None]:
+    """Lists a temporary for `remove_unfinished` while the context lasts."""
+    _unfinished.add(temporary)
+    try:
+        yield
+    finally:
+        _unfinished.discard(temporary)
+
+
+def remove_unfinished() -> None:
+    """Removes the temporaries of this process, which is about to end."""
+    for temporary in tuple(_unfinished):
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def _check_new(path: Path) -> None:
     if os.path.lexists(path):
-        raise FileExistsError(f"'{path}' exists, and folders are not replaced: name a new one.")
+        raise FileExistsError(
+            f"{str(path)!r} exists, and folders are not replaced: name a new one."
+        )
     check_destination(path, False)
 
 
 def check_destination(path: Path, overwrite: bool) -> int | None:
     """Raises unless `path` may be written; returns the permissions of a file to be replaced."""
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory '{path.parent}' to save '{path}' in.")
+        raise FileNotFoundError(
+            f"there is no directory {str(path.parent)!r} to save {str(path)!r} in."
+        )
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"the directory '{path.parent}' cannot be written to.")
+        raise PermissionError(f"the directory {str(path.parent)!r} cannot be written to.")
     try:
         status = path.lstat()
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(status.st_mode):
-        raise FileExistsError(f"'{path}' is not a regular file, so it is not replaced.")
+        raise FileExistsError(f"{str(path)!r} is not a regular file, so it is not replaced.")
     if not overwrite:
-        raise FileExistsError(f"'{path}' exists; pass overwrite=True to replace it.")
+        raise FileExistsError(f"{str(path)!r} exists; pass overwrite=True to replace it.")
     return stat.S_IMODE(status.st_mode)
 
 

@@ -175,18 +175,18 @@ def check_same_structure(name: str, updates: PyTree, other_name: str, other: PyT
         if path_name(path) != path_name(other_path):
             raise ValueError(
                 f"{name} and {other_name} must have the same structure; they first differ at "
-                f"'{path_name(path)}' in {name} against '{path_name(other_path)}' in {other_name}."
+                f"{path_name(path)!r} in {name} against {path_name(other_path)!r} in {other_name}."
             )
         if is_clippable(a) and np.shape(a) != np.shape(b):
             raise ValueError(
-                f"{name} and {other_name} must have the same shapes; at '{path_name(path)}' "
+                f"{name} and {other_name} must have the same shapes; at {path_name(path)!r} "
                 f"{name} has {np.shape(a)} and {other_name} has {np.shape(b)}."
             )
     if len(left) != len(right):
         longer, where = (left, name) if len(left) > len(right) else (right, other_name)
         extra = path_name(longer[min(len(left), len(right))][0])
         raise ValueError(
-            f"{name} and {other_name} must have the same structure; '{extra}' is only in {where}."
+            f"{name} and {other_name} must have the same structure; {extra!r} is only in {where}."
         )
 
 

@@ -7,10 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from jaxclip._core.text import escaped
+
+_MAX_WIDTH = 120  # characters of a column
+
 
 def format_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """Returns rows of cells as text; columns after the first `num_left` are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [[escaped(cell) for cell in row] for row in rows]
+    # A name from a file may be as long as the file: it does not widen the other rows.
+    columns = zip(*rows, strict=True)
+    widths = [max(min(len(cell), _MAX_WIDTH) for cell in column) for column in columns]
     lines = []
     for row in rows:
         left = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]

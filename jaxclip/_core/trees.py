@@ -61,7 +61,7 @@ def masked(mask: Mask | None, params: PyTree, tree: PyTree, otherwise: object) -
             isinstance(is_in, (np.ndarray, jax.Array)) and not is_in.ndim and is_in.dtype == bool
         )
         if not is_scalar:
-            where = f" at '{path_name(path)}'" if path else ""
+            where = f" at {path_name(path)!r}" if path else ""
             raise TypeError(f"mask must be True or False{where}, got {is_in!r}.")
     try:
         subtrees = structure.flatten_up_to(tree)

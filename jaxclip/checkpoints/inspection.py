@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxclip._core import signals
 from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
 from jaxclip.checkpoints.format.headers import MAX_RATIO
@@ -158,6 +159,7 @@ def verify_file(
 
 def _finite_chunks(flat: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, flat.size, _CHUNK):
+        signals.check_stop()
         chunk = flat[start : start + _CHUNK].astype(np.float64)
         yield chunk[np.isfinite(chunk)]
 
@@ -165,7 +167,11 @@ def _finite_chunks(flat: np.ndarray) -> Iterator[np.ndarray]:
 def _suggested_thresholds(flat: np.ndarray) -> dict[Bits, float]:
     sample = flat[:: -(-flat.size // _SAMPLE) or 1].astype(np.float32)
     sample = np.pad(np.where(np.isfinite(sample), sample, 0), (0, _SAMPLE - sample.size))
-    return {bits: float(_threshold(sample, bits)) for bits in _SUGGESTED}
+    thresholds = {}
+    for bits in _SUGGESTED:
+        signals.check_stop()
+        thresholds[bits] = float(_threshold(sample, bits))
+    return thresholds
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -18,6 +18,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
+from jaxclip._core import signals
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format.layout import Array, check_has_values, check_leaf
 from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT, as_plain
@@ -67,7 +68,7 @@ def _named_arrays(tree: dict, path: tuple[str, ...]) -> Iterator[tuple[str, Arra
     if len(path) > DEPTH_LIMIT:
         raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT}.")
     if any(type(key) is not str or "\0" in key or not key.isprintable() for key in tree):
-        raise TypeError(f"the keys of a dict must be printable strings, at '{'/'.join(path)}'.")
+        raise TypeError(f"the keys of a dict must be printable strings, at {'/'.join(path)!r}.")
     for key in sorted(tree):
         name = "/".join((*path, key))
         if type(tree[key]) is dict:
@@ -80,13 +81,13 @@ def _named_arrays(tree: dict, path: tuple[str, ...]) -> Iterator[tuple[str, Arra
 def _check_numpy_leaf(name: str, leaf: Any) -> None:
     if isinstance(leaf, (QuantizedArray, list, tuple, dict, type(None))):
         raise TypeError(
-            f"'{name}' is of type {type(leaf).__name__}, which NumPy's formats cannot hold: "
+            f"{name!r} is of type {type(leaf).__name__}, which NumPy's formats cannot hold: "
             "save it as .safetensors."
         )
     check_leaf(name, leaf)
     if not _is_numpy_dtype(leaf.dtype):
         raise TypeError(
-            f"leaf '{name}' has dtype {leaf.dtype}, which NumPy's formats cannot hold: save it "
+            f"leaf {name!r} has dtype {leaf.dtype}, which NumPy's formats cannot hold: save it "
             "as .safetensors, or another dtype."
         )
     check_has_values(name, leaf)
@@ -113,6 +114,7 @@ def read_bytes(file: io.BufferedIOBase, num_bytes: int) -> np.ndarray:
         raise ValueError(f"its {num_bytes:,} bytes do not fit into memory.") from error
     view = data.data
     while len(view):
+        signals.check_stop()
         count = file.readinto(view[: 2**24])
         if not count:
             raise ValueError("the file ends early.")

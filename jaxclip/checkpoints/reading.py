@@ -24,7 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclip._core import checks
+from jaxclip._core import checks, signals
+from jaxclip._core.text import escaped
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files, shards
 from jaxclip.checkpoints.format import parsing
@@ -46,9 +47,10 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(escaped(f"{path}: {error}")) from error
     except MemoryError as error:
-        raise CheckpointError(f"{path}: what it holds does not fit into memory. {error}") from error
+        message = f"{path}: what it holds does not fit into memory. {error}"
+        raise CheckpointError(escaped(message)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +90,13 @@ class Source:
     def check_unchanged_by(self, dst: Path) -> None:
         """Raises if a new file or folder `dst` would change this source."""
         if any(dst.exists() and dst.samefile(file) for file in self.files):
-            raise FileExistsError(f"'{dst}' is a file that is read: write to another.")
+            raise FileExistsError(f"{str(dst)!r} is a file that is read: write to another.")
         if self.folder is None or not shards.is_part_of_folder(dst.name):
             return
         if dst.parent.exists() and dst.parent.samefile(self.folder):
             raise ValueError(
-                f"'{dst}' would change the content of the folder '{self.folder}', which is read: "
-                "use another name."
+                f"{str(dst)!r} would change the content of the folder {str(self.folder)!r}, "
+                "which is read: use another name."
             )
 
 
@@ -114,6 +116,7 @@ def open_source(path: Path, max_ratio: float | None = MAX_RATIO) -> Iterator[Sou
                 _check_ratio(source, max_ratio)
 
         def read(name: str) -> StoredLeaf:
+            signals.check_stop()
             try:
                 return source.read(name)
             except (ValueError, OverflowError, MemoryError):
@@ -189,7 +192,7 @@ def _open_regular(path: Path) -> io.BufferedIOBase:
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         file = os.fdopen(os.open(path, flags), "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"there is no file '{path}'.") from error
+        raise FileNotFoundError(f"there is no file {str(path)!r}.") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError("not a regular file.")

@@ -136,7 +136,7 @@ def compress_checkpoint(
         if coding is None and priced:
             raise ValueError(
                 "bit_price needs a coding, because packed codes take the same bytes at any price; "
-                f"leaf '{priced[0]}' has a price."
+                f"leaf {priced[0]!r} has a price."
             )
         if budget is not None:
             specs.update(_specs_within(budget, source, specs, coding))

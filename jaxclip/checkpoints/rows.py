@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxclip._core import signals
 from jaxclip._core.grids import Bits
 from jaxclip.checkpoints.format.layout import Leaf
 from jaxclip.lowbit.arrays import QuantizedArray
@@ -30,6 +31,7 @@ def compress_leaf(
     """Returns a real floating leaf as low-bit, and its error; `bits` replaces the spec's width."""
 
     def compress_part(part: np.ndarray) -> QuantizedArray:
+        signals.check_stop()
         return spec.quantize(part, name, bits)
 
     num_rows = max(_PART_BYTES // max(leaf[:1].nbytes, 1), 1) if leaf.ndim else 1

@@ -252,7 +252,7 @@ def _compared(report: SizeReport, plan: FilePlan, original: PyTree) -> SizeRepor
         now, before = plan.leaves[leaf.path], originals[leaf.path]
         if tuple(before.shape) != leaf.shape:
             raise ValueError(
-                f"original at '{leaf.path}' must have shape {leaf.shape}, got {before.shape}."
+                f"original at {leaf.path!r} must have shape {leaf.shape}, got {before.shape}."
             )
         if jnp.issubdtype(now.dtype, jnp.floating):
             for array in (now, before):

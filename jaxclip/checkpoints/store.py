@@ -211,11 +211,11 @@ def _match_leaves(like: PyTree, source: Source) -> list[str | None]:
         if name is not None:
             _check_fits(name, leaf, source.leaves[name])
         elif hasattr(leaf, "shape"):
-            raise ValueError(f"'{'/'.join(map(str, keys))}' is in like, but not in the file.")
+            raise ValueError(f"{'/'.join(map(str, keys))!r} is in like, but not in the file.")
         names.append(name)
     unwanted = source.leaves.keys() - set(names)
     if unwanted:
-        raise ValueError(f"'{min(unwanted)}' is in the file, but not in like.")
+        raise ValueError(f"{min(unwanted)!r} is in the file, but not in like.")
     return names
 
 
@@ -242,7 +242,7 @@ def _check_fits(name: str, wanted: Any, found: Any) -> None:
     if type(wanted) in _NUMBERS:
         if tuple(found.shape) or not jnp.issubdtype(found.dtype, _NUMBERS[type(wanted)]):
             raise ValueError(
-                f"'{name}' has shape {tuple(found.shape)} and dtype {found.dtype}, but like has "
+                f"{name!r} has shape {tuple(found.shape)} and dtype {found.dtype}, but like has "
                 f"the Python number {wanted!r}."
             )
         return
@@ -253,7 +253,7 @@ def _check_fits(name: str, wanted: Any, found: Any) -> None:
         pairs += [("grid", wanted.fitted_grid.from_the_end(wanted.ndim), found_grid)]
     for field, asked, got in pairs:
         if asked != got:
-            raise ValueError(f"'{name}' has {field} {got}, but like has {asked}.")
+            raise ValueError(f"{name!r} has {field} {got}, but like has {asked}.")
 
 
 # --- Placing on devices -----------------------------------------------------------------------
@@ -265,7 +265,7 @@ def _put(name: str, leaf: Leaf, device: Any) -> Leaf:
         return jax.device_put(leaf, device)
     if _divided(leaf.shape, device).spec != device.spec:
         raise ValueError(
-            f"device: leaf '{name}' of shape {leaf.shape} cannot be split by {device.spec} over "
+            f"device: leaf {name!r} of shape {leaf.shape} cannot be split by {device.spec} over "
             f"a mesh of {dict(device.mesh.shape)}."
         )
     # Entries that share a scale may be on several devices: each of these gets the scale.

@@ -189,7 +189,7 @@ def _scalar_bounds(name: str, threshold: PyTree, updates: optax.Updates, step: j
             continue
         if np.size(bound) != 1:
             raise ValueError(
-                f"{name} must be one number per leaf; at '{path_name(path)}' it has shape "
+                f"{name} must be one number per leaf; at {path_name(path)!r} it has shape "
                 f"{np.shape(bound)}."
             )
         if not isinstance(bound, jax.Array):  # rounded while its value is still known exactly

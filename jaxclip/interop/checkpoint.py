@@ -99,6 +99,10 @@ def export_checkpoint(
         for name, value in {"max_shard_bytes": max_shard_bytes, "model_files": model_files}.items():
             if value is not None:
                 raise ValueError(f"{name} is for safetensors, {to} is one file.")
+        if dtype is not None:
+            raise ValueError(f"dtype is for safetensors, {to} has float16 scales.")
+    elif metadata:
+        raise ValueError(f"metadata is for GGUF, {to} has none.")
     companions = () if model_files is None else _companions(Path(model_files))
     with open_source(Path(src), max_ratio) as source:
         source.check_unchanged_by(Path(dst))
@@ -124,6 +128,6 @@ def _companions(folder: Path) -> tuple[Path, ...]:
         if "quantization_config" in config:
             raise ValueError("config.json has a quantization_config: use that of plain weights.")
     except (OSError, ValueError, RecursionError) as error:
-        message = f"model_files must be the folder of a model, got '{folder}': {error}"
+        message = f"model_files must be the folder of a model, got {str(folder)!r}: {error}"
         raise ValueError(message) from error
     return tuple(files)

@@ -189,7 +189,7 @@ def _packed_tensors(
         scale = np.asarray(low_bit.scale).astype(np.float32)
         scale = cast(f"{name}_scale", scale, scale_dtype)
         if not np.all(scale) and not np.all(scale[_has_weights(low_bit)]):
-            raise ValueError(f"leaf '{name}' has a scale that is 0 in {scale_dtype}.")
+            raise ValueError(f"leaf {name!r} has a scale that is 0 in {scale_dtype}.")
         return np.broadcast_to(scale, scale_shape)
 
     def make_shape() -> np.ndarray:

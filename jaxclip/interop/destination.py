@@ -57,7 +57,7 @@ class Destination:
         for parts in leaves.values():
             for name, tensor in parts.items():
                 if name in tensors:
-                    raise ValueError(f"two tensors would have the name '{name}'.")
+                    raise ValueError(f"two tensors would have the name {name!r}.")
                 tensors[name] = tensor
         if self.max_shard_bytes is None:
             with replacing(self.path, self.overwrite) as file:

@@ -189,7 +189,7 @@ def _gguf_tensor(
         try:
             return _blocks(name, values, kind).reshape(byte_shape)
         except ValueError as error:
-            raise ValueError(f"leaf '{name}': {error}") from error
+            raise ValueError(f"leaf {name!r}: {error}") from error
 
     return kind, ExportTensor(byte_shape, np.dtype(np.uint8), make)
 

@@ -103,7 +103,7 @@ def _by_name(tree: PyTree, separator: str, rename: Rename) -> dict[str, PyTree]:
             used |= {i} if count else set()
         if name in leaves:
             raise ValueError(
-                f"two leaves have the name '{name}' when keys are joined by {separator!r}"
+                f"two leaves have the name {name!r} when keys are joined by {separator!r}"
                 f"{' and renamed' if rules else ''}."
             )
         leaves[name] = leaf
@@ -170,7 +170,7 @@ def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     is_lost = np.isfinite(array) & ~np.isfinite(result)
     if np.any(is_lost):
         raise ValueError(
-            f"'{name}' has an entry that is not finite in {dtype}: {array[is_lost][0]}."
+            f"{name!r} has an entry that is not finite in {dtype}: {array[is_lost][0]}."
         )
     return result
 

@@ -162,7 +162,7 @@ class QuantizedArray(DenseMethods):
         self._check_grid(name)
         if jnp.dtype(self.qvalue.dtype).name not in _CODE_DTYPES:
             raise ValueError(
-                f"QuantizedArray '{name}' of shape {self.shape} must have codes of a dtype in "
+                f"QuantizedArray {name!r} of shape {self.shape} must have codes of a dtype in "
                 f"{_CODE_DTYPES}, got {self.qvalue.dtype}."
             )
         self._check_part(name, "scale", self.scale, dtype_in_memory(self.grid.scale_dtype))
@@ -172,23 +172,23 @@ class QuantizedArray(DenseMethods):
     def _check_grid(self, name: str) -> None:
         """Raises unless the grid fits the array."""
         if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise TypeError(f"QuantizedArray '{name}' must stand for a float, got {self.dtype}.")
+            raise TypeError(f"QuantizedArray {name!r} must stand for a float, got {self.dtype}.")
         if self.grid.bits is None or self.grid.zero_point != (self.zero is not None):
             raise ValueError(
-                f"QuantizedArray '{name}' must have a grid with bits, and a zero if and only if "
+                f"QuantizedArray {name!r} must have a grid with bits, and a zero if and only if "
                 f"it has a zero point, got {self.grid}."
             )
         try:
             self.grid.scale_shape(self.shape)
         except ValueError as error:
-            raise ValueError(f"QuantizedArray '{name}': {error}") from error
+            raise ValueError(f"QuantizedArray {name!r}: {error}") from error
 
     def _check_part(self, name: str, part: str, array: jax.Array, dtype: str) -> None:
         """Raises unless `array` has the dtype, and one value for each block."""
         shape = self.fitted_grid.scale_shape(self.shape)
         if (array.dtype, tuple(array.shape)) != (jnp.dtype(dtype), shape):
             raise ValueError(
-                f"QuantizedArray '{name}' of shape {self.shape} must have {part} of dtype "
+                f"QuantizedArray {name!r} of shape {self.shape} must have {part} of dtype "
                 f"{dtype} and shape {shape}, got {array.dtype} and {tuple(array.shape)}."
             )
 
@@ -196,13 +196,13 @@ class QuantizedArray(DenseMethods):
         """Raises unless scales and zeros have values that the class allows."""
         scale = np.asarray(self.scale).astype(np.float32)
         if not np.all(np.isfinite(scale) & (scale != 0)):
-            raise ValueError(f"'{name}': scales must be finite and not 0.")
+            raise ValueError(f"{name!r}: scales must be finite and not 0.")
         if self.zero is not None:
             low, high = self.grid.code_range
             zero = np.asarray(self.zero)
             if not (np.all(scale > 0) and np.all((low <= zero) & (zero <= high))):
                 raise ValueError(
-                    f"'{name}': with a zero point scales must be positive and zeros in "
+                    f"{name!r}: with a zero point scales must be positive and zeros in "
                     f"[{low}, {high}]."
                 )
 
@@ -212,7 +212,7 @@ class QuantizedArray(DenseMethods):
         codes = codes.astype(np.int8, copy=False)
         inside = low <= codes.min(initial=high) and codes.max(initial=low) <= high
         if not inside or (self.bits == 1 and not codes.all()):
-            raise ValueError(f"'{name}': codes are not in the range of bits={self.bits!r}.")
+            raise ValueError(f"{name!r}: codes are not in the range of bits={self.bits!r}.")
 
 
 def num_stored_bytes(shape: tuple[int, ...], num_blocks: int, grid: Grid) -> int:

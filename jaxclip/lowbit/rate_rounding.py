@@ -60,7 +60,7 @@ def cheaper_codes(small: PyTree, original: PyTree, *, price: ArrayLike = 0.12) -
     def rounded(path: tuple, q: PyTree, w: ArrayLike) -> PyTree:
         if not is_quantized(q):
             return q
-        name = f" at '{trees.path_name(path)}'" if path else ""
+        name = f" at {trees.path_name(path)!r}" if path else ""
         if q.bits == 1 or q.zero is not None:
             got = "one bit" if q.bits == 1 else "a zero point"
             raise ValueError(f"small{name} must have a code 0 for the value 0, got {got}.")

@@ -74,7 +74,7 @@ def trainable_parts(
         for name in sorted({*given, *shapes}, key=str):
             if given.get(name) != shapes.get(name):
                 raise ValueError(
-                    f"parts['{name}'] must have shape {shapes.get(name)}, got {given.get(name)}."
+                    f"parts[{name!r}] must have shape {shapes.get(name)}, got {given.get(name)}."
                 )
         pairs = zip(names, flat, strict=True)
         return structure.unflatten([_with_part(leaf, parts.get(name)) for name, (_, leaf) in pairs])
@@ -90,7 +90,7 @@ def _names_of(paths: list[tuple]) -> list[str]:
             one, two = jax.tree_util.keystr(other), jax.tree_util.keystr(path)
             raise ValueError(
                 f"small must have a leaf for each path, but {one} and {two} are both called "
-                f"'{trees.path_name(path)}': rename one."
+                f"{trees.path_name(path)!r}: rename one."
             )
     return list(names)
 

@@ -105,7 +105,7 @@ def cap_leaf(
         return Capped(g, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     if np.size(cap) != 1:
         raise ValueError(
-            f"{name} must be one number for a leaf; at '{path}' it has shape {np.shape(cap)}."
+            f"{name} must be one number for a leaf; at {path!r} it has shape {np.shape(cap)}."
         )
     g = jnp.asarray(g)
     cap = cap if isinstance(cap, float) else jnp.reshape(cap, ())

@@ -144,7 +144,7 @@ def _real_leaves(updates: optax.Updates) -> list[jax.Array]:
         leaf = jnp.asarray(leaf)
         if jnp.iscomplexobj(leaf):
             name = path_name(path)
-            raise TypeError(f"majority_vote needs real updates; '{name}' is {leaf.dtype}.")
+            raise TypeError(f"majority_vote needs real updates; {name!r} is {leaf.dtype}.")
         leaves.append(leaf)
     return leaves
 

@@ -158,8 +158,9 @@ class ChunkStore:
         different = [name for name in identity if found.get(name) != identity[name]]
         if different:
             raise ValueError(
-                f"directory '{self._folder}' has chunks of another sweep: {', '.join(different)} "
-                "differ. Use an empty folder, or the same arguments, data and version of jax."
+                f"directory {str(self._folder)!r} has chunks of another sweep: "
+                f"{', '.join(different)} differ. "
+                "Use an empty folder, or the same arguments, data and version of jax."
             )
 
     def _file(self, start: int) -> Path:

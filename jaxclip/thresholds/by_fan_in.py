@@ -81,7 +81,7 @@ def _axes_within(axes: tuple[int, ...], path: str, shape: tuple[int, ...]) -> se
     rank = len(shape)
     if any(not -rank <= a < rank for a in axes):
         raise ValueError(
-            f"out_axes must be in [{-rank}, {rank}) for '{path}' of shape {shape}, got {axes}."
+            f"out_axes must be in [{-rank}, {rank}) for {path!r} of shape {shape}, got {axes}."
         )
     return {a % rank for a in axes}
 

@@ -79,7 +79,7 @@ class ThresholdRule:
     def check_leaf(self, path: str, leaf: ArrayLike) -> None:
         """Raises TypeError if the leaf at `path` is complex and the rule is for a grid."""
         if self.grid_name is not None and jnp.iscomplexobj(leaf):
-            where = f"'{path}'" if path else "the array"
+            where = f"{path!r}" if path else "the array"
             raise TypeError(
                 f"{self.grid_name} has no grid for complex numbers, but {where} is complex: use a "
                 "rule for magnitudes, such as std_multiple."

@@ -24,7 +24,7 @@ def check_threshold_tree(name: str, threshold: PyTree) -> None:
     """Raises unless every entry of a threshold tree is a number, schedule or rule."""
     entries = jax.tree_util.tree_leaves_with_path(threshold, is_leaf=_is_threshold_leaf)
     for path, given in entries:
-        where = f"{name} at '{trees.path_name(path)}'" if path else name
+        where = f"{name} at {trees.path_name(path)!r}" if path else name
         if is_rule_factory(given):
             raise TypeError(f"{where} is the factory {given.__name__}: call it to make a rule.")
         if not callable(given):
@@ -103,7 +103,7 @@ def resolve_threshold(
 
     def resolve_subtree(prefix_path: tuple, given: Any, subtree: PyTree) -> PyTree:
         if callable(given) and not isinstance(given, ThresholdRule):
-            where = f"{name} at '{trees.path_name(prefix_path)}'" if prefix_path else name
+            where = f"{name} at {trees.path_name(prefix_path)!r}" if prefix_path else name
             given = jnp.asarray(checks.value_at(where, given, step))
         flat, structure = jax.tree_util.tree_flatten_with_path(subtree)
         bounded = [
@@ -148,7 +148,7 @@ def as_threshold(given: Any, name: str = "", shape: tuple[int, ...] = ()) -> Bou
             n not in (1, m) for n, m in zip(padded, shape, strict=True)
         ):
             raise ValueError(
-                f"threshold for '{name}' must broadcast to its shape {shape}, got {t.shape}."
+                f"threshold for {name!r} must broadcast to its shape {shape}, got {t.shape}."
             )
         t = t.reshape(padded)
     return jnp.maximum(t if t.dtype == jnp.float64 else t.astype(jnp.float32), 0)

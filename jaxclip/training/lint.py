@@ -194,8 +194,8 @@ def _find_clip_of_a_group(trial: Trial, i: int) -> _Fault | None:
         num_shared = len(set(trial.leaf[is_shared].tolist()))
         if num_shared > 1 and others.size:
             return (i,), (
-                f"It clips '{trial.paths[k]}' by the norm of {num_shared} leaves, but "
-                f"'{trial.paths[others[0]]}' is trained, too, and does not count. Clip outside "
+                f"It clips {trial.paths[k]!r} by the norm of {num_shared} leaves, but "
+                f"{trial.paths[others[0]]!r} is trained, too, and does not count. Clip outside "
                 "of masked or partition to bound the global norm."
             )
     return None
@@ -214,7 +214,7 @@ def _find_clip_counts_frozen(trial: Trial, i: int) -> _Fault | None:
         return None
     frozen = trial.paths[trial.leaf[~trained][0]]
     return (i,), (
-        f"The gradient of '{frozen}', which never moves, changes the steps of other leaves, as by "
+        f"The gradient of {frozen!r}, which never moves, changes the steps of other leaves, as by "
         "the global norm. Set it to zero first, or put the whole optimizer inside masked."
     )
 
@@ -331,10 +331,10 @@ def _find_lost_steps(links: list, params: PyTree) -> list[Finding]:
         cure = "Use make_train_step(stochastic_rounding=True), or keep the parameters in float32."
     message = (
         f"A step leaves {lost.total:.0%} of the weights exactly as they were, and "
-        f"{lost.leaves[worst]:.0%} of '{worst}' ({dtype}): it is below half the distance to "
+        f"{lost.leaves[worst]:.0%} of {worst!r} ({dtype}): it is below half the distance to "
         f"their next number. {cure} Measured with random gradients, at a schedule's largest step."
     )
-    return [Finding("lost_steps", (f"leaf '{worst}'",), message)]
+    return [Finding("lost_steps", (f"leaf {worst!r}",), message)]
 
 
 _RULES: dict[str, Callable[[Trial, int], _Fault | None]] = {

@@ -124,11 +124,11 @@ class LeafNorms(NamedTuple):
         largest = "no gradient yet"
         if self.largest_leaf is not None:
             norm = self.norms[self.largest_leaf]
-            largest = f"'{self.largest_leaf}' has {self.fraction:.0%} of the squared norm"
+            largest = f"{self.largest_leaf!r} has {self.fraction:.0%} of the squared norm"
             largest += f" ({norm:.3g})"
         bad = "no leaf was ever non-finite"
         if self.nonfinite_leaf is not None:
-            bad = f"the first non-finite leaf was '{self.nonfinite_leaf}'"
+            bad = f"the first non-finite leaf was {self.nonfinite_leaf!r}"
         return f"{self.transform}: {largest}; {bad}"
 
 

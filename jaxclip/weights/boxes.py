@@ -124,7 +124,7 @@ class _Interval(Projection):
         """Returns the bounds in the dtype of `w`, rounded inwards."""
         if jnp.iscomplexobj(w):
             raise TypeError(
-                f"complex numbers have no order: '{path}' of dtype {w.dtype} needs a box with one "
+                f"complex numbers have no order: {path!r} of dtype {w.dtype} needs a box with one "
                 "argument, which bounds the modulus."
             )
         low: Any = self.low

@@ -71,7 +71,7 @@ def project_weights(
     for path, given in entries:
         is_free_part = given is None and path
         if not (is_free_part or isinstance(given, Projection)):
-            where = f"projection at '{path_name(path)}'" if path else "projection"
+            where = f"projection at {path_name(path)!r}" if path else "projection"
             checks.refuse_step(where, given, "a Projection such as box(1.0)")
             raise TypeError(f"{where} must be a Projection such as box(1.0), got {given!r}.")
     check_mask_for_leaves(mask)

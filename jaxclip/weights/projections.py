@@ -216,7 +216,7 @@ def _norm_bound(path: str, w: jax.Array, bound: Bound, axes: tuple[int, ...]) ->
     """Returns the bound of each unit's norm, a number in the dtype that norms are taken in."""
     if np.ndim(bound) and any(np.shape(bound)[a] != 1 for a in axes):
         raise ValueError(
-            f"max_norm must have one value per unit; at '{path}' it has shape "
+            f"max_norm must have one value per unit; at {path!r} it has shape "
             f"{np.shape(bound)} for norms over the axes {axes} of {w.shape}."
         )
     return bound if isinstance(bound, jax.Array) else round_toward_zero(bound, accumulator([w]))
@@ -285,7 +285,7 @@ def _axes_of(path: str, w: jax.Array, axis: _Axis) -> tuple[int, ...]:
     try:
         return unit_axes(w.shape, axis)
     except ValueError as error:
-        raise ValueError(f"at '{path}': {error}") from error
+        raise ValueError(f"at {path!r}: {error}") from error
 
 
 def _scaled(w: jax.Array, scaling: Scaling) -> jax.Array:

@@ -21,7 +21,7 @@ def code_blocks(page: pathlib.Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=[pytest.mark.thorough] * (p.name != "README.md")) for p in PAGES],
+    [pytest.param(p, marks=pytest.mark.thorough) for p in PAGES],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_python_blocks_of_a_page_run_in_order(page: pathlib.Path, tmp_path: pathlib.Path):
@@ -38,6 +38,24 @@ def run_python(code: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
     )
+
+
+def test_the_readme_prints_what_its_first_example_prints(tmp_path: pathlib.Path):
+    readme = (ROOT / "README.md").read_text()
+    code, shown = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", readme, re.S).groups()
+    numbers = re.compile(r"([\d.]+)%, .* ([\d,]+) bytes ([\d.]+)%")
+    printed = run_python(code, tmp_path).stdout
+    expected = [[float(x.replace(",", "")) for x in row] for row in numbers.findall(shown)]
+    found = [[float(x.replace(",", "")) for x in row] for row in numbers.findall(printed)]
+    assert len(found) == len(expected) == 2, printed
+    for (trained, size, kept), wanted in zip(found, expected, strict=True):
+        assert [trained, kept] == pytest.approx([wanted[0], wanted[2]], abs=1.5)
+        assert size == pytest.approx(wanted[1], rel=0.03)
+    rounded_later, on_grid = found
+    assert on_grid[0] == on_grid[2], "the file loses nothing"
+    assert on_grid[0] > rounded_later[2] + 1, "rounding after training does"
+    header = 8 + int.from_bytes((tmp_path / "digits.safetensors").read_bytes()[:8], "little")
+    assert header < on_grid[1] / 5
 
 
 def test_the_readme_reaches_code_by_line_30():

@@ -89,7 +89,7 @@ def _decoded_log8(name: str, codes: np.ndarray, largest_scale: np.ndarray) -> np
         scale = decode_log8(codes, largest_scale)
         parts = log8_parts(name, scale)
     if parts[":unit"] != largest_scale or not np.array_equal(parts[":scale"], codes):
-        raise ValueError(f"'{name}': scales are not encoded as the format requires.")
+        raise ValueError(f"{name!r}: scales are not encoded as the format requires.")
     return scale
 
 
@@ -97,7 +97,7 @@ def _decoded(name: str, stored: np.ndarray, like: QuantizedArray, coding: str) -
     try:
         codes = decode_codes(stored.tobytes(), coding, math.prod(like.shape))
     except ValueError as error:
-        raise ValueError(f"'{name}': {error}") from error
+        raise ValueError(f"{name!r}: {error}") from error
     like.check_codes(codes, name)
     return codes
 
@@ -116,5 +116,5 @@ def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray
     padded = pack_codes(codes[tail:], bits, levels=levels)
     is_too_large = bits == "ternary" and packed.max(initial=0) > 242
     if is_too_large or not np.array_equal(padded, packed[num_packed_bytes(tail, bits) :]):
-        raise ValueError(f"'{name}': codes are not packed as the format requires.")
+        raise ValueError(f"{name!r}: codes are not packed as the format requires.")
     return codes

@@ -198,14 +198,14 @@ def _skeleton(node: PyTree, path: tuple[str | int, ...], leaves: dict[str, Leaf]
     """Returns the structure of `node` in JSON, 0 for a leaf; adds its leaves to `leaves`."""
     name = leaf_name(path)
     if len(path) > DEPTH_LIMIT:
-        raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT} at '{name[:60]}...'.")
+        raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT} at {name[:60]!r}....")
     if node is None:
         return None
     if type(node) is dict:
         kinds = {type(key) for key in node}
         if not (kinds <= {str} or kinds == {int}):
             raise TypeError(
-                f"the keys of a dict must be all strings or all integers; at '{name}' got "
+                f"the keys of a dict must be all strings or all integers; at {name!r} got "
                 f"{sorted(kind.__name__ for kind in kinds)}."
             )
         children = {str(k): _skeleton(node[k], (*path, k), leaves) for k in sorted(node)}
@@ -241,11 +241,11 @@ def check_leaf(name: str, leaf: Any) -> None:
         return
     if isinstance(leaf, (bool, int, float, complex)):
         raise TypeError(
-            f"leaf '{name}' is the Python number {leaf!r}, which has no dtype: wrap it, for "
+            f"leaf {name!r} is the Python number {leaf!r}, which has no dtype: wrap it, for "
             f"instance as np.float32({leaf!r})."
         )
     raise TypeError(
-        f"'{name}' is of type {type(leaf).__name__}, which is neither an array nor a node that jax "
+        f"{name!r} is of type {type(leaf).__name__}, which is neither an array nor a node that jax "
         "knows: convert it to an array, register its type as a pytree, or leave it out."
     )
 
@@ -253,10 +253,10 @@ def check_leaf(name: str, leaf: Any) -> None:
 def check_has_values(name: str, array: Array) -> None:
     """Raises unless the values of an array can be read in this process."""
     if isinstance(array, jax.ShapeDtypeStruct) or not checks.is_concrete(array):
-        raise TypeError(f"leaf '{name}' has no values: it is a {type(array).__name__}.")
+        raise TypeError(f"leaf {name!r} has no values: it is a {type(array).__name__}.")
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise ValueError(
-            f"leaf '{name}' is partly on other processes: gather it first, for instance "
+            f"leaf {name!r} is partly on other processes: gather it first, for instance "
             "with `jax.experimental.multihost_utils.process_allgather`."
         )
 
@@ -292,7 +292,7 @@ def _dtype_code(name: str, dtype: Any) -> str:
             )
         elif jnp.issubdtype(dtype, jnp.complexfloating):
             hint = " Save real and imaginary parts instead."
-        raise TypeError(f"leaf '{name}' has dtype {dtype}, which a file cannot hold.{hint}")
+        raise TypeError(f"leaf {name!r} has dtype {dtype}, which a file cannot hold.{hint}")
     return code
 
 
@@ -318,5 +318,5 @@ def log8_parts(name: str, scale: np.ndarray) -> dict[str, np.ndarray]:
     try:
         codes, largest_scale = encode_log8(scale)
     except ValueError as error:
-        raise ValueError(f"'{name}': {error}") from error
+        raise ValueError(f"{name!r}: {error}") from error
     return {":scale": codes, ":unit": largest_scale}

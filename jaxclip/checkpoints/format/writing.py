@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from jaxclip._core import signals
 from jaxclip.checkpoints.format.codes import Allowance, coded_tensor
 from jaxclip.checkpoints.format.headers import header_size, make_header
 from jaxclip.checkpoints.format.layout import (
@@ -56,7 +57,7 @@ def write_tree(
             file.seek(reserved + (byte_start if _is_of_bytes(tensor) else tensor.start))
             size, checksums[tensor.name] = _write_chunks(file, chunks)
             if coded is None and size != tensor.num_bytes:
-                raise ValueError(f"leaf '{name}' is not of the shape and dtype that were planned.")
+                raise ValueError(f"leaf {name!r} is not of the shape and dtype that were planned.")
             if _is_of_bytes(tensor):
                 byte_start += size
         del leaf
@@ -79,6 +80,7 @@ def _write_chunks(file: BinaryIO, chunks: Iterator[np.ndarray]) -> tuple[int, in
     """Writes chunks of bytes; returns their size and CRC-32."""
     size = checksum = 0
     for chunk in chunks:
+        signals.check_stop()
         checksum = zlib.crc32(chunk.data, checksum)
         file.write(chunk.data)
         size += chunk.size
@@ -123,7 +125,7 @@ def write_plain(
     for t in plan.tensors:
         array = np.asarray(produce(names[t.name]))
         if (array.shape, native_dtype(array.dtype)) != (t.shape, t.numpy_dtype):
-            raise ValueError(f"tensor '{names[t.name]}' is not of its shape and dtype.")
+            raise ValueError(f"tensor {names[t.name]!r} is not of its shape and dtype.")
         file.write(raw_bytes(array).data)
         del array
     return 8 + len(text)
