@@ -42,11 +42,16 @@ for _ in range(NUM_ROUNDS):
     trials = [study.ask() for _ in range(NUM_TRIALS)]
     step_sizes = [trial.suggest_float("step size", 1e-4, 1e-1, log=True) for trial in trials]
     boxes = [trial.suggest_float("box", 0.25, 4.0, log=True) for trial in trials]
-    all_params = trained(jnp.array(step_sizes), jnp.array(boxes))
-    for i, trial in enumerate(trials):
-        bits = trial.suggest_categorical("bits", ["8", "4", "2", "ternary", "1"])
-        params = jax.tree.map(lambda leaf, i=i: leaf[i], all_params)
-        study.tell(trial, accuracy_and_bytes(params, bits))
+    try:
+        all_params = trained(jnp.array(step_sizes), jnp.array(boxes))
+        for i, trial in enumerate(trials):
+            bits = trial.suggest_categorical("bits", ["8", "4", "2", "ternary", "1"])
+            params = jax.tree.map(lambda leaf, i=i: leaf[i], all_params)
+            study.tell(trial, accuracy_and_bytes(params, bits))
+    except BaseException:  # also Ctrl-C: a stored study would keep these trials as running
+        for trial in trials:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+        raise
 
 for trial in sorted(study.best_trials, key=lambda trial: trial.values[1]):
     print(f"{trial.values[0]:.1%} with {trial.values[1]:6,.0f} bytes: {trial.params}")

@@ -1,4 +1,4 @@
-"""Train by sign inside a weight box, ship at low bits: real handwriting, in about a minute.
+"""Train by sign inside a weight box, ship at low bits: real handwriting, in a few minutes.
 
     pip install -e ".[examples]" && python examples/quickstart.py
 
@@ -21,6 +21,12 @@ from sklearn.datasets import load_digits
 import jaxclip
 
 NUM_SEEDS, NUM_STEPS, BATCH_SIZE = 5, 2000, 128
+START = time.perf_counter()
+
+
+def say(text):
+    print(f"[{time.perf_counter() - START:4.0f} s] {text}", flush=True)
+
 
 # --- Data: 1,797 digits of 8 x 8 pixels, three quarters to train on -------------------
 images, labels = load_digits(return_X_y=True)
@@ -53,7 +59,7 @@ def accuracy(params, data):
 
 
 # --- Training: one jitted step for all seeds ------------------------------------------
-def fit(optimizer, weight_threshold):
+def fit(name, optimizer, weight_threshold):
     """Trained parameters of each seed; a line on time and on how full the box is."""
     step = jaxclip.make_train_step(loss_fn, optimizer, weight_threshold=weight_threshold)
     step = jax.jit(jax.vmap(step), donate_argnums=0)
@@ -63,8 +69,10 @@ def fit(optimizer, weight_threshold):
     start = time.perf_counter()
     step = step.lower(state, (train[0][picks[0]], train[1][picks[0]])).compile()
     compiled = time.perf_counter()
-    for i in picks:
+    for n, i in enumerate(picks):
         state, info = step(state, (train[0][i], train[1][i]))
+        if n % 500 == 0:
+            say(f"{name}: step {n} of {NUM_STEPS}, loss {info.loss.mean():.3f}")
     jax.block_until_ready(state)
     report = (
         f"{NUM_SEEDS} seeds in {time.perf_counter() - compiled:.1f} s after compiling for "
@@ -89,6 +97,7 @@ task = jaxclip.sweeps.Task(
     evaluate=lambda params: {"accuracy": accuracy(params, [x[-200:] for x in train])},
     metric="accuracy",
 )
+say("12 settings of step size and box are being compared ...")
 choice = jaxclip.sweep(
     task,
     step_sizes=[1e-3, 2e-3, 4e-3, 8e-3],
@@ -96,12 +105,12 @@ choice = jaxclip.sweep(
     seeds=2,
     bits=(None, "ternary", 1),
 ).recommend(max_loss=0.01)  # the smallest file within a point of the best
-print(f"recommended: step size {choice.step_size:g}, box {choice.threshold:g} x sqrt(2 / fan_in)")
+say(f"recommended: step size {choice.step_size:g}, box {choice.threshold:g} x sqrt(2 / fan_in)")
 
 plain, boxed = "AdamW, no box", "Lion in a box"
 trained = {
-    plain: fit(optax.adamw(optax.cosine_decay_schedule(2e-3, NUM_STEPS)), None),
-    boxed: fit(sign_step(choice.step_size), jaxclip.fan_in(choice.threshold)),
+    plain: fit(plain, optax.adamw(optax.cosine_decay_schedule(2e-3, NUM_STEPS)), None),
+    boxed: fit(boxed, sign_step(choice.step_size), jaxclip.fan_in(choice.threshold)),
 }
 
 
@@ -120,6 +129,7 @@ def ship(trees):
 
 rows = []  # (setting, rule, bits, test accuracies, train accuracies, bytes)
 for setting, (seeds, _) in trained.items():
+    say(f"{setting}: being compressed, saved, loaded and tested ...")
     rows.append((setting, "-", "float32", *ship(seeds)))
     for rule in (jaxclip.max_abs, jaxclip.mse_optimal):
         for bits in (8, 4, 3, 2, "ternary", 1):

@@ -20,7 +20,7 @@ from jaxclip.checkpoints.reading import checkpoint_errors
 from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.entropy_coding import check_coding
 from jaxclip.lowbit.trees import decompress
-from jaxclip.sweeps.programs import Program, fingerprint
+from jaxclip.sweeps.programs import Program, fingerprint, remembered
 from jaxclip.sweeps.tasks import Task
 
 
@@ -50,6 +50,7 @@ class Compressor:
             return jax.jit(jax.vmap(round_trip))
 
         self._at_widths: list[Any] = [at_width(width) for width in bits]
+        self._are_remembered = False
 
     def fingerprint(self, params: PyTree) -> str:
         """Returns a digest of compression and evaluation, equal in all processes."""
@@ -61,6 +62,9 @@ class Compressor:
 
         The leaves of `params` have a leading axis of seeds.
         """
+        if not self._are_remembered:
+            self._at_widths = [remembered(f.trace(params), lambda f=f: f) for f in self._at_widths]
+            self._are_remembered = True
         metrics, sizes = [], []
         for round_trip in self._at_widths:
             small, found = round_trip(params)
@@ -127,9 +131,7 @@ class Trainer:
         arrays |= {f"history/{k}": x.astype(np.float64) for k, x in trained.history.items()}
         for name in ("loss", "weight_clip_rate"):
             arrays[name] = arrays[f"history/{name}"][..., -1]
-        # The mean over the last steps is not finite if one of them was not.
-        loss = arrays["loss"]
-        arrays["is_diverged"] = ~(np.isfinite(loss) & (loss <= trained.first_loss))
+        arrays["is_diverged"] = _is_diverged(trained.history["loss"], trained.first_loss)
         arrays["steps"], arrays["reason_codes"] = trained.steps, trained.code
         num_row_steps = max(int(trained.steps.max()), 1) * trained.steps.size
         arrays["seconds_per_step"] = np.full(len(filled), trained.seconds / num_row_steps)
@@ -137,6 +139,17 @@ class Trainer:
             leaves = jax.tree.leaves(trained.params)
             arrays |= {f"params/{i:06}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
         return {name: x[: len(settings)] for name, x in arrays.items()}
+
+
+def _is_diverged(losses: np.ndarray, first_loss: np.ndarray) -> np.ndarray:
+    """Returns True for rows whose last loss is not finite, or far above all it could have kept."""
+    # Not simply above the first: good weights to start from have a loss that no setting keeps while
+    # it steps. The smallest mean of a record is what the setting can hold. A mean over the last
+    # steps is not finite if one of them was not.
+    last, is_finite = losses[..., -1], np.isfinite(losses)
+    smallest = np.where(is_finite, losses, np.inf).min(axis=-1)
+    could_keep = np.maximum(smallest, first_loss)
+    return ~np.isfinite(last) | (last > could_keep + 9 * np.abs(could_keep))
 
 
 class ChunkStore:

@@ -5,6 +5,7 @@ step of all rows is two `vmap`s of one train step. All settings of a seed see th
 and start from the same parameters. A row that has stopped no longer changes.
 """
 
+import collections
 import functools
 import hashlib
 import re
@@ -22,6 +23,7 @@ from jaxclip._core.trees import PyTree
 from jaxclip.sweeps.tasks import STEP_METRICS, Task, check_unambiguous
 from jaxclip.training.step import StepInfo, TrainState, make_train_step
 from jaxclip.training.stopping import Progress
+from jaxclip.training.telemetry import Statistics
 
 
 class _Row(NamedTuple):
@@ -75,10 +77,10 @@ class Program:
         self._by_setting, self._everywhere = _shardings(devices)
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.asarray(seeds))
         self._seed_keys = jax.device_put(keys, self._everywhere)
-        self._start = jax.jit(self._initial_rows, out_shardings=self._by_setting)
+        start = jax.jit(self._initial_rows, out_shardings=self._by_setting)
 
         numbers = jax.ShapeDtypeStruct((num_settings,), jnp.float32, sharding=self._by_setting)
-        rows = jax.eval_shape(self._start, numbers, self._seed_keys)
+        rows = jax.eval_shape(start, numbers, self._seed_keys)
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._by_setting), rows
         )
@@ -91,15 +93,18 @@ class Program:
         self.loop = loop
         if loop == "host":
             traced = jax.jit(self._advance, out_shardings=self._by_setting).trace(*shapes)
-        self._traced, self._compiled = traced, traced.lower().compile()
         begin_record = jax.jit(_without_losses, out_shardings=self._by_setting)
-        self._begin_record = begin_record.lower(rows).compile()
-        self._numbers = numbers
+        programs = (start.trace(numbers, self._seed_keys), traced, begin_record.trace(rows))
+        self._traced = programs[:2]
+        self._start, self._compiled, self._begin_record = (
+            remembered(program, lambda program=program: program.lower().compile(), devices)
+            for program in programs
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Digest of the training and its data, equal in all processes."""
-        return fingerprint(self._start.trace(self._numbers, self._seed_keys), self._traced)
+        return fingerprint(*self._traced)
 
     def bytes_needed(self) -> int | None:
         """Returns the bytes that each device holds in a run; None where XLA does not say."""
@@ -211,17 +216,19 @@ class Program:
         metrics: dict[str, jax.Array],
     ) -> _Row:
         """Returns the row after a step, or as it was if it has stopped."""
-        numbers = {name: getattr(info, name) for name in STEP_METRICS}
-        numbers |= info.stats
-        unknown = sorted(self._task.stop.metrics - {*numbers, *metrics})
+        own = {name: getattr(info, name) for name in STEP_METRICS}
+        if info.learning_rate is not None:
+            own["learning_rate"] = info.learning_rate
+        numbers = Statistics(own | info.stats)
+        known = Statistics(numbers | metrics)
+        unknown = sorted(name for name in self._task.stop.metrics if name not in known)
         if unknown:
-            known = sorted({*numbers, *metrics})
-            raise ValueError(f"stop reads {unknown}, but the metrics are {known}.")
+            raise ValueError(f"stop reads {unknown}, but the metrics are {sorted(known)}.")
         check_unambiguous(self._task.stop, numbers, metrics)
         progress = Progress(state.step, 0.0, info.num_skipped, numbers)
         memory, code = self._task.stop.update(row.memory, progress)
         if metrics:
-            progress = progress._replace(metrics={**progress.metrics, **metrics})
+            progress = progress._replace(metrics=known)
             # The rule is updated once per step: on due steps with the metrics of `evaluate`.
             if_due = self._task.stop.update(row.memory, progress)
             memory, code = jax.tree.map(
@@ -281,6 +288,27 @@ def fingerprint(*programs: Any) -> str:
                 constant = jax.random.key_data(constant)
             digest.update(np.asarray(constant).tobytes())
     return digest.hexdigest()
+
+
+# The compiled programs of the last sweeps, the latest last. Few, because they hold their data.
+_RECENT: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
+_NUM_RECENT = 16
+
+
+def remembered(program: jax.stages.Traced, make: Callable[[], Any], *places: Any) -> Any:
+    """Returns what `make()` returned for an equal program at the same places, or returns now."""
+    # Equal by what it computes, not by its functions: these may read other data than before.
+    if "callback" in str(program.jaxpr):  # functions outside of the program, known by address only
+        return make()
+    trees = jax.tree.structure((program.args_info, program.out_info))
+    precision = str(jax.config.jax_default_matmul_precision)  # pyright: ignore
+    key = (fingerprint(program), trees, repr(places), precision)
+    if key not in _RECENT:
+        _RECENT[key] = make()
+    _RECENT.move_to_end(key)
+    while len(_RECENT) > _NUM_RECENT:
+        _RECENT.popitem(last=False)
+    return _RECENT[key]
 
 
 def _constants(jaxpr: Any) -> Iterator[Any]:

@@ -78,8 +78,7 @@ class SweepRow(NamedTuple):
       seconds_per_step: Time of a training step of one seed, while all rows of the program
         share the machine.
       weight_clip_rate: Mean fraction of the boxed weights that end on the bound, in [0, 1].
-      num_diverged: Number of seeds whose mean loss over the last record is not finite, or above
-        their first finite loss.
+      num_diverged: Number of seeds that diverged, see `SweepResult.is_diverged`.
     """
 
     step_size: float
@@ -108,8 +107,8 @@ class SweepResult:
       loss: Mean loss over the steps of the last record, of axes (step_size, threshold, seed).
       weight_clip_rate: Fraction of the boxed weights that end on the bound, of axes
         (step_size, threshold, seed).
-      is_diverged: True where `loss` is not finite or above the first finite loss, of axes
-        (step_size, threshold, seed).
+      is_diverged: True where `loss` is not finite, or more than ten times both the first finite
+        loss and the smallest of the history, of axes (step_size, threshold, seed).
       steps: Steps taken, of axes (step_size, threshold, seed).
       reason_codes: Codes of `StopReason`, of axes (step_size, threshold, seed); see `reason`.
       seconds_per_step: Time of a training step of one seed, of axes (step_size, threshold).

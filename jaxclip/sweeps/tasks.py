@@ -1,7 +1,7 @@
 """The problem of a sweep: loss, data and optimizer, the end of training, and the evaluation."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
 from jaxclip.training.stopping import StopRule
 
-STEP_METRICS = ("loss", "weight_clip_rate", "num_skipped")
+STEP_METRICS = ("loss", "grad_norm", "weight_clip_rate", "num_skipped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +140,9 @@ def checked_task(task: Task) -> Task:
     return task if watched else dataclasses.replace(task, evaluate_every=None)
 
 
-def check_unambiguous(stop: StopRule, reported: Iterable[str], evaluated: Iterable[str]) -> None:
+def check_unambiguous(stop: StopRule, reported: Container[str], evaluated: Container[str]) -> None:
     """Raises if `stop` reads a name that both a step and `evaluate` use: it would get both."""
-    both = sorted(stop.metrics & set(reported) & set(evaluated))
+    both = sorted(name for name in stop.metrics if name in reported and name in evaluated)
     if both:
         raise ValueError(
             f"evaluate returns {both}, which the step reports already, and stop reads it: "

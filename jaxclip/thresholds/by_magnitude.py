@@ -80,15 +80,9 @@ class _PercentileAbs(ThresholdRule):
     q: float = 100.0
 
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
-        size = magnitude(blocks)
-        largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
         if self.q == 100 or blocks.size == 0:
-            return largest
-
-        def count_above(bound: jax.Array) -> jax.Array:
-            return jnp.sum(size > bound, axis=axes, keepdims=True, dtype=jnp.int32)
-
-        return _least_exceeded_by(self._num_above(counts), count_above, largest)
+            return jnp.max(magnitude(blocks), axis=axes, keepdims=True, initial=0)
+        return _percentile(blocks, self._num_above(counts).astype(np.int32), axes)
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
         sizes, largest = [magnitude(x) for x in arrays], _largest_magnitude(arrays)
@@ -112,8 +106,21 @@ class _PercentileAbs(ThresholdRule):
         return counts - np.ceil(counts * self.q / 100)
 
 
+# Jitted, because each call outside of jit would compile the loop anew.
+@functools.partial(jax.jit, static_argnames="axes")
+def _percentile(blocks: jax.Array, num_above: ArrayLike, axes: tuple[int, ...]) -> jax.Array:
+    """Returns the least number that at most `num_above` magnitudes of each block exceed."""
+    size = magnitude(blocks)
+
+    def count_above(bound: jax.Array) -> jax.Array:
+        return jnp.sum(size > bound, axis=axes, keepdims=True, dtype=jnp.int32)
+
+    largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
+    return _least_exceeded_by(num_above, count_above, largest)
+
+
 def _least_exceeded_by(
-    num_above: np.ndarray, count_above: Callable[[jax.Array], jax.Array], largest: jax.Array
+    num_above: ArrayLike, count_above: Callable[[jax.Array], jax.Array], largest: jax.Array
 ) -> jax.Array:
     """Returns the least number that no more than `num_above` weights exceed: a weight, or 0."""
     # Floats of one sign are ordered like their bits, so 32 halvings find it.

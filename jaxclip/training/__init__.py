@@ -1,13 +1,15 @@
 """One jit-compiled train step, and a loop that repeats it until a stop rule is met.
 
-A bad step, with a NaN or infinity in a gradient, changes nothing and is counted.
+A bad step, with a NaN or infinity in a gradient that reaches a weight, changes nothing and is
+counted.
 """
 
 from jaxclip.training.lint import Finding as Finding
 from jaxclip.training.lint import lint as lint
+from jaxclip.training.logs import log_to_jsonl as log_to_jsonl
 from jaxclip.training.loop import FitResult as FitResult
 from jaxclip.training.loop import fit as fit
-from jaxclip.training.loop import log_to_jsonl as log_to_jsonl
+from jaxclip.training.runs import Best as Best
 from jaxclip.training.step import StepInfo as StepInfo
 from jaxclip.training.step import TrainState as TrainState
 from jaxclip.training.step import make_train_step as make_train_step

@@ -9,16 +9,14 @@ again.
 
 import contextlib
 import itertools
-import json
 import os
-import pathlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
@@ -26,7 +24,9 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
 from jaxclip.training.bars import ProgressBar, make_bar
-from jaxclip.training.runs import Run, RunStore
+from jaxclip.training.logs import Log, SkipWarnings, add_metrics, check_names, fetch_metrics
+from jaxclip.training.runs import Best, BestRule, Run, RunStore
+from jaxclip.training.signals import Signals, check_signals
 from jaxclip.training.step import StepInfo, TrainState
 from jaxclip.training.stopping import Progress, StopReason, StopRule
 
@@ -41,12 +41,14 @@ class FitResult(NamedTuple):
         metric that was not measured at a step is NaN there. After a restart the history
         begins at the restart.
       compile_seconds: Seconds that the first step took, compiling included.
+      best: The step, value and parameters with the best metric of `keep_best`; None without it.
     """
 
     state: TrainState
     reason: StopReason
     history: dict[str, np.ndarray]
     compile_seconds: float
+    best: Best | None = None
 
 
 def fit(
@@ -62,6 +64,9 @@ def fit(
     on_log: Callable[[int, dict[str, float]], None] | None = None,
     checkpoint_dir: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
+    keep_best: str | None = None,
+    best_mode: str = "max",
+    stop_signals: Iterable[int] = (signal.SIGINT, signal.SIGTERM),
 ) -> FitResult:
     """Trains until a stop rule is met, the data ends, or a signal arrives.
 
@@ -78,21 +83,38 @@ def fit(
         stop rule, and logged. Each time the host waits for the device. Limits by
         `max_steps` are exact in any case.
       progress: True to show a bar, if there is a terminal or a notebook, and rich.
-      on_log: Called with the step and its metrics, as Python floats.
-      checkpoint_dir: Folder for checkpoints, of which the last two are kept; needs orbax.
+      on_log: Called with the step and its metrics, as Python floats: "loss", "grad_norm",
+        "learning_rate" if the optimizer's state has one, "weight_clip_rate", "num_skipped", the
+        statistics of `clip_stats`, the real scalars of `aux` as "aux/name", and what `evaluate`
+        returns.
+      checkpoint_dir: Folder for checkpoints, of which the last two are kept; needs orbax. A
+        path with a scheme, such as "gs://...", is opened as orbax does. One that is damaged is
+        put aside, with a warning, and the one before it is used.
       checkpoint_every: Steps between checkpoints; None for one at the end only. A signal
-        also writes one. After a restart, `stop` continues from its memory if the saved rule
-        remembers the same things, whatever its limits and patience; otherwise it starts anew.
+        also writes one, and so does an error in the data, `evaluate` or `on_log`. After a
+        restart, `stop` continues from its memory if the saved rule remembers the same things,
+        whatever its limits and patience; otherwise it starts anew.
+      keep_best: A metric of `evaluate`. The parameters with its best value are kept, a copy of
+        them, and are part of every checkpoint.
+      best_mode: "max" if a larger value is better, "min" if a smaller one is.
+      stop_signals: Signals that end the loop after the current step, for instance also
+        `signal.SIGUSR1`. After the first, all have their usual effect again.
 
     Returns:
-      A `FitResult`. SIGINT and SIGTERM end the loop after the current step; a second one
-      has its usual effect.
+      A `FitResult`. Its reason is `INTERRUPTED` whenever a signal came, even in the last
+      evaluation.
 
     Raises:
       TypeError: If `stop` is not a stop rule.
-      ValueError: If a count is not an integer of at least 1, if the stop rule reads a metric
-        that nothing measures, or if `evaluate` returns one that the step has, too.
+      ValueError: If a count is not an integer of at least 1; if the stop rule or `keep_best`
+        reads a metric that nothing measures; if `evaluate` returns one that the step has, too;
+        if a signal cannot be handled; or if `checkpoint_dir` has checkpoints of another
+        training state, or none that can be read.
       ImportError: If there is a `checkpoint_dir` and no orbax.
+
+    Warns:
+      RuntimeWarning: At the first skipped step, with the leaf whose gradient was not finite; of
+        the number of skipped steps at the end; of a frozen leaf with such a gradient.
 
     Example:
       >>> import jax.numpy as jnp, jaxclip
@@ -104,6 +126,49 @@ def fit(
       >>> print(result.reason, result.history["loss"])
       The metric reached its target. [2.    1.125 0.5   0.125 0.   ]
     """
+    _check_arguments(stop, evaluate, evaluate_every, check_every, checkpoint_dir, checkpoint_every)
+    best_rule = _checked_best_rule(keep_best, best_mode, evaluate)
+    signals = Signals(check_signals("stop_signals", stop_signals))
+
+    start, run = time.monotonic(), Run(state, stop.init(), 0, int(state.num_skipped))
+    with contextlib.ExitStack() as stack:
+        store = None
+        if checkpoint_dir:
+            store = stack.enter_context(RunStore(checkpoint_dir, stop.remembers, best_rule))
+            run = store.restore(run)
+        bar = stack.enter_context(make_bar(progress, stop.num_steps))
+        stack.enter_context(signals)
+        evaluation = _Evaluation(evaluate, evaluate_every, best_rule)
+        loop = _Loop(step, run, stop, evaluation, check_every, Log(on_log), bar, start)
+        try:
+            remaining = _remaining_batches(batches, run.position)
+            reason = loop.run_all(remaining, signals, store, checkpoint_every)
+            if store and signals.has_come:
+                store.save(loop.run)  # an evaluation might outlast the time that is left
+            loop.evaluate_last()
+            if store:
+                store.save(loop.run)
+        except (Exception, SystemExit) as error:
+            if store:
+                store.rescue(loop.run, error)
+            raise
+    if signals.has_come:
+        reason = StopReason.INTERRUPTED
+    loop.warnings.sum_up(loop.num_steps - loop.first_step)
+    return FitResult(
+        loop.run.state, reason, loop.log.history(), loop.compile_seconds, loop.run.best
+    )
+
+
+def _check_arguments(
+    stop: StopRule,
+    evaluate: Callable | None,
+    evaluate_every: int | None,
+    check_every: int,
+    checkpoint_dir: str | os.PathLike | None,
+    checkpoint_every: int | None,
+) -> None:
+    """Raises if an argument of `fit` is out of range, or lacks another."""
     if not isinstance(stop, StopRule):
         raise TypeError(f"stop must be a stop rule, such as max_steps(1000), got {stop!r}.")
     counts = {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}
@@ -112,71 +177,33 @@ def fit(
             checks.check_count(name, count)
     if checkpoint_every is not None and checkpoint_dir is None:
         raise ValueError("checkpoint_every needs a checkpoint_dir.")
-
-    start, run = time.monotonic(), Run(state, stop.init(), 0, int(state.num_skipped))
-    with contextlib.ExitStack() as stack:
-        store = None
-        if checkpoint_dir:
-            store = stack.enter_context(RunStore(checkpoint_dir, stop.remembers))
-            run = store.restore(run)
-        bar = stack.enter_context(make_bar(progress, stop.num_steps))
-        signals = stack.enter_context(_Signals())
-        evaluation = _Evaluation(evaluate, evaluate_every)
-        loop = _Loop(step, run, stop, evaluation, check_every, _Log(on_log), bar, start)
-        remaining, saved_position = _remaining_batches(batches, run.position), run.position
-        is_over = stop.num_steps is not None and loop.num_steps >= stop.num_steps
-        reason = StopReason.MAX_STEPS if is_over else None
-        while reason is None:
-            batch = next(remaining, _NO_BATCH)
-            if signals.has_come or batch is _NO_BATCH:
-                reason = StopReason.INTERRUPTED if signals.has_come else StopReason.DATA_ENDED
-                break
-            reason = loop.take_step(batch)
-            if store and _is_due(loop.num_steps, checkpoint_every):
-                store.save(loop.run)
-                saved_position = loop.run.position
-        loop.evaluate_last()
-        if store and loop.run.position != saved_position:
-            store.save(loop.run)
-    return FitResult(loop.run.state, reason, loop.log.history(), loop.compile_seconds)
+    if evaluate_every is not None and evaluate is None:
+        raise ValueError("evaluate_every needs an evaluate.")
 
 
-def log_to_jsonl(path: str | os.PathLike) -> Callable[[int, dict[str, float]], None]:
-    """Makes an `on_log` that appends one line of JSON per step to a file.
-
-    NaN and infinities, which JSON lacks, are written as null.
-
-    Args:
-      path: The file; it is created if it does not exist.
-
-    Returns:
-      A function of the step and its metrics.
-
-    Example:
-      >>> import tempfile
-      >>> path = tempfile.mkdtemp() + "/log.jsonl"
-      >>> log_to_jsonl(path)(3, {"loss": 0.5, "pre_norm": float("nan")})
-      >>> print(pathlib.Path(path).read_text(), end="")
-      {"step": 3, "loss": 0.5, "pre_norm": null}
-    """
-    path = pathlib.Path(path)
-
-    def write(step: int, metrics: dict[str, float]) -> None:
-        row = {name: x if np.isfinite(x) else None for name, x in metrics.items()}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
-
-    return write
+def _checked_best_rule(
+    keep_best: str | None, best_mode: str, evaluate: Callable | None
+) -> BestRule | None:
+    """Returns the rule for the best parameters, or None if they are not kept."""
+    checks.check_choice("best_mode", best_mode, ("max", "min"))
+    if keep_best is None:
+        return None
+    if not isinstance(keep_best, str):
+        raise TypeError(f"keep_best must be the name of a metric, got {keep_best!r}.")
+    if evaluate is None:
+        raise ValueError(f"keep_best is {keep_best!r}, a metric of evaluate: give evaluate.")
+    return BestRule(keep_best, best_mode)
 
 
 # --- Steps ----------------------------------------------------------------------------
 
 
 class _Evaluation(NamedTuple):
-    """The user's `evaluate`, and the steps between two calls."""
+    """The user's `evaluate`, the steps between two calls, and how the best is told."""
 
     function: Callable[[optax.Params], dict[str, ArrayLike]] | None
     every: int | None
+    best_rule: BestRule | None
 
 
 class _Loop:
@@ -189,17 +216,40 @@ class _Loop:
         stop: StopRule,
         evaluation: _Evaluation,
         check_every: int,
-        log: "_Log",
+        log: Log,
         bar: ProgressBar,
         start: float,
     ):
         self.run, self.log = run, log
-        self.num_steps = int(run.state.step)
+        self.num_steps = self.first_step = int(run.state.step)
         self.compile_seconds = 0.0
+        self.warnings = SkipWarnings(int(run.state.num_skipped))
         self._step, self._stop, self._bar = step, stop, bar
         self._evaluation, self._check_every = evaluation, check_every
         self._must_wait = True  # for the first step, to time its compilation
         self._start = start
+
+    def run_all(
+        self,
+        batches: Iterator[PyTree],
+        signals: Signals,
+        store: RunStore | None,
+        checkpoint_every: int | None,
+    ) -> StopReason:
+        """Takes steps until there is a reason to stop, which it returns."""
+        if self._stop.num_steps is not None and self.num_steps >= self._stop.num_steps:
+            return StopReason.MAX_STEPS
+        while True:
+            batch = next(batches, _NO_BATCH)
+            if signals.has_come:
+                return StopReason.INTERRUPTED
+            if batch is _NO_BATCH:
+                return StopReason.DATA_ENDED
+            reason = self.take_step(batch)
+            if store and _is_due(self.num_steps, checkpoint_every):
+                store.save(self.run)
+            if reason is not None:
+                return reason
 
     def take_step(self, batch: PyTree) -> StopReason | None:
         """Takes one step; returns the reason to stop after it, if there is one."""
@@ -219,10 +269,11 @@ class _Loop:
 
     def _check(self, info: StepInfo, is_evaluated: bool) -> StopReason | None:
         """Fetches the metrics, and gives them to the stop rule, the log and the bar."""
-        metrics = _fetch_metrics(info)
+        metrics = fetch_metrics(info)
+        self.warnings.look(self.num_steps, info, metrics, self.run.state.params)
         evaluate = self._evaluation.function
         if evaluate is not None and is_evaluated:
-            metrics = _add_metrics(metrics, evaluate(self.run.state.params))
+            metrics = self._evaluated(metrics)
             self.log.evaluated_at = self.num_steps
         num_skipped = metrics["num_skipped"] - self.run.num_skipped_before
         seconds = time.monotonic() - self._start
@@ -232,47 +283,30 @@ class _Loop:
         self.log.add(self.num_steps, metrics)
         self._bar.show(self.num_steps, metrics)
         if evaluate is None or self._evaluation.every is None or is_evaluated:
-            _check_names(self._stop, self.log.names)
+            check_names(self._stop.metrics, self.log.names)
         return self._stop.reason(code)
 
     def evaluate_last(self) -> None:
         """Evaluates the last parameters, unless that was done at their step."""
-        evaluate = self._evaluation.function
-        if evaluate is not None and self.num_steps and self.log.evaluated_at != self.num_steps:
-            self.log.add(self.num_steps, _add_metrics({}, evaluate(self.run.state.params)))
+        has_function = self._evaluation.function is not None
+        if has_function and self.num_steps and self.log.evaluated_at != self.num_steps:
+            self.log.add(self.num_steps, self._evaluated({}))
 
-
-# --- Metrics --------------------------------------------------------------------------
-
-
-class _Log:
-    """The metrics so far, step by step."""
-
-    def __init__(self, on_log: Callable[[int, dict[str, float]], None] | None):
-        self.rows: list[dict[str, float]] = []
-        self.names: set[str] = set()
-        self.evaluated_at: int | None = None
-        self._on_log = on_log
-
-    def add(self, step: int, metrics: dict[str, float]) -> None:
-        self.names |= set(metrics)
-        if self.rows and self.rows[-1]["step"] == step:
-            self.rows[-1].update(metrics)
-        else:
-            self.rows.append({"step": step} | metrics)
-        if self._on_log:
-            self._on_log(step, metrics)
-
-    def history(self) -> dict[str, np.ndarray]:
-        names = ["step", *sorted(self.names)]
-        columns = {n: np.array([row.get(n, np.nan) for row in self.rows], float) for n in names}
-        return columns | {"step": columns["step"].astype(int)}
-
-
-def _fetch_metrics(info: StepInfo) -> dict[str, float]:
-    names = ("loss", "weight_clip_rate", "num_skipped")
-    named = {name: getattr(info, name) for name in names} | info.stats
-    return {name: float(x) for name, x in jax.device_get(named).items()}
+    def _evaluated(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Returns the metrics with those of an evaluation; keeps the parameters if best so far."""
+        function, _, rule = self._evaluation
+        params = self.run.state.params
+        metrics = add_metrics(metrics, function(params) if function else {})
+        if rule is None:
+            return metrics
+        if rule.metric not in metrics:
+            raise ValueError(f"keep_best is {rule.metric!r}, but the metrics are {[*metrics]}.")
+        if rule.is_better(metrics[rule.metric], self.run.best):
+            # A copy, because the next step takes the memory of the state.
+            copy = jax.tree.map(jnp.copy, params)
+            best = Best(self.num_steps, metrics[rule.metric], copy)
+            self.run = self.run._replace(best=best)
+        return metrics
 
 
 def _may_deadlock(state: TrainState) -> bool:
@@ -282,31 +316,11 @@ def _may_deadlock(state: TrainState) -> bool:
     return any(len(d) > 1 and next(iter(d)).platform == "cpu" for d in devices)
 
 
-def _add_metrics(metrics: dict[str, float], evaluated: dict[str, ArrayLike]) -> dict[str, float]:
-    """Returns the metrics of the step with those of an evaluation."""
-    if not isinstance(evaluated, dict):
-        raise TypeError(f"evaluate must return a dict of metrics, got {type(evaluated).__name__}.")
-    known = set(metrics) & set(evaluated)
-    if known:
-        raise ValueError(f"evaluate returns {sorted(known)}, which the step reports already.")
-    fetched = jax.device_get(evaluated)
-    for name, x in fetched.items():
-        if np.shape(x):
-            raise ValueError(f"evaluate must return scalars, {name!r} has shape {np.shape(x)}.")
-    return metrics | {name: float(x) for name, x in fetched.items()}
-
-
-def _check_names(stop: StopRule, names: set[str]) -> None:
-    missing = sorted(stop.metrics - names)
-    if missing:
-        raise ValueError(f"stop reads {missing}, but the metrics are {sorted(names)}.")
-
-
 def _is_due(num_steps: int, every: int | None) -> bool:
     return every is not None and num_steps % every == 0
 
 
-# --- Data and signals -----------------------------------------------------------------
+# --- Data -----------------------------------------------------------------------------
 
 _NO_BATCH = object()
 
@@ -317,29 +331,3 @@ def _remaining_batches(
     if callable(batches):
         return iter(batches(position))
     return itertools.islice(iter(batches), position, None)
-
-
-class _Signals:
-    """Context that records SIGINT and SIGTERM; a second one has its usual effect."""
-
-    def __init__(self):
-        self.has_come = False
-        self._old_handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old_handlers[number] = signal.signal(number, self._record)
-        return self
-
-    def _record(self, number: int, frame: object) -> None:
-        self.has_come = True
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._old_handlers:
-            number, handler = self._old_handlers.popitem()
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()

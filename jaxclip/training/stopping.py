@@ -28,7 +28,7 @@ class StopReason(enum.Enum):
     PLATEAU = "The metric stopped improving."
     NONFINITE = "Too many steps in a row were not finite."
     DATA_ENDED = "The data ended."
-    INTERRUPTED = "A signal arrived (SIGINT or SIGTERM)."
+    INTERRUPTED = "A signal arrived."
 
     def __str__(self) -> str:
         return self.value

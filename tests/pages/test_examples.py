@@ -52,7 +52,7 @@ def test_an_example_runs_and_its_claims_hold(example: pathlib.Path, tmp_path: pa
 
 
 def test_the_quickstart_is_short():
-    assert len((FOLDER / "quickstart.py").read_text().splitlines()) <= 170
+    assert len((FOLDER / "quickstart.py").read_text().splitlines()) <= 180
 
 
 # --- A BERT encoder -------------------------------------------------------------------

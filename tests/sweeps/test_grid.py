@@ -92,6 +92,27 @@ def test_a_diverged_setting_is_marked_and_changes_no_other():
     assert "2/2" in str(wild)
 
 
+def test_good_weights_to_start_from_are_no_reason_to_call_a_setting_diverged():
+    good = {"w": jnp.linspace(-1.0, 1.0, 64)}
+    found = run(
+        loss_fn=lambda p, noise: jnp.mean((p["w"] - good["w"] + noise) ** 2),
+        init_fn=lambda key: good,  # where the loss is smallest
+        optimizer=jaxclip.sign_sgd,
+        batches=lambda key: 1e-3 * jax.random.normal(key, (64,)),
+        evaluate=lambda p: {"test": jnp.mean((p["w"] - good["w"]) ** 2)},
+        train_metric=None,
+        weight_threshold=None,
+        step_sizes=[1e-4, 1e-3, 1e-2, 1e-1],
+        thresholds=[np.inf],
+        seeds=1,
+        bits=(None,),
+        stop=jaxclip.max_steps(100),
+    )
+    assert (found.loss[1:, 0, 0] > 1.5 * found.loss[0, 0, 0]).all()  # all end worse than they began
+    assert not found.is_diverged.any()
+    assert len(found.pareto()) == 1
+
+
 def test_a_nan_loss_marks_its_row():
     def loss(params, batch):
         return jnp.where(jnp.abs(params["out"]["bias"][0]) > 0.02, jnp.nan, loss_fn(params, batch))

@@ -13,6 +13,7 @@ from jax import lax
 import jaxclip
 from jaxclip.sweeps import programs
 from jaxclip.sweeps.tasks import Task
+from oracles.compilations import counted
 from oracles.small_sweeps import (
     TASK,
     evaluate,
@@ -36,6 +37,17 @@ def test_the_program_is_traced_once_for_any_number_of_settings_and_chunks():
 
     few = traces(step_sizes=[0.1], thresholds=[1.0])
     assert traces(step_sizes=[0.1, 0.2, 0.3, 0.4], chunk_size=3) == few
+
+
+def test_an_equal_sweep_compiles_nothing_and_one_with_other_data_is_not_equal():
+    first = run_small(bits=(None, 4))
+    with counted() as compiled:
+        again = run_small(bits=(None, 4))  # of functions of its own, as a notebook makes them
+    assert not compiled
+    np.testing.assert_array_equal(again.metrics["error"], first.metrics["error"])
+    for which in ("loss_fn", "evaluate"):
+        other = run_small(bits=(None, 4), shifted=which)
+        assert (other.metrics["error"] != first.metrics["error"]).all()
 
 
 @pytest.mark.parametrize(("devices", "loop"), [(1, "compiled"), (2, "host")])

@@ -18,6 +18,7 @@ from jaxclip._core.grids import code_range
 from jaxclip.thresholds.by_error import least_squares, mse_optimal
 from jaxclip.thresholds.by_magnitude import max_abs, percentile_abs, std_multiple
 from jaxclip.thresholds.by_rate import rate_optimal
+from oracles.compilations import counted
 from oracles.exact_scales import distributions, exact_optimum
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
@@ -404,3 +405,28 @@ def test_a_mask_or_a_prefix_keeps_rules_for_grids_off_complex_leaves():
         assert np.array_equal(clipped["w"], expected)
         clipped = jaxclip.clip_weights(params, {"c": std_multiple(1.0), "w": rule})
         assert np.array_equal(clipped["w"], expected)
+
+
+# --- Values ----------------------------------------------------------------------------
+
+RULES = {
+    "max_abs": lambda: max_abs(axis=0),
+    "percentile_abs": lambda: percentile_abs(99),
+    "percentile_abs of groups": lambda: percentile_abs(90.0, group_size=4),
+    "std_multiple": lambda: std_multiple(2.5),
+    "mse_optimal": lambda: mse_optimal(4),
+    "fan_in": lambda: jaxclip.fan_in(0.5),
+    "per_tree": lambda: jaxclip.thresholds.per_tree(percentile_abs(99)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_equal_rule_is_equal_has_its_hash_and_compiles_nothing(name):
+    tree = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)}
+    first, again = RULES[name](), RULES[name]()
+    assert first == again
+    assert hash(first) == hash(again)
+    jaxclip.compress(tree, 4, rule=first)
+    with counted() as compiled:
+        jaxclip.compress(tree, 4, rule=again)
+    assert not compiled

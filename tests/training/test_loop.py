@@ -68,6 +68,7 @@ def test_metrics_of_the_step_and_of_the_evaluation_stop_it():
     assert run(plateau("loss", 5)).reason is StopReason.PLATEAU
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")
 def test_steps_that_are_not_finite_stop_it_and_change_nothing():
     batches = [jnp.ones(2)] * 2 + [jnp.full(2, jnp.nan)] * 5
     result = run(nonfinite(3) | max_steps(50), batches=batches)
@@ -76,6 +77,7 @@ def test_steps_that_are_not_finite_stop_it_and_change_nothing():
     np.testing.assert_array_equal(result.history["num_skipped"], [0, 0, 1, 2, 3])
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")
 def test_training_that_goes_on_counts_only_the_skipped_steps_of_its_own():
     step, state = problem()
     one, bad = jnp.ones(2), jnp.full(2, jnp.nan)
@@ -213,6 +215,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
     assert int(again.state.step) == 10
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")
 def test_a_restart_counts_skipped_steps_as_the_run_left_alone_does(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     step, state = problem()
