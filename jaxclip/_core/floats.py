@@ -150,11 +150,20 @@ def quotient(x: jax.Array, by: jax.Array) -> jax.Array:
     return (x * rescale) / (by * rescale)
 
 
+@functools.cache
+def widest_bound(dtype: DTypeLike) -> float:
+    """Returns a bound that bounds nothing: infinity, or the largest number of a format without."""
+    with np.errstate(invalid="ignore"):
+        has_infinity = np.isinf(np.asarray(np.inf, np.float32).astype(dtype))
+    return float("inf") if has_infinity else float(jnp.finfo(dtype).max)
+
+
 def round_toward_zero(value: ArrayLike, dtype: DTypeLike) -> Any:
     """Returns `value` in a real `dtype`, never larger in magnitude; derivatives are a cast's."""
     dtype = jnp.dtype(dtype)
-    # Numbers of Python and NumPy become NumPy arrays. Beyond the dtype they become inf, because
-    # they bound nothing there; entries of a jax array become the largest finite number.
+    # Numbers of Python and NumPy become NumPy arrays. Beyond the dtype they become inf (or what a
+    # format has instead), because they bound nothing there; entries of a jax array become the
+    # largest finite number.
     if isinstance(value, (int, float, np.ndarray, np.generic)):
         return _round_concrete(np.asarray(value, np.float64), dtype)
     value = jnp.asarray(value)
@@ -165,7 +174,7 @@ def round_toward_zero(value: ArrayLike, dtype: DTypeLike) -> Any:
 
 def _round_concrete(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     largest = float(jnp.finfo(dtype).max)
-    bounded = np.where(np.abs(value) > largest, np.copysign(np.inf, value), value)
+    bounded = np.where(np.abs(value) > largest, np.copysign(widest_bound(dtype), value), value)
     rounded = np.asarray(bounded.astype(dtype))
     grew = np.abs(rounded.astype(np.float64)) > np.abs(bounded)
     return np.asarray(np.where(grew, np.nextafter(rounded, np.zeros((), dtype)), rounded))
@@ -203,7 +212,8 @@ def _truncate(value: jax.Array, dtype: np.dtype) -> jax.Array:
         small = jnp.abs(value) < np.float32(info.tiny)
         cut = jnp.where(small, jnp.trunc(value * inverse) * ulp, cut)
         largest = np.float32(info.max)
-        cut = jnp.where(jnp.isinf(value), value, jnp.clip(cut, -largest, largest))
+        is_kept = jnp.isinf(value) & np.isinf(widest_bound(dtype))
+        cut = jnp.where(is_kept, value, jnp.clip(cut, -largest, largest))
     return jnp.where(jnp.isnan(value), value, cut).astype(dtype)
 
 

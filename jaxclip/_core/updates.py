@@ -17,6 +17,7 @@ from jaxclip._core.floats import (
     phase_and_modulus,
     round_toward_zero,
     saturate,
+    widest_bound,
 )
 
 
@@ -28,7 +29,12 @@ def is_unbounded(bound: ArrayLike) -> bool:
 def bound_in(bound: ArrayLike, w: jax.Array) -> jax.Array:
     """Returns a bound in the real dtype of `w`; a traced NaN bounds nothing."""
     bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(w.dtype).dtype))
-    return jnp.where(jnp.isnan(bound), jnp.full_like(bound, jnp.inf), bound)
+    return jnp.where(jnp.isnan(bound), jnp.full_like(bound, widest_bound(bound.dtype)), bound)
+
+
+def bounds_nothing(bound: jax.Array) -> jax.Array:
+    """Returns True where a bound in its leaf's dtype is no less than every number of it."""
+    return bound == widest_bound(bound.dtype)
 
 
 def clip_modulus(w: jax.Array, bound: ArrayLike) -> jax.Array:
@@ -55,12 +61,13 @@ def update_within(u: jax.Array, w: ArrayLike, bound: ArrayLike) -> jax.Array:
     bound = bound_in(bound, w)
     correct = _complex_update if jnp.iscomplexobj(w) else _real_update
     # Where nothing is bounded the update keeps its bits: w + u may overflow.
-    return keep_weak_type(jnp.where(jnp.isinf(bound), u, correct(u, w, bound)), u)
+    return keep_weak_type(jnp.where(bounds_nothing(bound), u, correct(u, w, bound)), u)
 
 
 def _real_update(u: jax.Array, w: jax.Array, bound: jax.Array) -> jax.Array:
     wide = compute_dtype(w.dtype, u.dtype)
-    target = clip_modulus((w.astype(wide) + u.astype(wide)).astype(w.dtype), bound)
+    moved = saturate(w.astype(wide) + u.astype(wide), w.dtype).astype(w.dtype)
+    target = clip_modulus(moved, bound)
     return update_between(u, w, target, -bound, bound)
 
 
@@ -81,8 +88,8 @@ def update_between(
         return jnp.maximum(x - high, low - x)
 
     moved = after(v)
-    less = jnp.nextafter(v, jnp.full_like(v, -jnp.inf))
-    more = jnp.nextafter(v, jnp.full_like(v, jnp.inf))
+    largest = jnp.full_like(v, jnp.finfo(v.dtype).max)  # not inf, which some formats lack
+    less, more = jnp.nextafter(v, -largest), jnp.nextafter(v, largest)
     corrected = jnp.where(moved > high, less, jnp.where(moved < low, more, v))
     # A single ulp may lead from one side of a narrow box to the other, and further away.
     return jnp.where(excess(after(corrected)) <= excess(moved), corrected, v)
@@ -120,11 +127,14 @@ def rounded_sum(w: jax.Array, v: jax.Array) -> jax.Array:
 
 def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rounds real numbers to those of another dtype, but keeps their own dtype."""
-    info = jnp.finfo(dtype)
-    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    info, wide = jnp.finfo(dtype), jnp.finfo(x.dtype)
+    # With the exponents of x: an 8-bit format may have others than its number of bits suggests.
+    rounded = lax.reduce_precision(x, wide.nexp, info.nmant)
     tiny = float(info.tiny)
-    if float(jnp.finfo(x.dtype).tiny) == tiny:
+    if float(wide.tiny) == tiny:
         return rounded
+    beyond = jnp.copysign(jnp.asarray(widest_bound(dtype), x.dtype), x)
+    rounded = jnp.where(jnp.abs(rounded) > float(info.max), beyond, rounded)
     # `reduce_precision` has no subnormals; those of the dtype are normal here, an ulp apart.
     ulp = tiny * float(info.eps)
     return jnp.where(jnp.abs(x) < tiny, jnp.round(x * (1 / ulp)) * ulp, rounded)

@@ -90,7 +90,7 @@ def resolve_threshold(
 
     Raises:
       TypeError: If a threshold, or the value of a schedule, is a string, None, bool or complex;
-        if it is a rule's factory.
+        if it is a rule's factory; if a leaf is float8_e8m0fnu.
       ValueError: If a concrete number is negative or NaN, an array does not broadcast, the value
         of a schedule is not a scalar, or the prefix does not fit; the message names the path.
 
@@ -111,6 +111,8 @@ def resolve_threshold(
             for path, leaf in flat
             if trees.is_clippable(leaf)
         ]
+        for path, leaf in bounded:
+            _check_signed(path, leaf)
         if isinstance(given, ThresholdRule):
             bounds = iter(given.for_leaves(bounded, step))
         elif isinstance(given, jax.Array) and given.ndim == 0:
@@ -135,6 +137,15 @@ def resolve_threshold(
         resolve_subtree(*entry, tree) for entry, tree in zip(entries, subtrees, strict=True)
     ]
     return jax.tree.unflatten(treedef, resolved)
+
+
+def _check_signed(path: str, leaf: ArrayLike) -> None:
+    """Raises TypeError for a format of positive powers of two, which have no bound around 0."""
+    dtype = jnp.result_type(leaf)
+    if jnp.finfo(dtype).nmant == 0:
+        raise TypeError(
+            f"a threshold bounds signed numbers, but '{path}' is {dtype}: mask it, or cast it."
+        )
 
 
 def as_threshold(given: Any, name: str = "", shape: tuple[int, ...] = ()) -> Bound:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import keep_weak_type, round_toward_zero
+from jaxclip._core.floats import keep_weak_type, round_toward_zero, widest_bound
 from jaxclip._core.trees import PyTree
 from jaxclip._core.updates import clip_modulus, rounded_sum, update_between, update_within
 from jaxclip.thresholds.rules import Bound, ThresholdRule
@@ -145,7 +145,7 @@ def _round_down(bound: Any, dtype: DTypeLike) -> jax.Array:
         with np.errstate(over="ignore"):
             below = np.nextafter(near, np.asarray(-np.inf, dtype))
         near = jnp.asarray(np.where(near.astype(np.float64) > bound, below, near))
-    return jnp.where(jnp.isnan(near), jnp.full_like(near, jnp.inf), near)
+    return jnp.where(jnp.isnan(near), jnp.full_like(near, widest_bound(near.dtype)), near)
 
 
 def _clip_between(w: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks, trees
 from jaxclip._core.floats import compute_dtype, not_folded
 from jaxclip._core.trees import Mask, PyTree, map_clippable
-from jaxclip._core.updates import bound_in, clip_modulus, is_unbounded
+from jaxclip._core.updates import bound_in, bounds_nothing, clip_modulus, is_unbounded
 from jaxclip.thresholds.values import resolve_threshold
 
 
@@ -130,7 +130,7 @@ def rate_on_bounds(params: optax.Params, bounds: PyTree) -> jax.Array:
         bound = bound_in(bound, w)
         num_on_bound += _num_on_bound(*not_folded((w, bound)))
         entries_per_bound = w.size / max(bound.size, 1)
-        num_boxed += jnp.sum(jnp.isfinite(bound), dtype=jnp.float32) * entries_per_bound
+        num_boxed += jnp.sum(~bounds_nothing(bound), dtype=jnp.float32) * entries_per_bound
     return num_on_bound / jnp.maximum(num_boxed, 1)
 
 
@@ -141,7 +141,7 @@ def _num_on_bound(w: jax.Array, bound: jax.Array) -> jax.Array:
         modulus = modulus * (1 + 8 * jnp.finfo(bound.dtype).eps)
     below = jnp.nextafter(bound, jnp.zeros_like(bound))
     below = jnp.where(bound == 0, -jnp.ones_like(bound), below)
-    has_box = jnp.isfinite(bound)
+    has_box = ~bounds_nothing(bound)
     if bound.size != 1:
         return jnp.sum((modulus > below) & has_box, dtype=jnp.float32)
     # Not by comparing entries: XLA on CPU writes an array of conditions to memory before it
