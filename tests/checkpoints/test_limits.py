@@ -126,6 +126,7 @@ def test_a_header_that_is_not_json_is_refused(text):
         b'{"a":[' + b"[]," * 2**20 + b"[]]}",
         b'{"__metadata__":[' + b"[]," * 2**20 + b"[]]}",
         b'{"__metadata__":{"a":"b","c":[' + b"[]," * 2**20 + b"[]]}}",
+        b'{"__metadata__":{' + b",".join(b'"%x":""' % i for i in range(2**18)) + b"}}",
         b'{"a":{"dtype":"F32","shape":[' + b"1," * 2**20 + b'1],"data_offsets":[0,4]}}',
     ],
     ids=lambda text: text[:28].decode(),

@@ -11,6 +11,7 @@ from typing import Any
 
 # Values that any text may hold.
 _ALWAYS_ALLOWED = 2**20
+_MAX_METADATA = 2**16  # entries, where files have a few hundred at most
 _SPACE = re.compile(r"[ \t\r\n]*")
 # An entry as most writers have it, and what follows it. It is only a short cut.
 _SIZE = "(?:0|[1-9][0-9]{0,18})"
@@ -98,7 +99,7 @@ def _entries(text: str) -> Iterator[tuple[str, Any]]:
         else:
             entry = _ENTRY.match(text, position)
             if entry is None:
-                raise ValueError(f"tensor {name!r} has no entry of the form that it needs")
+                raise ValueError(f"tensor {name[:60]!r} has no entry of the form that it needs")
             value, position = _STRICT.decode(entry[0]), entry.end()
         yield name, value
         more, position = _goes_on(text, position)
@@ -116,9 +117,11 @@ def _strings(text: str, position: int) -> tuple[dict[str, str], int]:
     while more:
         name, position = _name(text, position)
         if not text.startswith('"', position):
-            raise ValueError(f"the metadata {name!r} is not a string")
+            raise ValueError(f"the metadata {name[:60]!r} is not a string")
         value, position = _STRICT.raw_decode(text, position)
         pairs.append((name, value))
+        if len(pairs) > _MAX_METADATA:
+            raise ValueError(f"its metadata have more than {_MAX_METADATA:,} entries")
         more, position = _goes_on(text, position)
     return _dict_of(pairs), position
 
