@@ -71,7 +71,9 @@ def rewrite(
         num_passes -= needs_no_weights
         source = stack.enter_context(_with_bar(source, num_passes, output.progress))
         outlined = outline(source)
-        plan = plan_file(source.restore(outlined.__getitem__), is_copy=True)
+        plan = plan_file(
+            source.restore(outlined.__getitem__), is_copy=True, metadata=source.metadata
+        )
         if needs_no_weights:
             return report_plan(plan, header_size(plan, None))
         keys = _keys_of_flat_dict(source)
@@ -116,7 +118,11 @@ def _write_plain_file(
     keys = {leaf_name((key,)): key for key in specs}
     with replacing(output.dst, output.overwrite) as file:
         num_bytes = write_plain(
-            file, specs, lambda key: np.asarray(produce(leaf_name((key,)))), is_copy=True
+            file,
+            specs,
+            lambda key: np.asarray(produce(leaf_name((key,)))),
+            is_copy=True,
+            metadata=plan.metadata,
         )
     report = report_plan(plan, num_bytes)
     leaves = [dataclasses.replace(leaf, path=keys[leaf.path]) for leaf in report.leaves]

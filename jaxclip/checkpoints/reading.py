@@ -65,6 +65,7 @@ class Source:
       files: The files that are read.
       structure: The tree whose leaves these are, in this order; None for a flat dict.
       folder: The folder that is read, by its own name or its index; None for a single file.
+      metadata: Entries of other programs in headers; of shards, those of the first that has them.
     """
 
     leaves: dict[str, Leaf]
@@ -74,6 +75,7 @@ class Source:
     files: tuple[Path, ...] = ()
     structure: Any = None
     folder: Path | None = None
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def is_foreign(self) -> bool:
@@ -229,6 +231,7 @@ def _safetensors_source(get_file: Callable[[], io.BufferedIOBase], file_size: in
             leaves={n: jax.ShapeDtypeStruct(t.shape, t.numpy_dtype) for n, t in tensors.items()},
             read=lambda name: read_tensor(tensors[name]),
             num_bytes={name: tensor.num_bytes for name, tensor in tensors.items()},
+            metadata=contents.metadata,
         )
     sizes = dict.fromkeys(contents.leaves, 0)
     for tensor in tensors.values():
@@ -238,6 +241,7 @@ def _safetensors_source(get_file: Callable[[], io.BufferedIOBase], file_size: in
         read=lambda name: contents.restore_leaf(name, read_tensor),
         num_bytes=sizes,
         structure=jax.tree.structure(contents.tree, is_leaf=is_quantized),
+        metadata=contents.metadata,
     )
 
 
@@ -295,7 +299,10 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: io.BufferedIOBa
     shards.warn_of_differences(total_size, sum(sizes.values()), unassigned)
     leaves = {name: opened[shard].leaves[name] for name, shard in weight_map.items()}
     paths = (path, *(folder / shard for shard in opened))
-    return Source(leaves, read, sizes, total_bytes, paths, folder=folder)
+    metadata: dict[str, str] = {}
+    for source in opened.values():
+        metadata = source.metadata | metadata
+    return Source(leaves, read, sizes, total_bytes, paths, folder=folder, metadata=metadata)
 
 
 @contextlib.contextmanager

@@ -60,8 +60,8 @@ def compress_checkpoint(
 
     Memory is bounded by a few times the largest leaf, however large the checkpoint. The new
     file appears when it is complete; a crash or an interrupt leaves no file. The source is never
-    written to. A leaf whose codes and scales would take no fewer bytes than the leaf stays as it
-    is, and the report says so.
+    written to, and its metadata are kept. A leaf whose codes and scales would take no fewer bytes
+    than the leaf stays as it is, and the report says so.
 
     Args:
       src: File or folder that `load` takes. Leaves that are low-bit already are copied.
@@ -171,7 +171,8 @@ def _specs_within(
 
     def file_bytes(outlines: list[QuantizedArray]) -> int:
         tree = small | dict(zip(free, outlines, strict=True))
-        plan = plan_file(source.restore(tree.__getitem__), is_copy=True)
+        outlined = source.restore(tree.__getitem__)
+        plan = plan_file(outlined, is_copy=True, metadata=source.metadata)
         return header_size(plan, coding) + plan.data_bytes
 
     if budget.bits_per_weight is not None:
@@ -196,7 +197,7 @@ def decompress_checkpoint(
 
     Any library that reads safetensors loads it, by the names that `inspect` shows. If the source
     is one dict of arrays, such as a file of another library, its names are kept. The new file has
-    no checksums if one of them has a "/", "%" or ":".
+    no checksums if one of them has a "/", "%" or ":". Metadata such as `format` are kept.
 
     Args:
       src: File or folder that `load` takes.
@@ -245,7 +246,7 @@ def clip_checkpoint(
 ) -> SizeReport:
     """Writes the weights of a file or folder, clipped to `[-threshold, threshold]`.
 
-    Names are kept in the same cases as in `decompress_checkpoint`.
+    Metadata are kept, and names in the same cases as in `decompress_checkpoint`.
 
     Args:
       src: File or folder that `load` takes; low-bit leaves are copied.

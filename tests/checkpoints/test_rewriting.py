@@ -551,3 +551,37 @@ def test_memory_is_bounded_by_the_largest_leaf(goal, tmp_path):
 
     # 48 leaves more are 384 MiB; what grows is what malloc keeps.
     assert peak(56) - peak(8) < 16 * 1024 * 2048 * 4
+
+
+@pytest.mark.parametrize("name", ["a.weight", "a/weight"])
+def test_rewriting_keeps_the_metadata_of_the_source(name, tmp_path):
+    metadata = {"format": "tf", "license": 'é \\ "quoted"', "step": "7"}
+    path = {n: tmp_path / f"{n}.safetensors" for n in ("src", "small", "clipped", "back", "again")}
+    weights = {name: np.ones((64, 64), np.float32)}
+    safetensors.numpy.save_file(weights, path["src"], metadata=metadata)
+    report = checkpoints.compress_checkpoint(path["src"], path["small"], 4)
+    assert report.total_bytes == path["small"].stat().st_size
+    planned = checkpoints.compress_checkpoint(path["src"], path["again"], 4, dry_run=True)
+    assert planned.total_bytes == report.total_bytes
+    limit = report.total_bytes + 100
+    bounded = checkpoints.compress_checkpoint(path["src"], path["again"], target_bytes=limit)
+    assert bounded.total_bytes <= limit
+    checkpoints.decompress_checkpoint(path["small"], path["back"])
+    checkpoints.clip_checkpoint(path["src"], path["clipped"], 0.5)
+    for each in ("small", "clipped", "back", "again"):
+        with safetensors.safe_open(path[each], "np") as file:
+            kept = {k: v for k, v in file.metadata().items() if k != "jaxclip"}
+            assert kept == metadata, each
+    assert checkpoints.load(path["small"]).keys() == {name}
+    back = checkpoints.load(path["back"])[name]
+    np.testing.assert_allclose(back, weights[name], rtol=1e-6)
+
+
+def test_metadata_of_all_shards_are_kept(folder, tmp_path):
+    shards = sorted(folder.glob("model-*.safetensors"))
+    for i, shard in enumerate(shards):
+        tensors = safetensors.numpy.load_file(shard)
+        safetensors.numpy.save_file(tensors, shard, metadata={"format": "pt", f"own {i}": "x"})
+    checkpoints.clip_checkpoint(folder, tmp_path / "new.safetensors", 1.0)
+    with safetensors.safe_open(tmp_path / "new.safetensors", "np") as file:
+        assert file.metadata().keys() - {"jaxclip"} == {"format", "own 0", "own 1"}

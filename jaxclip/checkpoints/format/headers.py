@@ -50,7 +50,7 @@ def make_header(
         },
         "crc": crc,
     }
-    outer: dict[str, Any] = {"__metadata__": {"jaxclip": _to_json(inner)}}
+    outer: dict[str, Any] = {"__metadata__": {"jaxclip": _to_json(inner), **plan.metadata}}
     for t in plan.tensors:
         offsets = [t.start, t.stop]
         outer[t.name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}

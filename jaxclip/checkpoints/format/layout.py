@@ -8,7 +8,7 @@ Leaves that a file cannot hold raise a TypeError or ValueError that names them.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -121,11 +121,13 @@ class FilePlan:
       tensors: The tensors, in the order of the file.
       leaves: The tree's leaves by name, in the order of the tree.
       tree: The tree's structure in JSON, as the header stores it.
+      metadata: Entries of other programs for the header.
     """
 
     tensors: tuple[Tensor, ...]
     leaves: dict[str, Leaf]
     tree: Any
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:
@@ -174,14 +176,16 @@ def raw_bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(native).reshape(-1).view(np.uint8)
 
 
-def plan_file(tree: PyTree, is_copy: bool = False) -> FilePlan:
+def plan_file(
+    tree: PyTree, is_copy: bool = False, metadata: Mapping[str, str] | None = None
+) -> FilePlan:
     """Lays out a tree as a file; equal structures, shapes and dtypes make equal plans."""
     # A copy of a file may have all dtypes of safetensors.
     leaves: dict[str, Leaf] = {}
     skeleton = _skeleton(as_plain(tree), (), leaves)
     parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf, is_copy)]
     parts.sort(key=lambda part: (-ALL_DTYPES[part[1]].itemsize, part[0]))  # aligned without gaps
-    return FilePlan(_placed(parts), leaves, skeleton)
+    return FilePlan(_placed(parts), leaves, skeleton, dict(metadata or {}))
 
 
 def _placed(parts: list[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]:

@@ -52,6 +52,7 @@ class FileContents:
       tree: The tree with shapes for arrays; None for a file of another library.
       leaves: The tree's leaves by name, in its order.
       codings: How the codes of low-bit leaves are coded, by name; None for packed codes.
+      metadata: Entries of other programs.
     """
 
     tensors: dict[str, Tensor]
@@ -59,6 +60,7 @@ class FileContents:
     tree: PyTree = None
     leaves: dict[str, Leaf] | None = None
     codings: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def restore_leaf(self, name: str, read: Callable[[Tensor], np.ndarray]) -> StoredLeaf:
         """Returns a leaf of the tree, with `read` called once for each of its tensors."""
@@ -95,7 +97,7 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
     # Our metadata has one key. If damage renamed it, the text still shows that it is ours.
     ours = [text for key, text in metadata.items() if key == "jaxclip" or '"header_crc"' in text]
     if not ours:
-        return FileContents(tensors, {})
+        return FileContents(tensors, {}, metadata=metadata)
     zeroed = bytearray(raw)
     zeroed[CRC_PLACE] = b"00000000"
     checksum = f"{zlib.crc32(zeroed):08x}".encode("ascii")
@@ -110,7 +112,8 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
             f"the file has version {version!r} of the format, but this jaxclip reads versions "
             f"1 to {VERSIONS[-1]}: use a jaxclip that reads version {version!r}."
         )
-    return _parse_ours(inner, tensors)
+    others = {key: text for key, text in metadata.items() if key != "jaxclip"}
+    return dataclasses.replace(_parse_ours(inner, tensors), metadata=others)
 
 
 def _is_shape(value: Any) -> bool:

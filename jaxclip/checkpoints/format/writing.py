@@ -9,7 +9,7 @@ import dataclasses
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import jax
@@ -105,6 +105,7 @@ def write_plain(
     specs: dict[str, jax.ShapeDtypeStruct],
     produce: Callable[[str], np.ndarray],
     is_copy: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Writes tensors under their own names, for other readers; returns the bytes of the header."""
     if "__metadata__" in specs:
@@ -113,7 +114,7 @@ def write_plain(
     # A plan escapes names, but here they stay as they are. Both are sorted alike.
     names = dict(zip(plan.leaves, sorted(specs), strict=True))
     # transformers refuses files that do not name the framework for which they were saved.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     for t in plan.tensors:
         offsets = [t.start, t.stop]
         header[names[t.name]] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
