@@ -138,7 +138,7 @@ def warn_of_floats(format_name: str, reasons: Mapping[str, str]) -> None:
     more = len(reasons) - _MOST_SHOWN
     rest = f"; and {more:,} more" if more > 0 else ""
     warnings.warn(
-        f"{count} written as floats, because {format_name} has no codes for them: {shown}{rest}.",
+        f"{count} written as floats, because {format_name} cannot hold the codes: {shown}{rest}.",
         stacklevel=4,
     )
 
