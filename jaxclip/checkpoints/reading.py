@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from jaxclip._core import checks, signals
+from jaxclip._core.layouts import Layout
 from jaxclip._core.text import escaped
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files, shards
@@ -33,6 +34,9 @@ from jaxclip.checkpoints.format.headers import ALWAYS_ALLOWED_BYTES, MAX_RATIO
 from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, Tensor, native_dtype
 from jaxclip.lowbit.arrays import is_quantized
 
+# What files name as their `format`.
+_LAYOUT_OF_FRAMEWORK: dict[str, Layout] = {"pt": "out_in", "mlx": "out_in"}
+_LAYOUT_OF_FRAMEWORK |= {"flax": "in_out", "tf": "in_out"}
 ALLOWED_SUFFIXES = ".safetensors, .npz or .npy"
 _MAX_OPEN_FILES = 16
 
@@ -78,9 +82,14 @@ class Source:
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def is_foreign(self) -> bool:
-        """True for safetensors of another library."""
-        return self.structure is None and all(f.suffix != ".npz" for f in self.files)
+    def default_layout(self) -> Layout:
+        """The layout of leaves of which no name says it."""
+        framework = self.metadata.get("format", "")
+        if framework in _LAYOUT_OF_FRAMEWORK:
+            return _LAYOUT_OF_FRAMEWORK[framework]
+        # Without a framework, safetensors of another library is taken to be PyTorch's.
+        is_foreign = self.structure is None and all(f.suffix != ".npz" for f in self.files)
+        return "out_in" if is_foreign else "in_out"
 
     def restore(self, read: Callable[[str], PyTree]) -> PyTree:
         """Returns the tree, or flat dict, with `read` called once per leaf."""

@@ -79,10 +79,11 @@ def compress_checkpoint(
         0.12; needs a `coding`, and leaves are then compressed whole.
       policy: Pairs `(regex, spec)`, as in `compress`, for the names in the source.
       layout: Where the outputs are: "in_out" (flax: the last axis) or "out_in" (PyTorch: the
-        first). None says it by the names, as in `compress`. Where no name says it, a
-        `.safetensors` file or folder of another library is "out_in", all else "in_out". The
-        report has the layouts and the axes. In "out_in" a leaf of three dimensions whose last
-        axis is 32 or longer is a stack of matrices, with a scale for each of their outputs.
+        first). None says it by the names, as in `compress`. Where no name says it, the file's
+        metadata do (`format`: "pt", "mlx", "flax" or "tf"); without them a `.safetensors` file or
+        folder of another library is "out_in", all else "in_out". The report has the layouts and
+        the axes. In "out_in" a leaf of three dimensions whose last axis is 32 or longer is a stack
+        of matrices, with a scale for each of their outputs.
       coding: Entropy coding of the codes: None, "huffman", "ans" or "smallest", as for `save`.
       overwrite: True to replace an existing file.
       dry_run: True to write nothing and only return the sizes. Without `coding` they follow from
@@ -126,7 +127,7 @@ def compress_checkpoint(
     def outline(source: Source) -> dict[str, Leaf]:
         names = [name for name, leaf in source.leaves.items() if not is_copied(leaf.dtype)]
         leaves = [source.leaves[name] for name in names]
-        layouts = layouts_of(names, layout, default="out_in" if source.is_foreign else "in_out")
+        layouts = layouts_of(names, layout, source.default_layout)
         found, unchanged, by_layout = leaf_specs(names, leaves, policy, default, layouts)
         used.update(by_layout)
         is_flat = source.structure is None

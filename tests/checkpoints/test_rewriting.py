@@ -75,6 +75,18 @@ def test_the_file_is_that_of_the_tree_in_memory(bits, grid, rule, coding, source
     assert checkpoints.load(target)["position_ids"].dtype == np.int64
 
 
+@pytest.mark.parametrize(
+    ("metadata", "layout"),
+    [({"format": "pt"}, "out_in"), ({"format": "flax"}, "in_out"), ({"format": "x"}, "out_in"),
+     (None, "out_in")],
+)  # fmt: skip
+def test_where_no_name_says_the_layout_the_metadata_do(metadata, layout, tmp_path, target):
+    safetensors.numpy.save_file({"w": drawn(8, 6)}, tmp_path / "net.safetensors", metadata)
+    report = compress_checkpoint(tmp_path / "net.safetensors", target, 4, dry_run=True)
+    assert report.layouts == (layout,)
+    assert report.leaves[0].axes == ((0,) if layout == "out_in" else (1,))
+
+
 def test_convolutions_shrink_in_groups_and_what_would_not_stays_and_is_reported(tmp_path, target):
     arrays = {
         "conv.weight": drawn(8, 32, 3, 3),
