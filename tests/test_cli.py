@@ -343,3 +343,40 @@ def test_the_module_is_the_command():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "embed.weight" in result.stdout
+
+
+def test_the_version_and_the_completion_are_printed():
+    assert run("--version") == (0, f"jaxclip {jaxclip.__version__}\n", "")
+    pytest.importorskip("shtab")
+    for shell in ("bash", "zsh", "fish"):
+        status, out, err = run("--print-completion", shell)
+        assert (status, err) == (0, "")
+        assert "--target-bpw" in out or "target-bpw" in out
+    assert run("--print-completion", "dos")[0] == 2
+
+
+def test_an_export_has_dtype_metadata_and_names():
+    words = ["export", "net.safetensors", "x.safetensors", "--to", "safetensors"]
+    assert run(*words, "--dtype", "float16", "--rename", r"^embed\.", "token.")[0] == 0
+    loaded = checkpoints.load("x.safetensors")
+    assert loaded["token.weight"].dtype == loaded["layer.bias"].dtype == np.float16
+    gguf = pytest.importorskip("gguf")
+    words = ["export", "net.safetensors", "x.gguf", "--to", "Q4_0", "--metadata", "llama.n=12"]
+    assert run(*words, "--metadata", "general.name=my net")[0] == 0
+    fields = gguf.GGUFReader("x.gguf").fields
+    assert fields["llama.n"].contents() == 12
+    assert fields["general.name"].contents() == "my net"
+
+
+def test_two_axes_and_a_layout_do_what_python_does():
+    for words, grid, layout in (
+        (["--axis", "0,1"], jaxclip.Grid(4, axis=(0, 1)), None),
+        (["--layout", "in_out"], jaxclip.Grid(4), "in_out"),
+        ([], jaxclip.Grid(4), None),
+    ):
+        checkpoints.compress_checkpoint(
+            "net.safetensors", "wanted.safetensors", grid, layout=layout, overwrite=True
+        )
+        assert run("compress", "net.safetensors", "out.safetensors", "--force", *words)[0] == 0
+        wanted = pathlib.Path("wanted.safetensors").read_bytes()
+        assert pathlib.Path("out.safetensors").read_bytes() == wanted

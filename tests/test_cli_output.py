@@ -5,10 +5,15 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import safetensors.numpy
+
+import jaxclip
+from jaxclip import checkpoints, cli
+from jaxclip._core.reports import format_table
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\nfile header  forged\u202e"
 SAFE = "a\\x1b]0;title\\x07\\x1b[2J\\nfile header  forged\\u202e"
@@ -68,3 +73,55 @@ def test_every_command_shows_every_name_in_every_encoding(encoding: str):
     expected = {"ascii": "gr\\xf6\\xdfe", "cp1252": "größe", "latin-1": "größe"}
     assert expected.get(encoding, "層.weight") in out
     assert ("█" if encoding == "utf-8" else "#") in out
+
+
+@pytest.mark.parametrize("words", ["--help", "inspect net.safetensors --headers-only"])
+def test_a_reader_that_closes_the_pipe_gets_no_complaint(words: str):
+    command = [sys.executable, "-m", "jaxclip", *words.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == (0 if words == "--help" else 1)
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
+def test_a_full_disk_behind_standard_output_is_said_once():
+    command = [sys.executable, "-m", "jaxclip", "inspect", "net.safetensors", "--headers-only"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    message = "jaxclip: error: [Errno 28] No space left on device\n"
+    assert (result.returncode, result.stderr) == (1, message)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_a_line_with_escaped_names(monkeypatch, capsys):
+    def inspect_and_warn(path):
+        warnings.warn(f"in {path}: {HOSTILE}", UserWarning, stacklevel=1)
+        return "sizes"
+
+    monkeypatch.setattr(checkpoints, "inspect", inspect_and_warn)
+    assert cli.main(["inspect", "net.safetensors", "--headers-only"]) == 0
+    assert capsys.readouterr() == ("sizes\n", f"jaxclip: UserWarning: in net.safetensors: {SAFE}\n")
+
+
+def test_errors_and_plots_show_escaped_names():
+    text = np.array("text")
+    for write in (checkpoints.save, jaxclip.interop.to_safetensors):
+        with pytest.raises(TypeError) as info:
+            write("x.safetensors", {HOSTILE: text})
+        assert str(info.value).isprintable()
+    with pytest.raises(ValueError, match="finite") as info:
+        jaxclip.compress({HOSTILE: np.full((8, 8), np.nan)}, 4)
+    assert str(info.value).isprintable()
+    with pytest.raises(checkpoints.CheckpointError) as info:
+        checkpoints.load("net.safetensors", like={"x": np.ones(2, np.float32)})
+    assert str(info.value).isprintable()
+    figure = jaxclip.plots.weight_histograms({HOSTILE + "$\\frac$": np.ones(3)})
+    assert figure.axes[0].get_title() == SAFE + "$\\frac$"
+    figure.canvas.draw()
+
+
+def test_a_name_as_long_as_a_file_does_not_widen_the_other_rows():
+    rows = [["name", "1"], ["n" * 10_000, "2"], *([["a", "3"]] * 9)]
+    assert len(format_table(rows)) < 10_000 + 11 * 200

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
@@ -28,12 +29,12 @@ def check_stop() -> None:
         raise Stopped(_received)
 
 
-def set_handlers(handler: Callable[[int, object], object]) -> dict[int, object]:
+def set_handlers(handler: Callable[[int, Any], object]) -> dict[int, Any]:
     """Sets the handler of the signals that end a process; returns the ones it replaces."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     # What was ignored stays ignored: nohup and shells ask for that. None is not Python's handler.
-    old = {n: signal.getsignal(n) for n in _NUMBERS}
+    old: dict[int, Any] = {n: signal.getsignal(n) for n in _NUMBERS}
     old = {n: h for n, h in old.items() if h not in (signal.SIG_IGN, None)}
     for number in old:
         signal.signal(number, handler)
@@ -50,7 +51,7 @@ def taken_as_flag(at_second: Callable[[int], None]) -> Iterator[None]:
             yield
     finally:
         for number, handler in old_handlers.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+            signal.signal(number, handler)
         received, _received = _received, None
         if received is not None:  # it may have come after the last part
             raise Stopped(received)

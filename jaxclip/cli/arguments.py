@@ -211,8 +211,8 @@ def _axis(text: str) -> int | tuple[int, ...] | str | None:
         raise argparse.ArgumentTypeError(
             f"must be integers such as 0 or 0,1, none or outputs, got {text!r}"
         )
-    axes = tuple(map(int, text.split(",")))
-    return axes if len(axes) > 1 else axes[0]
+    first, *others = map(int, text.split(","))
+    return (first, *others) if others else first
 
 
 def _regex(text: str) -> str:
@@ -262,7 +262,7 @@ def in_flags(message: str) -> str:
     if message.startswith("policy "):  # fields of a policy are those of Python
         return message
 
-    def flag(match: re.Match) -> str:
+    def flag(match: re.Match[str]) -> str:
         name, value, word = match[1], match[2], match[3]
         if name is None:
             return _FLAGS.get(word, match[0])

@@ -21,6 +21,8 @@ class PrintCompletion(argparse.Action):
             shtab = import_extra("shtab", "completion")
         except ImportError as error:
             parser.error(str(error))
+        if values not in shtab.SUPPORTED_SHELLS:
+            parser.error(f"{values} needs a newer version of shtab, got {shtab.__version__}")
         _FILE_COMPLETION.update(shtab.FILE)
         print(shtab.complete(parser, values))
         parser.exit()

@@ -32,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
       >>> main(["verify", "net.safetensors"])
       1
     """
-    parsed = make_parser().parse_args(arguments)
+    try:
+        parsed = make_parser().parse_args(arguments)
+    except SystemExit:  # it has printed the help, or an error
+        _show("")
+        raise
     try:
         # First the imports, which take long and which a signal may cut short.
         importlib.import_module("jaxclip.interop")
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 result = parsed.run(parsed)
             signals.check_stop()
         is_json = parsed.json or isinstance(result, dict)
-        return _show(_json_text(result) if is_json else str(result))
+        return _show(f"{_json_text(result) if is_json else result}\n")
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "number", signal.SIGINT)
         _tell(_ended_by(number))
@@ -66,7 +70,7 @@ def _show(text: str) -> int:
     if sys.stdout is None:  # it was closed when the process began
         return 0
     try:
-        print(encodable(text, sys.stdout.encoding))
+        sys.stdout.write(encodable(text, sys.stdout.encoding))
         sys.stdout.flush()
     except OSError as error:
         # What is left in the buffer must not be tried again at the end of the process.
@@ -77,7 +81,9 @@ def _show(text: str) -> int:
     return 0
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], *_: object, **__: object
+) -> None:
     _tell(f"jaxclip: {category.__name__}: {escaped(in_flags(str(message)))}")
 
 
