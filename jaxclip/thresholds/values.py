@@ -144,7 +144,7 @@ def _check_signed(path: str, leaf: ArrayLike) -> None:
     dtype = jnp.result_type(leaf)
     if jnp.finfo(dtype).nmant == 0:
         raise TypeError(
-            f"a threshold bounds signed numbers, but '{path}' is {dtype}: mask it, or cast it."
+            f"a threshold bounds signed numbers, but {path!r} is {dtype}: mask it, or cast it."
         )
 
 

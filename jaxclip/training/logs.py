@@ -108,7 +108,7 @@ class SkipWarnings:
         elif not num_new and path is not None and not self._has_warned_of_frozen:
             self._has_warned_of_frozen = True
             _warn(
-                f"the gradient of '{path}' is not finite at step {step}. The leaf is frozen, so "
+                f"the gradient of {path!r} is not finite at step {step}. The leaf is frozen, so "
                 "training goes on."
             )
 
@@ -123,7 +123,7 @@ def _reason(loss: float, path: str | None) -> str:
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if path is not None:
-        return f"the gradient of '{path}' is not finite"
+        return f"the gradient of {path!r} is not finite"
     return "something was not finite between two checks (check_every=1 tells what)"
 
 

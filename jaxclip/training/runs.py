@@ -112,9 +112,9 @@ class RunStore:
         try:
             self.save(run)
         except Exception as second:  # whatever it is, the first error is the one to show
-            error.add_note(f"The run could not be saved in '{self._path}': {second}")
+            error.add_note(f"The run could not be saved in {str(self._path)!r}: {second}")
         else:
-            error.add_note(f"The run is saved in '{self._path}', after step {run.state.step}.")
+            error.add_note(f"The run is saved in {str(self._path)!r}, after step {run.state.step}.")
 
     # --- Reading ----------------------------------------------------------------------
 
@@ -139,9 +139,9 @@ class RunStore:
                 continue
             if found is None:
                 raise ValueError(
-                    f"checkpoint_dir '{self._path}' has a checkpoint of another training state "
-                    f"at step {step}: {difference}. Use another folder, or the same model and "
-                    "optimizer."
+                    f"checkpoint_dir {str(self._path)!r} has a checkpoint of another training "
+                    f"state at step {step}: {difference}. Use another folder, or the same model "
+                    "and optimizer."
                 )
             self._put_aside(damaged, step)
             self._saved_position = found.position
@@ -149,8 +149,9 @@ class RunStore:
         if damaged:
             step, error = next(iter(damaged.items()))
             raise ValueError(
-                f"checkpoint_dir '{self._path}' has no checkpoint of `fit` that can be read: that "
-                f"of step {step} is damaged or foreign ({_first_line(error)}). Use another folder."
+                f"checkpoint_dir {str(self._path)!r} has no checkpoint of `fit` that can be read: "
+                f"that of step {step} is damaged or foreign ({_first_line(error)}). Use another "
+                "folder."
             ) from error
         self._saved_position = run.position
         return run
@@ -189,8 +190,8 @@ class RunStore:
             if jax.process_index() == 0:
                 (self._path / str(step)).rename(new)
             warnings.warn(
-                f"the checkpoint of step {step} in '{self._path}' cannot be read "
-                f"({_first_line(error)}): it is now '{new.name}', and the run goes on from step "
+                f"the checkpoint of step {step} in {str(self._path)!r} cannot be read "
+                f"({_first_line(error)}): it is now {new.name!r}, and the run goes on from step "
                 f"{good}.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -212,9 +213,9 @@ def _folder(directory: str | os.PathLike) -> Any:
         return path
     path = pathlib.Path(directory).absolute()
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"checkpoint_dir must be a folder, but '{path}' is a file.")
+        raise NotADirectoryError(f"checkpoint_dir must be a folder, but {str(path)!r} is a file.")
     if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"checkpoint_dir '{path}' cannot be written to.")
+        raise PermissionError(f"checkpoint_dir {str(path)!r} cannot be written to.")
     return path
 
 
@@ -236,12 +237,12 @@ def _difference(saved: list[list] | None, expected: list[list]) -> str | None:
     there, here = ({path: (dtype, shape) for path, shape, dtype in x} for x in (saved, expected))
     for path in [*here, *there]:
         if path not in there:
-            return f"it lacks '{path}'"
+            return f"it lacks {path!r}"
         if path not in here:
-            return f"it has '{path}', which the state lacks"
+            return f"it has {path!r}, which the state lacks"
         if there[path] != here[path]:
             found, wanted = (f"{dtype} {shape}" for dtype, shape in (there[path], here[path]))
-            return f"'{path}' is {found} in it, but {wanted} in the state"
+            return f"{path!r} is {found} in it, but {wanted} in the state"
     return "its leaves are in another order"
 
 
