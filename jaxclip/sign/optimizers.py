@@ -260,6 +260,7 @@ def _scale_by_step(
             updates = map_clippable(lambda u: scaled(u, rate), updates)
         else:
             checks.check_params_given("relative_to", params)
+            checks.check_same_structure("updates", updates, "params", params)
 
             def relative(u: jax.Array, threshold: ArrayLike) -> jax.Array:
                 size = jnp.asarray(threshold, rate.dtype)

@@ -288,6 +288,18 @@ def test_a_traced_threshold_that_goes_wrong_poisons_nothing(name: str, value: fl
     assert np.isfinite(params).all()
 
 
+@pytest.mark.parametrize("num_warmup", [1, 2, 3])
+def test_the_history_counts_from_the_first_step_after_the_warm_up(num_warmup):
+    tx = skip_or_clip(optax.identity(), num_deviations=3.0, num_warmup=num_warmup)
+    for num_accepted in (num_warmup - 1, num_warmup, num_warmup + 1):
+        state = tx.init(jnp.zeros(1))
+        for _ in range(num_accepted):
+            _, state = tx.update(jnp.array([1.0]), state)
+        assert int(state.num_skipped) == 0
+        _, state = tx.update(jnp.array([100.0]), state)
+        assert int(state.num_skipped) == (num_accepted >= num_warmup)
+
+
 def test_hyper_parameters_are_injected_without_naming_those_that_are_counts():
     tx = optax.inject_hyperparams(skip_or_clip)(ADAM, drop_norm=5.0, max_norm=lambda step: 1.0)
     _, state = train(tx, jnp.ones(3), [jnp.ones(3), jnp.full(3, 9.0)])

@@ -137,6 +137,19 @@ def test_data_of_another_length_are_refused(kind):
             decode_codes(coded, kind, count)
 
 
+def test_words_that_are_left_over_are_refused_for_ans(monkeypatch):
+    codes = rounded(np.random.default_rng(4).standard_normal(1000), 0.8)
+    empty, coder_of = encode_codes(codes, "ans"), entropy_coding._ans_coder
+    # A coder that is not empty to begin with: its words lie below those of the codes.
+    words = np.array([7, 2**31], np.uint32)
+    monkeypatch.setattr(entropy_coding, "_ans_coder", lambda _: coder_of(words))
+    coded = encode_codes(codes, "ans")
+    monkeypatch.undo()
+    assert len(empty) < len(coded) <= len(empty) + 8
+    with pytest.raises(ValueError, match="coded data are damaged"):
+        decode_codes(coded, "ans", 1000)
+
+
 def test_no_data_are_codes_beyond_their_growth_and_the_writer_makes_none(monkeypatch):
     codes = np.zeros(4000, np.int8)
     data = encode_codes(codes, "ans")

@@ -51,6 +51,13 @@ def test_packing_is_the_documented_layout_and_unpacking_its_exact_inverse(bits, 
     assert np.array_equal(back, codes)
 
 
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_every_byte_is_read_as_its_five_lowest_digits_in_base_3(convert):
+    packed = np.arange(256, dtype=np.uint8)  # the packer writes none above 242
+    expected = [byte // 3**k % 3 - 1 for byte in range(256) for k in range(5)]
+    assert unpack_codes(convert(packed), "ternary", 5 * 256).tolist() == expected
+
+
 def random_codes(bits, levels, size):
     low, high = code_range(bits, levels)
     codes = np.random.default_rng(size).integers(low, high + 1, size).astype(np.int8)

@@ -220,6 +220,14 @@ def test_a_relative_step_keeps_the_dtype(dtype):
 # --- What raises -----------------------------------------------------------------------
 
 
+def test_a_relative_step_names_the_leaf_whose_shape_is_not_that_of_its_weights():
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    tx = jaxclip.sign_sgd(0.1, relative_to=jaxclip.thresholds.max_abs())
+    for wrong in ({"a": jnp.ones(3), "b": jnp.ones(1)}, {"a": jnp.ones(3), "b": jnp.ones(())}):
+        with pytest.raises(ValueError, match="at 'b' updates has"):
+            tx.update(wrong, tx.init(params), params)
+
+
 def test_decay_names_the_path_at_which_gradients_and_parameters_differ():
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     tx = jaxclip.signum(0.1, weight_decay=0.1)
