@@ -95,7 +95,7 @@ def run_small(name="w", names=("error", "norm"), shifted=None, **changes):
     small = {"step_sizes": [0.1], "thresholds": [1.0], "seeds": 1, "bits": (None,)}
     small |= {"metric": "error", "train_metric": None, "weight_threshold": None}
     small |= {"stop": jaxclip.max_steps(2), "optimizer": optax.sgd}
-    return run(init_fn=lambda key: {name: jnp.zeros(4)}, **functions, **(small | changes))
+    return run(init_fn=lambda key: {name: jnp.zeros(4)}, **(functions | small | changes))
 
 
 def params_at(result, i, j, seed):

@@ -186,7 +186,13 @@ def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
     assert not [f for f in tmp_path.iterdir() if "tmp" in f.name]
 
 
-def test_a_memory_budget_makes_chunks_and_one_too_small_is_refused(result, tmp_path):
+def test_a_memory_budget_too_small_for_one_setting_is_refused():
+    with pytest.raises(ValueError, match=r"memory_budget is 1,000, but one setting .* takes"):
+        run_small(memory_budget=1000)
+
+
+@pytest.mark.thorough
+def test_a_memory_budget_makes_chunks(result, tmp_path):
     needed = programs.Program(TASK, 6, [0, 1], jax.devices()[:1], None, 1).bytes_needed()
     chunked = run(memory_budget=int(0.7 * needed), directory=tmp_path, bits=(None,))
     assert 2 <= len(list(tmp_path.glob("*.safetensors"))) <= 3
@@ -194,5 +200,3 @@ def test_a_memory_budget_makes_chunks_and_one_too_small_is_refused(result, tmp_p
         jax.tree.leaves(chunked.params), jax.tree.leaves(result.params), strict=True
     ):
         np.testing.assert_allclose(mine, one, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"memory_budget is 1,000, but one setting .* takes"):
-        run(memory_budget=1000)

@@ -17,7 +17,6 @@ from oracles.compilations import counted
 from oracles.small_sweeps import (
     TASK,
     evaluate,
-    loss_fn,
     run,
     run_small,
 )
@@ -30,13 +29,13 @@ def test_the_program_is_traced_once_for_any_number_of_settings_and_chunks():
         def counted(params, batch):
             nonlocal count
             count += 1
-            return loss_fn(params, batch)
+            return jnp.mean((params["w"] - batch) ** 2)
 
-        run(loss_fn=counted, bits=(None,), seeds=1, **changes)
+        run_small(loss_fn=counted, **changes)
         return count
 
-    few = traces(step_sizes=[0.1], thresholds=[1.0])
-    assert traces(step_sizes=[0.1, 0.2, 0.3, 0.4], chunk_size=3) == few
+    few = traces(step_sizes=[0.1])
+    assert traces(step_sizes=[0.1, 0.2, 0.3, 0.4], thresholds=[1.0, 2.0], chunk_size=3) == few
 
 
 def test_an_equal_sweep_compiles_nothing_and_one_with_other_data_is_not_equal():
@@ -86,6 +85,7 @@ def test_chunks_and_the_host_loop_give_what_one_program_gives(result):
     )
 
 
+@pytest.mark.thorough
 def test_settings_are_divided_over_devices(result):
     many = run(devices=jax.devices(), bits=(None,))
     for mine, one in zip(jax.tree.leaves(many.params), jax.tree.leaves(result.params), strict=True):

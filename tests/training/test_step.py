@@ -14,6 +14,7 @@ import jaxclip
 from jaxclip.thresholds import percentile_abs
 from jaxclip.training.step import StepInfo, TrainState, make_train_step
 from oracles.given_gradients import given_loss
+from oracles.quick import quick_first
 
 
 def linear_loss(params, batch):
@@ -61,7 +62,7 @@ def run(step, state, num_steps=5, start=0):
 # --- The step --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threshold", [None, 0.15])
+@pytest.mark.parametrize("threshold", quick_first([0.15, None]))
 def test_eager_jit_and_scan_agree(threshold):
     tx = make_optimizer()
     step = make_train_step(linear_loss, tx, weight_threshold=threshold)
@@ -271,7 +272,7 @@ def test_legacy_keys_work():
 # --- The box ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", quick_first([jnp.bfloat16, jnp.float32, jnp.float16]))
 @pytest.mark.parametrize("threshold", [0.1, jnp.float32(0.1)], ids=["number", "array"])
 def test_weights_are_in_the_box_after_every_step_eager_and_jit(dtype, threshold):
     tx = optax.chain(jaxclip.clip_by_global_norm(1.0), jaxclip.lion(0.03))
