@@ -6,6 +6,7 @@ a bad value by a documented policy, the same in eager and jitted code.
 """
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -157,6 +158,12 @@ def check_traced_count(name: str, value: Any, at_least: int = 1) -> None:
         check_count(name, value, at_least)
     elif value.ndim or not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
+
+
+def check_local_path(name: str, path: str | os.PathLike) -> None:
+    """Raises ValueError for a path with a scheme, which would become a local folder `gs:`."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{name} must be a path of the local file system, got {path!r}.")
 
 
 def check_params_given(name: str, params: optax.Params | None) -> None:

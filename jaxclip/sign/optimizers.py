@@ -193,7 +193,7 @@ class _StepSizeState(NamedTuple):
     """State of the step size: a scalar int32 step count, and the last learning rate."""
 
     step: jax.Array
-    learning_rate: jax.Array  # float32, for reports
+    learning_rate: jax.Array  # float32, for reports; 0 if it was not finite
 
 
 def _decay_weights(
@@ -268,7 +268,8 @@ def _scale_by_step(
 
             thresholds = resolve_threshold(relative_to, params, state.step, name="relative_to")
             updates = map_clippable(relative, updates, thresholds)
-        reported = jnp.asarray(rate, jnp.float32)
+        reported = rate.astype(jnp.float32)
+        reported = jnp.where(jnp.isfinite(reported), reported, jnp.zeros_like(reported))
         return updates, _StepSizeState(step=increment(state.step), learning_rate=reported)
 
     def init_fn(params):

@@ -80,7 +80,7 @@ def sweep(
         devices; None for all that fit `memory_budget`.
       memory_budget: Bytes that the program may use on each device; None for no limit. Memory use
         is known only after compilation, so a smaller chunk compiles the program again.
-      directory: Folder for finished chunks. An interrupted sweep continues after them when it
+      directory: Local folder for finished chunks. An interrupted sweep continues after them when it
         is called again; a call with other arguments or data is refused.
       devices: Devices over which the settings are divided; None for all of this process.
       keep_params: True to have the trained parameters in the result.
@@ -121,6 +121,8 @@ def sweep(
     threshold_axis = _axis("thresholds", thresholds, checks.check_threshold)
     seed_axis, widths = _seed_axis(seeds), _widths(bits)
     _check_run(loop, devices, record_every, chunk_size, memory_budget)
+    if directory is not None:
+        checks.check_local_path("directory", directory)
     task = checked_task(task)
     compressor = Compressor(task.evaluate, compress, coding, widths)
     axes = np.meshgrid(step_size_axis, threshold_axis, indexing="ij")

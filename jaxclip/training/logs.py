@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxclip._core import checks
 from jaxclip._core.trees import PyTree, path_name
 from jaxclip.training.step import StepInfo
 from jaxclip.training.telemetry import Statistics
@@ -141,10 +142,13 @@ def log_to_jsonl(path: str | os.PathLike) -> OnLog:
     removed.
 
     Args:
-      path: The file; it is created if it does not exist.
+      path: The file, of the local file system; it is created if it does not exist.
 
     Returns:
       A function of the step and its metrics.
+
+    Raises:
+      ValueError: If `path` has a scheme, such as "gs://...".
 
     Example:
       >>> import tempfile
@@ -153,6 +157,7 @@ def log_to_jsonl(path: str | os.PathLike) -> OnLog:
       >>> print(pathlib.Path(path).read_text(), end="")
       {"step": 3, "loss": 0.5, "pre_norm": null}
     """
+    checks.check_local_path("path", path)
     path = pathlib.Path(path)
 
     def write(step: int, metrics: dict[str, float]) -> None:

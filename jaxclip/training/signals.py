@@ -14,11 +14,12 @@ def check_signals(name: str, numbers: Iterable[int]) -> tuple[signal.Signals, ..
     found = []
     for number in numbers:
         try:
-            found.append(signal.Signals(number))
+            chosen = signal.Signals(number)
         except ValueError as error:
             raise ValueError(f"{name} has {number!r}, which is no signal here.") from error
-        if found[-1] in _NEVER:
-            raise ValueError(f"{name} has {found[-1].name}, which no program can handle.")
+        if chosen in _NEVER:
+            raise ValueError(f"{name} has {chosen.name}, which no program can handle.")
+        found.append(chosen)
     return tuple(found)
 
 

@@ -178,8 +178,9 @@ def make_train_step(
         momentum before updating it in place.
 
     Returns:
-      `step(state, batch) -> (state, info)`, compiled by `jax.jit` on the first call; with
-      `lower`, `trace`, and the plain function as `__wrapped__`. Inside another program, such
+      `step(state, batch) -> (state, info)`, compiled by `jax.jit` on the first call: make it
+      once, because another step of the same loss is another program. It has `lower`, `trace`, and
+      the plain function as `__wrapped__`. Inside another program, such
       as a `scan`, or with traced arrays it is that plain function; to batch or differentiate
       over a value in its closure, call `__wrapped__`.
 

@@ -15,6 +15,7 @@ import jaxclip
 from jaxclip import fit, max_steps
 from jaxclip.training import StopReason, log_to_jsonl
 from jaxclip.training.runs import Run, RunStore
+from oracles.small_sweeps import run_small
 
 TX = jaxclip.sign_sgd(0.25)
 STEP = jaxclip.make_train_step(lambda w, target: jnp.sum((w - target) ** 2), TX)
@@ -281,3 +282,13 @@ def test_a_line_that_is_no_record_is_kept(tmp_path):
     path.write_text("begun by hand")
     log_to_jsonl(path)(3, {"loss": 0.5})
     assert path.read_text() == 'begun by hand\n{"step": 3, "loss": 0.5}\n'
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/log.jsonl", "s3://bucket/x"])
+def test_a_remote_path_becomes_no_local_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="path must be a path of the local file system"):
+        log_to_jsonl(path)
+    with pytest.raises(ValueError, match="directory must be a path of the local file system"):
+        run_small(directory=path)
+    assert os.listdir() == []
