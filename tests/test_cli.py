@@ -19,6 +19,7 @@ import safetensors.numpy
 import jaxclip
 from jaxclip import checkpoints, cli
 from jaxclip.cli import arguments, help_texts
+from oracles.made_up_files import header_of
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +100,46 @@ def test_inspect_shows_what_is_there_and_how_it_is_spread():
     headers = run_json("inspect", "low.safetensors", "--headers-only")
     assert {x["path"]: x["bits"] for x in headers["leaves"]}["embed.weight"] == 4
     assert headers["total_bytes"] == os.path.getsize("low.safetensors")
+
+
+def write_hole(path: str, num_tensors: int, n: int) -> None:
+    """A file of float32 tensors whose values are a hole."""
+    entries = {
+        f"w{i}": {
+            "dtype": "F32",
+            "shape": [n],
+            "data_offsets": [4 * n * i, 4 * n * (i + 1)],
+        }
+        for i in range(num_tensors)
+    }
+    with open(path, "wb") as file:
+        file.write(header_of(entries))
+        file.truncate(file.tell() + 4 * n * num_tensors)
+
+
+@pytest.mark.parametrize(("num_tensors", "size"), [(1001, 0), (1, 2**29)])
+def test_inspect_of_many_or_large_tensors_reads_headers_alone(num_tensors, size):
+    write_hole("large.safetensors", num_tensors, size)
+    status, out, _ = run("inspect", "large.safetensors")
+    assert status == 0
+    assert out.endswith("--statistics measures the weights.\n")
+    found = run_json("inspect", "large.safetensors")
+    assert found["statistics"] is None
+    assert found["report"]["raw_bytes"] == 4 * size * num_tensors
+
+
+def test_a_file_that_stands_for_too_many_bytes_is_refused_until_the_limit_is_lifted():
+    write_hole("hole.safetensors", 1, 2**27)
+    for command in ("verify", "clip --threshold 1", "compress", "decompress", "export --to Q8_0"):
+        name, *options = command.split()
+        target = [] if name == "verify" else ["out.safetensors"]
+        status, _, err = run(name, "hole.safetensors", *target, *options)
+        assert status == 1
+        assert "536,870,912 bytes, more than --max-ratio 64 times" in err
+        assert "pass a larger --max-ratio" in err
+    write_hole("hole.safetensors", 1, 2**10)
+    assert run("verify", "hole.safetensors", "--max-ratio", "inf")[0] == 0
+    assert run("verify", "hole.safetensors", "--max-ratio", "-1")[0] == 2
 
 
 def test_clip_saves_the_projection():

@@ -64,7 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
     _add_file(parser)
-    parser.add_argument("--headers-only", action="store_true", help="read no weights")
+    read = parser.add_mutually_exclusive_group()
+    read.add_argument("--headers-only", action="store_true", help="read no weights")
+    read.add_argument("--statistics", action="store_true", help="read weights of any size")
     parser.add_argument(
         "--outlier",
         type=_number(above=0),
@@ -152,12 +154,23 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_file(parser: argparse.ArgumentParser) -> None:
     complete_files(parser.add_argument("path", metavar="FILE", help="a file or folder of weights"))
+    _add_max_ratio(parser)
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     complete_files(parser.add_argument("src", metavar="SRC", help="the file or folder to read"))
     complete_files(parser.add_argument("dst", metavar="DST", help="the file to write"))
     parser.add_argument("--force", action="store_true", help="replace DST if it exists")
+    _add_max_ratio(parser)
+
+
+def _add_max_ratio(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-ratio",
+        type=_number(at_least=0),
+        metavar="R",
+        help="bytes of weights that a byte on disk may stand for (64); inf for a file you trust",
+    )
 
 
 _COMMANDS = (
@@ -241,7 +254,7 @@ def _key_and_value(text: str) -> tuple[str, Any]:
 _FLAGS = {"overwrite": "--force", "target_bits_per_weight": "--target-bpw"}
 _FLAGS |= {"bits_per_weight": "--rate", "src": "SRC", "dst": "DST", "path": "FILE"}
 _SAME_NAMES = """
-    architecture axis bit_price bits coding dry_run dtype group_size include layout
+    architecture axis bit_price bits coding dry_run dtype group_size include layout max_ratio
     max_shard_bytes metadata model_files outlier rename rule scale_dtype target_bytes threshold
     to zero_point
 """

@@ -10,28 +10,43 @@ from typing import Any
 
 from jaxclip.cli.policy_files import read_policy
 
+# What `inspect` measures without being asked to: some seconds' worth.
+_MAX_MEASURED_TENSORS = 1000
+_MAX_MEASURED_BYTES = 2**30
+
 
 def run_inspect(args: argparse.Namespace) -> Any:
-    """Returns the sizes in a file, and statistics of its weights unless only headers are read."""
+    """Returns the sizes in a file, and statistics of its weights unless they are many."""
     from jaxclip import checkpoints
     from jaxclip.checkpoints import inspection
 
     report = checkpoints.inspect(args.path)
     if args.headers_only:
         return report
-    return Inspection(report, inspection.describe_file(args.path, args.outlier))
+    is_large = len(report.leaves) > _MAX_MEASURED_TENSORS or report.raw_bytes > _MAX_MEASURED_BYTES
+    if is_large and not args.statistics:
+        return Inspection(report, None)
+    statistics = inspection.describe_file(args.path, args.outlier, **_limits(args))
+    return Inspection(report, statistics)
+
+
+def _limits(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the limits for reading that the command line gives."""
+    return {} if args.max_ratio is None else {"max_ratio": args.max_ratio}
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """Sizes of a file's leaves, and statistics of the floating ones by name."""
+    """Sizes of a file's leaves, and statistics of the floating ones by name if they were read."""
 
     report: Any
-    statistics: dict[str, Any]
+    statistics: dict[str, Any] | None
 
     def __str__(self) -> str:
         from jaxclip._core.reports import format_table
 
+        if self.statistics is None:
+            return f"{self.report}\n\nStatistics take long here: --statistics measures the weights."
         rows = [["leaf", "-max ... max", "max", "rms", "outliers"]]
         rows[0] += ["t, 4 bits", "t, 3 bits", "t, 2 bits", "t, ternary", ""]
         for name, s in self.statistics.items():
@@ -47,7 +62,12 @@ def run_clip(args: argparse.Namespace) -> Any:
     from jaxclip import checkpoints
 
     return checkpoints.clip_checkpoint(
-        args.src, args.dst, args.threshold, include=args.include, overwrite=args.force
+        args.src,
+        args.dst,
+        args.threshold,
+        include=args.include,
+        overwrite=args.force,
+        **_limits(args),
     )
 
 
@@ -79,6 +99,7 @@ def run_compress(args: argparse.Namespace) -> Any:
         coding=coding,
         overwrite=args.force,
         dry_run=args.dry_run,
+        **_limits(args),
     )
 
 
@@ -86,7 +107,9 @@ def run_decompress(args: argparse.Namespace) -> Any:
     """Writes the weights of a low-bit file as floats."""
     from jaxclip import checkpoints
 
-    return checkpoints.decompress_checkpoint(args.src, args.dst, args.dtype, overwrite=args.force)
+    return checkpoints.decompress_checkpoint(
+        args.src, args.dst, args.dtype, overwrite=args.force, **_limits(args)
+    )
 
 
 def run_export(args: argparse.Namespace) -> Any:
@@ -104,6 +127,7 @@ def run_export(args: argparse.Namespace) -> Any:
         max_shard_bytes=args.max_shard_bytes,
         model_files=args.model_files,
         overwrite=args.force,
+        **_limits(args),
     )
     files = [args.dst]
     if os.path.isdir(args.dst):
@@ -118,4 +142,4 @@ def run_verify(args: argparse.Namespace) -> Any:
     """Reads and checks a whole file."""
     from jaxclip.checkpoints import inspection
 
-    return inspection.verify_file(args.path)
+    return inspection.verify_file(args.path, **_limits(args))

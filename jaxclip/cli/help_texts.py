@@ -16,7 +16,8 @@ Show what is in a file: its tensors, their sizes, and statistics of the weights.
 
 Every floating tensor gets a histogram from -max to max, the largest magnitude, the root mean
 square (rms), the fraction of outliers (entries beyond K times the rms), and the thresholds of
-least squared error for one scale at 4, 3 and 2 bits and ternary.
+least squared error for one scale at 4, 3 and 2 bits and ternary. Of more than 1,000 tensors or
+1 GiB only headers are read, unless --statistics asks for more.
 
 examples:
   jaxclip inspect net.safetensors
