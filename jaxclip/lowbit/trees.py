@@ -88,16 +88,16 @@ def compress(
       >>> import jax.numpy as jnp
       >>> from jaxclip import max_abs
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
-      >>> small = compress(params, bits="ternary")
+      >>> small = compress(params, bits="ternary", rule=max_abs)
       >>> small["kernel"].bits, small["bias"].dtype
       ('ternary', dtype('float32'))
-      >>> compress(params, Grid(4, group_size=2))["kernel"].scale.shape
+      >>> compress(params, Grid(4, group_size=2), rule=max_abs)["kernel"].scale.shape
       (4, 4)
-      >>> policy = [("kernel", {"bits": 8, "group_size": 4, "rule": max_abs, "axis": 0})]
-      >>> compress(params, 2, policy=policy)["kernel"].scale.shape
+      >>> policy = [("kernel", {"bits": 8, "group_size": 4, "axis": 0})]
+      >>> compress(params, 2, rule=max_abs, policy=policy)["kernel"].scale.shape
       (8, 1)
       >>> params = {"a": jnp.ones((64, 64)), "b": jax.random.normal(jax.random.key(0), (64, 64))}
-      >>> small = compress(params, target_bits_per_weight=3.5)
+      >>> small = compress(params, target_bits_per_weight=3.5, rule=max_abs)
       >>> small["a"].bits, small["b"].bits
       ('ternary', 4)
 

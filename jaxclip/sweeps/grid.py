@@ -111,7 +111,7 @@ def sweep(
       ...     mode="min",
       ... )
       >>> result = sweep(
-      ...     task, step_sizes=[0.1, 0.01], thresholds=[0.25, 1.0], seeds=2, bits=(None, 4, 2)
+      ...     task, step_sizes=[0.1, 0.01], thresholds=[0.25, 1.0], seeds=2, bits=(None, 4)
       ... )
       >>> best = result.recommend(max_loss=0.001)
       >>> best.step_size, best.threshold, best.bits

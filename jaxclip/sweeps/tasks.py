@@ -55,7 +55,7 @@ class Task:
       ...     metric="size",
       ...     mode="min",
       ... )
-      >>> jaxclip.sweep(task, step_sizes=[0.1], seeds=1, progress=False).loss.shape
+      >>> jaxclip.sweep(task, step_sizes=[0.1], seeds=1, bits=(4,), progress=False).loss.shape
       (1, 1, 1)
     """
 
