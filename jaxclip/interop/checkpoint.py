@@ -19,6 +19,7 @@ from jaxclip.interop.gguf_blocks import BYTES_PER_BLOCK
 from jaxclip.interop.leaves import Rename, stored_leaves
 from jaxclip.interop.plain import write_values
 
+_MAX_CONFIG_BYTES = 2**26
 _SHARD_BYTES = 5 * 10**9  # of a shard in a folder where no size is given
 
 
@@ -122,6 +123,8 @@ def _companions(folder: Path) -> tuple[Path, ...]:
     """Returns the files of a model other than weights, which must include `config.json`."""
     try:
         files = shards.model_files(folder)
+        if (folder / "config.json").stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"config.json is larger than {_MAX_CONFIG_BYTES:,} bytes.")
         config = json.loads((folder / "config.json").read_bytes())
         if type(config) is not dict:
             raise ValueError("config.json is not a JSON object.")

@@ -236,3 +236,13 @@ def test_wrong_rules_for_names_are_refused(tmp_path, rename, message):
     with pytest.raises(ValueError, match=message):
         interop.to_safetensors(tmp_path / "out.safetensors", tree, rename=rename)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_too_large_to_be_one_is_not_read(tmp_path):
+    checkpoints.save(tmp_path / "x.safetensors", {"w": np.zeros(2, np.float32)})
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(ValueError, match=r"config\.json is larger than 67,108,864 bytes"):
+        interop.export_checkpoint(
+            tmp_path / "x.safetensors", tmp_path / "y", "compressed-tensors", model_files=tmp_path
+        )
