@@ -16,14 +16,15 @@ import numpy as np
 from jaxclip._core import checks
 
 # A code width: 1, 2, 3, 4, 5, 6 or 8 bits, or "ternary" (three levels, 1.58 bits).
-Bits: TypeAlias = int | str
+Bits: TypeAlias = Literal[1, 2, 3, 4, 5, 6, 8, "ternary"]
+Levels: TypeAlias = Literal["full", "narrow"]
 Axis: TypeAlias = int | tuple[int, ...] | Literal["outputs"] | None
 _ALLOWED_BITS = (1, "ternary", 2, 3, 4, 5, 6, 8)
 _LEVELS = ("full", "narrow")
 _SCALE_DTYPES = ("float32", "float16", "bfloat16", "log8")
 
 
-def code_range(bits: Bits | None, levels: str = "full") -> tuple[int, int]:
+def code_range(bits: Bits | None, levels: Levels = "full") -> tuple[int, int]:
     """Returns the lowest and highest code; 1 bit is -1 and 1, ternary also has 0."""
     checks.check_choice("bits", bits, _ALLOWED_BITS)
     checks.check_choice("levels", levels, _LEVELS)
@@ -81,7 +82,7 @@ class Grid:
 
     bits: Bits | None
     _: dataclasses.KW_ONLY
-    levels: str = "full"
+    levels: Levels = "full"
     axis: Axis = "outputs"
     group_size: int | None = None
     zero_point: bool = False

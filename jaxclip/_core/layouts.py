@@ -29,7 +29,7 @@ def layouts_of(
         return [layout] * len(names)
     found = [_by_name(name) for name in names]
     counts = collections.Counter(x for x in found if x is not None)
-    most = max(counts, key=lambda x: (counts[x], x == default), default=default)
+    most = max((default, *LAYOUTS), key=lambda x: (counts[x], x == default))
     return [x or most for x in found]
 
 

@@ -22,7 +22,7 @@ from jaxclip.checkpoints.reading import Source, open_source
 from jaxclip.checkpoints.sizes import SizeReport, report_plan, with_errors
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError
-from jaxclip.lowbit.entropy_coding import check_coding
+from jaxclip.lowbit.entropy_coding import Coding, check_coding
 
 LeafWithError: TypeAlias = tuple[Leaf, QuantizationError | None]
 
@@ -45,7 +45,7 @@ class Output:
     dst: Path
     overwrite: bool
     progress: bool
-    coding: str | None = None
+    coding: Coding | None = None
     is_dry_run: bool = False
     keeps_names: bool = False
     max_ratio: float = MAX_RATIO

@@ -21,7 +21,7 @@ from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, is_copied, leaf_
 from jaxclip.checkpoints.leaf_by_leaf import LeafWithError, Output, rewrite
 from jaxclip.checkpoints.reading import Source
 from jaxclip.checkpoints.rows import compress_leaf, outline_leaf
-from jaxclip.checkpoints.sizes import SizeReport
+from jaxclip.checkpoints.sizes import SizeReport, with_dtypes
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
@@ -32,7 +32,8 @@ from jaxclip.lowbit.budgets import (
     widths_within_file,
 )
 from jaxclip.lowbit.distortion import quantization_error
-from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs
+from jaxclip.lowbit.entropy_coding import Coding
+from jaxclip.lowbit.policies import LeafSpec, Policy, is_optimizer_state, leaf_specs
 from jaxclip.lowbit.trees import decompress
 from jaxclip.thresholds.by_error import mse_optimal
 from jaxclip.thresholds.values import check_one_threshold, resolve_threshold
@@ -50,7 +51,7 @@ def compress_checkpoint(
     bit_price: float = 0.0,
     policy: Policy = (),
     layout: Layout | None = None,
-    coding: str | None = None,
+    coding: Coding | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     max_ratio: float = MAX_RATIO,
@@ -61,7 +62,8 @@ def compress_checkpoint(
     Memory is bounded by a few times the largest leaf, however large the checkpoint. The new
     file appears when it is complete; a crash or an interrupt leaves no file. The source is never
     written to, and its metadata are kept. A leaf whose codes and scales would take no fewer bytes
-    than the leaf stays as it is, and the report says so.
+    than the leaf stays as it is, and so do the moments of an optimizer unless a policy names them;
+    the report says so.
 
     Args:
       src: File or folder that `load` takes. Leaves that are low-bit already are copied.
@@ -123,15 +125,21 @@ def compress_checkpoint(
     specs: dict[str, LeafSpec] = {}
     kept: set[str] = set()
     used: set[str] = set()
+    no_weights: set[str] = set()
+    dtypes: dict[str, Any] = {}
 
     def outline(source: Source) -> dict[str, Leaf]:
         names = [name for name, leaf in source.leaves.items() if not is_copied(leaf.dtype)]
         leaves = [source.leaves[name] for name in names]
         layouts = layouts_of(names, layout, source.default_layout)
-        found, unchanged, by_layout = leaf_specs(names, leaves, policy, default, layouts)
+        found, unchanged, by_layout, states = leaf_specs(names, leaves, policy, default, layouts)
         used.update(by_layout)
         is_flat = source.structure is None
         kept.update(leaf_name((name,)) if is_flat else name for name in unchanged)
+        no_weights.update(leaf_name((name,)) if is_flat else name for name in states)
+        dtypes.update(
+            {leaf_name((n,)) if is_flat else n: x.dtype for n, x in source.leaves.items()}
+        )
         specs.update({name: spec for name, spec in zip(names, found, strict=True) if spec})
         priced = [name for name, spec in specs.items() if spec.has_price]
         if coding is None and priced:
@@ -152,7 +160,8 @@ def compress_checkpoint(
     num_passes = 1 if budget is None else 2
     report = rewrite(src, output, outline, rewrite_leaf, num_passes)
     layouts_found = tuple(x for x in LAYOUTS if x in used)
-    return dataclasses.replace(report, kept=tuple(sorted(kept)), layouts=layouts_found)
+    report = dataclasses.replace(report, kept=tuple(sorted(kept)), layouts=layouts_found)
+    return with_dtypes(dataclasses.replace(report, optimizer_state=tuple(no_weights)), dtypes)
 
 
 def _specs_within(
@@ -253,7 +262,8 @@ def clip_checkpoint(
       src: File or folder that `load` takes; low-bit leaves are copied.
       dst: The `.safetensors` file to write.
       threshold: Number in [0, inf], or a rule that chooses one for each leaf.
-      include: Regular expression; leaves with a match in their name are clipped.
+      include: Regular expression; leaves with a match in their name are clipped. With "" these
+        are all but the moments of an optimizer.
       overwrite: True to replace an existing file.
       max_ratio: Bytes of arrays that a byte of the source may stand for, as for `load`.
       progress: True to show a bar on a terminal or in a notebook, if rich is installed.
@@ -284,6 +294,7 @@ def clip_checkpoint(
 
     def clip_leaf(name: str, leaf: StoredLeaf) -> LeafWithError:
         is_kept = isinstance(leaf, QuantizedArray) or is_copied(leaf.dtype)
+        is_kept = is_kept or (not include and is_optimizer_state(name))
         if is_kept or not pattern.search(name):
             return leaf, None
         if leaf.dtype == np.float64:  # not clip_weights: jax may have float64 disabled

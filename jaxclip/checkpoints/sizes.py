@@ -29,7 +29,7 @@ from jaxclip.checkpoints.format.layout import (
 from jaxclip.checkpoints.reading import Source
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError, quantization_error
-from jaxclip.lowbit.entropy_coding import check_coding
+from jaxclip.lowbit.entropy_coding import Coding, check_coding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class LeafSize:
         real floating.
       clip_rate: Fraction of the original's entries beyond the outermost level of their block's
         grid, in [0, 1]; None if unknown, and for an array stored as it is.
+      coded_bits: Bits on disk of an entry, scales included, if codes are entropy-coded; else None.
       axes: Channel axes with scales of their own, counted from 0; () if one scale or group is for
         all; None for an array stored as it is.
     """
@@ -63,13 +64,12 @@ class LeafSize:
     relative_error: float | None = None
     clip_rate: float | None = None
     axes: tuple[int, ...] | None = None
+    coded_bits: float | None = None
 
     def cells(self) -> list[str]:
         """Returns its row of the printed table; cells of unknown values are empty."""
-        shape, bits = (
-            "x".join(map(str, self.shape)),
-            str(self.bits or "as is"),
-        )
+        shape, bits = "x".join(map(str, self.shape)), str(self.bits or "as is")
+        bits += "" if self.coded_bits is None else f", coded {self.coded_bits:.2f}"
         axes = "" if self.axes is None else ",".join(map(str, self.axes)) or "none"
         sizes = [axes, f"{self.raw_bytes:,}", f"{self.stored_bytes:,}", _short(self.threshold)]
         lost = [_short(self.relative_error), _percent(self.clip_rate)]
@@ -91,6 +91,7 @@ class SizeReport:
         bytes.
       layouts: Layouts of the leaves that were compressed: "in_out", "out_in" or both; empty if
         unknown.
+      optimizer_state: Paths of leaves that stay as they are because they are no weights.
     """
 
     leaves: tuple[LeafSize, ...]
@@ -101,6 +102,7 @@ class SizeReport:
     clip_rate: float | None = None
     kept: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
+    optimizer_state: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -130,6 +132,7 @@ class SizeReport:
         rows += [leaf.cells() for leaf in self.leaves]
         for leaf, row in zip(self.leaves, rows[1:], strict=True):
             row[3] += ": no smaller" if leaf.path in self.kept else ""
+            row[3] += ": optimizer state" if leaf.path in self.optimizer_state else ""
         rows.append(["file header", *[""] * 5, f"{self.overhead_bytes:,}", *[""] * 3])
         rows.append(["total", *[""] * 4, f"{self.raw_bytes:,}", f"{self.total_bytes:,}", ""])
         rows[-1] += [_short(self.relative_error), _percent(self.clip_rate)]
@@ -138,7 +141,14 @@ class SizeReport:
         shown = [i for i in range(len(rows[0])) if i in always or any(r[i] for r in rows[1:])]
         table = format_table([[row[i] for i in shown] for row in rows])
         layouts = f"\nlayout: {' and '.join(self.layouts)}" if self.layouts else ""
-        return f"{table}  ({self.ratio:.1f}x smaller){layouts}"
+        return f"{table}  ({self._change()}){layouts}"
+
+    def _change(self) -> str:
+        """Returns how much smaller or larger the file is than its arrays."""
+        if self.total_bytes <= self.raw_bytes:
+            return f"{self.ratio:.1f}x smaller"
+        growth = f"{1 / self.ratio:.3g}x" if self.raw_bytes else f"{self.total_bytes:,} bytes"
+        return f"{growth} larger"
 
 
 def _short(number: float | None) -> str:
@@ -149,7 +159,9 @@ def _percent(rate: float | None) -> str:
     return "" if rate is None else f"{rate:.2%}"
 
 
-def size_report(small: PyTree, coding: str | None = None, *, original: PyTree = None) -> SizeReport:
+def size_report(
+    small: PyTree, coding: Coding | None = None, *, original: PyTree = None
+) -> SizeReport:
     """Returns the bytes a compressed tree takes, leaf by leaf; the total is the file's size.
 
     Args:
@@ -212,6 +224,7 @@ def _report(
             stored_bytes=stored_bytes[name],
             threshold=_largest_threshold(leaf),
             axes=_channel_axes(leaf),
+            coded_bits=_coded_bits(leaf, stored_bytes[name]),
         )
         for name, leaf in leaves.items()
     )
@@ -221,6 +234,12 @@ def _report(
         total_bytes=total_bytes,
         raw_bytes=sum(leaf.raw_bytes for leaf in sizes),
     )
+
+
+def _coded_bits(leaf: Leaf, stored_bytes: int) -> float | None:
+    if not isinstance(leaf, QuantizedArray) or stored_bytes >= leaf.num_bytes:
+        return None
+    return 8 * stored_bytes / leaf.size
 
 
 def _channel_axes(leaf: Leaf) -> tuple[int, ...] | None:
@@ -259,7 +278,22 @@ def _compared(report: SizeReport, plan: FilePlan, original: PyTree) -> SizeRepor
                 values = array.qvalue if isinstance(array, QuantizedArray) else array
                 check_has_values(leaf.path, values)
         errors[leaf.path] = quantization_error(before, now)
-    return with_errors(report, errors)
+    dtypes = {name: leaf.dtype for name, leaf in originals.items()}
+    return with_dtypes(with_errors(report, errors), dtypes)
+
+
+def with_dtypes(report: SizeReport, dtypes: Mapping[str, Any]) -> SizeReport:
+    """Returns a report with the dtypes that arrays had before they were compressed, by path."""
+    # Where jax has no float64, the low-bit array of a float64 leaf stands for a float32.
+    leaves = []
+    for leaf in report.leaves:
+        if leaf.bits is not None and leaf.path in dtypes:
+            name, bits = name_and_bits(dtypes[leaf.path])
+            raw_bytes = math.prod(leaf.shape) * bits // 8
+            leaf = dataclasses.replace(leaf, dtype=name, raw_bytes=raw_bytes)
+        leaves.append(leaf)
+    raw_bytes = sum(leaf.raw_bytes for leaf in leaves)
+    return dataclasses.replace(report, leaves=tuple(leaves), raw_bytes=raw_bytes)
 
 
 def with_errors(report: SizeReport, errors: Mapping[str, QuantizationError | None]) -> SizeReport:

@@ -35,11 +35,11 @@ from jaxclip.checkpoints.reading import (
 )
 from jaxclip.checkpoints.sizes import SizeReport, report_source
 from jaxclip.lowbit.arrays import is_quantized
-from jaxclip.lowbit.entropy_coding import check_coding
+from jaxclip.lowbit.entropy_coding import Coding, check_coding
 
 
 def save(
-    path: str | os.PathLike, tree: PyTree, *, coding: str | None = None, overwrite: bool = False
+    path: str | os.PathLike, tree: PyTree, *, coding: Coding | None = None, overwrite: bool = False
 ) -> None:
     """Writes a tree to a file atomically: the whole tree, or nothing.
 

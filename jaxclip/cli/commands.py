@@ -142,4 +142,5 @@ def run_verify(args: argparse.Namespace) -> Any:
     """Reads and checks a whole file."""
     from jaxclip.checkpoints import inspection
 
-    return inspection.verify_file(args.path, **_limits(args))
+    report = inspection.verify_file(args.path, **_limits(args))
+    return report if args.json else f"{report}\nOK: nothing is wrong with {args.path}"

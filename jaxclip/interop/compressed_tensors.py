@@ -9,7 +9,7 @@ A weight is `scale * code`, or `scale * (code - zero)` with a positive scale.
 """
 
 import os
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -42,7 +42,7 @@ class Scheme(NamedTuple):
       has_zero_point: True if its blocks have zero points.
     """
 
-    num_bits: int
+    num_bits: Literal[4, 8]
     group_size: int | None
     has_zero_point: bool
 
@@ -221,7 +221,7 @@ def _has_weights(low_bit: QuantizedArray) -> np.ndarray:
     return is_weight.reshape(*low_bit.scale.shape, -1).any(axis=-1)
 
 
-def _packed_rows(codes: np.ndarray, num_bits: int) -> np.ndarray:
+def _packed_rows(codes: np.ndarray, num_bits: Literal[4, 8]) -> np.ndarray:
     """Returns codes as int32 words, the first code in the lowest bits, rows padded with zeros."""
     padding = -codes.shape[1] % (32 // num_bits)
     # The lowest code packs to zero bits.

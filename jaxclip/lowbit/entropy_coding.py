@@ -11,7 +11,7 @@ smaller where the codes' distribution differs from place to place.
 import dataclasses
 import struct
 import zlib
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -26,6 +26,8 @@ _MAX_GROWTH = 64
 _ALWAYS_ALLOWED = 2**26
 # zlib's window bits for a stream with neither header nor checksum.
 _RAW_DEFLATE = -15
+
+Coding: TypeAlias = Literal["huffman", "ans", "smallest"]
 
 
 def check_coding(coding: str | None) -> None:

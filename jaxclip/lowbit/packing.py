@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxclip._core.grids import Bits, code_range
+from jaxclip._core.grids import Bits, Levels, code_range
 
 _Array: TypeAlias = Any  # of NumPy or of jax; results are of the same kind
 # Codes that NumPy processes at a time, so that intermediate arrays stay in the cache. A multiple
@@ -33,7 +33,7 @@ def num_packed_bytes(count: int, bits: Bits) -> int:
     return -(-count // 5) if bits == "ternary" else -(-count * int(bits) // 8)
 
 
-def pack_codes(codes: _Array, bits: Bits, *, levels: str = "full") -> _Array:
+def pack_codes(codes: _Array, bits: Bits, *, levels: Levels = "full") -> _Array:
     """Packs integer codes densely into bytes.
 
     Code i becomes the unsigned `u = code - low`; one bit is 0 for -1 and 1 for 1. A width of b
@@ -68,7 +68,7 @@ def pack_codes(codes: _Array, bits: Bits, *, levels: str = "full") -> _Array:
     return packed
 
 
-def unpack_codes(packed: _Array, bits: Bits, count: int, *, levels: str = "full") -> _Array:
+def unpack_codes(packed: _Array, bits: Bits, count: int, *, levels: Levels = "full") -> _Array:
     """Unpacks the result of `pack_codes`.
 
     Args:

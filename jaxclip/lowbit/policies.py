@@ -150,11 +150,13 @@ class LeafSpecs(NamedTuple):
       specs: The spec of each leaf; None to leave it as it is.
       kept: Names of leaves that stay as they are because low bits would take no fewer bytes.
       layouts: The layouts by which axes were found.
+      optimizer_state: Names of leaves that stay as they are because they are no weights.
     """
 
     specs: list[LeafSpec | None]
     kept: list[str]
     layouts: set[Layout]
+    optimizer_state: list[str]
 
 
 def leaf_specs(
@@ -172,11 +174,15 @@ def leaf_specs(
         raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
     specs: list[LeafSpec | None] = []
     kept: list[str] = []
+    optimizer_state: list[str] = []
     used: set[Layout] = set()
     for name, leaf, layout, i in zip(names, leaves, layouts, firsts, strict=True):
         spec = default if i is None else entries[i].spec
         has_width = i is not None and entries[i].has_width
         if not (_can_be_low_bit(leaf) and (has_width or np.ndim(leaf) >= 2)):
+            spec = None
+        if spec is not None and i is None and is_optimizer_state(name):
+            optimizer_state.append(name)
             spec = None
         has_axis = spec is None or spec.grid.axis != "outputs" or np.ndim(leaf) < 2
         spec = spec if spec is None else spec.in_layout(name, leaf, layout)
@@ -186,7 +192,19 @@ def leaf_specs(
         elif spec is not None and not has_axis:
             used.add(layout)
         specs.append(spec)
-    return LeafSpecs(specs, kept, used)
+    return LeafSpecs(specs, kept, used, optimizer_state)
+
+
+_OPTIMIZER_STATE = re.compile(
+    r"(?:^|[^a-z])(?:optimi[sz]er|optim|opt_state|exp_avg|exp_inf|moments?)(?:[^a-z]|$)"
+    r"|(?:^|[^a-z])(?:momentum(?:_buffer)?|adam(?:_\d+)?)$",
+    re.IGNORECASE,
+)
+
+
+def is_optimizer_state(name: str) -> bool:
+    """Returns True for names that optimizers give to their moments."""
+    return _OPTIMIZER_STATE.search(name) is not None
 
 
 def _parse_entry(pair: tuple[str, Spec], default: LeafSpec) -> _Entry:

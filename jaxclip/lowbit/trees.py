@@ -47,7 +47,8 @@ def compress(
 
     Args:
       params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
-        stay as they are, and so do low-bit leaves.
+        stay as they are, and so do low-bit leaves, and without a `policy` for them leaves under
+        names of optimizer states: `optimizer`, `opt_state`, `exp_avg`, `moment`.
       bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each output.
         None (also in a `Grid`) is 4, or the width that a target chooses. The grid's axis applies
         to leaves of two or more dimensions.

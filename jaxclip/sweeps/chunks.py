@@ -18,7 +18,7 @@ from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import store
 from jaxclip.checkpoints.reading import checkpoint_errors
 from jaxclip.checkpoints.sizes import size_report
-from jaxclip.lowbit.entropy_coding import check_coding
+from jaxclip.lowbit.entropy_coding import Coding, check_coding
 from jaxclip.lowbit.trees import decompress
 from jaxclip.sweeps.programs import Program, fingerprint, remembered
 from jaxclip.sweeps.tasks import Task
@@ -31,7 +31,7 @@ class Compressor:
         self,
         evaluate: Callable[[optax.Params], dict[str, ArrayLike]],
         compress: Callable[[optax.Params, Bits], PyTree],
-        coding: str | None,
+        coding: Coding | None,
         bits: Sequence[Bits | None],
     ):
         if not bits:

@@ -11,7 +11,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from jaxclip._core import checks
 from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
 from jaxclip._core.trees import PyTree
+from jaxclip.lowbit.entropy_coding import Coding
 from jaxclip.lowbit.trees import compress as compress_tree
 from jaxclip.sweeps.chunks import ChunkStore, Compressor, Trainer
 from jaxclip.sweeps.results import SweepResult
@@ -45,7 +46,7 @@ def sweep(
     seeds: int | Sequence[int] = 5,
     bits: Sequence[Bits | None] = (None, 4, 3, 2, "ternary", 1),
     compress: Callable[[optax.Params, Bits], PyTree] = compress_tree,
-    coding: str | None = None,
+    coding: Coding | None = None,
     record_every: int | None = None,
     loop: str | None = None,
     chunk_size: int | None = None,
@@ -245,7 +246,7 @@ def _seed_axis(seeds: int | Sequence[int]) -> list[int]:
 def _widths(bits: Sequence[Bits | None]) -> list[Bits | None]:
     if isinstance(bits, (int, str)):
         raise TypeError(f"bits must be widths, such as (None, 4, 'ternary'), got {bits!r}.")
-    return [int(width) if isinstance(width, np.integer) else width for width in bits]
+    return [cast(Bits, int(x)) if isinstance(x, np.integer) else x for x in bits]
 
 
 def _check_run(

@@ -17,7 +17,7 @@ from jaxclip._core.floats import (
     FLOAT32_MAX,
     inverse_size,
 )
-from jaxclip._core.grids import Bits, Grid
+from jaxclip._core.grids import Bits, Grid, Levels
 from jaxclip.thresholds.by_magnitude import add_up, count_entries, magnitude
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.scale import best_common_scale, best_scale
@@ -109,7 +109,7 @@ def _grid_for(
     bits: Bits | Grid | None,
     axis: int | tuple[int, ...] | None,
     group_size: int | None,
-    levels: str,
+    levels: Levels,
 ) -> Grid:
     if not isinstance(bits, Grid):
         return Grid(bits, axis=axis, group_size=group_size, levels=levels)
@@ -123,7 +123,7 @@ def mse_optimal(
     *,
     axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
-    levels: str = "full",
+    levels: Levels = "full",
     importance: ArrayLike | None = None,
 ) -> ThresholdRule:
     """Makes the rule that minimizes the squared error of rounding to a low-bit grid.
@@ -228,7 +228,7 @@ def least_squares(
     num_refits: int = 2,
     axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
-    levels: str = "full",
+    levels: Levels = "full",
 ) -> ThresholdRule:
     """Makes the rule that refits the scale to the codes a few times.
 

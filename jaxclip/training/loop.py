@@ -28,7 +28,7 @@ from jaxclip.training.logs import Log, SkipWarnings, add_metrics, check_names, f
 from jaxclip.training.runs import Best, BestRule, Run, RunStore
 from jaxclip.training.signals import Signals, check_signals
 from jaxclip.training.step import StepInfo, TrainState
-from jaxclip.training.stopping import Progress, StopReason, StopRule
+from jaxclip.training.stopping import Mode, Progress, StopReason, StopRule
 
 
 class FitResult(NamedTuple):
@@ -65,7 +65,7 @@ def fit(
     checkpoint_dir: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
     keep_best: str | None = None,
-    best_mode: str = "max",
+    best_mode: Mode = "max",
     stop_signals: Iterable[int] = (signal.SIGINT, signal.SIGTERM),
 ) -> FitResult:
     """Trains until a stop rule is met, the data ends, or a signal arrives.
@@ -182,7 +182,7 @@ def _check_arguments(
 
 
 def _checked_best_rule(
-    keep_best: str | None, best_mode: str, evaluate: Callable | None
+    keep_best: str | None, best_mode: Mode, evaluate: Callable | None
 ) -> BestRule | None:
     """Returns the rule for the best parameters, or None if they are not kept."""
     checks.check_choice("best_mode", best_mode, ("max", "min"))

@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array
-    params: optax.Params
+    params: PyTree
     opt_state: optax.OptState
     key: jax.Array | None
     num_skipped: jax.Array

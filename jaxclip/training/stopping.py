@@ -9,7 +9,7 @@ arrays out. So the same rule serves a loop on the host and one inside `lax.scan`
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
+
+Mode: TypeAlias = Literal["max", "min"]  # the better direction of a metric
 
 
 class StopReason(enum.Enum):
@@ -148,7 +150,7 @@ def max_seconds(seconds: float) -> StopRule:
     return dataclasses.replace(rule, uses_clock=True)
 
 
-def reached(metric: str, target: float, *, mode: str = "max") -> StopRule:
+def reached(metric: str, target: float, *, mode: Mode = "max") -> StopRule:
     """Stops when a metric is at its target or better.
 
     Args:
@@ -181,7 +183,7 @@ def reached(metric: str, target: float, *, mode: str = "max") -> StopRule:
     return dataclasses.replace(rule, metrics=frozenset({metric}))
 
 
-def plateau(metric: str, patience: int, min_delta: float = 0.0, *, mode: str = "min") -> StopRule:
+def plateau(metric: str, patience: int, min_delta: float = 0.0, *, mode: Mode = "min") -> StopRule:
     """Stops when a metric was measured `patience` times without a new best.
 
     Args:
@@ -275,7 +277,7 @@ def _code(reason: StopReason, is_met: ArrayLike) -> jax.Array:
     return jnp.where(is_met, 1 + list(StopReason).index(reason), 0).astype(jnp.int32)
 
 
-def _check_metric(metric: str, mode: str) -> None:
+def _check_metric(metric: str, mode: Mode) -> None:
     if not isinstance(metric, str):
         raise TypeError(f"metric must be the name of a metric, got {metric!r}.")
     checks.check_choice("mode", mode, ("min", "max"))

@@ -597,3 +597,51 @@ def test_metadata_of_all_shards_are_kept(folder, tmp_path):
     checkpoints.clip_checkpoint(folder, tmp_path / "new.safetensors", 1.0)
     with safetensors.safe_open(tmp_path / "new.safetensors", "np") as file:
         assert file.metadata().keys() - {"jaxclip"} == {"format", "own 0", "own 1"}
+
+
+def test_moments_of_an_optimizer_are_no_weights(tmp_path):
+    src, dst = tmp_path / "src.safetensors", tmp_path / "dst.safetensors"
+    weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    moments = {
+        "optimizer.state.0.exp_avg": weights,
+        "fc.weight.exp_avg_sq": weights,
+        "opt_state/0/mu/kernel": weights,
+        "dense/kernel/Adam_1": weights,
+        "fc.momentum_buffer": weights,
+        "first_moment.fc": weights,
+    }
+    others = {"fc.weight": weights, "momentum_encoder.weight": weights, "adamant.w": weights}
+    safetensors.numpy.save_file(moments | others, src)
+    report = checkpoints.compress_checkpoint(src, dst, 4, progress=False)
+    widths = {leaf.path.replace("%2F", "/"): leaf.bits for leaf in report.leaves}
+    assert widths == dict.fromkeys(moments) | dict.fromkeys(others, 4)
+    assert {name.replace("%2F", "/") for name in report.optimizer_state} == moments.keys()
+    assert str(report).count("as is: optimizer state") == len(moments)
+    # A policy that names them decides.
+    policy = [("exp_avg$", 8), ("mu", {"group_size": 16})]
+    report = checkpoints.compress_checkpoint(src, dst, 4, policy=policy, overwrite=True)
+    widths = {leaf.path: leaf.bits for leaf in report.leaves}
+    assert widths["optimizer.state.0.exp_avg"] == 8
+    assert widths["opt_state%2F0%2Fmu%2Fkernel"] == 4
+    assert widths["fc.weight.exp_avg_sq"] is None
+    # Nor are they clipped, unless they are asked for.
+    for include, clipped in (("", set(others)), ("weight", {*others, "fc.weight.exp_avg_sq"})):
+        checkpoints.clip_checkpoint(src, dst, 0.5, include=include, overwrite=True)
+        loaded = checkpoints.load(dst)
+        got = {name for name, array in loaded.items() if abs(array).max() <= 0.5}
+        assert got == {name for name in clipped if not include or include in name}
+
+
+def test_a_float64_leaf_is_reported_as_float64(tmp_path):
+    src, dst = tmp_path / "src.npz", tmp_path / "dst.safetensors"
+    params = {"a": np.random.default_rng(0).normal(size=(64, 64))}
+    checkpoints.save(src, params)
+    small = jaxclip.compress(params, 4)
+    reports = [
+        checkpoints.compress_checkpoint(src, dst, 4),
+        checkpoints.compress_checkpoint(src, dst, 4, dry_run=True),
+        jaxclip.size_report(small, original=params),
+    ]
+    for report in reports:
+        assert report.leaves[0].dtype == "float64"
+        assert report.raw_bytes == report.leaves[0].raw_bytes == 8 * 64 * 64

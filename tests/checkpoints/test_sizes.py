@@ -157,6 +157,7 @@ def test_rows_are_plain_dicts_of_all_that_is_known():
         "relative_error": report.leaves[1].relative_error,
         "clip_rate": report.leaves[1].clip_rate,
         "axes": (1,),
+        "coded_bits": None,
     }
 
 
@@ -182,4 +183,26 @@ def test_the_printed_table_shows_what_is_known_and_lines_up():
     end = lines[0].index("stored") + len("stored")
     assert all(line[end - 1].isdigit() for line in lines[1:])
     assert lines[2].endswith("%")
-    assert lines[-1].endswith("x smaller)")
+    assert lines[-1].endswith("x larger)")
+
+
+def test_entropy_coded_leaves_show_their_bits_on_disk(tmp_path):
+    codes = np.zeros((64, 64), np.int8)
+    codes[0] = 1
+    q = QuantizedArray(codes, np.ones((64, 1), np.float32), jaxclip.Grid(8, axis=0), jnp.float32)
+    path = tmp_path / "x.safetensors"
+    jaxclip.checkpoints.save(path, {"w": q}, coding="huffman")
+    for report in (size_report({"w": q}, "huffman"), jaxclip.checkpoints.inspect(path)):
+        (leaf,) = report.leaves
+        assert leaf.coded_bits == 8 * leaf.stored_bytes / 64**2 < 3
+        assert f"8, coded {leaf.coded_bits:.2f}" in str(report)
+    (leaf,) = size_report({"w": q}).leaves
+    assert (leaf.bits, leaf.coded_bits) == (8, None)
+
+
+def test_a_file_that_is_larger_than_its_arrays_is_said_to_be_larger():
+    report = size_report({"w": np.zeros(3, np.float32)})
+    assert report.total_bytes > report.raw_bytes
+    assert f"({report.total_bytes / 12:.3g}x larger)" in str(report)
+    assert "bytes larger)" in str(size_report({}))
+    assert "(4.0x smaller)" in str(jaxclip.checkpoints.SizeReport((), 0, 100, 400))

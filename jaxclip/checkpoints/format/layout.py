@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxclip._core import checks
+from jaxclip._core.grids import Bits
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT, as_plain
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
@@ -90,7 +91,7 @@ class Tensor(NamedTuple):  # not a dataclass: a header may have a million
         """Returns the array whose bytes are `stored`, flat and of uint8."""
         bits = _SUB_BYTE_BITS.get(self.dtype)
         if bits is not None:
-            codes = unpack_codes(stored, bits, math.prod(self.shape))
+            codes = unpack_codes(stored, cast(Bits, bits), math.prod(self.shape))
             stored = (codes + np.int8(2 ** (bits - 1))).view(np.uint8)
         return stored.view(self.numpy_dtype).reshape(self.shape)
 
@@ -171,7 +172,7 @@ def raw_bytes(array: np.ndarray) -> np.ndarray:
     bits = _SUB_BYTE_BITS.get(_ALL_CODES.get(array.dtype, ""))
     if bits is not None:
         codes = np.ascontiguousarray(array).reshape(-1).view(np.int8)
-        return pack_codes(codes - np.int8(2 ** (bits - 1)), bits)
+        return pack_codes(codes - np.int8(2 ** (bits - 1)), cast(Bits, bits))
     native = array.astype(native_dtype(array.dtype), copy=False)
     return np.ascontiguousarray(native).reshape(-1).view(np.uint8)
 
