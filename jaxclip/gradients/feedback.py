@@ -12,7 +12,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, saturate
+from jaxclip._core.floats import compute_dtype, keep_weak_type, saturate
 from jaxclip._core.trees import PyTree, is_clippable, map_clippable
 from jaxclip.gradients.by_value import clip_entries
 from jaxclip.gradients.guards import skip_nonfinite
@@ -20,15 +20,13 @@ from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 
 class ErrorFeedbackState(NamedTuple):
-    """State of `error_feedback`, inside that of `skip_nonfinite`.
+    """State of `error_feedback`, inside that of `skip_nonfinite`, which counts the steps.
 
     Attributes:
-      step: Scalar int32, steps so far that were not skipped.
       inner_state: State of the inner transform.
       residual: The residual, a tree like the parameters; finite always.
     """
 
-    step: jax.Array
     inner_state: optax.OptState
     residual: optax.Updates
 
@@ -93,23 +91,29 @@ def error_feedback(
 
     def init_fn(params):
         return ErrorFeedbackState(
-            step=jnp.zeros((), jnp.int32),
             inner_state=inner.init(params),
             residual=jax.tree.map(zeros, params),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def feed_back(updates, state, params=None, **extra_args):
+        step = extra_args.pop("feedback_step")
         checks.check_same_structure("updates", updates, "residual", state.residual)
         sums = map_clippable(_add, updates, state.residual)
         given = map_clippable(lambda g, s: keep_weak_type(s.astype(g.dtype), g), updates, sums)
         updates, inner_state = inner.update(given, state.inner_state, params, **extra_args)
         residual = map_clippable(_remainder, state.residual, sums, updates)
-        bounds = resolve_threshold(max_residual, residual, state.step, name="max_residual")
+        bounds = resolve_threshold(max_residual, residual, step, name="max_residual")
         residual, _, _ = clip_entries(residual, bounds)
-        return updates, ErrorFeedbackState(increment(state.step), inner_state, residual)
+        return updates, ErrorFeedbackState(inner_state, residual)
 
-    feedback = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    return skip_nonfinite(feedback, check_inner=False, axis_name=axis_name)
+    feedback = optax.GradientTransformationExtraArgs(init_fn, feed_back)
+    guarded = skip_nonfinite(feedback, check_inner=False, axis_name=axis_name)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        # Schedules count every step, as those of other transforms do, also the skipped ones.
+        return guarded.update(updates, state, params, feedback_step=state.step, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(guarded.init, update_fn)
 
 
 # --- Parts ----------------------------------------------------------------------------

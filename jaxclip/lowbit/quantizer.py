@@ -44,7 +44,8 @@ def quantize(
     Args:
       array: Real floating array of any shape. May be traced.
       bits: A `Grid`; or its width, 1, 2, 3, 4, 5, 6, 8 or "ternary", for one scale for the whole
-        array. With a zero point the grid spans the weights and 0, clipped to the threshold;
+        array. With a zero point the grid spans the weights and 0, clipped to the threshold, but
+        for the rounding of the scale to its format (float16, bfloat16, log8);
         `mse_optimal` chooses both ends.
       threshold: A rule or a rule's factory (`mse_optimal`, `max_abs`), bound here to the grid;
         or a number in (0, inf), or an array of one per block. In an array 0 is for blocks of

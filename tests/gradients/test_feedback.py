@@ -139,3 +139,15 @@ def test_the_residual_and_the_gradients_must_have_one_structure():
     tx = error_feedback(optax.identity())
     with pytest.raises(ValueError, match="'b'"):
         tx.update({"b": jnp.ones(2)}, tx.init({"a": jnp.ones(2)}))
+
+
+def test_a_schedule_counts_skipped_steps_too():
+    tx = error_feedback(
+        jaxclip.clip_by_value(1.0), max_residual=lambda step: jnp.where(step < 2, 9.0, 0.25)
+    )
+    state, residuals = tx.init(jnp.zeros(1)), []
+    for entry in (3.0, np.nan, 3.0):
+        _, state = tx.update(jnp.array([entry]), state)
+        residuals.append(float(residual_of(state)[0]))
+    assert residuals == [2.0, 2.0, 0.25]
+    assert int(state.step) == 3
