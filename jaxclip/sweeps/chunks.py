@@ -40,7 +40,7 @@ class Compressor:
             if width is not None:
                 code_range(width)
         check_coding(coding)
-        self._coding = coding
+        self._coding: Coding | None = coding
 
         def at_width(width: Bits | None) -> Callable:
             def round_trip(params: optax.Params) -> tuple[PyTree, dict[str, ArrayLike]]:
