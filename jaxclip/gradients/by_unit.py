@@ -258,7 +258,8 @@ def _clip_leaf(
     is_bad: jax.Array,
     *terms: ArrayLike | RescaledNorm,
 ) -> jax.Array:
-    return scale_leaf(g, scaling_to(norm, bound_of(norm, *terms))[0], is_bad)
+    scaling, _ = scaling_to(norm, bound_of(norm, *terms))
+    return scale_leaf(g, scaling._replace(coef=jnp.where(is_bad, jnp.nan, scaling.coef)))
 
 
 def _norm_or_scalar(term: ArrayLike | MeasuredUnits) -> ArrayLike | RescaledNorm:

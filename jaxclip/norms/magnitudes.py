@@ -2,18 +2,24 @@
 
     norm = norm_of_rescaled / rescale,        rescale in {2**-k, 1, 2**k}
 
-Ordinary magnitudes have a rescale of 1. Multiplying by a power of two is exact.
+Ordinary magnitudes have a rescale of 1. Multiplying by a power of two is exact. Squares of
+numbers of at most 32 bits are summed in float64, in one pass, whether or not jax has it switched
+on. TPUs, which lack float64, and sums of float64 take a second pass if the first one overflows.
 """
 
+import contextlib
 import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
-from jaxclip._core.floats import compute_dtype, not_folded
+from jaxclip._core.floats import FLOAT32_MAX, compute_dtype, not_folded
 
 ORDERS = (1, 2, 1.0, 2.0, float("inf"))
 
@@ -39,10 +45,80 @@ class RescaledNorm(NamedTuple):
         return self.norm / self.rescale
 
 
-def accumulator(leaves: list[jax.Array]) -> type[np.generic]:
+def accumulator(leaves: Sequence[jax.Array]) -> type[np.generic]:
     """Returns the dtype to sum in: float32, or float64 if a leaf is float64."""
     is_wide = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
     return jnp.float64 if is_wide else jnp.float32
+
+
+# --- In float64 -----------------------------------------------------------------------
+
+
+def uses_float64(dtype: DTypeLike) -> bool:
+    """Returns True if numbers of a dtype are to be summed and divided in float64."""
+    # Jax before 0.8 cannot switch it on for a part of a program that is differentiated.
+    is_possible = jax.default_backend() != "tpu" and hasattr(jax, "enable_x64")
+    return is_possible and jnp.finfo(dtype).bits < 64
+
+
+def with_float64() -> AbstractContextManager:
+    """Returns a context in which jax keeps float64, if any is used."""
+    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else contextlib.nullcontext()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # leaves of one shape share one trace
+def wide_total(x: jax.Array, axes: tuple[int, ...], ord: float) -> jax.Array:
+    """Returns the sum over `axes` of `|x|**ord`, or its largest for `ord=inf`, in float64."""
+    with with_float64():
+        parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
+        parts = [p.astype(jnp.float64) for p in parts]
+        if ord != 2 and len(parts) == 1:
+            powers = jnp.abs(parts[0])
+        else:
+            squares = [jnp.square(p) for p in parts]
+            powers = squares[0] if len(parts) == 1 else squares[0] + squares[1]
+            powers = powers if ord == 2 else jnp.sqrt(powers)
+        if ord < np.inf:
+            return jnp.sum(powers, axis=axes, keepdims=True)
+        return largest_of(powers, axes, keepdims=True)
+
+
+def root_of_wide_total(total: jax.Array, ord: float) -> RescaledNorm:
+    """Returns float32 norms from float64 totals; not a number where these are not."""
+    with with_float64():
+        most, least = _ordinary_totals(jnp.float32, ord)
+        small = 2.0**90 if ord == 2 else 1.0
+        rescale = jnp.where(total > most, 2.0**-90, jnp.where(total < least, small, 1.0))
+        powers = total * rescale * rescale if ord == 2 else total * rescale
+        # Ends in a root: XLA copies a cheaper operation on many totals into all who use it.
+        norm = root_of_total(powers.astype(jnp.float32), ord)
+        return RescaledNorm(norm, rescale.astype(jnp.float32))
+
+
+def bounded_root(total: jax.Array, ord: float) -> jax.Array:
+    """Returns float32 norms of at most the largest float32, from float64 totals."""
+    with with_float64():
+        norms = jnp.minimum(root_of_total(total, ord), FLOAT32_MAX)
+        return jnp.where(jnp.isfinite(total), norms, total).astype(jnp.float32)
+
+
+def better_exponent(totals: jax.Array, ord: float) -> jax.Array:
+    """Returns -1 for a total that overflowed, 1 if it may have underflowed, else 0 (also NaN)."""
+    most, least = _ordinary_totals(totals.dtype, ord)
+    exponent = jnp.where(totals > most, jnp.int32(-1), jnp.int32(0))
+    return jnp.where(totals < least, jnp.int32(1), exponent) if ord == 2 else exponent
+
+
+def _ordinary_totals(dtype: DTypeLike, ord: float) -> tuple[float, float]:
+    """Returns the range of totals that need no rescaling in a dtype."""
+    info = jnp.finfo(dtype)
+    # For the other norms well within the range, so that `1 / norm` is normal too.
+    most = float(info.max) if ord == 2 else 2.0 ** (info.maxexp // 2)
+    least = 2.0**-800 if info.bits == 64 else 2.0**-64
+    return most, least if ord == 2 else 0.0
+
+
+# --- In the dtype of the input, rescaled ----------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))  # leaves of one shape share one trace

@@ -1,9 +1,9 @@
-"""Norms that are right for every finite input, in one pass over memory.
-
-A sum of squares in float32 overflows from 1.8e19 on and loses numbers below 1e-19. The sum
-itself shows both. Only then does a second pass measure the input times a power of two:
+"""Norms of trees that are right for every finite input, in one pass over memory.
 
     norm(tree) = norm_of_rescaled / rescale,        rescale in {2**-k, 1, 2**k}
+
+Sums are in float64. Where that is not to be had, the sum itself shows an overflow, and only then
+does a second pass measure the input times a power of two.
 """
 
 import functools
@@ -27,11 +27,17 @@ from jaxclip.norms.magnitudes import (
     ORDERS,
     RescaledNorm,
     accumulator,
+    better_exponent,
+    bounded_root,
     change_of_norm,
     largest_of,
     over_devices,
     rescaled_total,
     root_of_total,
+    root_of_wide_total,
+    uses_float64,
+    wide_total,
+    with_float64,
 )
 
 
@@ -147,16 +153,29 @@ def _tree_norm(
         return over_devices(jnp.concatenate(totals), ord, axis_name)
 
     def exponent_for(totals: jax.Array) -> jax.Array:
-        return _better_exponent(_add_up(totals, ord), ord)
+        return better_exponent(_add_up(totals, ord), ord)
 
     if not leaves:
         return RescaledNorm(jnp.zeros((), dtype), jnp.ones((), dtype)), jnp.zeros((0,), jnp.float32)
+    if uses_float64(dtype):
+        return _wide_norm(leaves, ord, axis_name)
     zeros = jnp.zeros((len(leaves),), dtype) + _zero_that_varies(leaves, dtype, axis_name)
     totals, exponent = _in_two_rounds(totals_at, exponent_for, zeros)
     rescale, largest = power_of_two(exponent, dtype), jnp.asarray(FLOAT32_MAX, dtype)
     norms = jnp.minimum(root_of_total(totals, ord) / rescale, largest)
     norms = jnp.where(jnp.isfinite(totals), norms, totals).astype(jnp.float32)
     return RescaledNorm(root_of_total(_add_up(totals, ord), ord), rescale), norms
+
+
+def _wide_norm(
+    leaves: list[jax.Array], ord: float, axis_name: str | None
+) -> tuple[RescaledNorm, jax.Array]:
+    """Returns the norm of a tree and those of its leaves by sums in float64."""
+    with with_float64():
+        totals = [wide_total(x, tuple(range(x.ndim)), ord).reshape(1) for x in leaves]
+        totals = over_devices(jnp.concatenate(totals), ord, axis_name)
+        total = _add_up(totals, ord)
+        return root_of_wide_total(total, ord), bounded_root(totals, ord)
 
 
 @_tree_norm.defjvp
@@ -198,18 +217,6 @@ def _in_two_rounds(
     start = (zero, zeros, zero)
     exponent, totals, _ = lax.while_loop(lambda carry: carry[2] < 2, another_round, start)
     return totals, exponent
-
-
-def _better_exponent(totals: jax.Array, ord: float) -> jax.Array:
-    """Returns -1 for a total that overflowed, 1 if it may have underflowed, else 0 (also NaN)."""
-    info = jnp.finfo(totals.dtype)
-    # For the other norms well within the range, so that `1 / norm` is normal too.
-    largest = float(info.max) if ord == 2 else 2.0 ** (info.maxexp // 2)
-    exponent = jnp.where(totals > largest, jnp.int32(-1), jnp.int32(0))
-    if ord != 2:
-        return exponent
-    smallest = 2.0**-800 if info.bits == 64 else 2.0**-64
-    return jnp.where(totals < smallest, jnp.int32(1), exponent)
 
 
 def _add_up(totals: jax.Array, ord: float) -> jax.Array:

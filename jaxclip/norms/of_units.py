@@ -22,6 +22,10 @@ from jaxclip.norms.magnitudes import (
     over_devices,
     rescaled_total,
     root_of_total,
+    root_of_wide_total,
+    uses_float64,
+    wide_total,
+    with_float64,
 )
 
 
@@ -113,13 +117,15 @@ class MeasuredUnits(NamedTuple):
 
     Attributes:
       norm: `RescaledNorm` of the units, dimensions kept. Only this has a derivative.
-      largest: Vector, the largest real or imaginary part in each unit.
-      total: Vector, the sum of the squares of each unit times `rescale_for(largest)`.
+      total: Vector in float64, the sum of the squares of each unit; in the dtype of `norm` that
+        of the squares times `rescale_for(largest)`.
+      largest: Vector, the largest real or imaginary part in each unit; None beside a float64 total
+        of smaller floats, which needs no rescaling.
     """
 
     norm: RescaledNorm
-    largest: jax.Array
     total: jax.Array
+    largest: jax.Array | None = None
 
 
 def measure_units(
@@ -131,14 +137,17 @@ def measure_units(
 
 def join_units(parts: Sequence[MeasuredUnits]) -> RescaledNorm:
     """Returns the norms of all units of some arrays as one vector, without derivatives."""
-    if len({p.total.dtype for p in parts}) > 1:  # the rescale depends on the dtype
+    if len({p.norm.norm.dtype for p in parts}) > 1:  # the rescale depends on the dtype
         norms = [_as_vector(p.norm.norm.astype(jnp.float64)) for p in parts]
         rescales = [_as_vector(p.norm.rescale.astype(jnp.float64)) for p in parts]
         return RescaledNorm(_concatenate(norms), _concatenate(rescales))
     # Recompute from the joined sums: XLA would otherwise push each part's arithmetic into the
     # concatenation, and compile times explode with many leaves.
+    with with_float64():
+        total = _concatenate([p.total for p in parts])
+        if parts and parts[0].largest is None:
+            return root_of_wide_total(total, 2)
     largest = _concatenate([p.largest for p in parts])
-    total = _concatenate([p.total for p in parts])
     return RescaledNorm(jnp.sqrt(total), rescale_for(largest))
 
 
@@ -157,7 +166,11 @@ def _as_vector(x: jax.Array) -> jax.Array:
 def _unit_norm(
     x: jax.Array, axes: tuple[int, ...], ord: float, axis_name: str | None
 ) -> MeasuredUnits:
-    """Returns the norms of units, rescaled by their largest entries."""
+    """Returns the norms of units: by sums in float64, or rescaled by their largest entries."""
+    if uses_float64(x.dtype):
+        with with_float64():
+            total = over_devices(wide_total(x, axes, ord), ord, axis_name)
+            return MeasuredUnits(root_of_wide_total(total, ord), _as_vector(total))
     # The array is read twice. A loop like that of `global_norm` would carry two arrays per leaf,
     # which is slow to compile.
     one = jnp.ones((), accumulator([x]))
@@ -170,7 +183,7 @@ def _unit_norm(
     rescale = rescale_for(largest)
     total = over_devices(rescaled_total(x, rescale, axes, ord), ord, axis_name)
     norm = RescaledNorm(root_of_total(total, ord), rescale)
-    return MeasuredUnits(norm, _as_vector(largest), _as_vector(total))
+    return MeasuredUnits(norm, _as_vector(total), _as_vector(largest))
 
 
 @_unit_norm.defjvp
@@ -181,7 +194,8 @@ def _unit_norm_jvp(
     units = _unit_norm(x, axes, ord, axis_name)
     change = jnp.sum(change_of_norm(x, dx, units.norm, ord), axis=axes, keepdims=True)
     change = change if axis_name is None else lax.psum(change, axis_name)
-    zeros = jax.tree.map(jnp.zeros_like, units)
+    with with_float64():
+        zeros = jax.tree.map(jnp.zeros_like, units)
     return units, zeros._replace(norm=RescaledNorm(change, zeros.norm.rescale))
 
 

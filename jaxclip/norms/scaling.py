@@ -47,19 +47,22 @@ class NormClip(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """Factors for a leaf: arrays of one shape, which broadcasts against the leaf.
+    """Factors for a leaf, applied one after the other; arrays that broadcast against it.
 
     Attributes:
-      is_scaled: Bool: multiply by the factors, one after the other, or keep every bit.
-      rescale: Power of two that brings the leaf to ordinary magnitudes; 1 for these.
-      coef: The coefficient for the rescaled leaf, or a part of it.
-      rest: The other factor where the coefficient is below the normal range; else 1.
+      coef: The coefficient, or a part of it; NaN gives zeros.
+      rest: The other part where the coefficient is below the normal range; else 1.
+      rescale: Power of two that brings the leaf to ordinary magnitudes; 1 for these, and where
+        the leaf is not scaled.
     """
 
-    is_scaled: jax.Array
-    rescale: jax.Array
     coef: jax.Array
     rest: jax.Array
+    rescale: jax.Array
+
+    def keeps_bits(self) -> jax.Array:
+        """Returns True where the leaf comes back as it is."""
+        return (self.coef == 1) & (self.rescale == 1)
 
 
 def as_bound(value: ArrayLike, dtype: DTypeLike) -> jax.Array:
@@ -82,31 +85,31 @@ def scaling_to(
 ) -> tuple[Scaling, NormClip]:
     """Returns the scaling that brings norms of any shape down to a bound, and its outcome."""
     size, rescale = norm
+    info = jnp.finfo(size.dtype)
     # This norm decides and divides; telemetry reports `size` itself.
     padded = size + jnp.asarray(eps).astype(size.dtype) * rescale
     bound = as_bound(bound, size.dtype)
     # Compared without dividing by `rescale`, so that neither side overflows.
     is_above = padded > bound * rescale
     is_bad = ~jnp.isfinite(size) | jnp.isnan(bound)
+    bound = jnp.where(is_above, bound, jnp.ones_like(size))
     divisor = jnp.where(is_above & ~is_bad, padded, jnp.ones_like(size))
     # The margin covers the rounding of the norm, the quotient and the products.
-    margin = 1 - 8 * jnp.finfo(size.dtype).eps
-    bound = jnp.where(is_above, bound, jnp.ones_like(size))
-    whole = bound / divisor * margin
+    margin = jnp.where(is_above, 1 - 8 * float(info.eps), jnp.ones_like(size))
     # Below the normal range the coefficient is applied as two factors, each within it.
-    is_normal = whole >= jnp.finfo(size.dtype).tiny
-    coef = jnp.where(is_normal, whole, margin / divisor)
-    rest = jnp.where(is_normal, 1, bound)
-    scaling = Scaling(is_scaled=is_above, rescale=rescale, coef=coef, rest=rest)
+    is_normal = ~(bound < divisor * (2 * float(info.tiny)))
+    dividend = margin * jnp.where(is_normal, bound, jnp.ones_like(size))
+    # Divided last: XLA copies cheaper operations on scalars into the kernel of every leaf.
+    coef = jnp.where(is_bad, jnp.nan, dividend) / divisor
+    rest = jnp.where(is_normal, jnp.ones_like(size), bound)
+    scaling = Scaling(coef, rest, jnp.where(is_above, rescale, jnp.ones_like(size)))
 
     pre_norm = jnp.minimum(size / rescale, FLOAT32_MAX)
-    post_norm = bound * (size / divisor * margin)
-    post_norm = jnp.minimum(jnp.where(is_above, post_norm, pre_norm), FLOAT32_MAX)
-    clip_coef = jnp.where(is_above, rescale * coef * rest, jnp.ones_like(size))
+    post_norm = jnp.minimum(bound * (size / divisor * margin), FLOAT32_MAX)
     return scaling, NormClip(
         pre_norm=pre_norm.astype(jnp.float32),
-        post_norm=post_norm.astype(jnp.float32),
-        clip_coef=clip_coef.astype(jnp.float32),
+        post_norm=jnp.where(is_above, post_norm, pre_norm).astype(jnp.float32),
+        clip_coef=(scaling.rescale * coef * rest).astype(jnp.float32),
         is_clipped=(is_above & ~is_bad).astype(jnp.float32),
         is_bad=is_bad,
     )
@@ -140,7 +143,7 @@ def clip_to_norm(
 ) -> tuple[PyTree, NormClip]:
     """Scales a tree with a known norm down to a bound; zeros if the step is bad."""
     scaling, clip = scaling_to(norm, bound, eps)
-    return map_clippable(lambda g: scale_leaf(g, scaling, clip.is_bad), tree), clip
+    return map_clippable(lambda g: scale_leaf(g, scaling), tree), clip
 
 
 def zero_if(condition: jax.Array, tree: PyTree) -> PyTree:
@@ -154,8 +157,8 @@ def zero_if(condition: jax.Array, tree: PyTree) -> PyTree:
 
 # Jitted, so that leaves of one shape share one trace.
 @jax.jit
-def scale_leaf(g: jax.Array, scaling: Scaling, is_bad: jax.Array) -> jax.Array:
-    """Scales a leaf in its own dtype, half precision towards zero; gives zeros if it is bad."""
+def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
+    """Scales a leaf in its own dtype, half precision towards zero."""
     # A float32 leaf in a tree with float64 ones: the factors of their norm need not fit float32.
     real = jnp.finfo(compute_dtype(g.dtype, scaling.coef.dtype)).dtype
 
@@ -169,5 +172,5 @@ def scale_leaf(g: jax.Array, scaling: Scaling, is_bad: jax.Array) -> jax.Array:
         scaled = lax.complex(scale(jnp.real(g)), scale(jnp.imag(g)))
     else:
         scaled = scale(g)
-    kept = jnp.where(scaling.is_scaled, scaled, g)
-    return keep_weak_type(jnp.where(is_bad, jnp.zeros_like(g), kept), g)
+    kept = jnp.where(scaling.keeps_bits(), g, scaled)
+    return keep_weak_type(jnp.where(jnp.isnan(scaling.coef), jnp.zeros_like(g), kept), g)

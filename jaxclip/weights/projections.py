@@ -227,7 +227,7 @@ def _norm_bound(path: str, w: jax.Array, bound: Bound, axes: tuple[int, ...]) ->
 
 @functools.partial(jax.jit, static_argnums=2)
 def _to_norm(w: jax.Array, bound: ArrayLike, axes: tuple[int, ...]) -> jax.Array:
-    return _scaled(w, _scaling(w, bound, axes))
+    return scale_leaf(w, _scaling(w, bound, axes))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -236,15 +236,16 @@ def _update_to_norm(
 ) -> jax.Array:
     moved = rounded_sum(w, u)
     scaling = _scaling(moved, bound, axes)
-    target = _scaled(moved, scaling)
+    target = scale_leaf(moved, scaling)
     size = phase_and_modulus(target)[1] if jnp.iscomplexobj(target) else jnp.abs(target)
     # No entry is larger than that of the projection, so neither is a norm.
-    return update_within(u, w, jnp.where(scaling.is_scaled, size, jnp.inf))
+    return update_within(u, w, jnp.where(scaling.keeps_bits(), jnp.inf, size))
 
 
 def _scaling(w: jax.Array, bound: ArrayLike, axes: tuple[int, ...]) -> Scaling:
+    """Returns the scaling of units down to a bound; those that are not finite stay."""
     scaling, clip = scaling_to(rescaled_unit_norm(w, axes), bound)
-    return scaling._replace(is_scaled=scaling.is_scaled & ~clip.is_bad)
+    return Scaling(*(jnp.where(clip.is_bad, jnp.ones_like(x), x) for x in scaling))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +287,3 @@ def _axes_of(path: str, w: jax.Array, axis: _Axis) -> tuple[int, ...]:
         return unit_axes(w.shape, axis)
     except ValueError as error:
         raise ValueError(f"at {path!r}: {error}") from error
-
-
-def _scaled(w: jax.Array, scaling: Scaling) -> jax.Array:
-    return scale_leaf(w, scaling, jnp.zeros((), bool))
