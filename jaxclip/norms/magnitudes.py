@@ -55,8 +55,8 @@ def accumulator(leaves: Sequence[jax.Array]) -> type[np.generic]:
 
 
 def uses_float64(dtype: DTypeLike) -> bool:
-    """Returns True if numbers of a dtype are to be summed and divided in float64."""
-    # Jax before 0.8 cannot switch it on for a part of a program that is differentiated.
+    """Returns True if numbers of a dtype are summed in float64."""
+    # Jax before 0.8 has no such switch for a part of a program, and takes the way of TPUs.
     is_possible = jax.default_backend() != "tpu" and hasattr(jax, "enable_x64")
     return is_possible and jnp.finfo(dtype).bits < 64
 
@@ -70,17 +70,7 @@ def with_float64() -> AbstractContextManager:
 def wide_total(x: jax.Array, axes: tuple[int, ...], ord: float) -> jax.Array:
     """Returns the sum over `axes` of `|x|**ord`, or its largest for `ord=inf`, in float64."""
     with with_float64():
-        parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
-        parts = [p.astype(jnp.float64) for p in parts]
-        if ord != 2 and len(parts) == 1:
-            powers = jnp.abs(parts[0])
-        else:
-            squares = [jnp.square(p) for p in parts]
-            powers = squares[0] if len(parts) == 1 else squares[0] + squares[1]
-            powers = powers if ord == 2 else jnp.sqrt(powers)
-        if ord < np.inf:
-            return jnp.sum(powers, axis=axes, keepdims=True)
-        return largest_of(powers, axes, keepdims=True)
+        return _total([p.astype(jnp.float64) for p in _real_parts(x)], axes, ord)
 
 
 def root_of_wide_total(total: jax.Array, ord: float) -> RescaledNorm:
@@ -127,8 +117,15 @@ def rescaled_total(
 ) -> jax.Array:
     """Returns the sum over `axes` of `|x * rescale|**ord`, or its largest for `ord=inf`."""
     x, rescale = not_folded((x, rescale))
-    parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
-    parts = [p.astype(rescale.dtype) * rescale for p in parts]
+    return _total([p.astype(rescale.dtype) * rescale for p in _real_parts(x)], axes, ord)
+
+
+def _real_parts(x: jax.Array) -> list[jax.Array]:
+    return [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
+
+
+def _total(parts: list[jax.Array], axes: tuple[int, ...], ord: float) -> jax.Array:
+    """Returns the sum over `axes` of the moduli to a power, or the largest modulus."""
     if ord == 2:
         squares = [jnp.square(p) for p in parts]
         powers = squares[0] if len(parts) == 1 else squares[0] + squares[1]

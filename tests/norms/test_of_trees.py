@@ -1,5 +1,7 @@
 """Norms against long-double NumPy, from subnormals to the largest numbers."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
+from jaxclip.norms import of_trees, of_units
 from jaxclip.norms.of_trees import global_norm, measure_norm, rescaled_global_norm
 from oracles.exact_norms import assert_norm, oracle
 
@@ -81,6 +84,20 @@ def test_a_rescaled_norm_is_finite_and_exact_even_beyond_float32(x):
     got = np.longdouble(float(norm)) / np.longdouble(float(rescale))
     expected = oracle([x])
     assert abs(got - expected) <= 2e-6 * expected + 8 * 2.0**-126
+
+
+def test_norms_are_as_right_where_the_device_lacks_float64(monkeypatch):
+    for module in (of_trees, of_units):
+        monkeypatch.setattr(module, "uses_float64", lambda dtype: False)
+    jax.clear_caches()
+    try:
+        for scale, dtype, ord in itertools.product((1e-36, 1.0, 1e38), DTYPES[1:], ORDS):
+            x = (np.linspace(-1, 1, 15) * scale).astype(dtype)
+            assert_norm(jitted_norm({"w": jnp.asarray(x)}, ord=ord), oracle([x], ord), x.size)
+            norms = of_units.leaf_norms(jnp.asarray(x), ord=ord)
+            assert_norm(norms, oracle([x], ord), x.size)
+    finally:
+        jax.clear_caches()  # later tests must not meet these programs
 
 
 @every_ord
