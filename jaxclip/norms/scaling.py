@@ -47,10 +47,11 @@ class NormClip(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """Factors for a leaf, applied one after the other; arrays that broadcast against it.
+    """Factors for a leaf, applied one after the other; arrays that broadcast against it. All are 1
+    where the leaf keeps its bits.
 
     Attributes:
-      coef: The coefficient, or a part of it; NaN gives zeros.
+      coef: The coefficient for the rescaled leaf, or a part of it; NaN gives zeros.
       rest: The other part where the coefficient is below the normal range; else 1.
       rescale: Power of two that brings the leaf to ordinary magnitudes; 1 for these, and where
         the leaf is not scaled.
@@ -62,7 +63,7 @@ class Scaling(NamedTuple):
 
     def keeps_bits(self) -> jax.Array:
         """Returns True where the leaf comes back as it is."""
-        return (self.coef == 1) & (self.rescale == 1)
+        return (self.coef == 1) & (self.rest == 1) & (self.rescale == 1)
 
 
 def as_bound(value: ArrayLike, dtype: DTypeLike) -> jax.Array:

@@ -182,6 +182,13 @@ def test_a_coefficient_below_the_float32_range_is_not_a_silent_zero(size, max_no
     assert 0.99 * max_norm <= exact_norm(clipped) <= max_norm
 
 
+def test_a_coefficient_whose_first_factor_is_1_is_a_coefficient():
+    # The margin and the norm cancel, and the other factor is the whole coefficient.
+    size = np.float32(1 - 8 * np.finfo(np.float32).eps)
+    clipped, _ = clip_once(clip_by_global_norm(1.2e-38), jnp.full((1,), size))
+    assert 0 < float(clipped[0]) <= 1.2e-38
+
+
 @pytest.mark.parametrize("max_norm", [1.0, np.inf])
 def test_a_thousand_bfloat16_leaves_of_norm_one_have_norm_32(max_norm):
     # 256 entries stand in for 1,024 leaves, in four leaves: a bfloat16 sum stalls at 256.
