@@ -27,10 +27,10 @@ def layouts_of(
     checks.check_choice("layout", layout, (None, *LAYOUTS))
     if layout is not None:
         return [layout] * len(names)
-    found = [_by_name(name) for name in names]
+    found: list[Layout | None] = [_by_name(name) for name in names]
     counts = collections.Counter(x for x in found if x is not None)
     most = max((default, *LAYOUTS), key=lambda x: (counts[x], x == default))
-    return [x or most for x in found]
+    return [most if x is None else x for x in found]
 
 
 def _by_name(name: str) -> Layout | None:

@@ -145,10 +145,10 @@ def join_units(parts: Sequence[MeasuredUnits]) -> RescaledNorm:
     # concatenation, and compile times explode with many leaves.
     with with_float64():
         total = _concatenate([p.total for p in parts])
-        if parts and parts[0].largest is None:
+        largest = [p.largest for p in parts if p.largest is not None]
+        if len(largest) < len(parts):
             return root_of_wide_total(total, 2)
-    largest = _concatenate([p.largest for p in parts])
-    return RescaledNorm(jnp.sqrt(total), rescale_for(largest))
+    return RescaledNorm(jnp.sqrt(total), rescale_for(_concatenate(largest)))
 
 
 def _concatenate(parts: list[jax.Array]) -> jax.Array:
