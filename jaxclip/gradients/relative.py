@@ -129,36 +129,11 @@ def clip_update_relative(
     checks.check_threshold("relative", relative)
     checks.check_threshold("absolute", absolute)
 
-    def coefficient(u: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        dtype = jnp.finfo(compute_dtype(u.dtype, w.dtype)).dtype
-        relative_bound = jnp.maximum(jnp.asarray(relative).astype(dtype), 0)
-        absolute_bound = jnp.maximum(jnp.asarray(absolute).astype(dtype), 0)
-        # Halves, whose modulus never overflows.
-        half_w = jnp.abs(w * jnp.asarray(0.5, w.dtype)).astype(dtype)
-        half_u = jnp.abs(u * jnp.asarray(0.5, u.dtype)).astype(dtype)
-        # An infinite multiple of a weight of 0 is no bound either, not NaN.
-        is_free = jnp.isinf(relative_bound)
-        allowed = jnp.where(is_free, relative_bound, relative_bound * half_w) + absolute_bound / 2
-        # Over a power of two, because the coefficient of a huge update is below the normal range.
-        largest = _largest(half_u, axis_name)
-        rescale = jnp.minimum(rescale_for(largest), 1)
-        ratio = jnp.where(half_u > allowed, allowed / (half_u * rescale), 1 / rescale)
-        # Sums, because a minimum may lose a NaN: 0, or NaN if an entry is not finite.
-        zero_or_nan = jnp.sum(0 * half_u) + jnp.sum(0 * half_w)
-        has_nan_bound = jnp.isnan(relative_bound) | jnp.isnan(absolute_bound)
-        zero_or_nan = jnp.where(has_nan_bound, jnp.nan, zero_or_nan)
-        smallest = jnp.minimum(jnp.min(ratio, initial=jnp.inf), 1 / rescale)
-        if axis_name is not None:
-            smallest = lax.pmin(smallest, axis_name)
-            zero_or_nan = lax.psum(zero_or_nan, axis_name)
-        return smallest + zero_or_nan, rescale
-
     def terms_of(updates, params, step):
         del step
         weights = _weights_of(updates, params, "clip_update_relative")
-        coefficient_of = jax.jit(coefficient)  # so that leaves of one shape share one trace
         pairs = zip(floating_leaves(updates), weights, strict=True)
-        terms = [coefficient_of(jnp.asarray(u), w) for u, w in pairs]
+        terms = [_coefficient(jnp.asarray(u), w, relative, absolute, axis_name) for u, w in pairs]
         return [[coef for coef, _ in terms], [rescale for _, rescale in terms]]
 
     return clip_units(ClipUpdateRelativeState, all_axes, terms_of, _bound_by_coefficient, axis_name)
@@ -182,6 +157,35 @@ def _bound_of_weights(
     bound = jnp.maximum(ratio * size / rescale, ratio * least_norm)
     bound = jnp.where(jnp.isinf(ratio), jnp.inf, bound)
     return jnp.where(jnp.isfinite(size), bound, jnp.nan)
+
+
+@functools.partial(jax.jit, static_argnums=4)  # leaves of one shape share one trace
+def _coefficient(
+    u: jax.Array, w: jax.Array, relative: ArrayLike, absolute: ArrayLike, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the coefficient of a leaf over a power of two, and that power."""
+    dtype = jnp.finfo(compute_dtype(u.dtype, w.dtype)).dtype
+    relative_bound = jnp.maximum(jnp.asarray(relative).astype(dtype), 0)
+    absolute_bound = jnp.maximum(jnp.asarray(absolute).astype(dtype), 0)
+    # Halves, whose modulus never overflows.
+    half_w = jnp.abs(w * jnp.asarray(0.5, w.dtype)).astype(dtype)
+    half_u = jnp.abs(u * jnp.asarray(0.5, u.dtype)).astype(dtype)
+    # An infinite multiple of a weight of 0 is no bound either, not NaN.
+    is_free = jnp.isinf(relative_bound)
+    allowed = jnp.where(is_free, relative_bound, relative_bound * half_w) + absolute_bound / 2
+    # Over a power of two, because the coefficient of a huge update is below the normal range.
+    largest = _largest(half_u, axis_name)
+    rescale = jnp.minimum(rescale_for(largest), 1)
+    ratio = jnp.where(half_u > allowed, allowed / (half_u * rescale), 1 / rescale)
+    # Sums, because a minimum may lose a NaN: 0, or NaN if an entry is not finite.
+    zero_or_nan = jnp.sum(0 * half_u) + jnp.sum(0 * half_w)
+    has_nan_bound = jnp.isnan(relative_bound) | jnp.isnan(absolute_bound)
+    zero_or_nan = jnp.where(has_nan_bound, jnp.nan, zero_or_nan)
+    smallest = jnp.minimum(jnp.min(ratio, initial=jnp.inf), 1 / rescale)
+    if axis_name is not None:
+        smallest = lax.pmin(smallest, axis_name)
+        zero_or_nan = lax.psum(zero_or_nan, axis_name)
+    return smallest + zero_or_nan, rescale
 
 
 def _largest(x: jax.Array, axis_name: str | None) -> jax.Array:

@@ -106,6 +106,13 @@ def keep_on_grid(
     def compressed(params):
         return compress(params, grid, rule=least_squares if rule is None else rule, policy=policy)
 
+    # Made once: outside of jit a `cond` compiles functions that it has not seen.
+    def rounded(unrounded):
+        return decompress(compressed(unrounded))
+
+    def same(unrounded):
+        return unrounded
+
     def init_fn(params):
         jax.eval_shape(compressed, params)  # raises now for wrong arguments
         residual = jax.tree.map(_no_residual, params)
@@ -120,7 +127,7 @@ def keep_on_grid(
         small = jax.eval_shape(compressed, after)
         is_on = state.step >= start_step
         # A `cond`: before `start_step` the grid costs nothing, unless the condition is batched.
-        target = lax.cond(is_on, lambda v: decompress(compressed(v)), lambda v: v, after)
+        target = lax.cond(is_on, rounded, same, after)
 
         # Leaves that are not low-bit move as `inner` says, and have no residual.
         def move(u: PyTree, w: PyTree, t: PyTree, q: PyTree) -> PyTree:

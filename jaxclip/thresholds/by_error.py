@@ -23,10 +23,10 @@ from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.scale import best_common_scale, best_scale
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _MseOptimal(ThresholdRule):
     grid_name: ClassVar[str] = "mse_optimal"
-    importance: ArrayLike | None = dataclasses.field(default=None, compare=False)
+    importance: ArrayLike | None = None
 
     def compact(self, array: jax.Array) -> jax.Array:
         if self.importance is None:
@@ -170,7 +170,7 @@ def mse_optimal(
     return _MseOptimal(grid, importance)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _LeastSquares(ThresholdRule):
     grid_name: ClassVar[str] = "least_squares"
     num_refits: int = 2

@@ -18,7 +18,7 @@ from jaxclip.thresholds.rules import Bound, ThresholdRule
 from jaxclip.thresholds.values import as_threshold, check_number_or_schedule
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _FanIn(ThresholdRule):
     kappa: ArrayLike | optax.Schedule = 1.0
     stacked_axes: int = 0

@@ -23,7 +23,7 @@ from jaxclip._core.grids import Grid
 from jaxclip.thresholds.rules import ThresholdRule
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _MaxAbs(ThresholdRule):
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
         del counts
@@ -75,7 +75,7 @@ def max_abs(
     return _MaxAbs(Grid(None, axis=axis, group_size=group_size))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _PercentileAbs(ThresholdRule):
     q: float = 100.0
 
@@ -172,7 +172,7 @@ def percentile_abs(
     return _PercentileAbs(Grid(None, axis=axis, group_size=group_size), float(q))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _StdMultiple(ThresholdRule):
     k: float = 1.0
 

@@ -77,7 +77,7 @@ def _entropy(counts: jax.Array, total: int) -> jax.Array:
     return -jnp.sum(fraction * jnp.log2(jnp.where(counts > 0, fraction, 1)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _RateOptimal(ThresholdRule):
     grid_name: ClassVar[str] = "rate_optimal"
     goal: str = "bits_per_weight"

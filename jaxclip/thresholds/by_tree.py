@@ -20,7 +20,7 @@ from jaxclip.thresholds.rules import Bound, ThresholdRule
 from jaxclip.thresholds.values import check_threshold_tree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _PerTree(ThresholdRule):
     rule: ThresholdRule = dataclasses.field(default_factory=ThresholdRule)
     is_blockwise: ClassVar[bool] = False
@@ -110,6 +110,8 @@ class _Shared(ThresholdRule):
     rule: ThresholdRule = dataclasses.field(default_factory=ThresholdRule)
     leaves: tuple[ArrayLike, ...] = ()
     known: dict[ThresholdRule, jax.Array] = dataclasses.field(default_factory=dict)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # of one tree, by identity
 
     def compact(self, array: jax.Array) -> jax.Array:
         if self.rule not in self.known:

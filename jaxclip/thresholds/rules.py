@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import ClassVar, TypeAlias
 
 import jax
@@ -18,9 +18,19 @@ from jaxclip._core.trees import PyTree
 Bound: TypeAlias = float | jax.Array  # a threshold as a leaf gets it
 
 
-@dataclasses.dataclass(frozen=True)
+def _hashable(field: object) -> Hashable:
+    """Returns an array's contents, or the identity of a traced one; other fields as they are."""
+    if not isinstance(field, (np.ndarray, jax.Array)):
+        return tuple(map(_hashable, field)) if isinstance(field, (list, tuple)) else field
+    if not checks.is_concrete(field):
+        return id(field)
+    array = np.asarray(field)
+    return array.shape, array.dtype.str, array.tobytes()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ThresholdRule:
-    """A callable `array -> threshold`, made by a factory.
+    """A callable `array -> threshold`, made by a factory: a value, equal and hashed by its fields.
 
     Attributes:
       grid: The blocks that share a threshold; for rules that measure errors, the codes too.
@@ -37,6 +47,17 @@ class ThresholdRule:
     is_leafwise: ClassVar[bool] = True
     needs_coding: ClassVar[bool] = False
     grid_name: ClassVar[str | None] = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ThresholdRule) and self._as_value() == other._as_value()
+
+    def __hash__(self) -> int:
+        return hash(self._as_value())
+
+    def _as_value(self) -> tuple:
+        """Returns the class and the fields, arrays by their contents, to compare and to hash."""
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return type(self), *map(_hashable, fields)
 
     def __call__(self, array: ArrayLike) -> jax.Array:
         """Returns thresholds that broadcast against `array`, in float32."""

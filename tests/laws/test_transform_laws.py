@@ -21,6 +21,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxclip
+from oracles.compilations import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +198,31 @@ def test_init_needs_only_shapes(row: Row):
     shapes = jax.eval_shape(lambda: params)
     assert signature(tx.init(shapes)) == signature(tx.init(params))
     assert signature(jax.eval_shape(tx.init, params)) == signature(tx.init(params))
+
+
+@pytest.mark.thorough
+@every_transform
+def test_an_equal_transform_compiles_nothing_outside_of_jit_either(row: Row):
+    params = make_params()
+
+    def take_step():
+        tx = row.make()
+        tx.update(make_grads(params, 0), tx.init(params), params)
+
+    take_step()
+    with counted() as compiled:
+        take_step()
+    # `keep_on_grid` makes functions of its own; a second step with it compiles nothing.
+    if row.factory is not keep_on_grid:
+        assert not compiled
+
+
+def test_a_second_step_of_keep_on_grid_compiles_nothing_outside_of_jit():
+    params, tx = make_params(), keep_on_grid()
+    _, state = tx.update(make_grads(params, 0), tx.init(params), params)
+    with counted() as compiled:
+        tx.update(make_grads(params, 1), state, params)
+    assert not compiled
 
 
 @every_transform

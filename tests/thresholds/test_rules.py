@@ -434,3 +434,20 @@ def test_an_equal_rule_is_equal_has_its_hash_and_compiles_nothing(name):
     with counted() as compiled:
         jaxclip.compress(tree, 4, rule=again)
     assert not compiled
+
+
+def test_rules_with_arrays_are_values_too():
+    rows = np.float32([1, 2])
+    first, again = (mse_optimal(4, importance=jnp.asarray(rows)) for _ in range(2))
+    assert first == again
+    assert hash(first) == hash(again)
+    assert first != mse_optimal(4, importance=jnp.asarray(2 * rows))
+    assert first != mse_optimal(4)
+    assert jaxclip.fan_in(jnp.float32(0.5)) == jaxclip.fan_in(jnp.float32(0.5))
+    assert len({jaxclip.fan_in(jnp.float32(k)) for k in (0.5, 0.5, 1.0)}) == 2
+    # As a static argument, a rule of other importances is another rule.
+    threshold = jax.jit(lambda x, rule: rule(x), static_argnums=1)
+    x = jnp.array([[0.9, 0.3, -0.8, 0.2], [0.1, -0.7, 0.4, 0.5]])
+    for weights in ([1.0, 0, 0, 0], [0.0, 0, 1, 0]):
+        rule = mse_optimal(2, importance=jnp.array(weights))
+        np.testing.assert_array_equal(threshold(x, rule), rule(x))
