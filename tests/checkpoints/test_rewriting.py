@@ -179,9 +179,9 @@ def test_a_price_without_a_coding_is_refused_before_the_work(options, dry_run, s
 
 def test_a_price_without_a_coding_that_holds_for_no_leaf_is_none(source, target):
     policy = [("weight", {"bit_price": 0.0})]
-    compress_checkpoint(source, target, 3, bit_price=0.1, policy=policy)
+    compress_checkpoint(source, target, 3, rule=jaxclip.max_abs, bit_price=0.1, policy=policy)
     found = target.read_bytes()
-    compress_checkpoint(source, target, 3, overwrite=True)
+    compress_checkpoint(source, target, 3, rule=jaxclip.max_abs, overwrite=True)
     assert target.read_bytes() == found
 
 
@@ -264,7 +264,8 @@ def test_a_target_out_of_reach_or_beside_bits_is_refused_before_the_writing(sour
 
 
 def test_the_policy_names_leaves_of_the_file(source, target):
-    compress_checkpoint(source, target, 2, policy=[("embed", 8), (r"bias$", 4)])
+    policy = [("embed", 8), (r"bias$", 4)]
+    compress_checkpoint(source, target, 2, rule=jaxclip.max_abs, policy=policy)
     small = checkpoints.load(target)
     assert small["embed.weight"].bits == 8
     assert small["layer.weight"].bits == 2
@@ -571,12 +572,15 @@ def test_rewriting_keeps_the_metadata_of_the_source(name, tmp_path):
     path = {n: tmp_path / f"{n}.safetensors" for n in ("src", "small", "clipped", "back", "again")}
     weights = {name: np.ones((64, 64), np.float32)}
     safetensors.numpy.save_file(weights, path["src"], metadata=metadata)
-    report = checkpoints.compress_checkpoint(path["src"], path["small"], 4)
+    fast = {"rule": jaxclip.max_abs}
+    report = checkpoints.compress_checkpoint(path["src"], path["small"], 4, **fast)
     assert report.total_bytes == path["small"].stat().st_size
-    planned = checkpoints.compress_checkpoint(path["src"], path["again"], 4, dry_run=True)
+    planned = checkpoints.compress_checkpoint(path["src"], path["again"], 4, dry_run=True, **fast)
     assert planned.total_bytes == report.total_bytes
     limit = report.total_bytes + 100
-    bounded = checkpoints.compress_checkpoint(path["src"], path["again"], target_bytes=limit)
+    bounded = checkpoints.compress_checkpoint(
+        path["src"], path["again"], target_bytes=limit, **fast
+    )
     assert bounded.total_bytes <= limit
     checkpoints.decompress_checkpoint(path["small"], path["back"])
     checkpoints.clip_checkpoint(path["src"], path["clipped"], 0.5)
