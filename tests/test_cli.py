@@ -87,6 +87,7 @@ def test_every_example_of_the_help_runs():
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
 
 
+@pytest.mark.thorough
 def test_inspect_shows_what_is_there_and_how_it_is_spread():
     status, out, _ = run("inspect", "net.safetensors")
     assert status == 0
@@ -142,6 +143,7 @@ def test_a_file_that_stands_for_too_many_bytes_is_refused_until_the_limit_is_lif
     assert run("verify", "hole.safetensors", "--max-ratio", "-1")[0] == 2
 
 
+@pytest.mark.thorough
 def test_clip_saves_the_projection():
     assert run("clip", "net.safetensors", "out.safetensors", "--threshold", "0.5")[0] == 0
     clipped = checkpoints.load("out.safetensors")
@@ -149,6 +151,7 @@ def test_clip_saves_the_projection():
         np.testing.assert_array_equal(clipped[name], np.asarray(jaxclip.clip_weights(w, 0.5)))
 
 
+@pytest.mark.thorough
 def test_compress_and_decompress_do_what_python_does():
     words = ["compress", "net.safetensors", "out.safetensors", "--bits", "ternary"]
     words += ["--group-size", "16", "--policy", "policy.json"]
@@ -167,6 +170,7 @@ def test_compress_and_decompress_do_what_python_does():
     np.testing.assert_array_equal(plain["embed.weight"], wanted)
 
 
+@pytest.mark.thorough
 def test_a_policy_of_the_command_line_does_what_python_does():
     spec = {"bits": 6, "group_size": 32, "rule": "max_abs", "scale_dtype": "float16"}
     write_policy({"embed": spec, "layer.weight": {"zero_point": True, "axis": [0]}, "": None})
@@ -184,6 +188,7 @@ def test_a_policy_of_the_command_line_does_what_python_does():
     )
 
 
+@pytest.mark.thorough
 def test_the_first_expression_of_a_policy_counts():
     words = ["compress", "net.safetensors", "out.safetensors", "--policy", "policy.json", "--force"]
     for policy, bits in (({"embed": 8, r"\.weight": 2}, 8), ({r"\.weight": 2, "bias": 3}, 2)):
@@ -234,6 +239,7 @@ def test_shards_are_written_by_their_size():
     assert run_json(*words)["num_bytes"] == os.path.getsize("again/model.safetensors")
 
 
+@pytest.mark.thorough
 def test_targets_choose_widths_and_the_table_shows_what_was_lost():
     words = ["compress", "net.safetensors", "out.safetensors", "--rule", "max_abs", "--force"]
     report = run_json(*words, "--target-bytes", "4000")
@@ -247,6 +253,7 @@ def test_targets_choose_widths_and_the_table_shows_what_was_lost():
     assert 3 < report.bits_per_weight <= 3.5
 
 
+@pytest.mark.thorough
 def test_a_rate_is_met_by_entropy_coding():
     words = ["compress", "net.safetensors", "out.safetensors", "--rate", "3"]
     leaves = {leaf["path"]: leaf for leaf in run_json(*words)["leaves"]}
@@ -254,6 +261,7 @@ def test_a_rate_is_met_by_entropy_coding():
     assert 8 * (embed["stored_bytes"] - 4 * 40) / (40 * 64) == pytest.approx(3, rel=0.06)
 
 
+@pytest.mark.thorough
 def test_a_price_of_bits_makes_a_smaller_file_of_a_larger_error():
     words = ["compress", "net.safetensors", "out.safetensors", "--rate", "2", "--dry-run"]
     nearest, cheaper = run_json(*words), run_json(*words, "--bit-price", ".12")
@@ -381,6 +389,7 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(monkeypatch):
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.thorough
 def test_the_module_is_the_command():
     command = [sys.executable, "-m", "jaxclip", "inspect", "low.safetensors", "--headers-only"]
     result = subprocess.run(command, capture_output=True, text=True)

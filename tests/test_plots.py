@@ -121,6 +121,7 @@ def test_curves_at_zero_or_below_are_not_on_a_logarithmic_scale():
     assert plots.training_curves([1], {"a": [0.0]}).axes[0].get_yscale() == "linear"
 
 
+@pytest.mark.thorough
 def test_new_pictures_are_saved(tmp_path):
     figures = {
         "front": lambda file: plots.front(ROWS, ROWS[:1], ROWS[0], file, metric="accuracy"),

@@ -42,6 +42,7 @@ def test_coded_codes_come_back_and_the_reported_size_is_the_files(coding, bits, 
     assert inspected.overhead_bytes > 0
 
 
+@pytest.mark.thorough
 def test_coding_makes_files_smaller_and_is_left_out_where_it_would_not(path, tmp_path):
     small = compress(drawn_params(), 8, rule=20.0)  # steps of .16: 4.7 bits of entropy
     checkpoints.save(path, small)
@@ -52,6 +53,7 @@ def test_coding_makes_files_smaller_and_is_left_out_where_it_would_not(path, tmp
     assert sizes["tiny"] == 2 + 4  # packed
 
 
+@pytest.mark.thorough
 def test_every_flipped_bit_of_a_coded_file_is_refused(path):
     small = compress({"kernel": drawn_params()["a"]["kernel"][:20, :8]}, 8)
     checkpoints.save(path, small, coding="huffman")

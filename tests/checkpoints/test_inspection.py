@@ -13,6 +13,7 @@ from jaxclip.checkpoints.inspection import describe_weights
 from oracles.shard_folders import drawn
 
 
+@pytest.mark.thorough
 def test_inspect_reads_headers_alone(tmp_path):
     params = {"kernel": drawn(64, 4), "bias": drawn(4)}
     small = jaxclip.compress(params, "ternary")
@@ -52,6 +53,7 @@ def test_inspect_needs_no_memory_for_the_weights(tmp_path):
     assert checkpoints.inspect(path).leaves[0].stored_bytes == 2**40
 
 
+@pytest.mark.thorough
 def test_statistics_are_those_of_the_entries_by_hand():
     found = describe_weights(np.array([0.1, -0.1, 0.1, -2.0], np.float32), outlier=1.5)
     assert (found.num_entries, found.num_nonfinite, found.max_abs) == (4, 0, 2.0)
@@ -79,6 +81,7 @@ def test_statistics_in_pieces_are_those_of_the_whole(monkeypatch):
     assert parts.outlier_rate == whole.outlier_rate
 
 
+@pytest.mark.thorough
 def test_statistics_of_a_low_bit_leaf_are_those_of_the_weights_it_stands_for(tmp_path):
     small = jaxclip.compress({"kernel": drawn(64, 4), "steps": np.arange(3)}, 4)
     checkpoints.save(tmp_path / "x.safetensors", small)

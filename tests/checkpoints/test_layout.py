@@ -56,6 +56,7 @@ def test_different_paths_have_different_names(tree):
     assert len(set(names(arrays))) == len(jax.tree.leaves(tree))
 
 
+@pytest.mark.thorough
 def test_a_low_bit_leaf_is_two_tensors_and_keys_cannot_imitate_them():
     tree = {"w": quantize(random_weights(4, 4), 2), "w:codes": np.zeros(1, np.uint8)}
     assert sorted(names(tree)) == ["w%3Acodes", "w:codes", "w:scale"]
@@ -65,6 +66,7 @@ def test_a_bare_array_is_named_array():
     assert names(np.zeros(2)) == ["array"]
 
 
+@pytest.mark.thorough
 def test_tensors_are_aligned_and_fill_the_data():
     tree = {"a": np.zeros(3, bool), "b": np.zeros(5, np.float16), "c": np.zeros(1, np.float64)}
     plan = layout.plan_file({**tree, "d": quantize(random_weights(3, 7), Grid("ternary"))})
@@ -77,6 +79,7 @@ def test_tensors_are_aligned_and_fill_the_data():
     assert len(headers.make_header(plan)) % 8 == 0
 
 
+@pytest.mark.thorough
 def test_a_plan_needs_only_shapes():
     weights = {"w": random_weights(8, 4), "b": jnp.zeros(4)}
     abstract = jax.eval_shape(lambda params: compress(params, bits=3), weights)
@@ -129,6 +132,7 @@ def test_a_lone_surrogate_is_no_key():
         layout.plan_file({"\ud800": np.zeros(1)})
 
 
+@pytest.mark.thorough
 def test_parts_of_a_low_bit_array_must_fit():
     good = quantize(random_weights(4, 6), Grid(4))
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), good)

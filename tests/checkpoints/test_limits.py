@@ -54,6 +54,7 @@ def peak_of(function) -> int:
 # --- Many tensors -------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_header_of_100_000_tensors_takes_time_in_proportion():
     """Ten times as long as a tenth of it; a loop over pairs would take a hundred times as long."""
     few, many = plain_header([0] * 10_000), plain_header([0] * 100_000)

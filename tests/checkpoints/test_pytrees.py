@@ -124,6 +124,7 @@ def test_a_tree_of_any_type_has_the_bytes_of_its_dict(tmp_path):
         assert_same(checkpoints.load(tmp_path / "x.safetensors", like=tree), tree)
 
 
+@pytest.mark.thorough
 def test_low_bit_leaves_of_an_nnx_state_come_back_in_their_boxes(path):
     state = nnx.State({"kernel": nnx.Param(jnp.asarray(kernel())), "bias": nnx.Param(bias())})
     small = jaxclip.compress(state, 4)
@@ -212,6 +213,7 @@ def test_an_nnx_module_itself_is_saved_by_its_parameters(path):
     np.testing.assert_array_equal(loaded(x), linear(x))
 
 
+@pytest.mark.thorough
 def test_equinox_modules_come_back_with_their_functions(path):
     eqx = pytest.importorskip("equinox")
     mlp = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))

@@ -47,6 +47,7 @@ def test_like_names_the_first_difference(change, message, tmp_path):
         checkpoints.load(tmp_path / "x.safetensors", like=change(tree))
 
 
+@pytest.mark.thorough
 def test_low_bit_leaves_may_stand_for_arrays_and_their_grids_are_compared(tmp_path):
     params = {"kernel": drawn(8, 4), "bias": drawn(4)}
     small = jaxclip.compress(params, 4)

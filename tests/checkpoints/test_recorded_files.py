@@ -26,6 +26,7 @@ def recorded(version):
     return recorded_trees.RECORDED / f"version_{version}.safetensors"
 
 
+@pytest.mark.thorough
 @every_version
 def test_a_recorded_file_is_read_bit_for_bit(version):
     loaded, expected = checkpoints.load(recorded(version)), TREES[version]()
@@ -108,6 +109,7 @@ def test_groups_of_version_3_run_along_all_inputs_together():
         assert np.array_equal(decompress(leaf), weights_by_hand(leaf, *groups[name])), name
 
 
+@pytest.mark.thorough
 def test_groups_of_version_1_run_along_one_axis_of_a_convolution():
     """Recorded by the code that wrote them: axis -1, 0 and None, in groups of 3."""
     path = recorded_trees.RECORDED / "version_1_convolutions.safetensors"

@@ -87,6 +87,7 @@ def test_where_no_name_says_the_layout_the_metadata_do(metadata, layout, tmp_pat
     assert report.leaves[0].axes == ((0,) if layout == "out_in" else (1,))
 
 
+@pytest.mark.thorough
 def test_convolutions_shrink_in_groups_and_what_would_not_stays_and_is_reported(tmp_path, target):
     arrays = {
         "conv.weight": drawn(8, 32, 3, 3),
@@ -143,6 +144,7 @@ def test_what_looks_at_the_whole_leaf_gets_it(grid, options, source, target, mon
     np.testing.assert_array_equal(checkpoints.load(target)["embed.weight"].qvalue, whole.qvalue)
 
 
+@pytest.mark.thorough
 def test_with_a_price_the_file_is_smaller_and_more_exact_than_one_of_coarser_steps(tmp_path):
     source, target = tmp_path / "net.safetensors", tmp_path / "small.safetensors"
     w = drawn(256, 128)
@@ -177,6 +179,7 @@ def test_a_price_without_a_coding_is_refused_before_the_work(options, dry_run, s
     assert os.listdir(target.parent) == []
 
 
+@pytest.mark.thorough
 def test_a_price_without_a_coding_that_holds_for_no_leaf_is_none(source, target):
     policy = [("weight", {"bit_price": 0.0})]
     compress_checkpoint(source, target, 3, rule=jaxclip.max_abs, bit_price=0.1, policy=policy)
@@ -198,6 +201,7 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(source, target):
         target.unlink()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("part_bytes", [2**24, 7 * 16 * 4])
 def test_the_report_has_what_each_leaf_lost(part_bytes, source, target, monkeypatch):
     monkeypatch.setattr(rows, "_PART_BYTES", part_bytes)
@@ -215,6 +219,7 @@ def test_the_report_has_what_each_leaf_lost(part_bytes, source, target, monkeypa
         )
 
 
+@pytest.mark.thorough
 def test_specs_of_a_policy_hold_in_the_file_as_in_memory(source, target, tmp_path):
     spec = {"bits": 3, "group_size": 4, "rule": jaxclip.max_abs, "scale_dtype": "log8"}
     policy = [("embed", spec), ("layer.weight", {"axis": None}), ("bias", {"bits": 8})]
@@ -231,6 +236,7 @@ def test_specs_of_a_policy_hold_in_the_file_as_in_memory(source, target, tmp_pat
     assert small["layer.bias"].bits == 8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "goal", [{"target_bits_per_weight": 4.0}, {"target_bytes": 2100}], ids=lambda goal: min(goal)
 )
@@ -252,6 +258,7 @@ def test_a_target_is_kept_and_chooses_as_it_does_in_memory(goal, source, target)
     assert report.bits_per_weight <= goal.get("target_bits_per_weight", 8)
 
 
+@pytest.mark.thorough
 def test_a_target_out_of_reach_or_beside_bits_is_refused_before_the_writing(source, target):
     with pytest.raises(ValueError, match="target_bytes=200 is out of reach"):
         compress_checkpoint(source, target, target_bytes=200, rule=jaxclip.max_abs)
@@ -263,6 +270,7 @@ def test_a_target_out_of_reach_or_beside_bits_is_refused_before_the_writing(sour
         compress_checkpoint(source, target, target_bytes=10**6)
 
 
+@pytest.mark.thorough
 def test_the_policy_names_leaves_of_the_file(source, target):
     policy = [("embed", 8), (r"bias$", 4)]
     compress_checkpoint(source, target, 2, rule=jaxclip.max_abs, policy=policy)
@@ -275,6 +283,7 @@ def test_the_policy_names_leaves_of_the_file(source, target):
     assert checkpoints.load(target)["embed.weight"].bits == 8
 
 
+@pytest.mark.thorough
 def test_shards_become_one_file(tmp_path, target):
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     tensors = weights()
@@ -308,6 +317,7 @@ def test_names_with_slashes_and_colons_are_compressed_and_come_back(suffix, tmp_
     assert all((plain[n] == jaxclip.dequantize(expected[n])).all() for n in names)
 
 
+@pytest.mark.thorough
 def test_a_tree_of_ours_keeps_its_structure_and_its_low_bit_leaves(tmp_path, target):
     tree = {"a": [drawn(8, 4), jaxclip.quantize(drawn(8, 4), 2)], "b": (drawn(3),)}
     checkpoints.save(tmp_path / "tree.safetensors", tree)
@@ -317,6 +327,7 @@ def test_a_tree_of_ours_keeps_its_structure_and_its_low_bit_leaves(tmp_path, tar
     np.testing.assert_array_equal(small["b"][0], drawn(3))
 
 
+@pytest.mark.thorough
 def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(tmp_path, target):
     bad = weights() | {"layer.weight": np.full((2, 2), np.nan, np.float32)}
     safetensors.numpy.save_file(bad, tmp_path / "bad.safetensors")
@@ -325,6 +336,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(tmp_path, targ
     assert os.listdir(target.parent) == []
 
 
+@pytest.mark.thorough
 def test_damage_that_shows_late_leaves_the_old_file(source, target, tmp_path):
     tree = {"a": drawn(8, 4), "b": drawn(8, 4, seed=1)}
     checkpoints.save(tmp_path / "tree.safetensors", tree)
@@ -395,6 +407,7 @@ def test_decompressed_files_are_read_by_others(dtype, source, target, tmp_path):
         np.testing.assert_array_equal(found[name], array)
 
 
+@pytest.mark.thorough
 def test_clipping_is_the_projection_and_leaves_the_rest(source, target):
     clip_checkpoint(source, target, 0.1, include="weight$")
     clipped, original = checkpoints.load(target), weights()
@@ -414,6 +427,7 @@ def test_float64_weights_are_clipped_as_float64(tmp_path, target):
     np.testing.assert_array_equal(checkpoints.load(target), np.clip(w, -0.1, 0.1))
 
 
+@pytest.mark.thorough
 def test_a_rule_clips_each_leaf_by_its_own_threshold(source, target):
     clip_checkpoint(source, target, jaxclip.mse_optimal(2))
     for name, w in weights().items():
@@ -468,6 +482,7 @@ def test_names_of_others_stay_as_they_are_for_others(kind, tmp_path, target):
             np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-8)
 
 
+@pytest.mark.thorough
 def test_names_without_such_characters_keep_their_checksums_and_trees_their_structure(
     source, target, tmp_path
 ):
@@ -494,6 +509,7 @@ def test_a_directory_that_cannot_be_written_to_is_named_before_the_work(
     assert os.listdir(target.parent) == []
 
 
+@pytest.mark.thorough
 def test_big_endian_arrays_become_little_endian(tmp_path, target):
     arrays = {"a/b": drawn(4, 3).astype(">f4"), "n": np.arange(3, dtype=">i2")}
     np.savez(tmp_path / "net.npz", **arrays)
@@ -566,6 +582,7 @@ def test_memory_is_bounded_by_the_largest_leaf(goal, tmp_path):
     assert peak(56) - peak(8) < 16 * 1024 * 2048 * 4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["a.weight", "a/weight"])
 def test_rewriting_keeps_the_metadata_of_the_source(name, tmp_path):
     metadata = {"format": "tf", "license": 'é \\ "quoted"', "step": "7"}
@@ -593,6 +610,7 @@ def test_rewriting_keeps_the_metadata_of_the_source(name, tmp_path):
     np.testing.assert_allclose(back, weights[name], rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_metadata_of_all_shards_are_kept(folder, tmp_path):
     shards = sorted(folder.glob("model-*.safetensors"))
     for i, shard in enumerate(shards):
@@ -603,6 +621,7 @@ def test_metadata_of_all_shards_are_kept(folder, tmp_path):
         assert file.metadata().keys() - {"jaxclip"} == {"format", "own 0", "own 1"}
 
 
+@pytest.mark.thorough
 def test_moments_of_an_optimizer_are_no_weights(tmp_path):
     src, dst = tmp_path / "src.safetensors", tmp_path / "dst.safetensors"
     weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
@@ -636,6 +655,7 @@ def test_moments_of_an_optimizer_are_no_weights(tmp_path):
         assert got == {name for name in clipped if not include or include in name}
 
 
+@pytest.mark.thorough
 def test_a_float64_leaf_is_reported_as_float64(tmp_path):
     src, dst = tmp_path / "src.npz", tmp_path / "dst.safetensors"
     params = {"a": np.random.default_rng(0).normal(size=(64, 64))}

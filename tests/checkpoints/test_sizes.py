@@ -33,6 +33,7 @@ def report_by_path(*args, **options):
     return report, {leaf.path: leaf for leaf in report.leaves}
 
 
+@pytest.mark.thorough
 def test_leaves_have_the_dtype_of_the_array_and_their_largest_threshold():
     small = make_small()
     report, leaves = report_by_path(small)

@@ -76,6 +76,7 @@ def test_compressed_params_decompress_the_same_from_a_file(bits, levels, path):
     assert_same(decompress(checkpoints.load(path)), decompress(small))
 
 
+@pytest.mark.thorough
 def test_a_loaded_low_bit_array_works_inside_jit(path):
     small = quantize(random_weights(4, 4), Grid(4))
     checkpoints.save(path, small)
@@ -207,6 +208,7 @@ def test_the_same_tree_gives_the_same_bytes(suffix, tmp_path):
 # --- Other libraries ----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_safetensors_library_reads_our_file(path):
     tree = small_tree()
     checkpoints.save(path, tree)
@@ -253,6 +255,7 @@ def saved(request, tmp_path_factory) -> tuple[pathlib.Path, bytes]:
     return path, path.read_bytes()
 
 
+@pytest.mark.thorough
 def test_every_flipped_bit_is_refused(saved):
     path, data = saved
     assert len(data) < 1500

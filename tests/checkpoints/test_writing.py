@@ -319,6 +319,7 @@ def changed_when(monkeypatch, module, name, change):
     monkeypatch.setattr(module, name, called)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("coding", [None, "huffman"])
 def test_the_bytes_that_are_checked_are_those_that_are_written(coding, path, monkeypatch):
     """Another thread changes all arrays before and after each checksum, packing and encoding."""
@@ -380,6 +381,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_file(num_kills, path):
     assert int(run.stdout.split(":")[1]) > 0  # at least one kill fell into a save
 
 
+@pytest.mark.thorough
 def test_memory_is_bounded_by_the_largest_tensor_not_the_tree(path):
     """Codes are packed and unpacked in pieces, one tensor after the other."""
     num_codes, num_leaves = 3_000_000, 4

@@ -144,6 +144,7 @@ def test_phases_of_complex_numbers_are_right_at_every_magnitude(wrap, scale):
     np.testing.assert_allclose(modulus, np.abs(exact), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_phases_of_zero_and_of_numbers_that_are_not_finite_are_zero():
     z = np.asarray([0, np.inf, complex(1, -np.inf), complex(np.nan, 1)], np.complex64)
     phase, modulus = phase_and_modulus(jnp.asarray(z))
@@ -204,6 +205,7 @@ def test_weak_types_are_kept_only_where_they_were():
     assert not floats.keep_weak_type(strong, strong).weak_type
 
 
+@pytest.mark.thorough
 def test_computation_is_in_float32_or_wider():
     assert floats.compute_dtype(jnp.float16, jnp.bfloat16) == jnp.float32
     assert floats.compute_dtype(jnp.float16, jnp.complex64) == jnp.complex64

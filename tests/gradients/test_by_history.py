@@ -129,6 +129,7 @@ def run_of_case(case: str) -> tuple[Any, Any]:
     return scan(factory(**settings), arrays_of_stream())
 
 
+@pytest.mark.thorough
 @with_case
 def test_every_step_is_the_float64_oracle(case: str):
     _, settings, make_oracle = CASES[case]
@@ -140,6 +141,7 @@ def test_telemetry_says_what_happened(case: str):
     assert_telemetry_says_what_happened(run_of_case(case))
 
 
+@pytest.mark.thorough
 def test_adagc_first_steps_are_a_global_clip():
     g = make_stream({}, {})[1]
     tx = adagc(warmup=5, max_norm=0.25)
@@ -233,6 +235,7 @@ def test_zclip_follows_the_norm_down_and_is_not_stuck_at_a_zero_variance():
     assert state.learned["mean"] > 1
 
 
+@pytest.mark.thorough
 def test_a_spike_in_warmup_passes_zclip_as_published_and_not_with_a_max_norm():
     def norms_passed(**settings: Any) -> np.ndarray:
         norms = np.float32([1.0, 1.1, 0.9, 500.0] + [1.0, 1.1, 0.9] * 5 + [500.0])
@@ -243,6 +246,7 @@ def test_a_spike_in_warmup_passes_zclip_as_published_and_not_with_a_max_norm():
     assert (norms_passed(max_norm=2.0) <= 2.0).all()
 
 
+@pytest.mark.thorough
 def test_in_warm_up_a_leaf_far_below_the_others_is_not_lost():
     g = {"a": jnp.full(1, 1e-7), "b": jnp.full(1, 3e38)}
     tx = adagc(max_norm=1e30)

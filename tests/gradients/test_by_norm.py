@@ -91,6 +91,7 @@ def check_global_clip(grads, max_norm, clipped, state):
 # --- The invariants, as properties -----------------------------------------------------
 
 
+@pytest.mark.thorough
 @every_dtype
 @given(data=st.data(), max_norm=st.sampled_from(BOUNDS))
 def test_global_clip_of_entries_of_every_size_is_bounded_and_right(dtype, data, max_norm):
@@ -112,6 +113,7 @@ def test_global_clip_near_its_threshold_is_bounded_and_right(dtype, data, power,
     check_global_clip(grads, max_norm, clipped, state)
 
 
+@pytest.mark.thorough
 @settings(max_examples=25)
 @given(data=st.data(), max_norm=st.sampled_from([0.0, 1e-200, 0.1, 1.0, 1e200, np.inf]))
 def test_global_clip_of_float64_is_bounded_and_right(data, max_norm):
@@ -137,6 +139,7 @@ def test_global_clip_of_float64_is_bounded_and_right(data, max_norm):
         np.testing.assert_allclose(state.stats.pre_norm, pre_norm, rtol=1e-6, atol=2 * TINY)
 
 
+@pytest.mark.thorough
 @given(data=st.data(), max_norm=st.sampled_from([0.0, 0.1, 1.0, np.inf]))
 def test_one_norm_is_taken_over_leaves_of_different_dtypes(data, max_norm):
     dtypes = DTYPES[:3]
@@ -199,6 +202,7 @@ def test_a_thousand_bfloat16_leaves_of_norm_one_have_norm_32(max_norm):
     check_global_clip(grads, max_norm, clipped, state)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("value", [0.3, 1.315])
 def test_the_norm_of_200_leaves_stays_within_the_threshold(value):
     # A running float32 sum over leaves of one size rounds the same way each time.
@@ -208,6 +212,7 @@ def test_the_norm_of_200_leaves_stays_within_the_threshold(value):
     np.testing.assert_allclose(float(state.stats.pre_norm), float(exact_norm(grads)), rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(2**22,), (2**16, 64)])
 def test_the_norm_of_four_million_entries_stays_within_the_threshold(shape):
     rng = np.random.default_rng(0)
@@ -241,6 +246,7 @@ def test_a_leaf_of_500_entries_is_never_above_the_threshold(dtype):
         assert cosine > 1 - 1e-4
 
 
+@pytest.mark.thorough
 @real_dtype
 def test_a_float32_array_as_threshold_keeps_the_dtype(dtype):
     grads = {"w": jnp.asarray([3.0, -4.0], dtype)}
@@ -305,6 +311,7 @@ def test_one_bad_entry_makes_all_leaves_zero_and_is_counted(wrap, dtype, bad):
     assert int(last.stats.num_nonfinite) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", quick_first(DTYPES[:3]))
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, np.inf])
 def test_the_derivative_at_zero_gradients_is_the_identity(dtype, max_norm):
@@ -464,6 +471,7 @@ def test_the_reported_norm_after_the_clip_accounts_for_eps():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ord", [1, 2, np.inf])
 def test_a_nan_among_many_entries_is_a_bad_step_of_every_norm(ord):
     grads = jnp.ones((64, 80)).at[31, 7].set(jnp.nan)

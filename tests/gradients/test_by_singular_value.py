@@ -18,6 +18,7 @@ def clip_once(tx, grads):
     return tx.update(grads, tx.init(grads))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_the_state_stays_float32_where_float64_is_enabled(dtype):
     with enable_x64():
@@ -30,6 +31,7 @@ def test_the_state_stays_float32_where_float64_is_enabled(dtype):
         assert dtypes[0] == dtypes[1]
 
 
+@pytest.mark.thorough
 @eager_and_jit
 def test_matrices_are_capped_and_vectors_pass(wrap):
     grads = {
@@ -47,6 +49,7 @@ def test_matrices_are_capped_and_vectors_pass(wrap):
     assert float(state.stats.pre_norm) <= 4.0 * (1 + 1e-6)
 
 
+@pytest.mark.thorough
 def test_stacked_axes_number_separate_matrices():
     layers = np.stack([make_matrix((6, 4), size=s, seed=i) for i, s in enumerate((3.0, 0.2))])
     grads = {"layers": jnp.asarray(layers), "biases": jnp.full((2, 4), 9.0)}
@@ -57,6 +60,7 @@ def test_stacked_axes_number_separate_matrices():
     assert float(state.stats.clip_rate) == 0.5
 
 
+@pytest.mark.thorough
 def test_a_prefix_tree_caps_each_part_by_its_own_number():
     grads = {"a": jnp.diag(jnp.array([5.0, 1.0])), "b": jnp.diag(jnp.array([5.0, 1.0]))}
     clipped, state = clip_once(clip_by_spectral_norm({"a": 2.0, "b": np.inf}), grads)

@@ -16,6 +16,7 @@ from oracles.units import DTYPES, exact, norm, tree_of, update
 some_dtype = pytest.mark.parametrize("dtype", quick_first(DTYPES[::-1]))
 
 
+@pytest.mark.thorough
 @some_dtype
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_each_leaf_is_scaled_to_its_bound_or_left_alone(dtype, scale):
@@ -57,6 +58,7 @@ def test_leaves_of_very_different_size_are_each_clipped_right(scale):
     np.testing.assert_allclose(exact(clipped["b"]) / scale, [0.3, 0.4], rtol=2e-6)
 
 
+@pytest.mark.thorough
 @some_dtype
 def test_the_root_mean_square_of_a_leaf_is_at_most_the_threshold(dtype):
     grads = tree_of(dtype, 3.0)
@@ -69,6 +71,7 @@ def test_the_root_mean_square_of_a_leaf_is_at_most_the_threshold(dtype):
         np.testing.assert_allclose(rms, min(before, 0.25), rtol=tolerance)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("n", [3, 12, 46])
 def test_a_root_mean_square_one_rounding_above_the_threshold_is_clipped(n):
     # 2 n entries whose squares sum to n**2, and the largest float32 below their rms sqrt(n / 2).
@@ -83,6 +86,7 @@ def test_a_root_mean_square_one_rounding_above_the_threshold_is_clipped(n):
     assert float(state.stats.clip_rate) == 1
 
 
+@pytest.mark.thorough
 def test_the_mean_square_is_over_the_entries_of_all_devices():
     mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
     tx, spec = jaxclip.clip_by_block_rms(1.0, axis_name="x"), PartitionSpec("x")
@@ -113,6 +117,7 @@ def test_a_bad_entry_gives_zeros_everywhere_and_names_its_leaf(make, bad):
     assert int(state.leaves.nonfinite_leaf) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("threshold", [0.0, -1.0])
 def test_a_threshold_of_zero_or_a_traced_negative_one_gives_zeros(threshold):
     grads = tree_of(jnp.float32)

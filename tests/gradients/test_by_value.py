@@ -202,6 +202,7 @@ def test_fan_in_bounds_kernels_and_leaves_biases_free():
     assert float(state.stats.clip_rate) == np.float32(16 / 20)
 
 
+@pytest.mark.thorough
 def test_max_abs_clips_nothing_and_mse_optimal_is_one_threshold_a_channel():
     got, state = clip_once(clip_by_value(jaxclip.max_abs()), GRADS)
     jax.tree.map(np.testing.assert_array_equal, got, GRADS)

@@ -27,6 +27,7 @@ def scaled_sign() -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("inner", [jaxclip.clip_by_value(0.5), scaled_sign()])
 def test_updates_sum_to_the_gradients_less_the_residual(inner: Any):
     tx = error_feedback(inner)

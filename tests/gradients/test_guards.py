@@ -96,6 +96,7 @@ def test_a_bad_step_changes_nothing(wrap: Callable, dtype: Any, bad: float):
         assert int(new_state.step) == 2
 
 
+@pytest.mark.thorough
 @every_guard
 def test_training_goes_on_as_if_the_bad_steps_had_not_been(wrap: Callable):
     good = [make_tree(seed) for seed in range(1, 6)]
@@ -106,6 +107,7 @@ def test_training_goes_on_as_if_the_bad_steps_had_not_been(wrap: Callable):
     assert int(state.num_skipped) == 2
 
 
+@pytest.mark.thorough
 def test_steps_skipped_in_a_row_are_counted_and_nothing_is_let_in():
     tx, params, good = skip_nonfinite(ADAM), make_tree(0), make_tree(1)
     bad = poison(good, np.nan, 0)
@@ -147,6 +149,7 @@ def test_an_infinite_scalar_in_the_inner_state_is_legitimate():
     assert int(state.num_skipped) == 0
 
 
+@pytest.mark.thorough
 def test_under_vmap_only_the_bad_member_is_skipped():
     tx, params = skip_nonfinite(ADAM), jnp.ones((3, 4))
     grads = jnp.ones((3, 4)).at[1, 2].set(jnp.nan)
@@ -276,6 +279,7 @@ def test_the_largest_gradients_leave_finite_norms_behind(dtype: Any):
     assert int(state.stats.num_nonfinite) == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["drop_norm", "max_norm", "num_deviations"])
 def test_a_traced_threshold_that_goes_wrong_poisons_nothing(name: str):
     @jax.jit
@@ -302,6 +306,7 @@ def test_the_history_counts_from_the_first_step_after_the_warm_up(num_warmup):
         assert int(state.num_skipped) == (num_accepted >= num_warmup)
 
 
+@pytest.mark.thorough
 def test_hyper_parameters_are_injected_without_naming_those_that_are_counts():
     tx = optax.inject_hyperparams(skip_or_clip)(ADAM, drop_norm=5.0, max_norm=lambda step: 1.0)
     _, state = train(tx, jnp.ones(3), [jnp.ones(3), jnp.full(3, 9.0)])
@@ -313,6 +318,7 @@ def test_hyper_parameters_are_injected_without_naming_those_that_are_counts():
 # --- Devices --------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_inside_shard_map_one_bad_shard_makes_all_skip(kind: AxisType):
     mesh = Mesh(np.array(jax.devices()[:8]), ("x",), axis_types=(kind,))

@@ -39,6 +39,7 @@ def run_of_factory(factory: Any) -> tuple[Any, Any]:
     return scan(factory(), arrays_of_stream())
 
 
+@pytest.mark.thorough
 @every_factory
 def test_bad_steps_change_no_statistic_bit_for_bit(factory: Any):
     _, states = run_of_factory(factory)
@@ -140,6 +141,7 @@ def test_updates_that_do_not_fit_the_state_raise(factory: Any):
         tx.update({"w": jnp.ones(2)}, state)
 
 
+@pytest.mark.thorough
 def test_an_infinite_z_theta_or_relative_clips_nothing():
     grads = arrays_of_stream()
     good = np.array([i for i in range(NUM_STEPS) if i not in BAD])
@@ -206,6 +208,7 @@ def test_inside_vmap_with_an_axis_name_all_devices_agree(factory: Any):
         np.testing.assert_allclose(thresholds[:, 0], thresholds[:, 1], rtol=1e-6)
 
 
+@pytest.mark.thorough
 @every_factory
 def test_float64_leaves_keep_their_dtype_in_a_tree_with_others(factory: Any):
     with enable_x64(True):
@@ -222,6 +225,7 @@ def test_float64_leaves_keep_their_dtype_in_a_tree_with_others(factory: Any):
         np.testing.assert_allclose(state.stats.pre_norm, np.sqrt(8), rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factory", [autoclip, zclip, adagc, clip_spikes, clip_leaf_spikes])
 def test_float64_gradients_leave_the_statistics_in_float32(factory: Any):
     with enable_x64(True):

@@ -13,6 +13,7 @@ from oracles.units import DTYPES, exact, norm, tree_of, update
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axis", [None, 0, (0, 1)])
 def test_adaptive_clip_is_numpys_formula(axis):
     params, grads = tree_of(jnp.float32), tree_of(jnp.float32, 0.3)
@@ -33,6 +34,7 @@ def test_adaptive_clip_takes_a_step_from_weights_of_zero_up_to_eps():
     np.testing.assert_allclose(clipped, [[0.03], [0.04]], rtol=4e-6)
 
 
+@pytest.mark.thorough
 @every_dtype
 def test_an_update_is_bounded_relative_to_its_weight(dtype):
     params, updates = tree_of(dtype), tree_of(dtype, 0.2)
@@ -46,6 +48,7 @@ def test_an_update_is_bounded_relative_to_its_weight(dtype):
         np.testing.assert_allclose(exact(clipped[name]), exact(u) * coef, rtol=tolerance, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("absolute", [0.01, 1e-30, 1e36])
 def test_an_update_at_the_top_of_its_range_is_bounded_and_not_lost(absolute):
     params = {"w": jnp.ones(4), "b": jnp.ones(1), "s": jnp.float32(1)}
@@ -57,6 +60,7 @@ def test_an_update_at_the_top_of_its_range_is_bounded_and_not_lost(absolute):
         np.testing.assert_allclose(exact(clipped[name]), exact(u) * coef, rtol=4e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "make",
     [
@@ -101,6 +105,7 @@ def test_a_bad_entry_gives_zeros_everywhere_and_names_its_leaf(make, bad):
     assert int(state.leaves.nonfinite_leaf) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("threshold", [0.0, -1.0])
 def test_a_ratio_of_zero_or_a_traced_negative_one_gives_zeros(threshold):
     grads = tree_of(jnp.float32)
@@ -108,6 +113,7 @@ def test_a_ratio_of_zero_or_a_traced_negative_one_gives_zeros(threshold):
     assert not any(np.any(x) for x in jax.tree.leaves(clipped))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", ["updates", "params"])
 def test_a_nan_among_many_entries_is_a_bad_step_of_a_relative_clip(place):
     # XLA's minimum on CPU loses a NaN among many entries.

@@ -107,6 +107,7 @@ def test_an_infinite_scale_is_bit_identical_and_a_scale_of_zero_gives_zeros(dtyp
             assert not np.asarray(nothing).any()
 
 
+@pytest.mark.thorough
 def test_float64_is_computed_in_float64():
     with enable_x64():
         grads = make_entries(np.float64, 3.0)
@@ -124,12 +125,14 @@ def test_the_norm_is_over_all_leaves():
     np.testing.assert_allclose(state.stats.clip_coef, 0.5, rtol=2e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scale", [1.0, np.inf])
 def test_derivative_at_zero_is_the_identity(scale):
     jacobian = jax.jacobian(lambda g: clip_once(smooth_clip(scale), g)[0])(jnp.zeros(3))
     np.testing.assert_array_equal(jacobian, np.eye(3))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scale", [0.1, 1.0, 50.0])
 def test_derivative_is_that_of_the_formula(scale):
     with enable_x64():
@@ -176,6 +179,7 @@ def test_a_traced_nan_as_scale_is_a_bad_step():
     assert int(state.stats.num_nonfinite) == 1
 
 
+@pytest.mark.thorough
 def test_the_norm_is_taken_over_a_mapped_axis():
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     grads = jnp.array([3.0, 4.0])
@@ -212,6 +216,7 @@ def test_a_rule_or_a_tree_as_scale_is_refused():
         smooth_clip({"a": 1.0})
 
 
+@pytest.mark.thorough
 def test_statistics_are_found_by_name():
     stats = jaxclip.clip_stats(smooth_clip(1.0).init(jnp.ones(2)))
     fields = ("pre_norm", "post_norm", "clip_coef", "num_nonfinite")

@@ -105,6 +105,7 @@ def test_a_traced_nan_is_a_bad_step(factory: Any, name: str):
     assert after.threshold == state.threshold
 
 
+@pytest.mark.thorough
 def test_subnormals_within_the_bound_of_a_spike_are_untouched():
     g = jnp.array([1e-40, -0.0, 1.0])
     tx = clip_spikes()

@@ -57,6 +57,7 @@ def test_a_file_is_exported_as_the_tree_that_it_holds(tmp_path, to):
     assert (tmp_path / "found").read_bytes() == (tmp_path / "wanted").read_bytes()
 
 
+@pytest.mark.thorough
 def test_names_in_files_of_other_libraries_stay_as_they_are(tmp_path):
     arrays = {name: random_weights(2, 32) for name in ("a/b.weight", "100%", "x:0")}
     safetensors.numpy.save_file(arrays, tmp_path / "net.safetensors")

@@ -186,6 +186,7 @@ def test_what_the_layout_lacks_is_refused_by_name(tmp_path, tree, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_low_bit_leaves_that_the_layout_lacks_are_written_as_floats_and_counted(tmp_path):
     tree = {
         "fc": {"weight": drawn(4, (4, 8))},
@@ -204,6 +205,7 @@ def test_low_bit_leaves_that_the_layout_lacks_are_written_as_floats_and_counted(
     assert "'flax.weight' must be (outputs, inputs)" in str(warned[0].message)
 
 
+@pytest.mark.thorough
 def test_the_scale_of_a_row_of_zeros_may_be_0_in_half_precision(tmp_path):
     q = quantized([[0, 0], [1, 2]], [[1e-30], [0.5]], 4)
     tensors, _ = exported(tmp_path, {"weight": q}, dtype=np.float16)

@@ -122,6 +122,7 @@ def test_without_a_kind_floating_leaves_stay_as_they_are(tmp_path, gguf):
     assert np.array_equal(read["w"][1], w)
 
 
+@pytest.mark.thorough
 def test_metadata_is_read_back(tmp_path, gguf):
     path = tmp_path / "net.gguf"
     metadata = {
@@ -183,6 +184,7 @@ def lacking_tree() -> dict[str, Any]:
     }
 
 
+@pytest.mark.thorough
 def test_low_bit_leaves_that_gguf_lacks_are_written_as_floats_and_counted(tmp_path, gguf):
     tree = lacking_tree()
     with pytest.warns(UserWarning, match="5 low-bit leaves are written as floats") as warned:
@@ -213,6 +215,7 @@ def test_what_a_policy_left_alone_is_not_quantized_by_an_export(tmp_path, gguf):
         assert np.array_equal(read_gguf(gguf, path)["embed"][1], tree["embed"])
 
 
+@pytest.mark.thorough
 def test_groups_over_all_inputs_of_a_convolution_keep_their_codes_where_rows_have_blocks(
     tmp_path, gguf
 ):
@@ -266,6 +269,7 @@ def test_a_missing_gguf_names_the_extra(tmp_path, monkeypatch):
         interop.to_gguf(tmp_path / "net.gguf", {}, "llama")
 
 
+@pytest.mark.thorough
 def test_a_full_disk_is_reported_as_such(tmp_path, gguf):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -43,6 +43,7 @@ def many_blocks() -> np.ndarray:
     return np.concatenate(rows + special).astype(np.float32)
 
 
+@pytest.mark.thorough
 def test_bytes_are_those_worked_by_hand():
     q4_0 = np.array([[i % 16 - 8 for i in range(32)]]) * np.float32(-0.5)
     # Entries j and j + 16 share byte j and are equal here; 0.5 is 0x3800, -0.5 0xB800.
@@ -56,6 +57,7 @@ def test_bytes_are_those_worked_by_hand():
     assert data.tobytes() == bytes([0x00, 0x38, *range(128, 160)])
 
 
+@pytest.mark.thorough
 @every_kind
 def test_the_gguf_package_reads_the_same_numbers(kind):
     gguf = pytest.importorskip("gguf", reason="the gguf package is in the extra gguf")
@@ -120,6 +122,7 @@ def test_codes_are_the_nearest_to_the_scales_that_are_stored(kind):
     assert np.all(np.abs(unit - codes) <= 0.5 + 1e-4)
 
 
+@pytest.mark.thorough
 @every_kind
 def test_weights_on_the_grid_come_back_exactly(kind):
     rng = np.random.default_rng(1)

@@ -152,6 +152,7 @@ assert (checkpoints.load(path)["w"] == old["w"]).all()
 """
 
 
+@pytest.mark.thorough
 def test_a_disk_of_a_megabyte_that_is_full_keeps_its_old_file(tmp_path):
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}/disk"
     (tmp_path / "disk").mkdir()

@@ -132,6 +132,7 @@ def foreign_header() -> tuple[dict, bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
+@pytest.mark.thorough
 def test_our_headers_with_other_values_are_read_or_refused(allocations):
     rng, bases, num_read = random.Random(1), our_trees(), 0
     for _ in range(7000 * TIMES):
@@ -142,6 +143,7 @@ def test_our_headers_with_other_values_are_read_or_refused(allocations):
     assert num_read > 100 * TIMES  # a key renamed, two of a kind exchanged
 
 
+@pytest.mark.thorough
 def test_our_headers_with_other_bytes_are_read_or_refused(allocations):
     rng, bases, num_read = random.Random(2), our_trees(), 0
     for _ in range(5000 * TIMES):
@@ -152,6 +154,7 @@ def test_our_headers_with_other_bytes_are_read_or_refused(allocations):
     assert num_read > 50 * TIMES
 
 
+@pytest.mark.thorough
 def test_headers_of_other_libraries_with_other_values_are_read_or_refused(allocations):
     rng, num_read = random.Random(3), 0
     for _ in range(5000 * TIMES):
@@ -216,6 +219,7 @@ def any_bytes(tensor: layout.Tensor, rng: random.Random) -> bytes:
         )
 
 
+@pytest.mark.thorough
 def test_any_bytes_for_the_tensors_of_a_low_bit_array_are_read_or_refused(allocations):
     rng, num_read = random.Random(4), 0
     for _ in range(2500 * TIMES):
@@ -355,6 +359,7 @@ def read_numpys(data: bytes, opener: Any, allocations: list[int]) -> bool:
     return members is not None
 
 
+@pytest.mark.thorough
 def test_numpys_arrays_with_other_headers_are_read_or_refused(allocations):
     rng, num_read = random.Random(9), 0
     text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }" + b" " * 9 + b"\n"
@@ -391,6 +396,7 @@ def test_archives_with_other_bytes_are_read_or_refused(is_packed, allocations, m
 # --- Memory -----------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_memory_of_a_made_up_file_is_bounded_by_its_size(allocations):
     rng, bases = random.Random(8), our_trees()
     tracemalloc.start()

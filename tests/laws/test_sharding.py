@@ -260,6 +260,7 @@ def test_eight_devices_equal_one(setup: Setup):
             assert_near(many.infos[i], one.infos[i])
 
 
+@pytest.mark.thorough
 @every_setup
 def test_shardings_never_change(setup: Setup):
     many = run(setup)
@@ -274,6 +275,7 @@ def test_shardings_never_change(setup: Setup):
             assert moment.shards[0][1].shape == shards[moment.value.shape], name
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_one_compilation_serves_all_steps(kind: str):
     traces, layout = [], LAYOUTS["sharded"]
@@ -328,6 +330,7 @@ def test_a_bad_shard_skips_the_step_on_all_devices_and_changes_no_bit(setup: Set
     assert all((old.value != new.value).any() for (_, old), (_, new) in moved)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_clip_norm_is_that_of_the_whole_gradient(layout: str):
     many = run(Setup("clip, lion", layout, "Auto", "network"))
@@ -387,6 +390,7 @@ def test_the_optimizer_part_moves_statistics_only(setup: Setup):
     assert len(found) == NUM_ALL_REDUCES[setup.optimizer]
 
 
+@pytest.mark.thorough
 def test_a_gathered_parameter_would_be_noticed():
     mesh = LAYOUTS["sharded"].mesh(AxisType.Auto)
     x = jax.device_put(jnp.ones((16, 32)), NamedSharding(mesh, P("data")))

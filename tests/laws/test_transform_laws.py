@@ -225,6 +225,7 @@ def test_a_second_step_of_keep_on_grid_compiles_nothing_outside_of_jit():
     assert not compiled
 
 
+@pytest.mark.thorough
 @every_transform
 def test_one_program_with_its_state_donated_serves_every_hyper_parameter(row: Row):
     # XLA refuses a buffer that is given twice, so no two fields may be the same array.
@@ -267,6 +268,7 @@ def test_inject_hyperparams_under_jit_changes_no_update(row: Row):
     assert set(stats) == set(jaxclip.clip_stats(row.make().init(params)))
 
 
+@pytest.mark.thorough
 @with_schedule
 def test_a_schedule_equals_the_values_it_takes(row: Row):
     params = make_params()
@@ -326,6 +328,7 @@ def test_leaves_that_are_not_floating_pass_through(row: Row):
     assert stats[0] == stats[1]
 
 
+@pytest.mark.thorough
 @every_transform
 def test_empty_trees_and_odd_shapes_work(row: Row):
     tx, trees = row.make(), [{}, (jnp.zeros((0, 3)), None), {"a": jnp.asarray(1.0)}]

@@ -161,6 +161,7 @@ def test_float16_scales_saturate_at_both_ends():
     assert np.asarray(q.qvalue).tolist() == [[1, -1], [0, 0]]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scale_dtype", FORMATS)
 def test_formats_cost_little_error_under_mse_optimal(scale_dtype):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)), jnp.float32)
@@ -172,6 +173,7 @@ def test_formats_cost_little_error_under_mse_optimal(scale_dtype):
 # --- Zero points -----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_zero_point_moves_the_grid_as_worked_by_hand():
     # 16 levels from -0.5 to 7: a step of 0.5, and 0 is the second level from below.
     x = jnp.array([-0.5, 0.0, 0.25, 0.75, 3.1, 7.0])
@@ -193,6 +195,7 @@ def test_one_sided_weights_use_all_levels(sign):
     assert sorted(np.asarray(q.qvalue).tolist()) == list(range(-8, 8))
 
 
+@pytest.mark.thorough
 def test_a_threshold_clips_the_range_of_a_zero_point_on_both_sides():
     x = jnp.array([-9.0, -1.0, 0.0, 2.0, 9.0])
     q = quantize(x, Grid(4, axis=None, zero_point=True), threshold=7.5)
@@ -203,6 +206,7 @@ def test_a_threshold_clips_the_range_of_a_zero_point_on_both_sides():
     assert np.asarray(dequantize(one_sided)).tolist() == [0.0, 1.0, 3.0]
 
 
+@pytest.mark.thorough
 def test_each_group_has_its_own_zero():
     x = np.concatenate([np.arange(16.0), -np.arange(16.0), np.arange(5.0) - 2])[None]
     grid = Grid(4, axis=0, group_size=16, zero_point=True)
@@ -216,6 +220,7 @@ def test_each_group_has_its_own_zero():
 # --- As an array -----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @few_grids
 def test_jax_functions_take_it_for_the_array_it_stands_for(bits, levels, zero_point):
     w = np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32)
@@ -231,6 +236,7 @@ def test_jax_functions_take_it_for_the_array_it_stands_for(bits, levels, zero_po
     assert (q.shape, q.ndim) == ((6, 5), 2)
 
 
+@pytest.mark.thorough
 def test_numpy_takes_it_for_the_array_it_stands_for():
     q = encode(jnp.asarray([[1.0, -2.0], [0.5, 3.0], [0.0, 2.5]]), Grid(8, axis=1))
     dense = np.asarray(dequantize(q))
@@ -303,6 +309,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.thorough
 def test_operators_and_methods_are_those_of_the_array_it_stands_for():
     w = np.random.default_rng(1).normal(size=(6, 6)).astype(np.float32)
     q = quantize(w, Grid(4, group_size=2, zero_point=True))
@@ -319,6 +326,7 @@ def test_operators_and_methods_are_those_of_the_array_it_stands_for():
     assert int(one) == int(dequantize(one).item())
 
 
+@pytest.mark.thorough
 def test_sizes_need_no_values():
     q = quantize(jnp.ones((6, 4)), Grid(4, group_size=2, zero_point=True))
     shapes = jax.eval_shape(lambda: q)
@@ -343,6 +351,7 @@ def test_what_it_lacks_is_said_with_what_to_call():
         np.testing.assert_array_equal(same, dequantize(q))
 
 
+@pytest.mark.thorough
 def test_equinox_splits_and_joins_modules_with_low_bit_leaves():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
@@ -358,6 +367,7 @@ def test_equinox_splits_and_joins_modules_with_low_bit_leaves():
     np.testing.assert_array_equal(eqx.combine(static, low_bit)(x), expected)
 
 
+@pytest.mark.thorough
 def test_it_goes_straight_into_a_flax_module():
     linen = pytest.importorskip("flax.linen")
     module, x = linen.Dense(3), jnp.ones((2, 4), jnp.float32)
@@ -367,6 +377,7 @@ def test_it_goes_straight_into_a_flax_module():
     np.testing.assert_array_equal(module.apply(small, x), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("code_dtype", [jnp.int8, jnp.int4])
 def test_codes_stay_narrow_in_the_arguments_of_a_compiled_program(code_dtype):
     w = jnp.asarray(np.random.default_rng(2).normal(size=(64, 48)), jnp.float32)
@@ -404,6 +415,7 @@ def test_batches_decode_as_their_parts(axis, group_size):
         np.testing.assert_allclose(jax.vmap(dequantize)(q), expected, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_stack_whose_axes_are_counted_from_the_front_is_decoded_as_its_parts():
     parts = [quantize(x * jnp.ones((8, 6)), Grid(8, axis=1, group_size=4)) for x in (1, 2)]
     parts = [dataclasses.replace(q, grid=Grid(8, axis=1, group_size=4)) for q in parts]
@@ -507,6 +519,7 @@ def test_num_bytes_is_what_a_file_holds_of_the_array(bits, scale_dtype, zero_poi
     assert q.num_bytes == plan_file(q).data_bytes
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bad", ["x", jnp.int32], ids=["name", "integer"])
 def test_only_a_floating_dtype_is_decoded_to(bad):
     with pytest.raises(ValueError):  # noqa: PT011, jax's own words

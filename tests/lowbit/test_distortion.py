@@ -112,6 +112,7 @@ def test_levels_beyond_the_dtype_decode_to_its_largest_number():
     assert distortion.squared_error(q, dequantize(q)) == 0.0
 
 
+@pytest.mark.thorough
 def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
     w = weights(6, 8)
     q = quantize(w, Grid(2, axis=0), threshold=0.8)

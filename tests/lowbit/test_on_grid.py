@@ -47,6 +47,7 @@ def test_parameters_are_the_rounded_weights_that_the_state_has(bits):
         assert np.any(now["kernel"] != unrounded(now, state)["kernel"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [1, "ternary"])
 def test_max_abs_finds_the_same_codes_in_the_trained_parameters(bits):
     params, loss_fn = params_and_goal()
@@ -89,6 +90,7 @@ def test_steps_below_the_spacing_of_the_weights_add_up(dtype):
     assert params["kernel"][2, 0] < 0
 
 
+@pytest.mark.thorough
 def test_a_bad_step_is_handed_on_and_leaves_the_state_as_it_was():
     params, loss_fn = params_and_goal()
     tx = keep_on_grid(optax.sgd(0.1), "ternary")
@@ -110,6 +112,7 @@ def test_a_bad_step_is_handed_on_and_leaves_the_state_as_it_was():
     assert not np.any(updates["kernel"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("start_step", [2, np.int64(2), jnp.asarray(2)], ids=repr)
 def test_the_first_step_on_the_grid_may_be_a_hyper_parameter(start_step):
     params, loss_fn = params_and_goal()
@@ -121,6 +124,7 @@ def test_the_first_step_on_the_grid_may_be_a_hyper_parameter(start_step):
         np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_it_is_training_with_straight_through_derivatives():
     params, loss_fn = params_and_goal()
     inner = MOMENTUM
@@ -141,6 +145,7 @@ def test_it_is_training_with_straight_through_derivatives():
             np.testing.assert_allclose(unrounded(now, state)[name], v[name], rtol=0, atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_before_its_first_step_it_is_the_inner_optimizer():
     params, loss_fn = params_and_goal()
     inner = jaxclip.lion(0.1)
@@ -151,6 +156,7 @@ def test_before_its_first_step_it_is_the_inner_optimizer():
         assert (max(jax.tree.leaves(far)) <= 2e-7) == (i < 4)
 
 
+@pytest.mark.thorough
 def test_a_box_inside_bounds_the_unrounded_weights():
     params, loss_fn = params_and_goal()
     inner = optax.chain(jaxclip.lion(0.3), jaxclip.project_weights(jaxclip.box(0.5)))
@@ -161,6 +167,7 @@ def test_a_box_inside_bounds_the_unrounded_weights():
         )
 
 
+@pytest.mark.thorough
 def test_policy_and_default_leave_what_compress_leaves():
     params, _ = params_and_goal()
     params |= {"count": jnp.zeros((), jnp.int32), "free": jnp.ones((3, 3))}
@@ -174,6 +181,7 @@ def test_policy_and_default_leave_what_compress_leaves():
     assert all(len(np.unique(np.abs(column).round(6))) == 1 for column in after["kernel"].T)
 
 
+@pytest.mark.thorough
 def test_it_trains_in_a_donated_step_and_in_a_chain():
     params, loss_fn = params_and_goal()
     tx = optax.chain(jaxclip.clip_by_global_norm(10.0), keep_on_grid(MOMENTUM, "ternary"))
@@ -204,6 +212,7 @@ def test_no_grid_is_chosen_before_the_first_step_on_it():
         assert len(seen) == max(i - 2, 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_it_keeps_the_shardings(axis_type):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
@@ -216,6 +225,7 @@ def test_on_a_mesh_it_keeps_the_shardings(axis_type):
     np.testing.assert_allclose(ours["kernel"], alone["kernel"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_keep_on_grid_names_what_is_wrong():
     params, _ = params_and_goal()
     with pytest.raises(TypeError, match="inner"):

@@ -127,6 +127,7 @@ def test_a_packed_array_of_the_wrong_length_is_refused(length):
         unpack_codes(np.zeros(length, np.uint8), 4, 4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("bits", "levels"), [(1, "full"), ("ternary", "full"), (3, "full")])
 def test_codes_survive_quantize_pack_unpack_bit_for_bit(bits, levels):
     x = np.random.default_rng(10).normal(size=(5, 7)).astype(np.float32)

@@ -11,6 +11,7 @@ from jaxclip.lowbit.budgets import ALL_WIDTHS
 from oracles.small_params import make_params, uneven_params
 
 
+@pytest.mark.thorough
 def test_the_first_pattern_that_matches_decides_the_width():
     small = compress(
         make_params(),
@@ -38,6 +39,7 @@ def test_a_pattern_that_is_no_regular_expression_is_refused_by_name():
         compress(make_params(), 4, policy=["kernel"])
 
 
+@pytest.mark.thorough
 def test_a_spec_replaces_the_arguments_that_it_names():
     spec = {
         "bits": 2,
@@ -60,6 +62,7 @@ def test_a_spec_replaces_the_arguments_that_it_names():
     assert small["dense"]["bias"] is params["dense"]["bias"]  # no width is given
 
 
+@pytest.mark.thorough
 def test_a_grid_as_a_spec_replaces_the_whole_grid():
     params = make_params()
     policy = [("embed", Grid(2, axis=0)), ("half", Grid(None, group_size=4)), ("bias", Grid(8))]
@@ -78,11 +81,13 @@ def test_a_wrong_grid_of_a_spec_is_refused_by_its_regex():
         compress(make_params(), bit_price=0.1, policy=[("dense/k", Grid(1))])
 
 
+@pytest.mark.thorough
 def test_an_open_width_is_4_bits_without_a_target():
     small = compress(make_params(), Grid(None, group_size=4), rule=jaxclip.max_abs)
     assert small["dense"]["kernel"].grid == Grid(4, axis=-1, group_size=4)
 
 
+@pytest.mark.thorough
 def test_a_spec_without_a_width_leaves_it_to_the_target():
     policy = [("large", {"scale_dtype": "float16"}), ("easy", {"bits": 3})]
     small = compress(
@@ -94,6 +99,7 @@ def test_a_spec_without_a_width_leaves_it_to_the_target():
     assert jaxclip.size_report(small).bits_per_weight <= 5.5
 
 
+@pytest.mark.thorough
 def test_a_price_of_bits_gives_cheaper_codes_to_the_leaves_it_is_for():
     params = uneven_params()
     plain = compress(params, 4, rule=jaxclip.max_abs)
@@ -138,6 +144,7 @@ def test_a_wrong_spec_is_refused_by_its_rule_and_field(spec, message):
         compress(make_params(), 4, rule=jaxclip.max_abs, policy=[("dense/k", spec)])
 
 
+@pytest.mark.thorough
 def test_a_leaf_that_low_bits_would_make_no_smaller_stays_as_it_is():
     ones = lambda *shape: jnp.ones(shape, jnp.float16)  # noqa: E731
     params = {
@@ -154,6 +161,7 @@ def test_a_leaf_that_low_bits_would_make_no_smaller_stays_as_it_is():
     assert all(small[name] is params[name] for name in params.keys() - low_bit)
 
 
+@pytest.mark.thorough
 def test_a_leaf_whose_codes_are_coded_is_judged_by_its_scales_alone():
     params = {"w": jnp.ones((16, 16), jnp.float8_e4m3fn), "column": jnp.ones((16, 1))}
     rule = jaxclip.thresholds.rate_optimal(2.0)
@@ -163,6 +171,7 @@ def test_a_leaf_whose_codes_are_coded_is_judged_by_its_scales_alone():
     assert not isinstance(small["column"], QuantizedArray)
 
 
+@pytest.mark.thorough
 def test_a_target_never_chooses_a_width_that_makes_a_leaf_no_smaller():
     params = {"w": 3 * jnp.eye(4, 24, dtype=jnp.float8_e4m3fn), "v": jnp.eye(4, 24)}
     policy = [("w", {"axis": None}), ("v", {"axis": 0})]
@@ -171,6 +180,7 @@ def test_a_target_never_chooses_a_width_that_makes_a_leaf_no_smaller():
     assert small["w"].num_bytes < params["w"].nbytes
 
 
+@pytest.mark.thorough
 def test_python_and_files_have_one_default_axis_by_the_layout(tmp_path):
     rng = np.random.default_rng(0)
     # Outputs of sizes far apart: a scale for the wrong axis would lose the small ones.
@@ -202,6 +212,7 @@ def test_python_and_files_have_one_default_axis_by_the_layout(tmp_path):
         assert said.layouts == ()
 
 
+@pytest.mark.thorough
 def test_a_layout_that_is_said_holds_for_all_leaves_without_an_axis_of_their_own():
     params = {"dense": {"kernel": jnp.ones((6, 4))}, "head": {"kernel": jnp.ones((6, 4))}}
     policy = [("head", {"axis": 1})]

@@ -139,6 +139,7 @@ def test_max_abs_clips_nothing_so_every_error_is_half_a_step(bits, levels, dtype
     assert np.all(error <= half * (1 + 1e-4) + TINY)
 
 
+@pytest.mark.thorough
 @every_dtype
 def test_dequantizing_multiplies_in_float32_and_casts_once(dtype):
     x = np.random.default_rng(0).normal(size=(5, 33)).astype(dtype)
@@ -151,6 +152,7 @@ def test_dequantizing_multiplies_in_float32_and_casts_once(dtype):
     assert dequantize(q, jnp.float32).dtype == jnp.float32
 
 
+@pytest.mark.thorough
 def test_float64_weights_come_back_as_float64():
     with enable_x64(True):
         x = np.random.default_rng(1).normal(size=(4, 16))
@@ -256,6 +258,7 @@ def test_float16_subnormals_are_not_lost(bits):
     np.testing.assert_allclose(exact(q), x, rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
 @pytest.mark.parametrize("group_size", [None, 2])
 def test_arrays_without_entries_go_through(shape, group_size):
@@ -386,6 +389,7 @@ def test_quantizing_what_was_decoded_gives_the_same_codes(bits, levels):
     np.testing.assert_allclose(dequantize(again), dequantize(q), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_quantized_array_is_a_pytree_of_codes_and_scales():
     x = jnp.asarray(np.random.default_rng(8).normal(size=(6, 10)).astype(np.float16))
     q = quantize(x, Grid(3, axis=1))
@@ -400,6 +404,7 @@ def test_a_quantized_array_is_a_pytree_of_codes_and_scales():
     np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_vmap_quantizes_each_row():
     x = jnp.asarray(np.random.default_rng(9).normal(size=(3, 12)).astype(np.float32))
     q = jax.vmap(lambda r: quantize(r, 4, threshold=jaxclip.max_abs))(x)
@@ -409,6 +414,7 @@ def test_vmap_quantizes_each_row():
         assert np.array_equal(q.scale[i], alone.scale)
 
 
+@pytest.mark.thorough
 def test_the_side_of_a_full_grid_goes_where_it_helps():
     # On (-2, -1, 0, 1) only a negative scale reaches both 2 and 1 exactly.
     x = jnp.asarray([2.0, 1.0, 0.0, -1.0])

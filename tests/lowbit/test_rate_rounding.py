@@ -55,6 +55,7 @@ def test_the_cost_is_no_larger_and_each_code_is_the_nearest_or_one_nearer_to_0(s
         np.testing.assert_array_equal(found.scale, q.scale)
 
 
+@pytest.mark.thorough
 def test_at_the_same_error_fewer_bits_are_needed():
     w = RNG.normal(size=(256, 256)).astype(np.float32)
 
@@ -71,6 +72,7 @@ def test_at_the_same_error_fewer_bits_are_needed():
     assert bits < 0.97 * needed
 
 
+@pytest.mark.thorough
 def test_at_the_top_of_float32_the_codes_are_those_of_ordinary_magnitudes():
     w = np.float32(SHAPES["gauss"] / np.abs(SHAPES["gauss"]).max() * 0.99)
     grid = jaxclip.Grid(4, axis=0)
@@ -81,6 +83,7 @@ def test_at_the_top_of_float32_the_codes_are_those_of_ordinary_magnitudes():
     np.testing.assert_array_equal(top.qvalue, found.qvalue)
 
 
+@pytest.mark.thorough
 def test_without_a_price_nothing_moves():
     w = SHAPES["gauss"].astype(np.float32)
     q = jaxclip.quantize(w, 8, threshold=jaxclip.thresholds.rate_optimal(2.0))
@@ -94,6 +97,7 @@ def test_a_program_with_a_traced_price_gives_the_same_codes():
     np.testing.assert_array_equal(jitted(q, w, 0.12).qvalue, cheaper_codes(q, w).qvalue)
 
 
+@pytest.mark.thorough
 def test_a_tree_keeps_what_is_not_low_bit_and_makes_a_smaller_file(tmp_path):
     params = {"kernel": jax.random.normal(jax.random.key(0), (96, 64)), "bias": jnp.ones(64)}
     small = jaxclip.compress(params, 8, rule=jaxclip.thresholds.rate_optimal(1.8))
@@ -115,6 +119,7 @@ def test_zeros_and_nothing_stay(w):
     np.testing.assert_array_equal(cheaper_codes(q, w).qvalue, q.qvalue)
 
 
+@pytest.mark.thorough
 def test_bad_input_is_named():
     w = jnp.ones((4, 4))
     with pytest.raises(ValueError, match="price"):

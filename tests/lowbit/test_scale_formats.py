@@ -74,6 +74,7 @@ def test_rounding_twice_changes_nothing(scale_dtype, scale):
     assert np.asarray(twice).tobytes() == np.asarray(once).tobytes()
 
 
+@pytest.mark.thorough
 def test_the_bytes_of_log8_are_those_of_a_table_worked_by_hand():
     # Eight steps to a factor of two; 128 is the sign.
     scale = np.float32([1, -1, 0.5, 2**-0.125, -(2**-1.5), 2**-15.875, -(2**-15.875)])
@@ -92,6 +93,7 @@ def test_no_scale_becomes_zero_or_infinite(scale_dtype, scale):
         assert np.all(rounded != 0)
 
 
+@pytest.mark.thorough
 def test_scales_that_are_not_of_log8_are_not_encoded():
     for bad in ([1.0, 0.9], [np.nan], [np.inf, 1.0]):
         with pytest.raises(ValueError, match="log8"), np.errstate(invalid="ignore"):

@@ -25,6 +25,7 @@ def test_rebuilt_from_its_own_parts_a_tree_is_itself(scale_dtype):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.thorough
 def test_training_the_factors_finds_the_scales_of_least_squares():
     w = np.random.default_rng(0).standard_t(3, (64, 5)).astype(np.float32)
     small = jaxclip.compress({"w": jnp.asarray(w)}, "ternary", rule=max_abs)
@@ -94,6 +95,7 @@ def test_trainable_parts_names_what_is_wrong():
         rebuild(parts | {1: jnp.ones(2)})
 
 
+@pytest.mark.thorough
 def test_trainable_parts_mixes_up_no_leaves_of_the_same_path():
     params = {"w": jnp.ones((2, 2)), "a": {"b": jnp.zeros(3)}, "a/b": 5 * jnp.ones(3)}
     message = r"\['a'\]\['b'\] and \['a/b'\] are both called 'a/b'"

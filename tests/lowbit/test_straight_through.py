@@ -32,6 +32,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_are_1_on_the_range_of_the_grid_and_0_outside(name):
     options, x, expected = CASES[name]
@@ -57,6 +58,7 @@ def test_values_are_those_of_quantizing_and_dequantizing(dtype, bits):
     assert np.array_equal(gradient, np.ones_like(gradient))  # max_abs clips nothing
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_each_block_has_its_own_range(zero_point):
     x = jnp.asarray([[0.5, -0.5, 2.0, 0.1], [50.0, -50.0, 2.0, 0.1]], jnp.float32)
@@ -74,6 +76,7 @@ def test_a_traced_threshold_has_no_derivative():
     assert float(by_t) == 0
 
 
+@pytest.mark.thorough
 def test_it_works_under_vmap_and_forward_mode():
     x = jnp.asarray([[0.3, 0.9, -2.0], [1.0, 0.2, 0.1]])
     f = lambda row: fake_quantize(row, "ternary", threshold=1.0)  # noqa: E731
@@ -82,6 +85,7 @@ def test_it_works_under_vmap_and_forward_mode():
     assert np.asarray(tangents).tolist() == [[3, 3, 0], [3, 3, 3]]
 
 
+@pytest.mark.thorough
 def test_weights_learn_through_the_grid():
     """Descent on the rounded weights finds levels that rounding the solution misses."""
     target = jnp.asarray([0.9, -0.9, 0.1, 0.4])
@@ -92,6 +96,7 @@ def test_weights_learn_through_the_grid():
     assert np.asarray(fake_quantize(w, "ternary", threshold=1.0)).tolist()[:3] == [1, -1, 0]
 
 
+@pytest.mark.thorough
 def test_bad_arguments_are_refused_as_by_quantize():
     with pytest.raises(ValueError, match="bits must be one of"):
         fake_quantize(jnp.ones(3), 7)

@@ -16,6 +16,7 @@ from oracles.small_params import make_params, uneven_params
 squeeze = functools.partial(compress, rule=jaxclip.max_abs)  # which compiles fast
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [1, 4])
 def test_real_floating_leaves_of_two_dimensions_become_low_bit_and_the_others_stay(bits):
     params = make_params()
@@ -51,6 +52,7 @@ def test_decompressing_into_another_dtype_casts_only_what_was_compressed():
     assert back["dense"]["bias"].dtype == jnp.float32
 
 
+@pytest.mark.thorough
 def test_each_leaf_equals_quantizing_it_alone():
     params = make_params()
     params = {"dense": {"kernel": params["dense"]["kernel"]}}
@@ -93,6 +95,7 @@ def test_low_bit_leaves_are_never_compressed_again():
         )
 
 
+@pytest.mark.thorough
 def test_compress_and_decompress_run_under_jit():
     params = {"dense": make_params()["dense"]}
     back = jax.jit(lambda p: decompress(compress(p, "ternary")))(params)
@@ -171,6 +174,7 @@ def test_bits_go_to_large_weights_and_not_to_those_that_are_exact_already():
     assert error_of(small) < 0.5 * min(e for bits, _, e in at_every_width() if bits <= 4.5)
 
 
+@pytest.mark.thorough
 def test_a_target_of_bytes_holds_for_the_file_and_beats_every_one_width_that_fits(tmp_path):
     for _, target, error in at_every_width():
         for slack in (0, 7, 100):
@@ -179,6 +183,7 @@ def test_a_target_of_bytes_holds_for_the_file_and_beats_every_one_width_that_fit
             assert error_of(small) <= error * (1 + 1e-9)
 
 
+@pytest.mark.thorough
 def test_leaves_of_a_target_equal_quantizing_them_at_the_chosen_width():
     grid = Grid(None, group_size=8, scale_dtype="float16", axis=0)
     small = squeeze(uneven_params(), grid, target_bits_per_weight=6.0)
@@ -295,6 +300,7 @@ def test_a_rule_that_is_no_threshold_is_refused(rule):
         compress(make_params(), 4, rule=rule)
 
 
+@pytest.mark.thorough
 def test_rows_that_are_hard_stay_finite_in_a_whole_tree():
     rows = np.zeros((4, 8), np.float32)
     rows[1], rows[2, 3], rows[3] = 0.7, 1e6, 1e-42
@@ -329,6 +335,7 @@ def flax_like_params():
     return tree
 
 
+@pytest.mark.thorough
 def test_fan_in_has_the_thresholds_that_clip_weights_takes(tmp_path):
     params, rule = flax_like_params(), jaxclip.fan_in(1.0)
     bounds = jaxclip.thresholds.resolve_threshold(rule, params)
@@ -353,6 +360,7 @@ def test_fan_in_has_the_thresholds_that_clip_weights_takes(tmp_path):
         )
 
 
+@pytest.mark.thorough
 def test_wrong_thresholds_are_called_rules_and_leaves_are_named():
     params = {"a": {"w": jnp.ones((3, 4))}}
     with pytest.raises(ValueError, match=r"^rule must be positive and finite, got 0.0"):

@@ -54,6 +54,7 @@ def test_units_are_those_of_adaptive_gradient_clipping_unless_axes_are_given():
         unit_axes((8, 16), 2)
 
 
+@pytest.mark.thorough
 def test_joined_units_have_the_norms_they_have_apart():
     parts = [measure_units(jnp.asarray(x), (0,)) for x in ([3.0, 4.0], [1e30, 0.0], [2.0])]
     np.testing.assert_allclose(join_units(parts).value(), [5, 1e30, 2], rtol=1e-6)

@@ -114,10 +114,12 @@ def test_an_infinite_cap_is_bit_identical_and_a_cap_of_zero_gives_zeros(dtype):
         assert not np.asarray(cap_singular_values(x, jnp.float32(-1))).any()
 
 
+@pytest.mark.thorough
 def test_zero_matrices_stay_zero():
     assert not np.asarray(cap_singular_values(jnp.zeros((4, 3)), 0.5)).any()
 
 
+@pytest.mark.thorough
 def test_float64_is_computed_in_float64():
     with enable_x64():
         matrix = make_matrix((20, 12), "linear", np.float64, size=3.0)
@@ -131,6 +133,7 @@ def test_float64_is_computed_in_float64():
         assert spectral_norm(capped) <= 1
 
 
+@pytest.mark.thorough
 def test_a_batch_caps_each_matrix_and_leaves_those_within_alone():
     batch = np.stack([make_matrix((10, 6), size=s, seed=i) for i, s in enumerate((5.0, 0.1, 2.0))])
     capped = cap_singular_values(batch, 1.0)
@@ -139,6 +142,7 @@ def test_a_batch_caps_each_matrix_and_leaves_those_within_alone():
     assert np.asarray(capped[1]).tobytes() == batch[1].tobytes()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_matrix_that_is_not_finite_stays_so(bad):
     matrix = jnp.ones((3, 3)).at[1, 1].set(bad)
@@ -167,6 +171,7 @@ def test_derivative_is_that_of_the_exact_cap(spectrum, shape):
         np.testing.assert_allclose(backward, expected, atol=2e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cap", [1.0, 0.0])
 def test_derivative_at_zero_is_finite(cap):
     gradient = jax.grad(lambda w: jnp.sum(cap_singular_values(w, cap)))
@@ -175,6 +180,7 @@ def test_derivative_at_zero_is_finite(cap):
         np.testing.assert_array_equal(gradient(jnp.zeros((4, 3))), np.ones((4, 3)))
 
 
+@pytest.mark.thorough
 def test_derivative_with_respect_to_the_cap_is_the_polar_factor_of_what_is_clipped():
     matrix = jnp.diag(jnp.array([4.0, 3.0, 0.25]))
     slope = jax.jvp(lambda c: cap_singular_values(matrix, c), (jnp.float32(1),), (jnp.float32(1),))
@@ -188,6 +194,7 @@ def test_no_decomposition_is_in_the_program():
         assert f" {name}[" not in program
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("matrix", [np.ones(3, np.float32), np.ones((2, 2), np.int32)])
 def test_a_vector_or_a_matrix_of_integers_is_refused(matrix):
     with pytest.raises(ValueError, match="matrix"):

@@ -75,6 +75,7 @@ def test_the_changelog_has_the_version():
     assert "## [Unreleased]" in changelog or f"## [{jaxclip.__version__}]" in changelog
 
 
+@pytest.mark.thorough
 def test_the_version_is_in_one_place():
     pattern = re.compile(re.escape(f'"{jaxclip.__version__}"'))
     files = [*ROOT.glob("*.toml"), *(ROOT / "jaxclip").glob("*.py")]

@@ -27,6 +27,7 @@ def parts():
         sys.path.remove(str(FOLDER))
 
 
+@pytest.mark.thorough
 def test_the_ternary_recipe_is_that_of_bitnet(parts):
     w = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
     found = jaxclip.decompress(parts["methods"].low_bit({"w": jnp.asarray(w)}, "ternary"))["w"]
@@ -35,6 +36,7 @@ def test_the_ternary_recipe_is_that_of_bitnet(parts):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_the_derivative_goes_straight_through_the_grid(parts):
     w = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
     target = jnp.ones((4, 3))
@@ -42,6 +44,7 @@ def test_the_derivative_goes_straight_through_the_grid(parts):
     np.testing.assert_array_equal(jax.grad(loss)(w, target)["w"], target)
 
 
+@pytest.mark.thorough
 def test_one_shot_pruning_keeps_the_largest(parts):
     w = np.random.default_rng(0).permutation(np.linspace(-1, 2, 400)).astype(np.float32)
     kept = np.asarray(parts["methods"].prune({"w": jnp.asarray(w.reshape(20, 20))}, 0.1)["w"])
@@ -49,6 +52,7 @@ def test_one_shot_pruning_keeps_the_largest(parts):
     np.testing.assert_array_equal(np.sort(np.abs(kept[kept != 0])), largest)
 
 
+@pytest.mark.thorough
 def test_gradual_pruning_ends_at_its_density_and_leaves_biases_alone(parts):
     tx = optax.chain(optax.sgd(0.1), parts["methods"].prune_gradually(0.25, 8))
     params = {
@@ -88,6 +92,7 @@ def test_a_method_trains_and_is_rounded_as_it_was_trained(parts):
     np.testing.assert_allclose(result.metrics["test"][0, 0, 0, 0], expected["test"], atol=0.3)
 
 
+@pytest.mark.thorough
 def test_weights_that_are_pulled_to_three_levels_end_on_them(parts):
     params = {"kernel": jax.random.normal(jax.random.key(0), (16, 4)), "bias": jnp.ones(4)}
     tx = optax.chain(optax.sgd(0.0), parts["ideas"].pull_to_grid("ternary", 10, 400))
@@ -122,6 +127,7 @@ def test_learned_scales_lower_the_loss_of_a_low_bit_network(parts):
     assert all(kept[layer]["kernel"] for layer in kept)
 
 
+@pytest.mark.thorough
 def test_a_convolution_by_slices_is_a_convolution(parts):
     task = parts["tasks"]
     params = task.convolutions_init(jax.random.key(0))
@@ -155,6 +161,7 @@ def test_the_tables_have_every_method_of_the_results(parts, task):
         assert {k: v.split(" ")[0] for k, v in cells.items() if v} == means
 
 
+@pytest.mark.thorough
 def test_the_results_are_whole_lines_of_json():
     for file in (FOLDER / "results").glob("*.jsonl"):
         for line in file.read_text().splitlines():

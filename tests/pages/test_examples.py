@@ -304,6 +304,7 @@ def every_kind_of_leaf() -> dict:
     return leaves
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("coding", [None, "huffman", "ans"])
 def test_the_reader_reads_every_kind_of_leaf(reader, coding, tmp_path):
     bytes_of_float8 = np.arange(256, dtype=np.uint8)
@@ -327,6 +328,7 @@ def test_the_reader_says_what_ans_needs_and_sees_damage(reader, tmp_path, monkey
         reader.read_file(path)
 
 
+@pytest.mark.thorough
 def test_the_reader_prints_names_shapes_and_means(tmp_path):
     checkpoints.save(tmp_path / "net.safetensors", {"layer": {"bias": np.float32([1, 2, 6])}})
     printed = run(FOLDER / "read_low_bit_file.py", "net.safetensors", cwd=tmp_path)

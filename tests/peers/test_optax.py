@@ -117,6 +117,7 @@ def test_arguments_are_those_of_optax_in_its_order_with_its_defaults(pair: Pair)
     assert all(p.default is not p.empty for p in ours[len(theirs) :])
 
 
+@pytest.mark.thorough
 def test_lion_takes_a_schedule_of_its_decay_as_optax_does():
     params = jnp.ones(2)
     tx = jaxclip.lion(0.1, weight_decay=lambda step: jnp.where(step == 0, 0.5, 0.25))
@@ -202,6 +203,7 @@ def assert_steps_agree(pair: Pair, ours: list, theirs: list, gradients: list, dt
             np.testing.assert_allclose(float64(a)[where], float64(b)[where], rtol=rtol)
 
 
+@pytest.mark.thorough
 @every_pair
 @pytest.mark.parametrize("shapes", SHAPES, ids=["dict", "list"])
 @pytest.mark.parametrize(
@@ -244,6 +246,7 @@ def test_sharded_gradients_give_what_optax_gives(pair: Pair):
     assert_steps_agree(pair, ours, theirs, [g] * NUM_STEPS, jnp.float32)
 
 
+@pytest.mark.thorough
 def test_a_partition_clips_each_group_by_its_own_norm_as_optax_does():
     grads = {"a": jnp.asarray([3.0, 4.0]), "b": jnp.asarray([6.0, 8.0])}
     for clip in (jaxclip.clip_by_global_norm, optax.clip_by_global_norm):
@@ -292,6 +295,7 @@ def test_jaxclip_does_what_the_table_says(difference):
     difference.check_jaxclip()
 
 
+@pytest.mark.thorough
 def test_every_row_of_the_table_has_its_own_name_and_words():
     for words in zip(*[d[:2] for d in DIFFERENCES], strict=True):
         assert len(set(words)) == len(DIFFERENCES)

@@ -96,6 +96,7 @@ def to_our_layout(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, (0, 1), (-1, -2)) if x.ndim > 1 else x
 
 
+@pytest.mark.thorough
 @cases("adaptive_clip_grad")
 def test_an_adaptive_clip_is_that_of_timm(case: dict):
     params, grads, expected = (
@@ -130,6 +131,7 @@ def test_lion_is_that_of_lion_pytorch(case: dict):
         assert_all_close(params, expected, **STEP_TOLERANCE)
 
 
+@pytest.mark.thorough
 def test_the_record_is_small_and_says_what_made_it():
     assert (FOLDER / "torch.json").stat().st_size < 50_000
     assert set(RECORD["versions"]) == {"torch", "timm", "lion-pytorch"}

@@ -61,6 +61,7 @@ def test_leaves_are_rescaled_by_their_own_counts():
     np.testing.assert_array_equal(updates["n"], u["n"])
 
 
+@pytest.mark.thorough
 def test_a_direction_is_kept_where_it_points_along_the_gradient():
     g1, g2 = draw(1), draw(2)
     as_direction = optax.chain(cautious(scale_by_lion(), is_direction=True), optax.scale(-0.5))
@@ -73,6 +74,7 @@ def test_a_direction_is_kept_where_it_points_along_the_gradient():
     assert float(states[1].agreement_rate) < 1
 
 
+@pytest.mark.thorough
 def test_steps_of_plain_sign_descent_all_agree():
     g = draw(1)
     updates, state = step(cautious(jaxclip.sign_sgd(0.1)), g)
@@ -80,6 +82,7 @@ def test_steps_of_plain_sign_descent_all_agree():
     np.testing.assert_allclose(updates, -0.1 * jnp.sign(g) * 101 / 102, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_products_that_underflow_or_overflow_still_have_a_sign():
     for size in (1e-30, 1e30):
         u, g = jnp.array([size, size, -size]), jnp.array([-size, size, size])
@@ -113,6 +116,7 @@ def test_empty_trees_work(tree: Any):
     assert float(state.agreement_rate) == 1
 
 
+@pytest.mark.thorough
 def test_inner_statistics_and_extra_arguments_come_through():
     tx = optax.chain(cautious(lion(0.1)), optax.identity())
     g = draw(1).at[3].set(jnp.nan)
@@ -130,6 +134,7 @@ def test_arguments_are_checked():
         cautious(lion(0.1), is_direction=1)
 
 
+@pytest.mark.thorough
 def test_scan_vmap_and_a_traced_learning_rate_work():
     w, gs = draw(0), jnp.stack([draw(i) for i in range(1, 4)])
 
@@ -165,6 +170,7 @@ def test_cautious_decay_shrinks_where_step_and_weight_agree_in_sign(make: Any, d
     np.testing.assert_allclose(f64(updates), expected, atol=2 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", [lion, signum])
 def test_cautious_decay_is_off_by_default_and_respects_the_mask(make: Any):
     w, g = {"k": draw(1), "b": draw(2)}, {"k": draw(3), "b": draw(4)}
@@ -179,6 +185,7 @@ def test_cautious_decay_is_off_by_default_and_respects_the_mask(make: Any):
         make(0.1, cautious_decay="yes")
 
 
+@pytest.mark.thorough
 def test_cautious_decay_takes_traced_coefficients_without_recompiling():
     w, g, traces = draw(1), draw(2), []
 

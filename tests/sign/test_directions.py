@@ -93,6 +93,7 @@ def test_float16_subnormals_keep_their_sign(wrap):
     assert float64(signs).tolist() == [1, -1, 1, -1]
 
 
+@pytest.mark.thorough
 @eager_and_jit
 def test_float64_signs_are_right_for_numbers_float32_does_not_have(wrap):
     with enable_x64(True):
@@ -124,6 +125,7 @@ def test_complex_zero_nan_and_infinity_have_sign_zero():
     assert int(num_nonfinite) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tx", [jaxclip.scale_by_signum(), jaxclip.scale_by_lion()])
 def test_momentum_of_complex_gradients_points_along_them(tx):
     z = jnp.asarray([3 + 4j, -1e20 + 0j, 1e-20j], jnp.complex64)

@@ -51,6 +51,7 @@ def f64(x: Any) -> np.ndarray:
 # --- Every kind -------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @some_kinds
 def test_eager_equals_jit_and_the_dtype_is_kept(kind: Any):
     dtype = jnp.bfloat16
@@ -83,6 +84,7 @@ def test_empty_zero_and_scalar_leaves_work(kind: Any):
         np.testing.assert_array_equal(np.sign(f64(y)), np.sign(f64(x)))
 
 
+@pytest.mark.thorough
 @every_kind
 def test_finite_in_finite_out(kind: Any):
     fields = ("smallest_subnormal", "tiny", "max")
@@ -105,6 +107,7 @@ def test_complex_entries_keep_their_phase(kind: Any):
     assert y[2] == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["soft", "stochastic"])
 def test_every_optimizer_takes_a_kind(name: str):
     kind, w, g = KINDS[name], draw(size=9), draw(size=9)[::-1].copy()
@@ -120,6 +123,7 @@ def test_every_optimizer_takes_a_kind(name: str):
         np.testing.assert_allclose(f64(updates), expected, rtol=1e-5)
 
 
+@pytest.mark.thorough
 @some_kinds
 def test_scan_vmap_and_donation_work(kind: Any):
     tx, g = scale_by_signum(sign=kind), draw(size=24).reshape(3, 8)
@@ -163,6 +167,7 @@ def oracle_quantile(x: np.ndarray, quantile: float) -> float:
     return size[max(int(np.ceil(quantile * size.size)) - 1, 0)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("quantile", [0.1, 0.5, 1.0])
 def test_soft_is_tanh_of_x_over_temperature_and_quantile(quantile: float):
     leaves = [draw(dtype) for dtype in DTYPES]
@@ -177,6 +182,7 @@ def test_soft_is_tanh_of_x_over_temperature_and_quantile(quantile: float):
         assert (np.sign(f64(y)) == np.sign(f64(x)))[f64(x) != 0].all()
 
 
+@pytest.mark.thorough
 def test_zeros_and_nonfinite_entries_do_not_count_in_the_quantile():
     x = draw(size=32)
     nonfinite = jnp.array([jnp.nan, jnp.inf, -jnp.inf], x.dtype)
@@ -197,6 +203,7 @@ def test_at_the_top_of_float32_a_kind_does_as_with_ordinary_magnitudes(kind: Any
     assert with_inf[-1] > 0
 
 
+@pytest.mark.thorough
 def test_soft_is_the_same_for_the_gradient_times_any_power_of_two():
     x = draw()
     small, same, large = sign_of([x * 2.0**-60, x, x * 2.0**60], soft_sign())
@@ -210,6 +217,7 @@ def test_temperature_0_is_the_hard_sign(temperature: Any):
     np.testing.assert_array_equal(sign_of(x, soft_sign(temperature)), jnp.sign(x))
 
 
+@pytest.mark.thorough
 def test_a_temperature_schedule_counts_steps():
     tx = scale_by_sign(soft_sign(lambda step: jnp.where(step == 0, 1.0, 0.0)))
     x = draw()
@@ -221,6 +229,7 @@ def test_a_temperature_schedule_counts_steps():
     assert int(state.sign_state.step) == 2
 
 
+@pytest.mark.thorough
 def test_the_temperature_may_be_traced_and_swept():
     x, values = draw(), jnp.array([0.0, 0.5, 2.0])
     swept = jax.jit(jax.vmap(lambda t: scale_by_sign(soft_sign(t)).update(x, empty_state())[0]))
@@ -243,6 +252,7 @@ def test_soft_arguments_are_checked():
         soft_sign("warm")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "axis_type"),
     [("soft", "Auto"), ("soft", "Explicit"), ("stochastic", "Explicit"), ("rms", "Explicit")],
@@ -264,6 +274,7 @@ def test_sharded_leaves_give_what_one_device_gives(name: str, axis_type: str):
     assert "sort(" not in compiled.as_text()
 
 
+@pytest.mark.thorough
 def test_kinds_work_inside_shard_map_with_its_check_on():
     from jax.sharding import Mesh
     from jax.sharding import PartitionSpec as P
@@ -282,6 +293,7 @@ def test_kinds_work_inside_shard_map_with_its_check_on():
 # --- Stochastic -------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stochastic_signs_have_mean_x_over_max(dtype: Any):
     x, num_draws = draw(dtype, 20), 4000
@@ -301,6 +313,7 @@ def test_stochastic_signs_have_mean_x_over_max(dtype: Any):
     assert abs(product - expected[0] * expected[1]) < 6 / np.sqrt(num_draws)
 
 
+@pytest.mark.thorough
 def test_the_key_changes_every_step_and_the_users_key_survives_donation():
     key = jax.random.key(0)
     tx, x = scale_by_sign(stochastic_sign(key)), draw()
@@ -312,6 +325,7 @@ def test_the_key_changes_every_step_and_the_users_key_survives_donation():
     assert jax.random.key_data(key).shape == (2,)
 
 
+@pytest.mark.thorough
 def test_leaves_and_workers_draw_independently_from_one_key():
     x = draw()
     tx = scale_by_sign(stochastic_sign(jax.random.PRNGKey(0)))
@@ -328,6 +342,7 @@ def test_leaves_and_workers_draw_independently_from_one_key():
     assert not np.array_equal(split[0], split[1])
 
 
+@pytest.mark.thorough
 def test_a_complex_draw_is_the_unit_with_probability_of_its_modulus():
     z = jnp.array([4 + 3j, 1j, -2.5], jnp.complex64)
     tx = scale_by_sign(stochastic_sign(jax.random.key(1)))
@@ -362,6 +377,7 @@ def test_mean_abs_is_the_closest_multiple_of_the_sign():
         assert error < np.square(x - factor * best).sum()
 
 
+@pytest.mark.thorough
 def test_gradient_norm_grafts_the_norm_onto_the_direction_of_momentum():
     tx = scale_by_lion(sign=scaled_sign("gradient_norm"))
     g = draw(size=40).at[:7].set(0.0)
@@ -372,6 +388,7 @@ def test_gradient_norm_grafts_the_norm_onto_the_direction_of_momentum():
     np.testing.assert_allclose(np.linalg.norm(f64(updates)), expected, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_large_and_small_gradients_keep_their_scale():
     x = [jnp.full(16, 1e30), jnp.full(16, 1e-30)]
     for name in ("mean_abs", "rms", "gradient_norm"):
@@ -385,6 +402,7 @@ def test_unknown_scales_are_refused():
             scaled_sign(bad)
 
 
+@pytest.mark.thorough
 def test_kinds_train_inside_a_train_step():
     tx = jaxclip.lion(0.05, weight_decay=0.0, sign=soft_sign(0.5))
     step = jaxclip.make_train_step(lambda w, t: jnp.sum((w - t) ** 2), tx, weight_threshold=2.0)

@@ -208,6 +208,7 @@ def test_a_box_that_is_nan_takes_no_step(kind):
     assert np.array_equal(step(jnp.float32(jnp.nan)), np.zeros(2))
 
 
+@pytest.mark.thorough
 @every_dtype
 def test_a_relative_step_keeps_the_dtype(dtype):
     w = jnp.ones((8, 2), dtype)
@@ -296,6 +297,7 @@ def test_a_bad_box_raises_in_the_factory_naming_the_argument(make, bad, error):
         make(0.1, relative_to=bad)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
 def test_a_step_beyond_the_dtype_is_its_largest_number(dtype):
     g = jnp.array([1.0, -1.0, 0.0]).astype(dtype)

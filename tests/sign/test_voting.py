@@ -90,12 +90,14 @@ def test_every_worker_gets_the_sign_of_the_sum_of_signs(num_workers: int, zeros:
     assert_majority(vote(tx, directions, tx.init(directions))[0], directions)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_directions_vote_too(dtype: Any):
     tx, directions = majority_vote("workers"), make_directions(dtype, 4)
     assert_majority(vote(tx, directions, tx.init(directions))[0], directions)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("num_workers", "zeros"), [(3, "alternate"), (8, "abstain")])
 def test_workers_on_devices_vote_as_workers_under_vmap_do(num_workers: int, zeros: Any):
     tx = majority_vote("workers", zeros=zeros, ties="previous")
@@ -106,6 +108,7 @@ def test_workers_on_devices_vote_as_workers_under_vmap_do(num_workers: int, zero
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+@pytest.mark.thorough
 def test_eager_equals_jit():
     tx, directions = majority_vote("workers"), {"w": make_directions(num_workers=4)["bias"]}
     state = tx.init(directions)
@@ -130,6 +133,7 @@ def test_a_single_worker_gets_its_signs_and_sends_nothing():
     np.testing.assert_array_equal(tx.update(u, tx.init(u))[0], [-1, 0, 0, 1])
 
 
+@pytest.mark.thorough
 def test_ties_give_0_or_the_last_majority():
     first = jnp.array([[1.0, -1.0, 1.0], [1.0, -1.0, -1.0]])
     tie = jnp.array([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
@@ -143,6 +147,7 @@ def test_ties_give_0_or_the_last_majority():
         assert int(state.step) == 2
 
 
+@pytest.mark.thorough
 def test_zeros_of_an_even_electorate_cancel_and_of_an_odd_one_alternate():
     tx = majority_vote("workers")
     for num_workers, expected in ((4, [0, 0, 0, 0]), (3, [1, -1, 1, -1])):
@@ -162,6 +167,7 @@ def test_who_abstains_does_not_count():
     np.testing.assert_array_equal(updates[0], [0, 1, 0, -1])
 
 
+@pytest.mark.thorough
 def test_a_bad_entry_is_counted_by_its_worker_and_stays_out():
     tx, directions = majority_vote("workers"), jnp.ones((4, 3)).at[2, 1].set(jnp.nan)
     mapped = jax.vmap(lambda u: tx.update(u, tx.init(u)), axis_name="workers")
@@ -171,6 +177,7 @@ def test_a_bad_entry_is_counted_by_its_worker_and_stays_out():
     np.testing.assert_array_equal(state.num_nonfinite, [0, 0, 1, 0])
 
 
+@pytest.mark.thorough
 def test_other_leaves_pass_through_and_complex_ones_are_refused():
     tx = majority_vote("workers", ties="previous")
     u = {"w": jnp.ones((2, 3)), "n": jnp.arange(6).reshape(2, 3), "none": None}
@@ -212,6 +219,7 @@ def train(tx: Any, num_steps: int, num_workers: int) -> tuple[Any, Any]:
     return losses, state
 
 
+@pytest.mark.thorough
 def test_distributed_lion_with_a_momentum_per_worker_trains():
     step_size = optax.linear_schedule(0.06, 0.0, 100)
     descend = optax.scale_by_learning_rate(step_size)
@@ -223,6 +231,7 @@ def test_distributed_lion_with_a_momentum_per_worker_trains():
     assert not np.array_equal(mu[0], mu[1])
 
 
+@pytest.mark.thorough
 def test_the_vote_of_workers_with_equal_data_is_lion():
     params, g = jnp.zeros(11), jax.random.normal(jax.random.key(5), (3, 11))
     alone = scale_by_lion()
@@ -234,6 +243,7 @@ def test_the_vote_of_workers_with_equal_data_is_lion():
         np.testing.assert_array_equal(updates[3], expected)
 
 
+@pytest.mark.thorough
 def test_error_feedback_of_each_worker_composes():
     compress = error_feedback(scale_by_sign(scaled_sign("mean_abs")))
     tx = optax.chain(compress, majority_vote("workers"))
@@ -266,6 +276,7 @@ def collective_bytes(compiled: Any) -> dict[str, int]:
     return total
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("num_workers", "zeros", "bits"),
     [(8, "alternate", 3), (8, "abstain", 4), (7, "alternate", 2), (7, "abstain", 4)],

@@ -36,6 +36,7 @@ def same(a, b):
             )
 
 
+@pytest.mark.thorough
 def test_a_resumed_sweep_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
     few = {"chunk_size": 2, "bits": (None,)}
     whole = run(**few)
@@ -86,6 +87,7 @@ def test_chunks_of_another_sweep_are_refused(tmp_path):
             run(**(small | change), directory=tmp_path)
 
 
+@pytest.mark.thorough
 def test_data_inside_compiled_functions_is_part_of_the_sweep(tmp_path):
     same(run_small(directory=tmp_path), run_small(directory=tmp_path))
     for which, differs in {"loss_fn": "program", "batches": "program", "evaluate": "eval"}.items():
@@ -93,6 +95,7 @@ def test_data_inside_compiled_functions_is_part_of_the_sweep(tmp_path):
             run_small(shifted=which, directory=tmp_path)
 
 
+@pytest.mark.thorough
 def test_names_of_metrics_and_of_parameters_are_part_of_the_sweep(tmp_path):
     run_small(directory=tmp_path)
     # In the order of their names these are the same programs.
@@ -110,6 +113,7 @@ def test_a_damaged_description_is_an_error(tmp_path, damaged):
         ChunkStore(tmp_path, {"seeds": [0]})
 
 
+@pytest.mark.thorough
 def test_a_damaged_chunk_is_an_error(tmp_path):
     small = {"thresholds": [1.0], "step_sizes": [0.1], "bits": (None,), "directory": tmp_path}
     run(**small)
@@ -121,6 +125,7 @@ def test_a_damaged_chunk_is_an_error(tmp_path):
         run(**small)
 
 
+@pytest.mark.thorough
 def test_the_same_sweep_started_twice_on_a_folder_ends_twice_with_one_result(tmp_path, monkeypatch):
     few = {"chunk_size": 1, "bits": (None,), "thresholds": [1.0], "directory": tmp_path}
     real, others = programs.Program.run, []
@@ -186,6 +191,7 @@ def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
     assert not [f for f in tmp_path.iterdir() if "tmp" in f.name]
 
 
+@pytest.mark.thorough
 def test_a_memory_budget_too_small_for_one_setting_is_refused():
     with pytest.raises(ValueError, match=r"memory_budget is 1,000, but one setting .* takes"):
         run_small(memory_budget=1000)

@@ -34,6 +34,7 @@ def trained_alone(step_size, threshold, seed, optimizer=momentum, num_steps=STEP
     return state, info
 
 
+@pytest.mark.thorough
 def test_a_sweep_is_its_rows_trained_one_by_one(result):
     for (i, a), (j, t), seed in itertools.product(
         enumerate(result.step_sizes), enumerate(result.thresholds), (0, 1)
@@ -60,6 +61,7 @@ def test_boxed_rows_are_in_their_box_exactly_and_others_are_free(result):
     assert (result.weight_clip_rate[0, 0] > 0).all()
 
 
+@pytest.mark.thorough
 def test_metrics_are_those_of_a_file_written_and_read(result, tmp_path):
     for b, bits in enumerate(result.bits):
         tree = params_at(result, 1, 0, 1)
@@ -72,6 +74,7 @@ def test_metrics_are_those_of_a_file_written_and_read(result, tmp_path):
         assert result.file_bytes[1, 0, 1, b] == file.stat().st_size
 
 
+@pytest.mark.thorough
 def test_bytes_of_coded_files_are_those_on_disk(tmp_path):
     coded = run(step_sizes=[0.1], thresholds=[1.0], bits=(4,), coding="huffman")
     small = jaxclip.compress(params_at(coded, 0, 0, 1), 4)
@@ -82,6 +85,7 @@ def test_bytes_of_coded_files_are_those_on_disk(tmp_path):
 # --- Rows that stop or diverge --------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_diverged_setting_is_marked_and_changes_no_other():
     sane = run(step_sizes=[0.1, 0.2], optimizer=optax.sgd, thresholds=[np.inf], bits=(None,))
     wild = run(step_sizes=[0.1, 1e25], optimizer=optax.sgd, thresholds=[np.inf], bits=(None,))
@@ -114,6 +118,7 @@ def test_good_weights_to_start_from_are_no_reason_to_call_a_setting_diverged():
     assert len(found.pareto()) == 1
 
 
+@pytest.mark.thorough
 def test_a_nan_loss_marks_its_row():
     def loss(params, batch):
         return jnp.where(jnp.abs(params["out"]["bias"][0]) > 0.02, jnp.nan, loss_fn(params, batch))
@@ -123,6 +128,7 @@ def test_a_nan_loss_marks_its_row():
     assert np.isfinite(found.metrics["test"]).all()
 
 
+@pytest.mark.thorough
 def test_a_row_whose_first_losses_are_not_finite_is_judged_by_the_first_that_is():
     # Seed 0 skips its first two steps, NaN and inf, and seed 1 all of its six.
     def step_key(seed, i):
@@ -160,6 +166,7 @@ STOPS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", quick_first(["reached by a metric", "reached", "plateau"]))
 def test_a_row_stops_where_fit_would_and_is_frozen_from_there(name):
     stop = STOPS[name] | jaxclip.max_steps(STEPS)
@@ -189,6 +196,7 @@ def test_a_row_stops_where_fit_would_and_is_frozen_from_there(name):
     assert swept.steps.min() < STEPS  # or the rule was not tried
 
 
+@pytest.mark.thorough
 def test_a_threshold_may_become_a_schedule():
     def shrinking(kappa):
         return jaxclip.fan_in(lambda step: kappa / (1 + step.astype(jnp.float32)))
@@ -275,6 +283,7 @@ BAD = [
 ]
 
 
+@pytest.mark.thorough
 def test_numbers_of_every_kind_make_the_axes():
     changes = {"stop": jaxclip.max_steps(1), "keep_params": False, "train_metric": None}
     found = run(

@@ -22,6 +22,7 @@ from oracles.small_sweeps import (
 )
 
 
+@pytest.mark.thorough
 def test_the_program_is_traced_once_for_any_number_of_settings_and_chunks():
     def traces(**changes):
         count = 0
@@ -92,6 +93,7 @@ def test_settings_are_divided_over_devices(result):
         np.testing.assert_allclose(mine, one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_the_settings_of_a_program_are_on_all_of_its_devices():
     task = dataclasses.replace(TASK, stop=jaxclip.max_steps(2))
     program = programs.Program(task, 16, [0], jax.devices(), None, 1)
@@ -101,6 +103,7 @@ def test_the_settings_of_a_program_are_on_all_of_its_devices():
     assert len(leaf.sharding.device_set) == len(jax.devices())
 
 
+@pytest.mark.thorough
 def test_convolutions_on_cpu_get_a_loop_outside_the_program():
     def conv_loss(params, batch):
         image = batch[0][:, :4].reshape(-1, 2, 2, 1)

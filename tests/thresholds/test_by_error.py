@@ -120,6 +120,7 @@ def test_least_squares_names_what_is_wrong():
         least_squares()(jnp.ones(3))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factory", [least_squares, jaxclip.mse_optimal])
 def test_a_rule_may_be_made_for_a_grid_instead_of_its_fields(factory):
     w = jnp.asarray(np.random.default_rng(4).normal(size=(6, 8)).astype(np.float32))

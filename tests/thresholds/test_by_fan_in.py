@@ -204,6 +204,7 @@ def test_fan_in_of_the_real_layers_of_flax():
     assert set(free) == {np.inf}
 
 
+@pytest.mark.thorough
 def test_fan_in_of_the_attention_of_nnx():
     layer = nnx.MultiHeadAttention(2, 10, 8, decode=False, rngs=nnx.Rngs(0))
     got = num_inputs(fan_in(), nnx.state(layer, nnx.Param))

@@ -110,6 +110,7 @@ def test_no_step_of_a_dense_search_has_a_lower_lagrangian(name, lagrangian):
     assert error + lagrangian * rate <= min(costs) * 1.01
 
 
+@pytest.mark.thorough
 def test_gaussian_weights_are_a_quarter_bit_from_the_rate_distortion_bound():
     x = np.random.default_rng(5).normal(size=(256, 1024)).astype(np.float32)
     rate, error = coded(x, bits_per_weight=4.0)
@@ -117,6 +118,7 @@ def test_gaussian_weights_are_a_quarter_bit_from_the_rate_distortion_bound():
     assert rate - bound == pytest.approx(0.5 * np.log2(2 * np.pi * np.e / 12), abs=0.02)
 
 
+@pytest.mark.thorough
 def test_coded_codes_have_less_error_than_four_bits_and_cost_less():
     x = drawn()["Gaussian"]
     fixed = jaxclip.dequantize(jaxclip.quantize(jnp.asarray(x), jaxclip.Grid(4, axis=0)))
@@ -147,6 +149,7 @@ def test_at_equal_error_these_steps_cost_less_than_equal_and_than_proportional_o
         assert rate < oracle_entropy(codes)
 
 
+@pytest.mark.thorough
 def test_nothing_is_clipped_unless_that_has_less_error_than_a_step_that_reaches_all():
     x = np.tile(drawn()["Gaussian"], (8, 1))
     assert float(rate_optimal(4.5)(jnp.asarray(x)).item()) >= np.max(np.abs(x))
@@ -186,6 +189,7 @@ def test_degenerate_weights_have_finite_thresholds_and_decode_to_no_more_than_th
     assert np.sum((wide - decoded) ** 2) <= np.sum(wide**2) * (0.01001 if "error" in goal else 1)
 
 
+@pytest.mark.thorough
 def test_constant_weights_are_stored_to_rounding():
     x = jnp.full((4, 8), 0.3)
     for goal in ({"bits_per_weight": 2.5}, {"error": 0.01}):
@@ -193,6 +197,7 @@ def test_constant_weights_are_stored_to_rounding():
         np.testing.assert_allclose(jaxclip.dequantize(q), x, rtol=0.1)
 
 
+@pytest.mark.thorough
 def test_an_outlier_that_needs_a_large_step_gets_the_finest_that_does_not_clip_it():
     x = np.random.default_rng(6).normal(size=(64, 64)).astype(np.float32)
     x[3, 5] = 1e3
@@ -203,12 +208,14 @@ def test_an_outlier_that_needs_a_large_step_gets_the_finest_that_does_not_clip_i
     assert rate == pytest.approx(4.0, abs=0.002)  # the other rows make up for it
 
 
+@pytest.mark.thorough
 def test_padding_of_the_last_group_costs_no_bits():
     x = np.random.default_rng(7).normal(size=(16, 100)).astype(np.float32)
     rate, _ = coded(x, axis=0, group_size=64, bits_per_weight=2.0)
     assert rate == pytest.approx(2.0, abs=0.001)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_weights_cost_the_bits_asked_for(dtype):
     x = jnp.asarray(drawn()["Gaussian"], dtype)
@@ -219,6 +226,7 @@ def test_half_precision_weights_cost_the_bits_asked_for(dtype):
 # --- Where it runs ---------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_eager_jitted_and_vmapped_agree_and_a_traced_goal_is_the_same():
     x = jnp.asarray(drawn()["Laplace"])
     eager = rate_optimal(2.5, axis=0)(x)
@@ -228,6 +236,7 @@ def test_eager_jitted_and_vmapped_agree_and_a_traced_goal_is_the_same():
     np.testing.assert_allclose(mapped, np.stack([eager, 2 * eager]), rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_thresholds_of_sharded_weights_are_those_of_whole_ones(kind):
     mesh = Mesh(
@@ -244,6 +253,7 @@ def test_thresholds_of_sharded_weights_are_those_of_whole_ones(kind):
     assert float(entropy) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.thorough
 def test_compress_gives_every_matrix_the_bits_and_leaves_vectors():
     params = {"kernel": jnp.asarray(drawn()["Gaussian"]), "bias": jnp.ones(3)}
     small = jaxclip.compress(params, 8, rule=rate_optimal(2.0))

@@ -100,12 +100,14 @@ def test_squares_of_small_and_large_weights_stay_in_range(rule, power):
     np.testing.assert_allclose(got, np.ldexp(float(per_tree(rule)(tree)), power), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_tree_of_one_leaf_has_the_threshold_of_the_leaf():
     for rule in (*RULES.values(), mse_optimal("ternary")):
         together, alone = per_tree(rule)([TREE["kernel"]]), rule(TREE["kernel"])
         np.testing.assert_allclose(together, alone.item(), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_tree_without_entries_has_the_threshold_0():
     trees = ({}, {"a": None, "n": jnp.arange(3)}, {"e": jnp.zeros((0, 2))}, jnp.zeros((2, 2)))
     for rule in (*RULES.values(), mse_optimal(4)):
@@ -116,6 +118,7 @@ def test_a_tree_without_entries_has_the_threshold_0():
 # --- Where it is used -----------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @every_rule
 def test_weights_are_clipped_at_one_threshold_also_under_jit(name):
     clip = functools.partial(jaxclip.clip_weights, threshold=per_tree(RULES[name]))
@@ -133,6 +136,7 @@ def test_weights_are_clipped_at_one_threshold_also_under_jit(name):
         assert np.array_equal(clipped["count"], TREE["count"])
 
 
+@pytest.mark.thorough
 def test_leaves_outside_the_mask_are_not_measured():
     params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 50.0)}
     share = jaxclip.weights.clipping.weight_clip_rate
@@ -332,6 +336,7 @@ def test_more_entries_than_are_counted_and_complex_ones_on_a_grid_are_refused():
         per_tree(mse_optimal(4))([jnp.ones(2), jnp.ones(2, jnp.complex64)])
 
 
+@pytest.mark.thorough
 def test_a_rule_without_bits_asks_for_them():
     with pytest.raises(ValueError, match="mse_optimal needs bits"):
         jaxclip.clip_weights({"w": jnp.ones(2)}, per_tree(mse_optimal()))

@@ -75,6 +75,7 @@ def test_the_search_is_near_the_optimum_in_every_layout(shape):
     assert best * (1 - 1e-5) <= got <= 1.01 * best
 
 
+@pytest.mark.thorough
 def test_importance_of_each_input_broadcasts_and_follows_the_groups():
     x, _ = draw(3, 20)
     v = np.random.default_rng(1).uniform(0.1, 9, 20)
@@ -88,6 +89,7 @@ def test_importance_of_each_input_broadcasts_and_follows_the_groups():
     np.testing.assert_allclose(traced, eager, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_constant_importance_of_any_size_and_zeros_alone_change_nothing():
     x, _ = draw(4, 64)
     weighted = [jaxclip.mse_optimal(3, axis=0, importance=v)(x) for v in (1.0, 3e-30, 5e30, 0.0)]
@@ -137,6 +139,7 @@ def test_importance_of_a_wrong_shape_is_refused_with_both_shapes(shape):
 # --- Trees ----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_each_leaf_of_a_compressed_tree_has_its_own_importance():
     (a, v), (b, _) = draw(6, 32, seed=2), draw(6, 32, seed=3)
     params = {"a": jnp.asarray(a), "b": jnp.asarray(b), "c": jnp.asarray(a)}
@@ -201,6 +204,7 @@ def test_a_leaf_compressed_some_rows_at_a_time_keeps_each_importance_to_its_row(
     np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_an_importance_that_fits_one_leaf_alone_is_refused_with_the_other():
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
     with pytest.raises(
@@ -209,6 +213,7 @@ def test_an_importance_that_fits_one_leaf_alone_is_refused_with_the_other():
         jaxclip.compress(params, 4, rule=jaxclip.mse_optimal(importance=np.ones((2, 3))))
 
 
+@pytest.mark.thorough
 def test_with_a_zero_point_an_importance_is_refused():
     rule = jaxclip.mse_optimal(importance=np.ones(3))
     with pytest.raises(ValueError, match="importance must be None for a grid with a zero point"):

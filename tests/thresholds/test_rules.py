@@ -82,6 +82,7 @@ def test_std_multiple_is_k_times_the_root_mean_square_at_every_size(power):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_padding_of_the_last_group_counts_for_no_percentile_and_no_mean():
     x = np.random.default_rng(2).normal(size=(3, 11)).astype(np.float32)
     tail = jnp.asarray(x[:, 8:])
@@ -103,6 +104,7 @@ def test_percentiles_and_multiples_of_sharded_weights_are_those_of_one_device(ki
     np.testing.assert_allclose(np.asarray(got), rule(jnp.asarray(x)), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_percentiles_clip_weights_and_compress_trees():
     params = {"kernel": jnp.asarray(np.arange(-10, 10, dtype=np.float32).reshape(5, 4))}
     clipped = jaxclip.clip_weights(params, percentile_abs(50))
@@ -190,6 +192,7 @@ def test_the_total_error_is_as_near_the_optimum_as_the_docstring_says(bits, leve
     assert worst_ratios(bits, levels) == {n: pytest.approx(1, abs=allowed) for n in NAMES}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("bits", "levels"), quick_first(sorted(GRIDS, key=lambda g: g not in QUICK), len(QUICK))
 )
@@ -202,6 +205,7 @@ def test_the_error_is_never_below_the_exact_optimum_nor_above_that_of_max_abs(bi
     assert np.all(errors["mse"] <= errors["max"] * (1 + 1e-6) + slack)
 
 
+@pytest.mark.thorough
 @given(data=st.data())
 def test_mse_optimal_is_never_worse_than_max_abs(data):
     bits, levels = data.draw(
@@ -239,6 +243,7 @@ def test_one_bit_takes_the_mean_magnitude_of_each_group_without_its_padding():
         np.testing.assert_allclose(got[row, 4:], np.abs(x[row, 4:]).mean(), rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", ["ternary", 4])
 def test_padding_of_the_last_group_changes_nothing(bits):
     x = np.random.default_rng(10).normal(size=(1, 11)).astype(np.float32)
@@ -265,6 +270,7 @@ def test_thresholds_scale_with_the_weights(dtype, power):
     np.testing.assert_allclose(other.astype(np.float64), one * 2.0**power, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_rules_give_float32_that_broadcasts_and_the_same_under_jit_and_vmap():
     x = np.random.default_rng(12).normal(size=(3, 4, 10)).astype(np.float16)
     for rule in (
@@ -292,6 +298,7 @@ def test_a_rule_with_unknown_bits_is_refused_when_made(bits):
         mse_optimal(bits)
 
 
+@pytest.mark.thorough
 def test_zero_and_empty_blocks_have_finite_thresholds():
     few = (percentile_abs(50, axis=0), std_multiple(2.0, axis=0))
     for rule in (max_abs(axis=0), mse_optimal(1, axis=0), mse_optimal(4, axis=0), *few):
@@ -399,6 +406,7 @@ def test_wherever_a_rule_for_a_grid_meets_a_complex_leaf_its_path_is_named(use):
             use(params, rule)
 
 
+@pytest.mark.thorough
 def test_a_mask_or_a_prefix_keeps_rules_for_grids_off_complex_leaves():
     c = jnp.asarray([3j, 4j], jnp.complex64)
     params, mask = {"c": c, "w": jnp.asarray([0.5, -1.0])}, {"c": False, "w": True}

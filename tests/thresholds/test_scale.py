@@ -98,6 +98,7 @@ def test_the_axes_of_a_block_may_lie_anywhere(shape, axes):
     assert error <= 1.006 * exact_total(rows, 4, "full")
 
 
+@pytest.mark.thorough
 def test_jit_vmap_and_eager_agree():
     x = jnp.asarray(weights(4, 6, 96))
     eager = best_scale(x, (2,), np.float32(96), *SIGNED)
@@ -126,6 +127,7 @@ def test_sharded_weights_have_the_scales_of_the_same_weights_on_one_device(kind,
             np.testing.assert_allclose(errors[0], errors[1], rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("row", quick_first([96, 32]))
 def test_inside_shard_map_each_device_searches_its_rows(row):
     x = weights(16, row)
@@ -168,6 +170,7 @@ def test_a_threshold_beyond_float32_is_its_largest_number():
         assert np.asarray(q.qvalue).any()
 
 
+@pytest.mark.thorough
 def test_the_search_keeps_little_memory_between_its_passes():
     x = jax.ShapeDtypeStruct((1 << 18, 64), jnp.float32)
     search = jax.jit(lambda x: best_scale(x, (1,), np.float32(64), *SIGNED))

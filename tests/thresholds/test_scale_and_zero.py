@@ -88,6 +88,7 @@ def test_zero_points_of_wider_grids_than_the_whole_range_are_tried():
     assert np.mean(got > 1.02 * best + 1e-9) <= 0.04
 
 
+@pytest.mark.thorough
 def test_eight_bits_are_never_above_the_whole_range_and_often_well_below():
     rows = np.concatenate(list(shapes(4, 64).values()))
     got = errors_of(rows, *best_scale_and_zero(jnp.asarray(rows), (1,), 64, -128, 127), -128, 127)
@@ -106,6 +107,7 @@ def test_scales_are_positive_and_zero_points_are_codes(low, high):
     assert set(np.unique(np.asarray(zero))) <= set(range(low, high + 1))
 
 
+@pytest.mark.thorough
 def test_rows_on_a_grid_with_a_zero_point_are_kept_to_rounding():
     codes = np.asarray([0, 15, 3, 7, 9, 1, 15, 0], np.float32)
     rows = np.stack([0.37 * (codes - zero) for zero in (0, 4, 8, 15)]).astype(np.float32)

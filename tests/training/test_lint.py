@@ -302,6 +302,7 @@ def test_the_share_of_lost_steps_is_that_of_weights_with_wider_gaps(step: float,
     assert abs(said - np.mean(gap / 2 > step)) < 0.03
 
 
+@pytest.mark.thorough
 def test_steps_that_move_the_weights_are_not_lost():
     assert rules_of([jaxclip.lion(1e-3)], half()) == []
     assert rules_of([jaxclip.lion(1e-5)], half(dtype=jnp.float32)) == []
@@ -312,6 +313,7 @@ def test_a_step_as_large_as_the_gradient_is_not_judged_by_a_small_gradient():
     assert rules_of([optax.sgd(1e-5)], half()) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "make", [optax.adamw, optax.inject_hyperparams(jaxclip.lion), jaxclip.lion]
 )
@@ -324,6 +326,7 @@ def test_a_schedule_counts_at_its_largest_and_a_step_of_zero_not_at_all(make: An
     assert rules_of([make(0.0)], half()) == []
 
 
+@pytest.mark.thorough
 def test_a_small_leaf_that_never_moves_is_named():
     params = half() | {"scale": jnp.ones(8, jnp.bfloat16)}
     (finding,) = lint([jaxclip.lion(1e-3)], params)
@@ -332,10 +335,12 @@ def test_a_small_leaf_that_never_moves_is_named():
     assert "stochastic_rounding=True" in finding.message
 
 
+@pytest.mark.thorough
 def test_updates_that_come_every_fourth_step_are_waited_for():
     assert share_said(lint([optax.MultiSteps(jaxclip.lion(1e-5), 4)], half())) > 0.8
 
 
+@pytest.mark.thorough
 def test_shapes_alone_tell_the_structure_but_not_the_lost_steps():
     abstract = jax.eval_shape(half)
     links = [CLIP, jaxclip.sign_sgd(1e-5)]
@@ -352,6 +357,7 @@ def test_a_finding_reads_as_rule_place_and_sentence():
     assert str(finding) == "clip_without_effect: link 0, link 1: " + finding.message
 
 
+@pytest.mark.thorough
 def test_parameters_of_every_kind_of_tree_and_leaf_are_taken():
     from flax import nnx
 
@@ -373,6 +379,7 @@ def test_nothing_given_is_changed():
         assert np.array_equal(x, np.asarray(y, np.float32))
 
 
+@pytest.mark.thorough
 def test_what_is_no_transformation_raises():
     with pytest.raises(TypeError, match=r"transforms\[1\] must be"):
         lint([CLIP, 1e-3], PARAMS)  # type: ignore[list-item]

@@ -187,6 +187,7 @@ def test_a_signal_ends_the_loop_after_the_step_and_handlers_come_back(number):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     tx = jaxclip.lion(0.01, sign=jaxclip.sign.stochastic_sign(jax.random.key(7)))
@@ -215,6 +216,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
     assert int(again.state.step) == 10
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")
 def test_a_restart_counts_skipped_steps_as_the_run_left_alone_does(tmp_path):
     pytest.importorskip("orbax.checkpoint")
@@ -334,6 +336,7 @@ def test_a_killed_run_ends_as_the_one_that_was_left_alone(tmp_path):
     assert resumed == out, errors[-2000:]
 
 
+@pytest.mark.thorough
 def test_on_several_devices_of_a_cpu_no_two_steps_are_under_way():
     # They may stop each other for good, whereupon XLA ends the process.
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))

@@ -62,6 +62,7 @@ def run(step, state, num_steps=5, start=0):
 # --- The step --------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("threshold", quick_first([0.15, None]))
 def test_eager_jit_and_scan_agree(threshold):
     tx = make_optimizer()
@@ -82,6 +83,7 @@ def test_eager_jit_and_scan_agree(threshold):
     assert int(jitted.step) == 5
 
 
+@pytest.mark.thorough
 def test_a_weakly_typed_parameter_compiles_once_and_can_be_scanned():
     params, traces = {"scale": jnp.asarray(0.5)}, []
 
@@ -116,6 +118,7 @@ def test_the_step_is_sign_sgd_by_hand_with_an_exact_box():
         np.testing.assert_allclose(info.weight_clip_rate, rate, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_hundred_steps_with_schedules_compile_once():
     traces = []
 
@@ -133,6 +136,7 @@ def test_a_hundred_steps_with_schedules_compile_once():
     assert len(traces) == 1
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_bits():
     def once():
         tx = make_optimizer()
@@ -143,6 +147,7 @@ def test_the_same_seed_gives_the_same_bits():
     assert bits(first) == bits(second)
 
 
+@pytest.mark.thorough
 def test_jit_of_vmap_over_many_states_equals_one_at_a_time():
     tx = make_optimizer()
     step = make_train_step(linear_loss, tx, weight_threshold=0.2)
@@ -157,6 +162,7 @@ def test_jit_of_vmap_over_many_states_equals_one_at_a_time():
         np.testing.assert_allclose(info.loss[i], expected_info.loss, rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.grad], ids=lambda f: f.__name__)
 def test_a_step_can_be_transformed_over_a_step_size_in_its_closure(transform):
     def final_loss(rate):
@@ -171,6 +177,7 @@ def test_a_step_can_be_transformed_over_a_step_size_in_its_closure(transform):
     assert np.isfinite(np.asarray(transform(final_loss)(rates))).all()
 
 
+@pytest.mark.thorough
 def test_a_batch_of_steps_can_be_lowered_and_a_traced_batch_is_enough():
     step = make_train_step(linear_loss, make_optimizer())
     state = TrainState.create(make_params(), make_optimizer())
@@ -199,6 +206,7 @@ def noisy_loss(params, batch, key):
     return linear_loss(params, (jnp.where(keep, x, jnp.zeros_like(x)), y))
 
 
+@pytest.mark.thorough
 def test_what_the_loss_returns_beside_it_is_in_the_info():
     def loss(params, batch):
         value = linear_loss(params, batch)
@@ -233,6 +241,7 @@ def test_a_loss_that_takes_a_key_gets_a_fresh_one_each_step(loss):
     assert len(losses) == len(keys) == 4
 
 
+@pytest.mark.thorough
 def test_a_loss_with_optional_arguments_gets_no_key():
     def loss(params, batch, scale=1.0):
         return scale * linear_loss(params, batch)
@@ -246,6 +255,7 @@ def test_a_loss_with_optional_arguments_gets_no_key():
     np.testing.assert_allclose(info.loss, linear_loss(make_params(), make_batch()), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_key_that_was_bound_already_is_not_asked_for():
     tx = make_optimizer()
     step = make_train_step(functools.partial(noisy_loss, key=jax.random.key(3)), tx)
@@ -261,6 +271,7 @@ def test_a_loss_that_takes_a_key_without_one_raises_with_advice():
         step(TrainState.create(make_params(), tx), make_batch())
 
 
+@pytest.mark.thorough
 def test_legacy_keys_work():
     tx = make_optimizer()
     step = make_train_step(noisy_loss, tx)
@@ -272,6 +283,7 @@ def test_legacy_keys_work():
 # --- The box ---------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", quick_first([jnp.bfloat16, jnp.float32, jnp.float16]))
 @pytest.mark.parametrize("threshold", [0.1, jnp.float32(0.1)], ids=["number", "array"])
 def test_weights_are_in_the_box_after_every_step_eager_and_jit(dtype, threshold):
@@ -328,6 +340,7 @@ def test_the_clip_rate_is_the_share_of_boxed_weights_on_the_bound(threshold, mas
     assert float(infos[-1].weight_clip_rate) == 0.5
 
 
+@pytest.mark.thorough
 def test_the_threshold_of_a_step_is_resolved_once():
     calls = []
 
@@ -347,6 +360,7 @@ def test_the_threshold_of_a_step_is_resolved_once():
     np.testing.assert_allclose(info.weight_clip_rate, 1 / 200, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_the_clip_rate_of_a_skipped_step_is_that_of_the_weights_it_keeps():
     rule, tx = percentile_abs(90.0), make_optimizer()
     step = make_train_step(linear_loss, tx, weight_threshold=rule)
@@ -541,6 +555,7 @@ def test_a_numpy_state_continues_as_it_is():
     assert bits(resumed) == bits(whole)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("donate", [True, False])
 def test_the_callers_arrays_stay_usable(donate):
     tx = make_optimizer()
@@ -573,6 +588,7 @@ def test_optimizers_that_keep_the_parameters_in_their_state_can_be_donated(name)
     assert np.isfinite(float(info.loss))
 
 
+@pytest.mark.thorough
 def test_the_info_names_the_first_clip_of_the_chain_bare():
     tx = optax.chain(
         jaxclip.clip_by_global_norm(0.5), jaxclip.clip_by_global_norm(0.25), jaxclip.lion(0.01)
@@ -690,6 +706,7 @@ def test_none_leaves_single_leaves_of_a_tree_free():
 # --- Flax ------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_split_nnx_model_trains():
     model = nnx.Linear(8, 2, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
@@ -711,6 +728,7 @@ def test_a_split_nnx_model_trains():
     assert np.isfinite(np.asarray(model.kernel[...])).all()
 
 
+@pytest.mark.thorough
 def test_linen_parameters_train():
     model = linen.Dense(2)
     params = model.init(jax.random.key(0), make_batch()[0])
@@ -729,6 +747,7 @@ def test_linen_parameters_train():
 # --- Other trees -----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_module_whose_leaves_may_be_none_trains_as_the_plain_dict_does():
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass
@@ -798,6 +817,7 @@ def test_the_clip_inside_a_step_takes_its_own_norm(ord):
     np.testing.assert_allclose(state.params, -gradient / norm, rtol=2e-6)
 
 
+@pytest.mark.thorough
 def test_a_clip_behind_another_link_does_not_take_the_norm_of_the_gradients():
     tx = optax.chain(optax.scale(2.0), jaxclip.clip_by_global_norm(100.0))
     step = make_train_step(lambda w, g: jnp.vdot(w, g), tx)

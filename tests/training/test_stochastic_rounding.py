@@ -39,6 +39,7 @@ def test_the_mean_of_many_roundings_is_the_number(dtype: Any, size: float):
     assert np.abs(deviation).max() < 6 * 0.5 / np.sqrt(num_draws)
 
 
+@pytest.mark.thorough
 def test_subnormals_of_float16_are_rounded_without_bias():
     ulp = 2.0**-24
     x = np.float32(ulp) * np.float32([0.25, 1.5, 100.125, 1023.75, 1024.5, -0.25])
@@ -71,6 +72,7 @@ def test_what_is_finite_stays_finite(dtype: Any):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", HALF)
 def test_eager_jit_and_vmap_agree(dtype: Any):
     x, keys = jnp.linspace(-1, 1, 24).reshape(3, 8), jax.random.split(jax.random.key(0), 3)
@@ -89,6 +91,7 @@ def test_other_dtypes_are_refused():
 # --- Trees ----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_float32_leaves_are_as_with_optax_and_others_stay():
     params = {
         "w": jnp.linspace(-1, 1, 7),
@@ -109,6 +112,7 @@ def test_float32_leaves_are_as_with_optax_and_others_stay():
     assert new["key"] is params["key"]
 
 
+@pytest.mark.thorough
 def test_leaves_of_one_shape_are_rounded_independently():
     w = jnp.ones(200, jnp.bfloat16)
     step = jnp.full(200, 2.0**-8)
@@ -121,6 +125,7 @@ def test_trees_that_differ_are_refused_by_path():
         apply_updates_stochastically({"a": jnp.ones(2)}, {"b": jnp.ones(2)}, jax.random.key(0))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 def test_sharded_parameters_round_as_on_one_device(axis_type: str):
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -193,6 +198,7 @@ def test_rounding_in_a_train_step_needs_a_key_and_changes_it():
         jaxclip.make_train_step(lambda w, batch: w, tx, stochastic_rounding="yes")
 
 
+@pytest.mark.thorough
 def test_a_skipped_step_leaves_half_precision_parameters_bit_identical():
     tx = jaxclip.sign_sgd(0.1)
     step = jaxclip.make_train_step(
@@ -205,6 +211,7 @@ def test_a_skipped_step_leaves_half_precision_parameters_bit_identical():
     np.testing.assert_array_equal(state.params, w)
 
 
+@pytest.mark.thorough
 def test_the_box_holds_exactly_after_stochastic_rounding():
     tx = jaxclip.sign_sgd(0.01)
     step = jaxclip.make_train_step(

@@ -84,6 +84,7 @@ def test_a_joined_rule_uses_the_clock_if_one_of_its_rules_does():
     assert (max_seconds(1.0) | rule).uses_clock
 
 
+@pytest.mark.thorough
 def test_a_rule_inside_a_jitted_scan_gives_the_codes_of_the_loop():
     rule = plateau("loss", 3) | reached("loss", 0.5, mode="min") | nonfinite(2) | max_steps(9)
     losses = jnp.asarray(LOSSES)

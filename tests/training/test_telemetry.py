@@ -29,6 +29,7 @@ def state_after(tx, grads=GRADS, num_steps=1, wrap=jax.jit):
     return state
 
 
+@pytest.mark.thorough
 def test_a_chain_gives_one_entry_a_transform_in_the_order_of_the_chain():
     tx = optax.chain(
         jaxclip.clip_by_value(3.5), jaxclip.clip_by_global_norm(1.0), jaxclip.lion(0.1)
@@ -51,6 +52,7 @@ def test_a_chain_gives_one_entry_a_transform_in_the_order_of_the_chain():
     assert all(x.shape == () for x in stats.values())
 
 
+@pytest.mark.thorough
 def test_two_clips_of_one_kind_are_told_apart_by_number():
     tx = optax.chain(
         jaxclip.clip_by_global_norm(2.0),
@@ -102,6 +104,7 @@ def test_injected_hyper_parameters_do_not_hide_the_numbers():
     assert float(stats["clip_by_global_norm/pre_norm"]) == 5
 
 
+@pytest.mark.thorough
 def test_multi_steps_gives_the_numbers_of_the_last_real_step():
     tx = optax.MultiSteps(jaxclip.clip_by_global_norm(1.0), 2)
     with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides floats by integers
@@ -118,6 +121,7 @@ def test_a_chain_inside_multi_steps_inside_inject_is_found():
     assert set(stats) == keys("clip_by_value", VALUE_FIELDS) | {"scale_by_sign/num_nonfinite"}
 
 
+@pytest.mark.thorough
 def test_the_state_of_flax_nnx_gives_arrays():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     tx = optax.chain(jaxclip.clip_by_global_norm(1.0), jaxclip.sign_sgd(0.1))
@@ -136,6 +140,7 @@ def test_the_state_of_flax_nnx_gives_arrays():
     assert all(isinstance(x, jax.Array) for x in stats.values())
 
 
+@pytest.mark.thorough
 def test_numbers_can_be_read_inside_jit_scan_and_vmap():
     tx = optax.chain(jaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
     params = jnp.zeros(2)
@@ -207,6 +212,7 @@ def test_numbers_of_numpy_states_can_be_read_too():
     assert float(jaxclip.clip_stats(state)["clip_by_global_norm/pre_norm"]) == 5
 
 
+@pytest.mark.thorough
 def test_explain_names_the_largest_leaf_and_the_first_that_is_not_finite():
     tx = optax.chain(jaxclip.clip_by_global_norm(1.0), jaxclip.clip_by_leaf_norm(0.5))
     params = {"bias": jnp.zeros(1), "kernel": jnp.zeros((2, 2)), "step": jnp.arange(2)}
@@ -236,6 +242,7 @@ def test_explain_inside_jit_is_refused():
         jax.jit(lambda s: jaxclip.training.explain(s, GRADS))(state)
 
 
+@pytest.mark.thorough
 def test_telemetry_adds_no_pass_over_the_gradients():
     tx, grads = jaxclip.clip_by_global_norm(1.0), jnp.ones(4099, jnp.float32)
 

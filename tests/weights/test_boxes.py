@@ -78,6 +78,7 @@ def test_nonnegative_weights_are_the_positive_parts_and_keras_and_optax_agree(dt
     assert np.array_equal(wide(peer)[is_normal], expected[is_normal])
 
 
+@pytest.mark.thorough
 def test_it_agrees_with_the_box_and_the_l_infinity_ball_of_optax():
     w = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
     peers = optax.projections
@@ -89,6 +90,7 @@ def test_it_agrees_with_the_box_and_the_l_infinity_ball_of_optax():
     assert float(peers.projection_box(half, -0.1, 0.1)[0]) > 0.1 >= float(box(-0.1, 0.1)(half)[0])
 
 
+@pytest.mark.thorough
 def test_one_argument_is_the_box_of_clip_weights():
     params = {"dense": {"kernel": jnp.full((8, 3), 2.0), "bias": jnp.full(3, 2.0)}}
     rule = jaxclip.fan_in(1.0)
@@ -121,6 +123,7 @@ def test_bounds_may_be_schedules():
     assert float(box(lambda step: jnp.float32(0.5))(jnp.asarray(9.0))) == 0.5
 
 
+@pytest.mark.thorough
 def test_float64_bounds_hold_as_given():
     with enable_x64(True):
         w = jnp.asarray([-1.0, 0.05, 3.0])
@@ -290,6 +293,7 @@ def test_float64_weights_stay_within_the_threshold_as_given():
         assert np.all(np.abs(np.asarray(optax.apply_updates(w, updates))) <= 0.1)
 
 
+@pytest.mark.thorough
 @every_step
 def test_complex_weights_stay_within_the_modulus(step):
     rng = np.random.default_rng(7)
@@ -311,6 +315,7 @@ def test_a_traced_nonsense_threshold_never_poisons_the_weights(step, t):
         assert np.array_equal(after, w + u)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_complex_weights_far_outside_end_inside(wrap):
     # The step is as large as the weight, and rounded as coarsely.
@@ -323,6 +328,7 @@ def test_complex_weights_far_outside_end_inside(wrap):
     np.testing.assert_allclose(modulus, 1, atol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 def test_a_traced_infinite_box_leaves_updates_as_they_are(dtype):
     w = jnp.array([3e38, 0.1, -1e-3]).astype(dtype)

@@ -111,6 +111,7 @@ def test_float64_weights_are_bounded_as_given(kind):
         assert np.all(np.abs(np.asarray(got)) <= 0.1)
 
 
+@pytest.mark.thorough
 @given(
     parts=hnp.arrays(np.float32, (2, 8), elements=st.floats(-2, 2, width=32)),
     t=st.sampled_from([0.0, 0.1, 0.5, 1.0, 1e-20]),
@@ -134,6 +135,7 @@ def test_a_complex_weight_an_ulp_above_the_threshold_is_brought_in(wrap):
     assert np.all(np.abs(got) <= 0.5)
 
 
+@pytest.mark.thorough
 def test_structure_dtypes_weak_types_and_other_leaves_are_kept():
     params = {
         "w": jnp.full((2, 3), 2.0, jnp.bfloat16),
@@ -225,6 +227,7 @@ def test_masks_schedules_prefixes_and_fan_in_say_which_leaves_are_boxed():
     assert kernels_only(params) == {"kernel": True, "bias": False}
 
 
+@pytest.mark.thorough
 def test_a_rule_bounds_each_channel_and_its_thresholds_can_be_passed_themselves():
     w = np.random.default_rng(1).standard_t(2, (64, 3)).astype(np.float32)
     rule = jaxclip.mse_optimal("ternary", axis=1)
@@ -297,6 +300,7 @@ def test_all_clipped_weights_count_even_where_the_threshold_is_not_representable
     assert float(weight_clip_rate(z, 0.1)) == 0.5
 
 
+@pytest.mark.thorough
 def test_the_clip_rate_of_a_large_leaf_does_not_stall():
     assert float(weight_clip_rate(jnp.ones(2**25, jnp.float16), 1.0)) == 1.0
 

@@ -76,6 +76,7 @@ def test_updates_coarser_than_the_weights_leave_a_norm_ball_by_their_rounding(dt
     assert np.all(norms(after, 0) <= 0.9 + room)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", quick_first([ml_dtypes.bfloat16, np.float16, np.float32]))
 def test_a_step_that_stays_inside_is_the_one_that_was_asked_for(dtype):
     w, u = jnp.asarray(drawn(3, (16, 4), dtype, 0.1)), jnp.asarray(drawn(4, (16, 4), dtype, 0.01))
@@ -89,6 +90,7 @@ def test_a_step_that_stays_inside_is_the_one_that_was_asked_for(dtype):
         assert np.array_equal(updates, u)
 
 
+@pytest.mark.thorough
 @every_dtype
 @settings(max_examples=20)
 @given(seed=seeds, far=st.sampled_from([1e-3, 1.0, 20.0]))
@@ -185,6 +187,7 @@ def test_complex_weights_stay_within_the_norm():
     np.testing.assert_allclose(norms(after, 0).astype(float), 1, atol=2e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", quick_first([ml_dtypes.bfloat16, np.float16, np.float32]))
 def test_eager_equals_jit(dtype):
     w, u = jnp.asarray(drawn(11, (8, 3), dtype)), jnp.asarray(drawn(12, (8, 3), dtype, 9.0))
@@ -192,6 +195,7 @@ def test_eager_equals_jit(dtype):
     assert_eager_equals_jit(box_step, w, u, np.float32(-0.3), np.float32(0.7))
 
 
+@pytest.mark.thorough
 def test_a_weight_that_is_nan_stays_nan_and_harms_no_other():
     w = jnp.asarray([[np.nan, 3.0], [1.0, 4.0]])
     for projection in (box(-1.0, 0.5), max_norm(1.0, 0), unit_norm(0)):
@@ -234,6 +238,7 @@ PARAMS = {
 ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
 
 
+@pytest.mark.thorough
 def test_parts_have_projections_of_their_own():
     sets = {
         "dense": {"kernel": max_norm(1.0, 0), "bias": None},
@@ -355,6 +360,7 @@ def test_a_box_takes_every_threshold_of_clip_weights(threshold, mask, wrap):
     assert any(jax.tree.leaves(changed)) == (threshold is not THRESHOLDS["max_abs"])
 
 
+@pytest.mark.thorough
 def test_boxes_in_a_prefix_tree_read_the_whole_path():
     params = {"query": {"kernel": jnp.full((4, 2, 3), 9.0)}, "mlp": jnp.full((4, 2, 3), 9.0)}
     sets = {"query": box(jaxclip.fan_in(1.0)), "mlp": box(1.0)}
@@ -429,6 +435,7 @@ def test_updates_that_do_not_fit_the_parameters_are_refused_with_the_path(update
         tx.update(updates, tx.init(params), params)
 
 
+@pytest.mark.thorough
 def test_updates_keep_dtype_and_weak_type_and_other_leaves_pass_through():
     params = {"w": jnp.ones(2), "weak": jnp.asarray(2.0), "n": jnp.arange(3), "none": None}
     updates = {
@@ -483,6 +490,7 @@ def test_inside_partition_and_masked_the_boxed_group_is_boxed_and_the_other_free
         assert largest(params["b"]) > BOUND
 
 
+@pytest.mark.thorough
 def test_inside_multi_steps_the_box_holds_after_every_step():
     for params, _ in walk(optax.MultiSteps(boxed(optax.sgd(1.0)), 2), START):
         assert largest(params) <= BOUND
@@ -534,6 +542,7 @@ def test_inside_schedule_free_no_box_holds_and_around_it_that_of_the_trained_wei
     assert averaged > 1.2 * BOUND
 
 
+@pytest.mark.thorough
 def test_inside_inject_hyperparams_and_named_chain_the_box_holds():
     injected = optax.inject_hyperparams(lambda learning_rate: boxed(optax.sgd(learning_rate)))(0.7)
     for tx in (injected, optax.named_chain(("only", boxed(optax.sgd(1.0))))):
@@ -541,6 +550,7 @@ def test_inside_inject_hyperparams_and_named_chain_the_box_holds():
             assert largest(params) <= BOUND
 
 
+@pytest.mark.thorough
 def test_behind_an_optimizer_that_promotes_dtypes_the_box_holds():
     for params, _ in walk(boxed(optax.adamw(0.5)), START):
         assert largest(params) <= BOUND
@@ -562,6 +572,7 @@ def test_with_inject_hyperparams_the_threshold_can_be_read_and_changed(wrap):
     assert largest(optax.apply_updates(START, updates)) <= float(np.float32(0.02))
 
 
+@pytest.mark.thorough
 def test_vmap_over_the_threshold_equals_a_loop():
     thresholds = jnp.asarray([0.0, 0.02, 0.1, np.inf], jnp.float32)
 

@@ -94,6 +94,7 @@ def test_float64_norms_are_bounded_as_given_and_complex_ones_by_modulus():
     assert np.all(norms(got, 0) <= 1)
 
 
+@pytest.mark.thorough
 def test_the_default_units_go_by_the_layers_of_flax_and_an_ellipsis_takes_the_leaf():
     rng = np.random.default_rng(3)
     for shape, axes in [((6,), 0), ((5, 4), 0), ((3, 3, 2, 4), (0, 1, 2))]:
@@ -184,6 +185,7 @@ def test_a_unit_of_zeros_stays_and_one_that_is_not_finite_is_left_alone():
     np.testing.assert_allclose(z, [0.6 + 0.8j, 0], rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_derivatives_are_finite_also_at_zero():
     for projection in (unit_norm(0), max_norm(1.0, 0)):
         slope = jax.grad(lambda w, p=projection: jnp.sum(p(w)))(jnp.zeros((3, 2)))
@@ -212,6 +214,7 @@ def test_leaves_without_matrices_and_matrices_within_are_untouched():
     assert np.isnan(cap(jnp.full((2, 2), jnp.nan))).all()
 
 
+@pytest.mark.thorough
 def test_stacked_matrices_are_capped_one_by_one():
     w = jnp.stack([jnp.diag(jnp.asarray([3.0, 1.0])), jnp.eye(2)])
     got = spectral_cap(2.0, stacked_axes=1)(w)
@@ -226,6 +229,7 @@ def test_counts_below_one_are_refused_by_name(name):
             spectral_cap(1.0, **{name: bad})
 
 
+@pytest.mark.thorough
 def test_weak_types_are_kept_and_other_arrays_returned():
     for projection in (max_norm(0.1), unit_norm(), spectral_cap(1.0)):
         assert projection(jnp.asarray(2.0)).weak_type
