@@ -15,6 +15,7 @@ import random
 import re
 import struct
 import tracemalloc
+import warnings
 import zipfile
 import zlib
 from typing import Any
@@ -317,7 +318,7 @@ def test_any_coded_bytes_in_a_file_are_read_or_refused(kind, allocations):
 # --- Indices ----------------------------------------------------------------------------------
 
 
-def test_indices_with_other_values_give_the_same_tensors_or_are_refused(tmp_path):
+def test_indices_with_other_values_give_the_same_tensors_warn_or_are_refused(tmp_path):
     rng, num_read = random.Random(7), 0
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     tensors = {"a": np.arange(3, dtype=np.float32), "b": np.ones((2, 2), np.int8)}
@@ -333,12 +334,14 @@ def test_indices_with_other_values_give_the_same_tensors_or_are_refused(tmp_path
             file.seek(0)
             file.truncate(file.write(text if rng.random() < 0.6 else damage_text(text, rng)))
             try:
-                loaded = checkpoints.load(tmp_path)
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    loaded = checkpoints.load(tmp_path)
             except CheckpointError:
                 continue
             num_read += 1
-            assert loaded.keys() == tensors.keys()
-            assert all(np.array_equal(loaded[name], tensors[name]) for name in tensors)
+            assert loaded.keys() == tensors.keys() or (loaded.keys() < tensors.keys() and said)
+            assert all(np.array_equal(loaded[name], tensors[name]) for name in loaded)
     assert num_read > 100 * TIMES
 
 
@@ -376,20 +379,34 @@ def test_numpys_arrays_with_other_headers_are_read_or_refused(allocations):
     assert num_read > 50 * TIMES
 
 
+@pytest.mark.filterwarnings("ignore:members that are no arrays")
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_archives_with_other_bytes_are_read_or_refused(is_packed, allocations, monkeypatch):
-    monkeypatch.setattr(numpy_files, "_ALWAYS_ALLOWED_BYTES", ALLOWANCE)
+def test_archives_with_other_bytes_are_read_or_refused(
+    is_packed, allocations, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(reading, "ALWAYS_ALLOWED_BYTES", ALLOWANCE)
     rng, file = random.Random(10), io.BytesIO()
     save = np.savez_compressed if is_packed else np.savez
     save(file, w=np.arange(6.0), b=np.zeros((2, 0), np.int8))
-    num_read, data = 0, file.getvalue()
+    num_read, data, path = 0, file.getvalue(), tmp_path / "weights.npz"
     for _ in range(1000 * TIMES):
         changed = bytearray(data)
         for _ in range(rng.choice([1, 1, 2, 8])):
             place = rng.randrange(len(changed))
             num_bytes = rng.choice([1, 1, 1, 4])
             changed[place : place + num_bytes] = rng.randbytes(num_bytes + (rng.random() < 0.05))
-        num_read += read_numpys(bytes(changed), numpy_files.open_npz, allocations)
+        path.write_bytes(changed)
+        allocations.clear()
+        try:
+            with reading.open_source(path) as source:
+                for name, leaf in source.leaves.items():
+                    array = source.read(name)
+                    assert (array.shape, array.dtype) == (leaf.shape, leaf.dtype)
+        except CheckpointError:
+            continue
+        finally:
+            assert max(allocations, default=0) <= GROWTH * len(changed) + ALLOWANCE
+        num_read += 1
     assert num_read > 10 * TIMES
 
 

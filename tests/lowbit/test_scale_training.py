@@ -91,7 +91,7 @@ def test_trainable_parts_names_what_is_wrong():
         rebuild(parts | {"x": jnp.ones(2)})
     with pytest.raises(TypeError, match=r"parts must be a dict from path to array, got \[1\]"):
         rebuild([1])
-    with pytest.raises(ValueError, match=r"parts\['1'\] must have shape None"):
+    with pytest.raises(ValueError, match=r"parts\[1\] must have shape None"):
         rebuild(parts | {1: jnp.ones(2)})
 
 
