@@ -117,7 +117,6 @@ def test_no_docstring_asks_a_question():
     assert not [f"{p}: {m[0]}" for p in FILES if (m := re.search(asking, p.read_text()))]
 
 
-@pytest.mark.thorough
 def test_importing_jaxclip_imports_only_jax_optax_and_numpy():
     script = (
         "import sys, jax, optax, numpy; before = set(sys.modules);"
