@@ -362,15 +362,18 @@ def collectives(program: str) -> list[tuple[str, list[int]]]:
 
 
 # One for all norms, one for the weights on the bound and other counts; what else is needed.
+_HAS_FLOAT64 = hasattr(jax, "enable_x64")  # otherwise the largest entries come first
 NUM_ALL_REDUCES = {
     "clip, lion": 2,
     "clip, adamw": 2,
     "clip, lion, bfloat16": 2,
-    "skip(autoclip, lion)": 4,  # whether the update or the momentum ceased to be finite
+    "skip(autoclip, lion)": 3
+    if _HAS_FLOAT64
+    else 4,  # whether the update or the momentum ceased to be finite
     "skip_or_clip(lion)": 2,
-    "agc, lion": 4,  # largest entries and sums of squares of the units
-    "rms, lion": 4,
-    "leaf norm, lion": 4,
+    "agc, lion": 2 if _HAS_FLOAT64 else 4,
+    "rms, lion": 2 if _HAS_FLOAT64 else 4,
+    "leaf norm, lion": 2 if _HAS_FLOAT64 else 4,
     "value, signum": 2,
     "cautious lion": 3,  # coordinates that agree
     "sign_sgd": 2,
