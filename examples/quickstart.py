@@ -1,4 +1,4 @@
-"""Train by sign inside a weight box, ship at low bits: real handwriting, in a few minutes.
+"""Train by sign inside a weight box, ship at low bits: real handwriting, in about a minute.
 
     pip install -e ".[examples]" && python examples/quickstart.py
 
