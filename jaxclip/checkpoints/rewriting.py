@@ -81,7 +81,7 @@ def compress_checkpoint(
         0.12; needs a `coding`, and leaves are then compressed whole.
       policy: Pairs `(regex, spec)`, as in `compress`, for the names in the source.
       layout: Where the outputs are: "in_out" (flax: the last axis) or "out_in" (PyTorch: the
-        first). None says it by the names, as in `compress`. Where no name says it, the file's
+        first). None takes it from the names, as in `compress`. Where no name says it, the file's
         metadata do (`format`: "pt", "mlx", "flax" or "tf"); without them a `.safetensors` file or
         folder of another library is "out_in", all else "in_out". The report has the layouts and
         the axes. In "out_in" a leaf of three dimensions whose last axis is 32 or longer is a stack
@@ -123,24 +123,21 @@ def compress_checkpoint(
         grid = dataclasses.replace(grid, bits=4)
     default = LeafSpec(grid, rule, bit_price)
     specs: dict[str, LeafSpec] = {}
-    kept: set[str] = set()
-    used: set[str] = set()
-    no_weights: set[str] = set()
+    facts: dict[str, tuple[str, ...]] = {}  # of the report
     dtypes: dict[str, Any] = {}
 
     def outline(source: Source) -> dict[str, Leaf]:
         names = [name for name, leaf in source.leaves.items() if not is_copied(leaf.dtype)]
         leaves = [source.leaves[name] for name in names]
         layouts = layouts_of(names, layout, source.default_layout)
-        found, unchanged, by_layout, states = leaf_specs(names, leaves, policy, default, layouts)
-        used.update(by_layout)
-        is_flat = source.structure is None
-        kept.update(leaf_name((name,)) if is_flat else name for name in unchanged)
-        no_weights.update(leaf_name((name,)) if is_flat else name for name in states)
-        dtypes.update(
-            {leaf_name((n,)) if is_flat else n: x.dtype for n, x in source.leaves.items()}
-        )
-        specs.update({name: spec for name, spec in zip(names, found, strict=True) if spec})
+        found = leaf_specs(names, leaves, policy, default, layouts)
+        # Names of a flat source are keys, which the new file escapes.
+        paths = {n: leaf_name((n,)) if source.structure is None else n for n in source.leaves}
+        facts["kept"] = tuple(sorted(paths[name] for name in found.kept))
+        facts["optimizer_state"] = tuple(sorted(paths[name] for name in found.optimizer_state))
+        facts["layouts"] = tuple(x for x in LAYOUTS if x in found.layouts)
+        dtypes.update({paths[name]: leaf.dtype for name, leaf in source.leaves.items()})
+        specs.update({name: spec for name, spec in zip(names, found.specs, strict=True) if spec})
         priced = [name for name, spec in specs.items() if spec.has_price]
         if coding is None and priced:
             raise ValueError(
@@ -159,9 +156,7 @@ def compress_checkpoint(
     output = Output(Path(dst), overwrite, progress, coding, dry_run, max_ratio=max_ratio)
     num_passes = 1 if budget is None else 2
     report = rewrite(src, output, outline, rewrite_leaf, num_passes)
-    layouts_found = tuple(x for x in LAYOUTS if x in used)
-    report = dataclasses.replace(report, kept=tuple(sorted(kept)), layouts=layouts_found)
-    return with_dtypes(dataclasses.replace(report, optimizer_state=tuple(no_weights)), dtypes)
+    return with_dtypes(dataclasses.replace(report, **facts), dtypes)
 
 
 def _specs_within(

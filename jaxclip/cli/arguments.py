@@ -97,7 +97,7 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     add("--axis", type=_axis, default="outputs", metavar="A", help="axis of output channels, or "
         "axes, such as 0,1; none, for one scale per tensor (those of --layout)")  # fmt: skip
     add("--layout", choices=_LAYOUTS, help="where the outputs are: in_out, as flax has them, or "
-        "out_in, as PyTorch (what names and the kind of file say)")  # fmt: skip
+        "out_in, as PyTorch (taken from names and the kind of file)")  # fmt: skip
     add("--group-size", type=_count, metavar="N",
         help="entries that share a scale (a whole channel)")  # fmt: skip
     add("--rule", choices=RULES, default="mse_optimal",

@@ -35,7 +35,7 @@ examples:
 Round weights to a few bits, into one file.
 
 Tensors of two or more dimensions are rounded to a grid with one scale for each output, or for each
-group of entries; the others stay as they are. The report has the layout that told the outputs.
+group of entries; the others stay as they are. The report shows the layout.
 
 With --target-bpw or --target-bytes the width of each tensor is chosen so that the total error is
 small; the file is then read twice. With --rate the codes are entropy-coded, and the step of each

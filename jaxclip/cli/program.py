@@ -93,8 +93,9 @@ def _tell(message: str) -> None:
 
 
 def _ended_by(number: int) -> str:
-    what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-    return f"jaxclip: {what}; nothing was left half-written"
+    is_interrupt = number == signal.SIGINT
+    end = "interrupted" if is_interrupt else f"ended by {signal.Signals(number).name}"
+    return f"jaxclip: {end}; nothing was left half-written"
 
 
 def _abandon(number: int) -> None:

@@ -66,10 +66,12 @@ def compress(
         match, and specs without a width, follow `bits` or the target. Leaves of fewer than two
         dimensions become low-bit only by a spec with a width.
       layout: Where the outputs are: "in_out" (flax: the last axis) or "out_in" (PyTorch, equinox:
-        the first). None says it by the names of the leaves: "in_out" for `kernel` and
+        the first). None takes it from the names of the leaves: "in_out" for `kernel` and
         `embedding`, "out_in" for `weight`; other names follow most of these, or else "in_out".
         The output axes are (heads, head_dim) for query, key and value kernels of flax, and
-        (expert, output) for leaves of three dimensions with "expert" or "moe" in their path.
+        (expert, output) for leaves of three dimensions with "expert" or "moe" in their path. In
+        "out_in" a leaf of three dimensions whose last axis is 32 or longer is a stack of
+        matrices, not a convolution: give `axis` for a kernel that long.
 
     Returns:
       A tree of the same structure with `QuantizedArray` leaves, for `decompress`,

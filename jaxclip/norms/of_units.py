@@ -119,8 +119,8 @@ class MeasuredUnits(NamedTuple):
       norm: `RescaledNorm` of the units, dimensions kept. Only this has a derivative.
       total: Vector in float64, the sum of the squares of each unit; in the dtype of `norm` that
         of the squares times `rescale_for(largest)`.
-      largest: Vector, the largest real or imaginary part in each unit; None beside a float64 total
-        of smaller floats, which needs no rescaling.
+      largest: Vector, the largest real or imaginary part in each unit; None if the total
+        is in float64 and the entries are not, because nothing is rescaled then.
     """
 
     norm: RescaledNorm

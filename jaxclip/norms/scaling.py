@@ -47,8 +47,9 @@ class NormClip(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """Factors for a leaf, applied one after the other; arrays that broadcast against it. All are 1
-    where the leaf keeps its bits.
+    """Factors for a leaf, applied one after the other; arrays that broadcast against it.
+
+    All are 1 where the leaf keeps its bits.
 
     Attributes:
       coef: The coefficient for the rescaled leaf, or a part of it; NaN gives zeros.

@@ -142,14 +142,13 @@ class Trainer:
 
 
 def _is_diverged(losses: np.ndarray, first_loss: np.ndarray) -> np.ndarray:
-    """Returns True for rows whose last loss is not finite, or far above all it could have kept."""
-    # Not simply above the first: good weights to start from have a loss that no setting keeps while
-    # it steps. The smallest mean of a record is what the setting can hold. A mean over the last
-    # steps is not finite if one of them was not.
+    """Returns True if the last loss is not finite, or ten times both the first and the smallest."""
+    # Not simply above the first: no setting keeps the loss of good weights while it takes steps.
+    # The mean over the last steps is not finite if one of them was not.
     last, is_finite = losses[..., -1], np.isfinite(losses)
     smallest = np.where(is_finite, losses, np.inf).min(axis=-1)
-    could_keep = np.maximum(smallest, first_loss)
-    return ~np.isfinite(last) | (last > could_keep + 9 * np.abs(could_keep))
+    reference = np.maximum(smallest, first_loss)
+    return ~np.isfinite(last) | (last > reference + 9 * np.abs(reference))
 
 
 class ChunkStore:

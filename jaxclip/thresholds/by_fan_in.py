@@ -108,8 +108,10 @@ def fan_in(
       out_axes: Axis or axes of the outputs, counted without the stacked ones; the inputs are
         the others. Give it where the shape is ambiguous: `(-2, -1)` for a DenseGeneral with two
         output axes. None follows the rules above.
-      layout: "in_out" (flax) or "out_in" (PyTorch, equinox). None says it by the names of the
-        leaves, as in `compress`: "out_in" for `weight`.
+      layout: "in_out" (flax) or "out_in" (PyTorch, equinox). None takes it from the names of
+        the leaves, as in `compress`: "out_in" for `weight`. There a leaf of three dimensions
+        whose last axis is 32 or longer is a stack of matrices; give `out_axes` for a kernel that
+        long.
 
     Returns:
       A rule; on one array it gives a scalar threshold. For layers of different layout, a

@@ -125,7 +125,7 @@ def _reason(loss: float, path: str | None) -> str:
         return f"the loss is {loss}"
     if path is not None:
         return f"the gradient of {path!r} is not finite"
-    return "something was not finite between two checks (check_every=1 tells what)"
+    return "something was not finite between two checks (check_every=1 shows which)"
 
 
 def _warn(text: str) -> None:

@@ -130,9 +130,7 @@ class RunStore:
                 facts = self._facts(step)
                 difference = _difference(facts.get("state"), _description(run.state))
                 found = self._read(step, facts, run) if difference is None else None
-            except MemoryError:
-                raise
-            except PermissionError:
+            except (MemoryError, PermissionError):
                 raise
             except Exception as error:  # orbax raises many kinds for a damaged file
                 damaged[step] = error

@@ -136,9 +136,11 @@ class StepInfo(NamedTuple):
           params: The parameters, or any tree of their structure; only paths are read.
         """
         index = int(self.nonfinite_leaf)
+        if index < 0:
+            return None
         named = jax.tree_util.tree_leaves_with_path(params)
         paths = [path_name(path) for path, leaf in named if is_clippable(leaf)]
-        return paths[index] if index >= 0 else None
+        return paths[index]
 
 
 def make_train_step(

@@ -78,17 +78,17 @@ def test_a_bad_gradient_of_a_frozen_leaf_is_as_if_it_were_zero(name, bad):
     tx = FREEZING[name]
     step = jaxclip.make_train_step(given_loss, tx, donate=False)
     grads = {name: jnp.full((3, 2), 0.3) for name in PARAMS}
-    spoilt = grads | {"frozen": jnp.full((3, 2), bad)}
+    with_bad = grads | {"frozen": jnp.full((3, 2), bad)}
     clean = grads | {"frozen": jnp.zeros((3, 2))}
     start = jaxclip.TrainState.create(PARAMS, tx)
     with jax.numpy_dtype_promotion("standard"):
-        (got, info), (expected, _) = step(start, spoilt), step(start, clean)
+        (got, info), (expected, _) = step(start, with_bad), step(start, clean)
         assert float(jnp.max(jnp.abs(got.params["train"] - 0.5))) > 0.01
         jax.tree.map(np.testing.assert_array_equal, got, expected)
         assert (int(info.num_skipped), info.nonfinite_path(PARAMS)) == (0, "frozen")
         np.testing.assert_allclose(info.grad_norm, 0.3 * np.sqrt(12), rtol=1e-6)
         # A leaf that trains is named before it, and its step changes nothing.
-        kept, info = step(got, spoilt | {"train": jnp.full((3, 2), bad)})
+        kept, info = step(got, with_bad | {"train": jnp.full((3, 2), bad)})
     assert (int(info.num_skipped), info.nonfinite_path(PARAMS)) == (1, "train")
     jax.tree.map(np.testing.assert_array_equal, kept[1:3], got[1:3])
 

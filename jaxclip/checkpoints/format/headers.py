@@ -17,9 +17,9 @@ from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.entropy_coding import codings_tried
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
+# Bytes of arrays that a byte of a file may stand for, unless the reader allows more: those of
+# one-bit codes are 8, and of coded ones at most 64. So many bytes are allowed in any case.
 MAX_RATIO = 64.0
-"""Bytes of arrays that a byte of a file may stand for, unless the reader allows more."""
-# One-bit codes are 8 bytes for each byte on disk, and coded ones at most 64.
 ALWAYS_ALLOWED_BYTES = 2**28
 VERSIONS = (1, 2, 3)
 # Every version begins like this, so the header's checksum has a fixed place.

@@ -203,7 +203,7 @@ def _skeleton(node: PyTree, path: tuple[str | int, ...], leaves: dict[str, Leaf]
     """Returns the structure of `node` in JSON, 0 for a leaf; adds its leaves to `leaves`."""
     name = leaf_name(path)
     if len(path) > DEPTH_LIMIT:
-        raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT} at {name[:60]!r}....")
+        raise ValueError(f"the tree is nested deeper than {DEPTH_LIMIT} at {name[:60] + '...'!r}.")
     if node is None:
         return None
     if type(node) is dict:
