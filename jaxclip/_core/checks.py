@@ -142,8 +142,10 @@ def _is_integer_scalar(value: Any) -> bool:
 
 def check_choice(name: str, value: object, allowed: tuple) -> None:
     """Raises unless `value` is one of `allowed`, of the same type."""
-    if not any(type(value) is type(a) and value == a for a in allowed):
-        raise ValueError(f"{name} must be one of {list(allowed)}, {describe(value)}.")
+    for choice in allowed:
+        if type(value) is type(choice) and value == choice:
+            return
+    raise ValueError(f"{name} must be one of {list(allowed)}, {describe(value)}.")
 
 
 def check_count(name: str, value: object, at_least: int = 1) -> None:

@@ -237,7 +237,7 @@ def _safetensors_source(get_file: Callable[[], io.BufferedIOBase], file_size: in
 
     if contents.leaves is None:
         return Source(
-            leaves={n: jax.ShapeDtypeStruct(t.shape, t.numpy_dtype) for n, t in tensors.items()},
+            leaves={name: tensor.outline for name, tensor in tensors.items()},
             read=lambda name: read_tensor(tensors[name]),
             num_bytes={name: tensor.num_bytes for name, tensor in tensors.items()},
             metadata=contents.metadata,

@@ -41,7 +41,7 @@ def round_scale(scale: ArrayLike, scale_dtype: str) -> jax.Array:
     """Returns all float32 scales of an array rounded to a format; signs are kept."""
     scale = jnp.asarray(scale, jnp.float32)
     if scale_dtype == "log8":
-        largest = _log8_largest(scale, jnp)
+        largest = largest_log8(scale, jnp)
         # Not log2 of a quotient: by a number near the largest float32 it would be subnormal.
         places = jnp.round(_STEPS * (jnp.log2(largest) - jnp.log2(jnp.abs(scale))))
         index = jnp.clip(places, 0, _LARGEST_CODE).astype(jnp.int32)
@@ -54,7 +54,7 @@ def round_scale(scale: ArrayLike, scale_dtype: str) -> jax.Array:
 
 def encode_log8(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the uint8 codes and the largest magnitude of scales that are rounded to log8."""
-    largest = np.asarray(_log8_largest(scale, np), np.float32)
+    largest = np.asarray(largest_log8(scale, np), np.float32)
     size = np.maximum(np.abs(scale.astype(np.float64)), FLOAT32_TINY)
     index = np.clip(np.round(_STEPS * np.log2(largest / size)), 0, _LARGEST_CODE)
     codes = (index + 128 * np.signbit(scale)).astype(np.uint8)
@@ -69,5 +69,6 @@ def decode_log8(codes: np.ndarray, largest: np.ndarray) -> np.ndarray:
     return np.where(codes >= 128, -size, size)
 
 
-def _log8_largest(scale: Any, xp: ModuleType) -> Any:
+def largest_log8(scale: Any, xp: ModuleType) -> Any:
+    """Returns the largest magnitude of scales as a file has it; `xp` is NumPy or jax.numpy."""
     return xp.maximum(xp.max(xp.abs(scale), initial=0), np.float32(_SMALLEST_LARGEST))

@@ -13,8 +13,11 @@ import safetensors.numpy
 from jaxclip import checkpoints
 from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError
+from jaxclip.checkpoints.format.codes import restore_leaf
 from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.packing import num_packed_bytes
+from jaxclip.lowbit.scale_formats import decode_log8, encode_log8
 from jaxclip.lowbit.trees import compress
 
 
@@ -133,3 +136,80 @@ def test_an_unknown_coding_is_refused_before_the_work(path):
     with pytest.raises(ValueError, match="coding must be one of"):
         checkpoints.save(path, drawn_params(), coding="zip")
     assert not path.exists()
+
+
+# --- Bytes that no writer makes ---------------------------------------------------------------
+
+
+def values_in(packed: bytes, bits: int | str, count: int) -> tuple[list[int], bool]:
+    """Unsigned values of packed codes, and True if the bytes are theirs, by long division."""
+    base, per_byte = (3, 5) if bits == "ternary" else (2**bits, None)
+    digits, is_canonical = [], True
+    if per_byte:
+        for byte in packed:
+            for _ in range(per_byte):
+                byte, digit = divmod(byte, base)
+                digits.append(digit)
+            is_canonical &= byte == 0
+    else:
+        number = int.from_bytes(packed, "little")
+        for _ in range(count):
+            number, digit = divmod(number, base)
+            digits.append(digit)
+        digits.append(number)
+    return digits[:count], is_canonical and not any(digits[count:])
+
+
+@pytest.mark.parametrize("levels", ["full", "narrow"])
+@pytest.mark.parametrize("bits", [1, "ternary", 2, 3, 4, 5, 6, 8])
+def test_packed_bytes_are_read_if_and_only_if_a_writer_makes_them(bits, levels):
+    rng = np.random.default_rng(0)
+    low, high = Grid(bits, levels=levels).code_range
+    verdicts = set()
+    for count in range(18):
+        grid = Grid(bits, levels=levels, axis=None)
+        like = QuantizedArray(jax.ShapeDtypeStruct((count,), np.int8), None, grid, np.float32)
+        size = num_packed_bytes(count, bits)
+        for kind in range(40):
+            packed = rng.integers(0, 256 if kind % 2 else 243, size).astype(np.uint8)
+            if kind % 4 < 2 and size:
+                packed[-1] %= 2 ** rng.integers(1, 9)
+            values, is_canonical = values_in(packed.tobytes(), bits, count)
+            wanted = [2 * v - 1 if bits == 1 else v + low for v in values]
+            is_canonical &= all(low <= code <= high for code in wanted)
+            verdicts.add(is_canonical)
+            if is_canonical:
+                leaf = restore_leaf("w", like, np.ones(1, np.float32), packed)
+                assert leaf.qvalue.tolist() == wanted
+            else:
+                with pytest.raises(ValueError, match="'w': codes are not"):
+                    restore_leaf("w", like, np.ones(1, np.float32), packed)
+    assert verdicts == {True, False} or (bits == 8 and levels == "full")
+
+
+@pytest.mark.parametrize(
+    "unit", [1.0, 0.7, 3.4e38, 2.0**-110, 2.0**-111, 0.0, -1.0, np.inf, np.nan]
+)
+def test_log8_bytes_are_read_if_and_only_if_a_writer_makes_them(unit):
+    grid = Grid(4, axis=0, scale_dtype="log8")
+    unit = np.float32(unit)
+    verdicts = set()
+    for lowest, highest in ((0, 256), (0, 1), (1, 2), (127, 129), (129, 256)):
+        codes = np.arange(lowest, highest).astype(np.uint8)
+        shape = (codes.size, 2)
+        like = QuantizedArray(jax.ShapeDtypeStruct(shape, np.int8), None, grid, np.float32)
+        stored = np.zeros(codes.size, np.uint8)
+        try:
+            with np.errstate(all="ignore"):
+                again, largest = encode_log8(decode_log8(codes, unit))
+            is_made = largest == unit and np.isfinite(unit) and np.array_equal(again, codes)
+        except ValueError:
+            is_made = False
+        verdicts.add(bool(is_made))
+        if is_made:
+            leaf = restore_leaf("w", like, codes, stored, largest_scale=unit)
+            np.testing.assert_array_equal(np.signbit(leaf.scale), codes >= 128)
+        else:
+            with pytest.raises(ValueError, match="'w': scales "):
+                restore_leaf("w", like, codes, stored, largest_scale=unit)
+    assert True in verdicts or not 2.0**-110 <= unit < np.inf

@@ -2,13 +2,12 @@
 
 import json
 import pathlib
+import sys
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
-import safetensors
-import safetensors.numpy
 
 from jaxclip import checkpoints
 from jaxclip._core.grids import Grid
@@ -63,14 +62,38 @@ def test_a_header_of_100_000_tensors_takes_time_in_proportion():
     assert len(parsing.parse_header(few, 0).tensors) == 10_000
 
 
-@pytest.mark.thorough
-def test_a_tensor_takes_no_more_than_three_times_what_safetensors_takes(path):
-    path.write_bytes(plain_header([1] * 30_000) + bytes(4 * 30_000))
-    pairs = [
-        (seconds(checkpoints.load, path), seconds(safetensors.numpy.load_file, path))
-        for _ in range(5)
-    ]
-    assert min(ours for ours, _ in pairs) < 3 * min(theirs for _, theirs in pairs)
+def calls_of(function, *args) -> int:
+    """The number of functions that a call calls, those in C included."""
+    count = 0
+
+    def on_event(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    old = sys.getprofile()
+    sys.setprofile(on_event)
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(old)
+    return count
+
+
+@pytest.mark.parametrize("read", [checkpoints.load, checkpoints.inspect])
+@pytest.mark.parametrize("kind", ["foreign", "low-bit"])
+def test_a_further_tensor_costs_the_same_number_of_calls(kind, read, path):
+    """Of 100, 200 and 300; and what leaves of one description have in common is done once."""
+    calls = []
+    for count in (100, 200, 300):
+        if kind == "foreign":
+            path.write_bytes(plain_header([1] * count) + bytes(4 * count))
+        else:
+            checkpoints.save(path, constants(count, 40), overwrite=True)
+        read(path)  # what is done once in a process
+        calls.append(calls_of(read, path))
+    first, second = np.diff(calls) / 100
+    assert abs(second - first) < 0.1 * first
+    assert first < {"foreign": 70, "low-bit": 350}[kind]
 
 
 def test_names_and_spaces_of_every_kind_are_parsed_as_json_has_them():

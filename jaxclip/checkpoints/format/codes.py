@@ -9,16 +9,11 @@ import math
 import numpy as np
 
 from jaxclip.checkpoints.format.headers import ALWAYS_ALLOWED_BYTES, MAX_RATIO
-from jaxclip.checkpoints.format.layout import Leaf, Tensor, log8_parts
+from jaxclip.checkpoints.format.layout import Leaf, Tensor
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.entropy_coding import codings_tried, decode_codes, encode_codes
-from jaxclip.lowbit.packing import (
-    CODES_PER_CHUNK,
-    num_packed_bytes,
-    pack_codes,
-    unpack_codes,
-)
-from jaxclip.lowbit.scale_formats import decode_log8
+from jaxclip.lowbit.packing import unpack_codes
+from jaxclip.lowbit.scale_formats import decode_log8, largest_log8
 
 
 class Allowance:
@@ -74,21 +69,21 @@ def restore_leaf(
     """Returns a low-bit array from its tensors; `like` has shapes for arrays."""
     if largest_scale is not None:
         scale = _decoded_log8(name, scale, largest_scale)
-    q = dataclasses.replace(like, scale=scale, zero=zero)
-    q.check_values(name)
     if coding is None:
         codes = _unpacked(name, stored, like)
     else:
         codes = _decoded(name, stored, like, coding)
-    return dataclasses.replace(q, qvalue=codes.reshape(like.shape))
+    q = dataclasses.replace(like, qvalue=codes.reshape(like.shape), scale=scale, zero=zero)
+    q.check_values(name)
+    return q
 
 
 def _decoded_log8(name: str, codes: np.ndarray, largest_scale: np.ndarray) -> np.ndarray:
     """Returns log8 scales; refuses bytes that `round_scale` never makes."""
     with np.errstate(over="ignore", invalid="ignore"):
         scale = decode_log8(codes, largest_scale)
-        parts = log8_parts(name, scale)
-    if parts[":unit"] != largest_scale or not np.array_equal(parts[":scale"], codes):
+    # Then the codes are those of the scales too: their magnitudes are 2**(1/8) and more apart.
+    if largest_log8(scale, np) != largest_scale:
         raise ValueError(f"{name!r}: scales are not encoded as the format requires.")
     return scale
 
@@ -105,16 +100,12 @@ def _decoded(name: str, stored: np.ndarray, like: QuantizedArray, coding: str) -
 def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray:
     """Returns the codes in `packed`; refuses bytes that `pack_codes` never makes."""
     count, bits, levels = math.prod(like.shape), like.bits, like.grid.levels
-    codes = np.empty(count, np.int8)
-    for start in range(0, count, CODES_PER_CHUNK):
-        stop = min(start + CODES_PER_CHUNK, count)
-        part = packed[num_packed_bytes(start, bits) : num_packed_bytes(stop, bits)]
-        codes[start:stop] = unpack_codes(part, bits, stop - start, levels=levels)
-        like.check_codes(codes[start:stop], name)
-    # Codes before the tail end on a byte at every width: only the tail may have padding.
-    tail = count - count % 40
-    padded = pack_codes(codes[tail:], bits, levels=levels)
-    is_too_large = bits == "ternary" and packed.max(initial=0) > 242
-    if is_too_large or not np.array_equal(padded, packed[num_packed_bytes(tail, bits) :]):
+    codes = unpack_codes(packed, bits, count, levels=levels)
+    if levels == "narrow":  # on a full grid whatever bits there are stand for a code
+        like.check_codes(codes, name)
+    # The last byte may have room for more codes than there are: it is filled with zeros.
+    limit = 3 ** (count % 5 or 5) if bits == "ternary" else 2 ** (count * bits % 8 or 8)
+    is_ternary = bits != "ternary" or packed.max(initial=0) < 3**5
+    if not is_ternary or packed[-1:].max(initial=0) >= limit:
         raise ValueError(f"{name!r}: codes are not packed as the format requires.")
     return codes

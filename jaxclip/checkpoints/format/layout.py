@@ -83,6 +83,11 @@ class Tensor(NamedTuple):  # not a dataclass: a header may have a million
         return ALL_DTYPES[self.dtype]
 
     @property
+    def outline(self) -> jax.ShapeDtypeStruct:
+        """Its shape and dtype, one object for all tensors that share them."""
+        return _outline(self.dtype, self.shape)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that it takes."""
         return self.stop - self.start
@@ -94,6 +99,11 @@ class Tensor(NamedTuple):  # not a dataclass: a header may have a million
             codes = unpack_codes(stored, cast(Bits, bits), math.prod(self.shape))
             stored = (codes + np.int8(2 ** (bits - 1))).view(np.uint8)
         return stored.view(self.numpy_dtype).reshape(self.shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _outline(dtype: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, ALL_DTYPES[dtype])
 
 
 def num_bits(dtype: str, shape: Sequence[int]) -> int:
@@ -184,7 +194,14 @@ def plan_file(
     # A copy of a file may have all dtypes of safetensors.
     leaves: dict[str, Leaf] = {}
     skeleton = _skeleton(as_plain(tree), (), leaves)
-    parts = [part for name, leaf in leaves.items() for part in _leaf_tensors(name, leaf, is_copy)]
+    parts: list[tuple[str, str, tuple[int, ...]]] = []
+    parts_of: dict[int, Sequence[tuple[str, str, tuple[int, ...]]]] = {}
+    for name, leaf in leaves.items():
+        # Leaves of one description are one object in the tree of a header: once is enough.
+        found = parts_of.get(id(leaf))
+        if found is None:
+            found = parts_of[id(leaf)] = _leaf_tensors(name, leaf, is_copy)
+        parts += [(name + part, code, shape) for part, code, shape in found]
     parts.sort(key=lambda part: (-ALL_DTYPES[part[1]].itemsize, part[0]))  # aligned without gaps
     return FilePlan(_placed(parts), leaves, skeleton, dict(metadata or {}))
 
@@ -267,22 +284,22 @@ def check_has_values(name: str, array: Array) -> None:
 
 
 def _leaf_tensors(name: str, leaf: Leaf, is_copy: bool) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Returns name, dtype and shape of the tensors that hold a leaf."""
+    """Returns the tensors that hold a leaf: what follows its name in theirs, dtype and shape."""
     if not is_quantized(leaf):
         if is_copy and (code := _ALL_CODES.get(native_dtype(leaf.dtype))):
-            return [(name, code, tuple(leaf.shape))]
-        return [(name, _dtype_code(name, leaf.dtype), tuple(leaf.shape))]
+            return [("", code, tuple(leaf.shape))]
+        return [("", _dtype_code(name, leaf.dtype), tuple(leaf.shape))]
     leaf.check_parts(name)
     _dtype_code(name, jnp.dtype(leaf.dtype))
     shape = tuple(leaf.scale.shape)
     num_bytes = num_packed_bytes(math.prod(leaf.shape), leaf.bits)
-    tensors: list[tuple[str, str, tuple[int, ...]]] = [(f"{name}:codes", "U8", (num_bytes,))]
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [(":codes", "U8", (num_bytes,))]
     if leaf.grid.scale_dtype == "log8":
-        tensors += [(f"{name}:scale", "U8", shape), (f"{name}:unit", "F32", ())]
+        tensors += [(":scale", "U8", shape), (":unit", "F32", ())]
     else:
-        tensors.append((f"{name}:scale", _dtype_code(name, leaf.scale.dtype), shape))
+        tensors.append((":scale", _dtype_code(name, leaf.scale.dtype), shape))
     if leaf.zero is not None:
-        tensors.append((f"{name}:zero", "I8", shape))
+        tensors.append((":zero", "I8", shape))
     return tensors
 
 

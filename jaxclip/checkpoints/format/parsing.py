@@ -117,8 +117,10 @@ def parse_header(raw: bytes, data_bytes: int) -> FileContents:
 
 
 def _is_shape(value: Any) -> bool:
-    is_list = type(value) is list and len(value) <= 64  # NumPy's limit of dimensions
-    return is_list and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    if type(value) is not list or len(value) > 64:  # NumPy's limit of dimensions
+        return False
+    is_integer = set(map(type, value)) <= {int}  # not a loop: there may be a million shapes
+    return is_integer and (not value or (min(value) >= 0 and max(value) < 2**63))
 
 
 def _parse_entries(
@@ -167,12 +169,17 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
     if type(infos) is not dict or type(checksums) is not dict or "tree" not in inner:
         raise ValueError("the header has no tree, leaves or checksums.")
 
+    described: dict[str, QuantizedArray] = {}
+
     def shapes_of(name: str) -> Leaf:
         if name in infos:
-            return _abstract_quantized(name, infos[name], inner["version"])
+            key = repr(infos[name])
+            if key not in described:
+                described[key] = _abstract_quantized(name, infos[name], inner["version"])
+            return described[key]
         if name not in tensors:
             raise ValueError(f"tensor {name!r}: it is missing.")
-        return jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].numpy_dtype)
+        return tensors[name].outline
 
     codings = {name: _coding_of(name, info) for name, info in infos.items()}
     tree = _abstract_node(inner["tree"], (), shapes_of)
