@@ -42,8 +42,10 @@ def saturate(x: jax.Array, dtype: DTypeLike, fraction: float = 1.0) -> jax.Array
     return jnp.clip(x, -largest, largest)
 
 
-def exceeds(x: jax.Array, bound: jax.Array) -> jax.Array:
+def exceeds(x: jax.Array, bound: jax.Array | np.ndarray) -> jax.Array:
     """Returns True where `|x| > bound` or the bound is 0, for real `x`; False for NaN."""
+    if isinstance(bound, np.ndarray) and np.all(bound >= jnp.finfo(bound.dtype).tiny):
+        return jnp.abs(x) > bound
     # Compares bits, which order like magnitudes, because XLA on CPU treats subnormals as zero.
     # A bound of 0 needs its own case: XLA turns a comparison of bits with 0 into one of numbers.
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
@@ -110,10 +112,11 @@ def power_of_two(exponent: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.where(exponent > 0, 2.0**power, rescale)
 
 
-def inverse_size(largest: jax.Array) -> jax.Array:
+def inverse_size(largest: jax.Array | np.ndarray) -> Any:
     """Returns a power of two near `1 / largest`, which keeps squares in range."""
-    _, exponent = jnp.frexp(largest)
-    return jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -126, 126))
+    xp = np if isinstance(largest, np.ndarray) else jnp
+    _, exponent = xp.frexp(largest)
+    return xp.ldexp(xp.ones_like(largest), -xp.clip(exponent, -126, 126))
 
 
 def rescale_for(largest: jax.Array) -> jax.Array:

@@ -5,8 +5,11 @@ rounded, and so is its sum with `w`: some weights that should end on a bound end
 The functions here compute the sum as it will be rounded, and correct the update by an ulp.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -26,13 +29,15 @@ def is_unbounded(bound: ArrayLike) -> bool:
     return isinstance(bound, float) and bound == float("inf")
 
 
-def bound_in(bound: ArrayLike, w: jax.Array) -> jax.Array:
+def bound_in(bound: ArrayLike, w: jax.Array) -> jax.Array | np.ndarray:
     """Returns a bound in the real dtype of `w`; a traced NaN bounds nothing."""
-    bound = jnp.asarray(round_toward_zero(bound, jnp.finfo(w.dtype).dtype))
+    bound = round_toward_zero(bound, jnp.finfo(w.dtype).dtype)
+    if isinstance(bound, np.ndarray):  # a number, which is not NaN
+        return bound
     return jnp.where(jnp.isnan(bound), jnp.full_like(bound, widest_bound(bound.dtype)), bound)
 
 
-def bounds_nothing(bound: jax.Array) -> jax.Array:
+def bounds_nothing(bound: jax.Array | np.ndarray) -> Any:
     """Returns True where a bound in its leaf's dtype is no less than every number of it."""
     return bound == widest_bound(bound.dtype)
 

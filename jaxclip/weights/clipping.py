@@ -6,11 +6,12 @@ leaves biases and norm scales free. `mask` excludes further leaves.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
-from jaxclip._core.floats import compute_dtype, not_folded
+from jaxclip._core.floats import compute_dtype, inverse_size, not_folded
 from jaxclip._core.trees import Mask, PyTree, map_clippable
 from jaxclip._core.updates import bound_in, bounds_nothing, clip_modulus, is_unbounded
 from jaxclip.thresholds.values import resolve_threshold
@@ -121,32 +122,46 @@ def clip_to_bounds(params: optax.Params, bounds: PyTree) -> optax.Params:
 
 def rate_on_bounds(params: optax.Params, bounds: PyTree) -> jax.Array:
     """Returns `weight_clip_rate` for the result of `resolve_bounds`."""
-    num_on_bound = jnp.zeros((), jnp.float32)
-    num_boxed = jnp.zeros((), jnp.float32)
+    counts, num_boxed = [], 0
     for w, bound in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
         if not trees.is_clippable(w) or is_unbounded(bound):
             continue
         w = jnp.asarray(w)
         bound = bound_in(bound, w)
-        num_on_bound += _num_on_bound(*not_folded((w, bound)))
-        entries_per_bound = w.size / max(bound.size, 1)
-        num_boxed += jnp.sum(~bounds_nothing(bound), dtype=jnp.float32) * entries_per_bound
-    return num_on_bound / jnp.maximum(num_boxed, 1)
+        counts.append(_num_on_bound(w, *_test_of(bound)))
+        if isinstance(bound, np.ndarray):
+            num_boxed += 0 if bounds_nothing(bound) else w.size
+        else:
+            num_bounds = jnp.sum(~bounds_nothing(bound), dtype=jnp.float32)
+            num_boxed += num_bounds * (w.size / max(bound.size, 1))
+    return sum(counts, jnp.zeros((), jnp.float32)) / jnp.maximum(jnp.asarray(num_boxed, jnp.float32), 1)
 
 
-def _num_on_bound(w: jax.Array, bound: jax.Array) -> jax.Array:
+def _test_of(bound: jax.Array | np.ndarray) -> tuple:
+    """Returns the numbers by which `_num_on_bound` finds what is on a bound, in float32 or wider.
+
+    They are a power of two, by which weights near the bound have a size near 1; the number below
+    the bound, times that; and its distance from the bound, and the inverse of that.
+    """
+    xp = np if isinstance(bound, np.ndarray) else jnp
+    wide = compute_dtype(bound.dtype)
+    below = xp.nextafter(bound, xp.zeros_like(bound)).astype(wide)
+    below = xp.where(bound == 0, -xp.ones_like(below), below)
+    below = xp.where(bounds_nothing(bound), xp.full_like(below, np.nan), below)  # counts nothing
+    scale = inverse_size(xp.asarray(bound.astype(wide)))
+    gap = bound.astype(wide) * scale - below * scale
+    return scale, below * scale, gap, 1 / gap
+
+
+@jax.jit  # leaves of one shape share one trace
+def _num_on_bound(w: jax.Array, *test: jax.Array) -> jax.Array:
     """Returns how many entries are on a finite bound or outside, in float32."""
+    w, (scale, below, gap, inverse) = not_folded((w, test))
     modulus = jnp.abs(w)
     if jnp.iscomplexobj(w):  # `clip_modulus` stays a few ulps inside the circle
-        modulus = modulus * (1 + 8 * jnp.finfo(bound.dtype).eps)
-    below = jnp.nextafter(bound, jnp.zeros_like(bound))
-    below = jnp.where(bound == 0, -jnp.ones_like(bound), below)
-    has_box = ~bounds_nothing(bound)
-    if bound.size != 1:
-        return jnp.sum((modulus > below) & has_box, dtype=jnp.float32)
-    # Not by comparing entries: XLA on CPU writes an array of conditions to memory before it
-    # sums them. Differences are exact near the bound; positive ones count.
-    wide = compute_dtype(modulus.dtype)
-    excess = modulus.astype(wide) - below.reshape(()).astype(wide)
-    is_above = jnp.sign(excess + jnp.abs(excess)).astype(jnp.int8)  # an integer: 0 for NaN
-    return jnp.where(has_box.reshape(()), jnp.sum(is_above.astype(jnp.float32)), 0)
+        modulus = modulus * (1 + 8 * jnp.finfo(w.dtype).eps)
+    # All of this is exact for what is on the bound or below. Not by comparing entries: XLA on CPU
+    # writes an array of conditions to memory before it sums them.
+    above = jnp.maximum(modulus.astype(scale.dtype) * scale, below) - below
+    is_on_bound = (jnp.minimum(above, gap) * inverse).astype(jnp.int8)  # an integer: 0 for NaN
+    return jnp.sum(is_on_bound.astype(jnp.float32))
