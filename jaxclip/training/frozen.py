@@ -43,27 +43,30 @@ _KEEP_ZERO = frozenset((
 
 
 def find_frozen(
-    update: Callable[[optax.Updates, optax.OptState], tuple[optax.Updates, optax.OptState]],
-    grads: optax.Updates,
-    opt_state: optax.OptState,
+    update: jax.stages.Wrapped, grads: optax.Updates, opt_state: optax.OptState
 ) -> list[bool]:
     """Returns True for each leaf of the gradients that never reaches its own weight.
 
+    `update(grads, opt_state)` is jitted, and returns updates and a new state before all else.
     Where no gradient reaches a weight, none is called frozen: the optimizer may take them itself,
     of its `value_fn`.
     """
-    closed, (updates, new_state) = jax.make_jaxpr(update, return_shape=True)(grads, opt_state)
+    traced = update.trace(grads, opt_state)
+    updates, new_state, *_ = traced.out_info
     num_grads = len(jax.tree.leaves(grads))
     num_states = len(jax.tree.leaves(opt_state))
     if (len(jax.tree.leaves(updates)), len(jax.tree.leaves(new_state))) != (num_grads, num_states):
         return [False] * num_grads
+    # Before the arguments come the arrays that `update` closes over.
+    num_others = len(traced.jaxpr.jaxpr.invars) - num_grads - num_states
+    inputs = [_Value()] * num_others + [_Value(1 << i) for i in range(num_grads)]
     states = [_Value()] * num_states
     while True:  # what a step leaves in the state may reach a weight at a later one
-        outputs = _outputs(closed.jaxpr, [_Value(1 << i) for i in range(num_grads)] + states)
+        outputs = _outputs(traced.jaxpr, inputs + states)
         is_frozen = [not (outputs[i].sources >> i) & 1 for i in range(num_grads)]
         if not any(is_frozen):  # the usual case, and reaching further changes nothing
             return is_frozen
-        pairs = zip(states, outputs[num_grads:], strict=True)
+        pairs = zip(states, outputs[num_grads:][:num_states], strict=True)
         grown = [_Value(old.sources | new.sources) for old, new in pairs]
         if grown == states:
             return [False] * num_grads if all(is_frozen) else is_frozen

@@ -231,22 +231,23 @@ def make_train_step(
             value = loss_fn(params, *arguments[1:], **keywords)
             return value[0] if has_aux else value
 
+        @jax.jit  # traced once, to be read for leaves that are frozen and to be run
         def update(grads: optax.Updates, opt_state: optax.OptState) -> tuple:
             # A clip that gets these very gradients reuses this norm.
             measured = measure_norm(grads)
             given = {"value": loss, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
             result = optimizer.update(grads, opt_state, state.params, pre_norm=measured, **given)
-            return *result, measured
+            return *result, measured.norm, measured.leaf_norms
 
-        is_frozen = find_frozen(lambda *trees: update(*trees)[:2], grads, state.opt_state)
+        is_frozen = find_frozen(update, grads, state.opt_state)
         counted = zero_nonfinite(grads, is_frozen)
-        updates, opt_state, measured = update(counted, state.opt_state)
+        updates, opt_state, norm, leaf_norms = update(counted, state.opt_state)
         if stochastic_rounding:
             key, rounding_key = _split_key(key, "stochastic_rounding needs a key")
             params = apply_updates_stochastically(state.params, updates, rounding_key)
         else:
             params = optax.apply_updates(state.params, updates)
-        is_good = jnp.isfinite(loss) & jnp.isfinite(measured.norm.norm)
+        is_good = jnp.isfinite(loss) & jnp.isfinite(norm.norm)
         # A rule measures the weights that the step keeps, not those of a bad step.
         kept = map_clippable(functools.partial(jnp.where, is_good), params, state.params)
         bounds = resolve_bounds(kept, threshold, mask, state.step)
@@ -262,9 +263,9 @@ def make_train_step(
             stats=Statistics(stats),
             weight_clip_rate=on_bound,
             num_skipped=num_skipped,
-            grad_norm=measured.norm.value(),
+            grad_norm=norm.value(),
             learning_rate=learning_rate,
-            nonfinite_leaf=first_nonfinite(measured.leaf_norms, grads, is_frozen),
+            nonfinite_leaf=first_nonfinite(leaf_norms, grads, is_frozen),
         )
         return TrainState(increment(state.step), params, opt_state, key, num_skipped), info
 

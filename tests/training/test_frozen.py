@@ -55,7 +55,7 @@ def frozen_leaves(tx):
     tx = optax.with_extra_args_support(tx)
     with jax.numpy_dtype_promotion("standard"):
         found = find_frozen(
-            lambda g, state: tx.update(g, state, PARAMS, value=jnp.float32(0)),
+            jax.jit(lambda g, state: tx.update(g, state, PARAMS, value=jnp.float32(0))),
             PARAMS,
             tx.init(PARAMS),
         )
