@@ -20,6 +20,7 @@ from jaxclip._core.floats import (
     phase_and_modulus,
     round_toward_zero,
     saturate,
+    select,
     widest_bound,
 )
 
@@ -31,10 +32,10 @@ def is_unbounded(bound: ArrayLike) -> bool:
 
 def bound_in(bound: ArrayLike, w: jax.Array) -> jax.Array | np.ndarray:
     """Returns a bound in the real dtype of `w`; a traced NaN bounds nothing."""
-    bound = round_toward_zero(bound, jnp.finfo(w.dtype).dtype)
-    if isinstance(bound, np.ndarray):  # a number, which is not NaN
-        return bound
-    return jnp.where(jnp.isnan(bound), jnp.full_like(bound, widest_bound(bound.dtype)), bound)
+    limit = round_toward_zero(bound, jnp.finfo(w.dtype).dtype)
+    if isinstance(limit, np.ndarray):  # a number, which is not NaN
+        return limit
+    return jnp.where(jnp.isnan(limit), jnp.full_like(limit, widest_bound(limit.dtype)), limit)
 
 
 def bounds_nothing(bound: jax.Array | np.ndarray) -> Any:
@@ -54,8 +55,8 @@ def clip_modulus(w: jax.Array, bound: ArrayLike) -> jax.Array:
         is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
         return keep_weak_type(jnp.where(is_outside, phase * inside, w), w)
     # Not as a minimum and a maximum: those flush subnormals inside the box to zero.
-    clipped = jnp.where(exceeds(w, bound), jnp.where(w < 0, -bound, bound), w)
-    return keep_weak_type(clipped, w)
+    clipped = jnp.broadcast_to(jnp.sign(w) * bound, w.shape)
+    return keep_weak_type(select(exceeds(w, bound), clipped, w), w)
 
 
 def update_within(u: jax.Array, w: ArrayLike, bound: ArrayLike) -> jax.Array:
@@ -63,7 +64,7 @@ def update_within(u: jax.Array, w: ArrayLike, bound: ArrayLike) -> jax.Array:
     if is_unbounded(bound):
         return u
     w = jnp.asarray(w)
-    bound = bound_in(bound, w)
+    bound = jnp.asarray(bound_in(bound, w))
     correct = _complex_update if jnp.iscomplexobj(w) else _real_update
     # Where nothing is bounded the update keeps its bits: w + u may overflow.
     return keep_weak_type(jnp.where(bounds_nothing(bound), u, correct(u, w, bound)), u)

@@ -66,7 +66,9 @@ def with_float64() -> AbstractContextManager:
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else contextlib.nullcontext()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # leaves of one shape share one trace
+@functools.partial(
+    jax.jit, static_argnums=(1, 2), inline=True
+)  # leaves of one shape share one trace
 def wide_total(x: jax.Array, axes: tuple[int, ...], ord: float) -> jax.Array:
     """Returns the sum over `axes` of `|x|**ord`, or its largest for `ord=inf`, in float64."""
     with with_float64():
@@ -77,12 +79,14 @@ def root_of_wide_total(total: jax.Array, ord: float) -> RescaledNorm:
     """Returns float32 norms from float64 totals; not a number where these are not."""
     with with_float64():
         most, least = _ordinary_totals(jnp.float32, ord)
-        small = 2.0**90 if ord == 2 else 1.0
-        rescale = jnp.where(total > most, 2.0**-90, jnp.where(total < least, small, 1.0))
-        powers = total * rescale * rescale if ord == 2 else total * rescale
-        # Ends in a root: XLA copies a cheaper operation on many totals into all who use it.
-        norm = root_of_total(powers.astype(jnp.float32), ord)
-        return RescaledNorm(norm, rescale.astype(jnp.float32))
+        small = 2.0**-90 if ord == 2 else 1.0
+        inverse = jnp.where(total > most, 2.0**90, jnp.where(total < least, small, 1.0))
+        # They end in a quotient and a root: XLA copies cheaper operations into the kernel of each
+        # leaf that uses them.
+        rescale = 1 / inverse.astype(jnp.float32)
+        wide = rescale.astype(total.dtype)
+        powers = total * wide * wide if ord == 2 else total * wide
+        return RescaledNorm(root_of_total(powers.astype(jnp.float32), ord), rescale)
 
 
 def bounded_root(total: jax.Array, ord: float) -> jax.Array:
@@ -111,7 +115,9 @@ def _ordinary_totals(dtype: DTypeLike, ord: float) -> tuple[float, float]:
 # --- In the dtype of the input, rescaled ----------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # leaves of one shape share one trace
+@functools.partial(
+    jax.jit, static_argnums=(2, 3), inline=True
+)  # leaves of one shape share one trace
 def rescaled_total(
     x: jax.Array, rescale: jax.Array, axes: tuple[int, ...], ord: float
 ) -> jax.Array:

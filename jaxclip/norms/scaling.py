@@ -5,6 +5,7 @@ towards zero, so that the bound holds in exact arithmetic on the values that com
 the bound the output is the input, bit for bit.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jaxclip._core.floats import (
     keep_weak_type,
     rescale_for,
     round_toward_zero,
+    select,
 )
 from jaxclip._core.trees import PyTree, is_clippable, map_clippable
 from jaxclip.norms.magnitudes import RescaledNorm
@@ -103,8 +105,10 @@ def scaling_to(
     dividend = margin * jnp.where(is_normal, bound, jnp.ones_like(size))
     # Divided last: XLA copies cheaper operations on scalars into the kernel of every leaf.
     coef = jnp.where(is_bad, jnp.nan, dividend) / divisor
-    rest = jnp.where(is_normal, jnp.ones_like(size), bound)
-    scaling = Scaling(coef, rest, jnp.where(is_above, rescale, jnp.ones_like(size)))
+    fixed = lax.stop_gradient(divisor)
+    rest = jnp.where(is_normal, fixed, bound) / jnp.where(is_normal, fixed, jnp.ones_like(size))
+    inverse = lax.stop_gradient(jnp.where(is_above, 1 / rescale, jnp.ones_like(size)))
+    scaling = Scaling(coef, rest, 1 / inverse)
 
     pre_norm = jnp.minimum(size / rescale, FLOAT32_MAX)
     post_norm = jnp.minimum(bound * (size / divisor * margin), FLOAT32_MAX)
@@ -152,13 +156,13 @@ def zero_if(condition: jax.Array, tree: PyTree) -> PyTree:
     """Returns a tree with zeros in its floating leaves where a condition holds."""
 
     def zero_leaf(g: jax.Array) -> jax.Array:
-        return keep_weak_type(jnp.where(condition, jnp.zeros_like(g), g), g)
+        return keep_weak_type(select(condition, jnp.zeros_like(g), g), g)
 
     return map_clippable(zero_leaf, tree)
 
 
 # Jitted, so that leaves of one shape share one trace.
-@jax.jit
+@functools.partial(jax.jit, inline=True)
 def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
     """Scales a leaf in its own dtype, half precision towards zero."""
     # A float32 leaf in a tree with float64 ones: the factors of their norm need not fit float32.
@@ -174,5 +178,5 @@ def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
         scaled = lax.complex(scale(jnp.real(g)), scale(jnp.imag(g)))
     else:
         scaled = scale(g)
-    kept = jnp.where(scaling.keeps_bits(), g, scaled)
-    return keep_weak_type(jnp.where(jnp.isnan(scaling.coef), jnp.zeros_like(g), kept), g)
+    kept = select(scaling.keeps_bits(), g, scaled)
+    return keep_weak_type(select(jnp.isnan(scaling.coef), jnp.zeros_like(g), kept), g)

@@ -30,6 +30,7 @@ from jaxclip._core.floats import (
     keep_weak_type,
     phase_and_modulus,
     quotient,
+    select,
 )
 from jaxclip._core.trees import PyTree, map_clippable
 from jaxclip.thresholds.values import check_number_or_schedule
@@ -39,7 +40,7 @@ def sign_and_modulus(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the sign of every entry, `z / |z|` if complex and 0 for NaN, and its modulus."""
     if jnp.iscomplexobj(x):
         return phase_and_modulus(x)
-    return jnp.where(jnp.isnan(x), jnp.zeros_like(x), jnp.sign(x)), jnp.abs(x)
+    return select(jnp.isnan(x), jnp.zeros_like(x), jnp.sign(x)), jnp.abs(x)
 
 
 def alignment(a: jax.Array, b: jax.Array) -> jax.Array:

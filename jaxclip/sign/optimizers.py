@@ -4,10 +4,11 @@ An optimizer here is a direction d of `sign.directions`, decoupled weight decay,
 size alpha, which may be relative to the weight box.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -205,12 +206,9 @@ def _decay_weights(
     check_mask_for_leaves(mask)
     is_off = isinstance(weight_decay, (int, float)) and weight_decay == 0
 
-    def decayed(g: jax.Array, p: ArrayLike, coefficient: ArrayLike) -> jax.Array:
+    def decayed(g: jax.Array, p: ArrayLike, coefficient: jax.Array | np.ndarray) -> jax.Array:
         wide, p = compute_dtype(g.dtype), jnp.asarray(p)
-        decay = jnp.asarray(coefficient).astype(wide)
-        # A traced coefficient that is not finite counts as 0.
-        decay = jnp.where(jnp.isfinite(decay), decay, jnp.zeros_like(decay))
-        shrink = decay * p.astype(wide)
+        shrink = coefficient.astype(wide) * p.astype(wide)
         if is_cautious:
             shrink = jnp.where(alignment(g, p) >= 0, shrink, jnp.zeros_like(shrink))
         return keep_weak_type((g.astype(wide) + shrink).astype(g.dtype), g)
@@ -228,7 +226,7 @@ def _decay_weights(
         checks.check_params_given("weight_decay", params)
         checks.check_same_structure("updates", updates, "params", params)
         step = getattr(state, "step", 0)  # a number needs no state
-        coefficient = checks.value_at("weight_decay", weight_decay, step)
+        coefficient = _finite(checks.value_at("weight_decay", weight_decay, step))
         updates = map_clippable(lambda g, p: decayed(g, p, coefficient), updates, params)
         return updates, _StepState(increment(state.step)) if callable(weight_decay) else state
 
@@ -244,17 +242,15 @@ def _scale_by_step(
     if relative_to is not None:
         check_threshold_tree("relative_to", relative_to)
 
-    def scaled(u: jax.Array, step_size: jax.Array) -> jax.Array:
+    def scaled(u: jax.Array, step_size: Any) -> jax.Array:  # an array of jax or NumPy
         wide = compute_dtype(u.dtype)
-        # A traced step size that is not finite counts as 0; one beyond the leaf's dtype is its
-        # largest number, not infinity.
-        step_size = jnp.where(jnp.isfinite(step_size), step_size, jnp.zeros_like(step_size))
-        step_size = cast_saturated(step_size, jnp.finfo(wide).dtype)
+        if step_size.dtype != jnp.finfo(wide).dtype:  # beyond it the largest number, not infinity
+            step_size = cast_saturated(jnp.asarray(step_size), jnp.finfo(wide).dtype)
         return keep_weak_type(cast_saturated(-step_size.astype(wide) * u.astype(wide), u.dtype), u)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        rate = jnp.asarray(checks.value_at("learning_rate", learning_rate, state.step))
+        rate = _finite(checks.value_at("learning_rate", learning_rate, state.step))
         rate = rate if rate.dtype == jnp.float64 else rate.astype(jnp.float32)
         if relative_to is None:
             updates = map_clippable(lambda u: scaled(u, rate), updates)
@@ -264,12 +260,12 @@ def _scale_by_step(
 
             def relative(u: jax.Array, threshold: ArrayLike) -> jax.Array:
                 size = jnp.asarray(threshold, rate.dtype)
-                return scaled(u, rate * jnp.where(jnp.isinf(size), jnp.ones_like(size), size))
+                size = jnp.where(jnp.isinf(size), jnp.ones_like(size), size)
+                return scaled(u, _finite(rate * size))
 
             thresholds = resolve_threshold(relative_to, params, state.step, name="relative_to")
             updates = map_clippable(relative, updates, thresholds)
-        reported = rate.astype(jnp.float32)
-        reported = jnp.where(jnp.isfinite(reported), reported, jnp.zeros_like(reported))
+        reported = jnp.asarray(_finite(jnp.asarray(rate).astype(jnp.float32)))
         return updates, _StepSizeState(step=increment(state.step), learning_rate=reported)
 
     def init_fn(params):
@@ -278,6 +274,13 @@ def _scale_by_step(
         return _StepSizeState(step=jnp.zeros((), jnp.int32), learning_rate=zero)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _finite(number: ArrayLike) -> jax.Array | np.ndarray:
+    """Returns an array with 0 where a traced number is not finite; numbers stay in NumPy."""
+    if not isinstance(number, jax.Array):
+        return np.asarray(number, jnp.result_type(float))
+    return jnp.where(jnp.isfinite(number), number, jnp.zeros_like(number))
 
 
 def cast_saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:

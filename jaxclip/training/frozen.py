@@ -5,7 +5,7 @@ Read off the program of the optimizer, so it holds for whatever froze them: `par
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import increment, keep_weak_type
+from jaxclip._core.floats import increment, keep_weak_type, select
 from jaxclip._core.trees import Mask, PyTree, is_clippable, map_clippable, path_name
 from jaxclip.norms.of_trees import measure_norm
 from jaxclip.thresholds.values import check_threshold_tree
@@ -231,7 +231,9 @@ def make_train_step(
             value = loss_fn(params, *arguments[1:], **keywords)
             return value[0] if has_aux else value
 
-        @jax.jit  # traced once, to be read for leaves that are frozen and to be run
+        @functools.partial(
+            jax.jit, inline=True
+        )  # traced once, to be read for leaves that are frozen and to be run
         def update(grads: optax.Updates, opt_state: optax.OptState) -> tuple:
             # A clip that gets these very gradients reuses this norm.
             measured = measure_norm(grads)
@@ -311,7 +313,8 @@ def _select(is_good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """Returns the new tree if the step was good, else the old one, placed as the old one."""
 
     def select_leaf(new: jax.Array, old: ArrayLike) -> jax.Array:
-        selected = keep_weak_type(jnp.where(is_good, new, old), jnp.asarray(old))
+        old = jnp.asarray(old)
+        selected = keep_weak_type(select(is_good, new, old), old)
         # On an Auto mesh XLA would choose the placement, and might split a replicated leaf.
         has_mesh = not jax.typeof(old).sharding.mesh.empty
         return shard_alike(selected, old)[0] if has_mesh else selected

@@ -4,6 +4,8 @@ The threshold decides which leaves are boxed: a number boxes every floating leaf
 leaves biases and norm scales free. `mask` excludes further leaves.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,7 +136,9 @@ def rate_on_bounds(params: optax.Params, bounds: PyTree) -> jax.Array:
         else:
             num_bounds = jnp.sum(~bounds_nothing(bound), dtype=jnp.float32)
             num_boxed += num_bounds * (w.size / max(bound.size, 1))
-    return sum(counts, jnp.zeros((), jnp.float32)) / jnp.maximum(jnp.asarray(num_boxed, jnp.float32), 1)
+    return sum(counts, jnp.zeros((), jnp.float32)) / jnp.maximum(
+        jnp.asarray(num_boxed, jnp.float32), 1
+    )
 
 
 def _test_of(bound: jax.Array | np.ndarray) -> tuple:
@@ -153,7 +157,7 @@ def _test_of(bound: jax.Array | np.ndarray) -> tuple:
     return scale, below * scale, gap, 1 / gap
 
 
-@jax.jit  # leaves of one shape share one trace
+@functools.partial(jax.jit, inline=True)  # leaves of one shape share one trace
 def _num_on_bound(w: jax.Array, *test: jax.Array) -> jax.Array:
     """Returns how many entries are on a finite bound or outside, in float32."""
     w, (scale, below, gap, inverse) = not_folded((w, test))
