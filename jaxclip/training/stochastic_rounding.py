@@ -5,12 +5,14 @@ to nearest changes nothing, step after step. Rounded up or down at random, the w
 as it should on average: `E[round(x)] = x`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.floats import compute_dtype, keep_weak_type
@@ -53,18 +55,20 @@ def apply_updates_stochastically(
       Gupta et al., Deep Learning with Limited Numerical Precision, 2015,
       https://arxiv.org/abs/1502.02551
       Zamirai et al., Revisiting BFloat16 Training, 2020, https://arxiv.org/abs/2010.06192
+      Chris Wellons, Prospecting for Hash Functions, 2018,
+      https://nullprogram.com/blog/2018/07/31 (the random bits: a hash of key and position)
     """
     checks.check_same_structure("params", params, "updates", updates)
     leaves, treedef = jax.tree.flatten(params)
     positions = jax.tree.unflatten(treedef, range(len(leaves)))
+    words = jax.random.bits(key, (2,), jnp.uint32)
 
     def add(p: jax.Array, u: ArrayLike, position: int) -> jax.Array:
         u = jnp.asarray(u)
         wide = compute_dtype(p.dtype, u.dtype)
         total = p.astype(wide) + u.astype(wide)
         if p.dtype in _HALF:
-            leaf_key = jax.random.fold_in(key, position)
-            rounded = round_stochastically(total, p.dtype, leaf_key)
+            rounded = _round(total, p.dtype, _random_bits(words, position, p.shape))
         else:
             rounded = total.astype(p.dtype)
         return keep_weak_type(rounded, p)
@@ -72,21 +76,38 @@ def apply_updates_stochastically(
     return trees.map_clippable(add, params, updates, positions)
 
 
-def round_stochastically(x: ArrayLike, dtype: DTypeLike, key: jax.Array) -> jax.Array:
+def _random_bits(words: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array:
+    """Returns uint32 bits for each entry of a leaf, from two words of the step's key."""
+    # Of the positions, so XLA makes them where they are used. `jax.random.bits` of this shape would
+    # be written to memory first, and take many times as long as the rounding.
+    position = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        position += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    # Mixed twice, because consecutive leaves, positions and words must not show in the result.
+    start = words[0] + _mixed(words[1] + np.uint32(leaf))
+    return _mixed(_mixed(position * np.uint32(0x9E3779B9) + start) ^ words[1])
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """Returns a hash of 32 bits in which each bit depends on all bits of `x`."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _round(x: jax.Array, dtype: np.dtype, random_bits: jax.Array) -> jax.Array:
     """Rounds to one of the two neighbours in a half-precision dtype, without bias."""
     # Random bits are added below the last bit that is kept, and the rest is cut off: x goes
     # away from zero with a probability equal to the fraction that is cut, to 2**-13. Values
     # of the dtype, infinities and NaN stay the same, and finite values stay finite.
-    dtype = jnp.dtype(dtype)
-    if dtype not in _HALF:
-        raise ValueError(f"dtype must be bfloat16 or float16, got {dtype}.")
     info = jnp.finfo(dtype)
-    x = jnp.asarray(x).astype(jnp.float32)
+    x = x.astype(jnp.float32)
     # By bits, because arithmetic treats a subnormal as 0 where the backend flushes them.
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     sign, magnitude = bits & np.uint32(0x80000000), bits & np.uint32(0x7FFFFFFF)
     cut = (1 << (23 - info.nmant)) - 1
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32) & np.uint32(cut)
+    noise = random_bits >> np.uint32(32 - cut.bit_length())
     if info.nexp == 8:
         rounded = (magnitude + noise) & np.uint32(0xFFFFFFFF & ~cut)
     else:

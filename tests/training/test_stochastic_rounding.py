@@ -9,10 +9,17 @@ import optax
 import pytest
 
 import jaxclip
-from jaxclip.training.stochastic_rounding import apply_updates_stochastically, round_stochastically
+from jaxclip.training.stochastic_rounding import apply_updates_stochastically
 
 HALF = [jnp.bfloat16, jnp.float16]
-round_jitted = jax.jit(round_stochastically, static_argnums=1)
+
+
+def rounded(x: Any, dtype: Any, key: jax.Array) -> jax.Array:
+    x = jnp.asarray(x)
+    return apply_updates_stochastically(jnp.zeros(x.shape, dtype), x, key)
+
+
+round_jitted = jax.jit(rounded, static_argnums=1)
 
 
 def neighbours(x: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -76,16 +83,55 @@ def test_what_is_finite_stays_finite(dtype: Any):
 @pytest.mark.parametrize("dtype", HALF)
 def test_eager_jit_and_vmap_agree(dtype: Any):
     x, keys = jnp.linspace(-1, 1, 24).reshape(3, 8), jax.random.split(jax.random.key(0), 3)
-    batched = jax.jit(jax.vmap(lambda x, k: round_stochastically(x, dtype, k)))(x, keys)
-    np.testing.assert_array_equal(batched[0], round_stochastically(x[0], dtype, keys[0]))
+    batched = jax.jit(jax.vmap(lambda x, k: rounded(x, dtype, k)))(x, keys)
+    np.testing.assert_array_equal(batched[0], rounded(x[0], dtype, keys[0]))
     for i in range(3):
         np.testing.assert_array_equal(batched[i], round_jitted(x[i], dtype, keys[i]))
 
 
-def test_other_dtypes_are_refused():
-    for dtype in (jnp.float32, jnp.int8, jnp.float8_e4m3fn):
-        with pytest.raises(ValueError, match="bfloat16 or float16"):
-            round_stochastically(jnp.ones(2), dtype, jax.random.key(0))
+@pytest.mark.parametrize("shape", [(4096,), (64, 64), (4, 32, 32)])
+def test_entries_steps_and_leaves_are_rounded_independently(shape: tuple[int, ...]):
+    def ups(key):
+        """1 where an entry exactly between two numbers went up, 0 where it went down."""
+        x = jnp.full(shape, 1 + 2.0**-8)
+        zeros = jnp.zeros(shape, jnp.bfloat16)
+        new = apply_updates_stochastically([zeros, zeros], [x, x], key)
+        return jnp.stack([w.reshape(-1) > 1 for w in new])
+
+    num_steps, size = 256, 4096
+    keys = jax.random.split(jax.random.key(0), num_steps)
+    drawn = 2.0 * np.asarray(jax.jit(jax.vmap(ups))(keys), np.float64) - 1  # steps, leaves, entries
+    # A mean of n independent signs has a standard deviation of n ** -0.5.
+    assert abs(drawn.mean()) < 5 / np.sqrt(drawn.size)
+    assert np.abs(drawn.mean(axis=0)).max() < 6 / np.sqrt(num_steps)
+    assert np.abs(drawn.mean(axis=2)).max() < 6 / np.sqrt(size)
+    products = {
+        f"entries {lag} apart": (drawn[..., lag:], drawn[..., :-lag])
+        for lag in (1, 2, 3, 4, 8, 16, 31, 32, 33, 64, 128, 1024, 2048)
+    }
+    products |= {f"{lag} steps": (drawn[lag:], drawn[:-lag]) for lag in (1, 2, 3, 16)}
+    products["leaves"] = drawn[:, 0], drawn[:, 1]
+    for name, (a, b) in products.items():
+        assert abs((a * b).mean()) < 5 / np.sqrt(a.size), name
+
+
+@pytest.mark.thorough
+def test_a_weight_drifts_by_a_hundred_thousand_small_steps_as_it_should():
+    num_steps, num_weights, step = 100_000, 256, 2.0**-16
+
+    def move(carry, _):
+        w, key = carry
+        key, used = jax.random.split(key)
+        return (apply_updates_stochastically(w, jnp.full_like(w, step), used), key), None
+
+    start = jnp.ones(num_weights, jnp.bfloat16), jax.random.key(0)
+    after = np.asarray(jax.jit(lambda c: jax.lax.scan(move, c, None, num_steps))(start)[0][0])
+    drift = after.astype(np.float64) - 1
+    # From 1 to 2 the neighbours are 2**-7 apart, from 2 to 4 2**-6: a step goes up one of these
+    # with a probability of step / gap, whose variance is at most step * gap.
+    sigma = np.sqrt(num_steps * step * 2.0**-6)
+    assert abs(drift.mean() - num_steps * step) < 6 * sigma / np.sqrt(num_weights)
+    assert np.abs(drift - num_steps * step).max() < 6 * sigma
 
 
 # --- Trees ----------------------------------------------------------------------------
