@@ -63,12 +63,12 @@ given_gradients.defvjp(
 )
 
 
-def ours(optimizer, *, reads_telemetry=False, stochastic_rounding=False):
+def ours(optimizer, *, box=BOX, reads_telemetry=False, stochastic_rounding=False):
     key = jax.random.key(0) if stochastic_rounding else None
     train_step = jaxclip.make_train_step(
         given_gradients,
         optimizer,
-        weight_threshold=BOX,
+        weight_threshold=box,
         stochastic_rounding=stochastic_rounding,
     )
 
