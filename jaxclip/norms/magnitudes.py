@@ -79,14 +79,12 @@ def root_of_wide_total(total: jax.Array, ord: float) -> RescaledNorm:
     """Returns float32 norms from float64 totals; not a number where these are not."""
     with with_float64():
         most, least = _ordinary_totals(jnp.float32, ord)
-        small = 2.0**-90 if ord == 2 else 1.0
-        inverse = jnp.where(total > most, 2.0**90, jnp.where(total < least, small, 1.0))
-        # They end in a quotient and a root: XLA copies cheaper operations into the kernel of each
-        # leaf that uses them.
-        rescale = 1 / inverse.astype(jnp.float32)
-        wide = rescale.astype(total.dtype)
-        powers = total * wide * wide if ord == 2 else total * wide
-        return RescaledNorm(root_of_total(powers.astype(jnp.float32), ord), rescale)
+        small = 2.0**90 if ord == 2 else 1.0
+        rescale = jnp.where(total > most, 2.0**-90, jnp.where(total < least, small, 1.0))
+        powers = total * rescale * rescale if ord == 2 else total * rescale
+        # Ends in a root: XLA copies a cheaper operation on many totals into all who use it.
+        norm = root_of_total(powers.astype(jnp.float32), ord)
+        return RescaledNorm(norm, rescale.astype(jnp.float32))
 
 
 def bounded_root(total: jax.Array, ord: float) -> jax.Array:

@@ -19,6 +19,7 @@ from jaxclip._core.floats import (
     FLOAT32_MAX,
     compute_dtype,
     keep_weak_type,
+    not_folded,
     rescale_for,
     round_toward_zero,
     select,
@@ -105,10 +106,8 @@ def scaling_to(
     dividend = margin * jnp.where(is_normal, bound, jnp.ones_like(size))
     # Divided last: XLA copies cheaper operations on scalars into the kernel of every leaf.
     coef = jnp.where(is_bad, jnp.nan, dividend) / divisor
-    fixed = lax.stop_gradient(divisor)
-    rest = jnp.where(is_normal, fixed, bound) / jnp.where(is_normal, fixed, jnp.ones_like(size))
-    inverse = lax.stop_gradient(jnp.where(is_above, 1 / rescale, jnp.ones_like(size)))
-    scaling = Scaling(coef, rest, 1 / inverse)
+    rest = jnp.where(is_normal, jnp.ones_like(size), bound)
+    scaling = Scaling(coef, rest, jnp.where(is_above, rescale, jnp.ones_like(size)))
 
     pre_norm = jnp.minimum(size / rescale, FLOAT32_MAX)
     post_norm = jnp.minimum(bound * (size / divisor * margin), FLOAT32_MAX)
@@ -149,6 +148,9 @@ def clip_to_norm(
 ) -> tuple[PyTree, NormClip]:
     """Scales a tree with a known norm down to a bound; zeros if the step is bad."""
     scaling, clip = scaling_to(norm, bound, eps)
+    # Divided by an unknown 1: XLA copies cheaper operations into the kernel of every leaf.
+    one = not_folded(jnp.ones_like(scaling.coef))
+    scaling = Scaling(scaling.coef, scaling.rest / one, scaling.rescale / one)
     return map_clippable(lambda g: scale_leaf(g, scaling), tree), clip
 
 
