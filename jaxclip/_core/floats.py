@@ -45,7 +45,7 @@ def saturate(x: jax.Array, dtype: DTypeLike, fraction: float = 1.0) -> jax.Array
 def select(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns `jnp.where(condition, x, y)` of two arrays alike."""
     # `jnp.where` and `jnp.clip` are calls in the program. A few for each leaf are slow to compile.
-    is_plain = condition.ndim == 0 or condition.shape == x.shape
+    is_plain = x.shape == y.shape and condition.shape in ((), x.shape)
     return lax.select_n(condition, y, x) if is_plain else jnp.where(condition, x, y)
 
 
@@ -73,7 +73,7 @@ def has_nonfinite(tree: PyTree) -> jax.Array:
     return jnp.any(jnp.isnan(jnp.stack(leaves))) if leaves else jnp.zeros((), bool)
 
 
-@functools.partial(jax.jit, inline=True)  # leaves of one shape share one trace
+@functools.partial(jax.jit)  # leaves of one shape share one trace
 def zero_or_nan(x: jax.Array) -> jax.Array:
     """Returns 0 in float32, or NaN if an entry is not finite."""
     # A sum, because XLA on CPU writes a conjunction's conditions to memory.

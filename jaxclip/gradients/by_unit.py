@@ -22,6 +22,7 @@ from jaxclip._core.floats import (
     increment,
     quotient,
     round_toward_zero,
+    select,
 )
 from jaxclip._core.trees import (
     PyTree,
@@ -259,7 +260,9 @@ def _clip_leaf(
     *terms: ArrayLike | RescaledNorm,
 ) -> jax.Array:
     scaling, _ = scaling_to(norm, bound_of(norm, *terms))
-    return scale_leaf(g, scaling._replace(coef=jnp.where(is_bad, jnp.nan, scaling.coef)))
+    return scale_leaf(
+        g, scaling._replace(coef=select(is_bad, jnp.full_like(scaling.coef, jnp.nan), scaling.coef))
+    )
 
 
 def _norm_or_scalar(term: ArrayLike | MeasuredUnits) -> ArrayLike | RescaledNorm:

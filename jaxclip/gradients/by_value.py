@@ -18,6 +18,7 @@ from jaxclip._core.floats import (
     keep_weak_type,
     not_folded,
     round_toward_zero,
+    select,
 )
 from jaxclip._core.trees import PyTree, floating_leaves, is_clippable, replace_floating
 from jaxclip._core.updates import clip_modulus
@@ -116,5 +117,5 @@ def _clip_leaf(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
         is_clipped = jnp.sign(excess + jnp.abs(excess)) + (x - x)  # 0 or 1; NaN if not finite
         num_clipped = jnp.sum(is_clipped).astype(jnp.float32)
         has_sign = ~jnp.isnan(g)
-    clipped = jnp.where(has_sign, clip_modulus(g, bound), jnp.zeros_like(g))
+    clipped = select(has_sign, clip_modulus(g, bound), jnp.zeros_like(g))
     return keep_weak_type(clipped, g), num_clipped

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxclip._core.floats import FLOAT32_MAX, compute_dtype, not_folded
+from jaxclip._core.floats import FLOAT32_MAX, compute_dtype, not_folded, select
 
 ORDERS = (1, 2, 1.0, 2.0, float("inf"))
 
@@ -66,9 +66,7 @@ def with_float64() -> AbstractContextManager:
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else contextlib.nullcontext()
 
 
-@functools.partial(
-    jax.jit, static_argnums=(1, 2), inline=True
-)  # leaves of one shape share one trace
+@functools.partial(jax.jit, static_argnums=(1, 2))  # leaves of one shape share one trace
 def wide_total(x: jax.Array, axes: tuple[int, ...], ord: float) -> jax.Array:
     """Returns the sum over `axes` of `|x|**ord`, or its largest for `ord=inf`, in float64."""
     with with_float64():
@@ -79,8 +77,9 @@ def root_of_wide_total(total: jax.Array, ord: float) -> RescaledNorm:
     """Returns float32 norms from float64 totals; not a number where these are not."""
     with with_float64():
         most, least = _ordinary_totals(jnp.float32, ord)
-        small = 2.0**90 if ord == 2 else 1.0
-        rescale = jnp.where(total > most, 2.0**-90, jnp.where(total < least, small, 1.0))
+        small = jnp.full_like(total, 2.0**90 if ord == 2 else 1.0)
+        rescale = select(total < least, small, jnp.ones_like(total))
+        rescale = select(total > most, jnp.full_like(total, 2.0**-90), rescale)
         powers = total * rescale * rescale if ord == 2 else total * rescale
         # Ends in a root: XLA copies a cheaper operation on many totals into all who use it.
         norm = root_of_total(powers.astype(jnp.float32), ord)
@@ -91,7 +90,7 @@ def bounded_root(total: jax.Array, ord: float) -> jax.Array:
     """Returns float32 norms of at most the largest float32, from float64 totals."""
     with with_float64():
         norms = jnp.minimum(root_of_total(total, ord), FLOAT32_MAX)
-        return jnp.where(jnp.isfinite(total), norms, total).astype(jnp.float32)
+        return select(jnp.isfinite(total), norms, total).astype(jnp.float32)
 
 
 def better_exponent(totals: jax.Array, ord: float) -> jax.Array:
@@ -113,9 +112,7 @@ def _ordinary_totals(dtype: DTypeLike, ord: float) -> tuple[float, float]:
 # --- In the dtype of the input, rescaled ----------------------------------------------
 
 
-@functools.partial(
-    jax.jit, static_argnums=(2, 3), inline=True
-)  # leaves of one shape share one trace
+@functools.partial(jax.jit, static_argnums=(2, 3))  # leaves of one shape share one trace
 def rescaled_total(
     x: jax.Array, rescale: jax.Array, axes: tuple[int, ...], ord: float
 ) -> jax.Array:

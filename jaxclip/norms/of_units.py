@@ -162,9 +162,7 @@ def _as_vector(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-@functools.partial(
-    jax.jit, static_argnums=(1, 2, 3), inline=True
-)  # leaves of one shape share one trace
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # leaves of one shape share one trace
 def _unit_norm(
     x: jax.Array, axes: tuple[int, ...], ord: float, axis_name: str | None
 ) -> MeasuredUnits:

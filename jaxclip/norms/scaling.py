@@ -5,7 +5,6 @@ towards zero, so that the bound holds in exact arithmetic on the values that com
 the bound the output is the input, bit for bit.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -93,28 +92,27 @@ def scaling_to(
     info = jnp.finfo(size.dtype)
     # This norm decides and divides; telemetry reports `size` itself.
     padded = size + jnp.asarray(eps).astype(size.dtype) * rescale
-    bound = as_bound(bound, size.dtype)
+    bound, ones = as_bound(bound, size.dtype), jnp.ones_like(size)
     # Compared without dividing by `rescale`, so that neither side overflows.
     is_above = padded > bound * rescale
     is_bad = ~jnp.isfinite(size) | jnp.isnan(bound)
-    bound = jnp.where(is_above, bound, jnp.ones_like(size))
-    divisor = jnp.where(is_above & ~is_bad, padded, jnp.ones_like(size))
+    bound = select(is_above, bound, ones)
+    divisor = select(is_above & ~is_bad, padded, ones)
     # The margin covers the rounding of the norm, the quotient and the products.
-    margin = jnp.where(is_above, 1 - 8 * float(info.eps), jnp.ones_like(size))
+    margin = select(is_above, jnp.full_like(size, 1 - 8 * float(info.eps)), ones)
     # Below the normal range the coefficient is applied as two factors, each within it.
     is_normal = ~(bound < divisor * (2 * float(info.tiny)))
-    dividend = margin * jnp.where(is_normal, bound, jnp.ones_like(size))
+    dividend = margin * select(is_normal, bound, ones)
     # Divided last: XLA copies cheaper operations on scalars into the kernel of every leaf.
-    coef = jnp.where(is_bad, jnp.nan, dividend) / divisor
-    rest = jnp.where(is_normal, jnp.ones_like(size), bound)
-    scaling = Scaling(coef, rest, jnp.where(is_above, rescale, jnp.ones_like(size)))
+    coef = select(is_bad, jnp.full_like(size, jnp.nan), dividend) / divisor
+    scaling = Scaling(coef, select(is_normal, ones, bound), select(is_above, rescale, ones))
 
     pre_norm = jnp.minimum(size / rescale, FLOAT32_MAX)
     post_norm = jnp.minimum(bound * (size / divisor * margin), FLOAT32_MAX)
     return scaling, NormClip(
         pre_norm=pre_norm.astype(jnp.float32),
-        post_norm=jnp.where(is_above, post_norm, pre_norm).astype(jnp.float32),
-        clip_coef=(scaling.rescale * coef * rest).astype(jnp.float32),
+        post_norm=select(is_above, post_norm, pre_norm).astype(jnp.float32),
+        clip_coef=(scaling.rescale * coef * scaling.rest).astype(jnp.float32),
         is_clipped=(is_above & ~is_bad).astype(jnp.float32),
         is_bad=is_bad,
     )
@@ -164,7 +162,7 @@ def zero_if(condition: jax.Array, tree: PyTree) -> PyTree:
 
 
 # Jitted, so that leaves of one shape share one trace.
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
     """Scales a leaf in its own dtype, half precision towards zero."""
     # A float32 leaf in a tree with float64 ones: the factors of their norm need not fit float32.
