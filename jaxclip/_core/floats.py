@@ -73,7 +73,7 @@ def has_nonfinite(tree: PyTree) -> jax.Array:
     return jnp.any(jnp.isnan(jnp.stack(leaves))) if leaves else jnp.zeros((), bool)
 
 
-@functools.partial(jax.jit)  # leaves of one shape share one trace
+@jax.jit  # leaves of one shape share one trace
 def zero_or_nan(x: jax.Array) -> jax.Array:
     """Returns 0 in float32, or NaN if an entry is not finite."""
     # A sum, because XLA on CPU writes a conjunction's conditions to memory.

@@ -55,7 +55,8 @@ def clip_modulus(w: jax.Array, bound: ArrayLike) -> jax.Array:
         is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
         return keep_weak_type(jnp.where(is_outside, phase * inside, w), w)
     # Not as a minimum and a maximum: those flush subnormals inside the box to zero.
-    clipped = jnp.broadcast_to(jnp.sign(w) * bound, w.shape)
+    limit = jnp.asarray(bound) if bound.ndim else jnp.full_like(w, bound)
+    clipped = select(w < 0, -limit, limit)
     return keep_weak_type(select(exceeds(w, bound), clipped, w), w)
 
 

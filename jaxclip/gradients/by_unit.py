@@ -260,9 +260,8 @@ def _clip_leaf(
     *terms: ArrayLike | RescaledNorm,
 ) -> jax.Array:
     scaling, _ = scaling_to(norm, bound_of(norm, *terms))
-    return scale_leaf(
-        g, scaling._replace(coef=select(is_bad, jnp.full_like(scaling.coef, jnp.nan), scaling.coef))
-    )
+    coef = select(is_bad, jnp.full_like(scaling.coef, jnp.nan), scaling.coef)
+    return scale_leaf(g, scaling._replace(coef=coef))
 
 
 def _norm_or_scalar(term: ArrayLike | MeasuredUnits) -> ArrayLike | RescaledNorm:

@@ -4,8 +4,6 @@ The threshold decides which leaves are boxed: a number boxes every floating leaf
 leaves biases and norm scales free. `mask` excludes further leaves.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +155,7 @@ def _test_of(bound: jax.Array | np.ndarray) -> tuple:
     return scale, below * scale, gap, 1 / gap
 
 
-@functools.partial(jax.jit)  # leaves of one shape share one trace
+@jax.jit  # leaves of one shape share one trace
 def _num_on_bound(w: jax.Array, *test: jax.Array) -> jax.Array:
     """Returns how many entries are on a finite bound or outside, in float32."""
     w, (scale, below, gap, inverse) = not_folded((w, test))

@@ -347,3 +347,11 @@ def test_a_mask_of_any_kind_of_truth_value_chooses_leaves(yes):
     params = {"a": {"x": jnp.ones(2), "y": jnp.ones(3)}, "b": jnp.ones(2)}
     clipped = jaxclip.clip_weights(params, 0.5, {"a": yes, "b": False})
     assert [float(x[0]) for x in jax.tree.leaves(clipped)] == [0.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_weight_outside_of_a_subnormal_bound_ends_on_it(dtype, wrap):
+    bound = 2.0**-128
+    clipped = wrap(lambda w: clip_weights(w, bound))(jnp.asarray([1.0, -1.0, 0.0], dtype))
+    np.testing.assert_array_equal(np.asarray(clipped, np.float64), [bound, -bound, 0])
