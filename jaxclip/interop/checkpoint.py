@@ -113,7 +113,7 @@ def export_checkpoint(
         is_of_shards = len(source.files) > 1 and Path(dst).suffix != ".safetensors"
         if max_shard_bytes is None and (companions or is_of_shards):
             max_shard_bytes = _SHARD_BYTES
-        destination = Destination(dst, max_shard_bytes, overwrite, companions)
+        destination = Destination(dst, max_shard_bytes, overwrite, companions, source.metadata)
         if to == "safetensors":
             return write_values(destination, leaves, dtype)
         return write_packed(destination, leaves, dtype, separator)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -37,12 +38,14 @@ class Destination:
       max_shard_bytes: Bytes of tensors in a shard, at least 1; None for one file.
       overwrite: True to replace an existing file.
       companions: Files to copy into the folder.
+      metadata: Entries for the headers; `format` is "pt" without one.
     """
 
     path: str | os.PathLike
     max_shard_bytes: int | None
     overwrite: bool
     companions: tuple[Path, ...] = ()
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_shard_bytes is not None:
@@ -61,7 +64,7 @@ class Destination:
                 tensors[name] = tensor
         if self.max_shard_bytes is None:
             with replacing(self.path, self.overwrite) as file:
-                _write_tensors(file, tensors)
+                self._write_tensors(file, tensors)
             return
         sizes = {n: sum(t.num_bytes for t in parts.values()) for n, parts in leaves.items()}
         split = shards.split_shards(sizes, self.max_shard_bytes)
@@ -73,17 +76,16 @@ class Destination:
         with new_folder(self.path) as folder:
             for file_name, names in names_in.items():
                 with replacing(folder / file_name) as file:
-                    _write_tensors(file, {name: tensors[name] for name in names})
+                    self._write_tensors(file, {name: tensors[name] for name in names})
             if len(names_in) > 1:
                 with replacing(folder / shards.INDEX_NAME) as file:
                     file.write(shards.make_index(names_in, sum(sizes.values())))
             for companion in self.companions:
                 _copy(companion, folder, quantization)
 
-
-def _write_tensors(file: BinaryIO, tensors: dict[str, ExportTensor]) -> None:
-    specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
-    write_plain(file, specs, lambda name: tensors[name].make())
+    def _write_tensors(self, file: BinaryIO, tensors: dict[str, ExportTensor]) -> None:
+        specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
+        write_plain(file, specs, lambda name: tensors[name].make(), metadata=self.metadata)
 
 
 def _copy(companion: Path, folder: Path, quantization: JsonObject | None) -> None:

@@ -73,6 +73,15 @@ def test_names_in_files_of_other_libraries_stay_as_they_are(tmp_path):
     assert all(np.array_equal(found[name], array) for name, array in arrays.items())
 
 
+@pytest.mark.parametrize("given", [None, {"format": "mlx", "author": "me"}])
+def test_metadata_of_the_source_are_kept(tmp_path, given):
+    arrays = {"a.weight": random_weights(2, 32)}
+    safetensors.numpy.save_file(arrays, tmp_path / "net.safetensors", given)
+    interop.export_checkpoint(tmp_path / "net.safetensors", tmp_path / "out", "safetensors")
+    with safetensors.safe_open(tmp_path / "out", "numpy") as file:
+        assert file.metadata() == (given or {"format": "pt"})
+
+
 def test_a_folder_of_shards_is_exported_as_one_file(tmp_path):
     arrays = {f"layer.{i}.weight": random_weights(2, 32) for i in range(3)}
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]

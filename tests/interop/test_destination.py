@@ -129,8 +129,8 @@ def test_an_export_that_ends_in_its_last_shard_leaves_nothing(tmp_path, monkeypa
     written = []
     write_plain = destination.write_plain
 
-    def interrupted(*arguments):
-        written.append(write_plain(*arguments))
+    def interrupted(*arguments, **options):
+        written.append(write_plain(*arguments, **options))
         if len(written) == 3:
             raise error
 
