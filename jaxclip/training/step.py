@@ -231,7 +231,9 @@ def make_train_step(
             value = loss_fn(params, *arguments[1:], **keywords)
             return value[0] if has_aux else value
 
-        @jax.jit  # traced once, to be read for leaves that are frozen and to be run
+        # Traced once, to be read for leaves that are frozen and to be run; inlined, because XLA
+        # would split constants of a call over devices.
+        @functools.partial(jax.jit, inline=True)
         def update(grads: optax.Updates, opt_state: optax.OptState) -> tuple:
             # A clip that gets these very gradients reuses this norm.
             measured = measure_norm(grads)
