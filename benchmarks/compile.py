@@ -3,9 +3,9 @@
     python benchmarks/compile.py [--leaves 200] [--rounds 3] [--case NAME]
 
 The leaves are of (64, 64), in float32. Seconds are of the process's CPU time, because XLA compiles
-in threads and machines are shared; "x" is the ratio to the peer of the row above it. Cases of a
-group take turns, each with jax's caches cleared; medians. "Operations" are those that jax hands to
-XLA, "kernels" the distinct ones in the compiled program. Without a cache on disk.
+in threads and machines are shared. "x" is the ratio of tracing and compiling together to optax's.
+Cases of a group take turns, each with jax's caches cleared; medians. "Operations" are those that
+jax hands to XLA, "kernels" the distinct ones in the compiled program.
 """
 
 import argparse

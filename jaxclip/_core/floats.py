@@ -43,8 +43,8 @@ def saturate(x: jax.Array, dtype: DTypeLike, fraction: float = 1.0) -> jax.Array
 
 
 def select(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns `jnp.where(condition, x, y)` of two arrays alike."""
-    # `jnp.where` and `jnp.clip` are calls in the program. A few for each leaf are slow to compile.
+    """Returns `jnp.where(condition, x, y)` for arrays of one dtype."""
+    # `jnp.where` is a call in the program, and a few calls for each leaf are slow to compile.
     is_plain = x.shape == y.shape and condition.shape in ((), x.shape)
     return lax.select_n(condition, y, x) if is_plain else jnp.where(condition, x, y)
 

@@ -231,8 +231,8 @@ def make_train_step(
             value = loss_fn(params, *arguments[1:], **keywords)
             return value[0] if has_aux else value
 
-        # Traced once, to be read for leaves that are frozen and to be run; inlined, because XLA
-        # would split constants of a call over devices.
+        # Jitted, so that it is traced once, for `find_frozen` and for the step. Inlined, because
+        # XLA splits the constants of a call over devices and gathers them again.
         @functools.partial(jax.jit, inline=True)
         def update(grads: optax.Updates, opt_state: optax.OptState) -> tuple:
             # A clip that gets these very gradients reuses this norm.

@@ -78,8 +78,8 @@ def apply_updates_stochastically(
 
 def _random_bits(words: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array:
     """Returns uint32 bits for each entry of a leaf, from two words of the step's key."""
-    # Of the positions, so XLA makes them where they are used. `jax.random.bits` of this shape would
-    # be written to memory first, and take many times as long as the rounding.
+    # A hash of the position is computed in the kernel that rounds; XLA on CPU would write
+    # `jax.random.bits` of this shape to memory first.
     position = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)

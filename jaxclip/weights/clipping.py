@@ -128,23 +128,19 @@ def rate_on_bounds(params: optax.Params, bounds: PyTree) -> jax.Array:
             continue
         w = jnp.asarray(w)
         bound = bound_in(bound, w)
-        counts.append(_num_on_bound(w, *_test_of(bound)))
+        counts.append(_num_on_bound(w, *_scaled_gap(bound)))
         if isinstance(bound, np.ndarray):
             num_boxed += 0 if bounds_nothing(bound) else w.size
         else:
             num_bounds = jnp.sum(~bounds_nothing(bound), dtype=jnp.float32)
             num_boxed += num_bounds * (w.size / max(bound.size, 1))
-    return sum(counts, jnp.zeros((), jnp.float32)) / jnp.maximum(
-        jnp.asarray(num_boxed, jnp.float32), 1
-    )
+    num_on_bound = sum(counts, jnp.zeros((), jnp.float32))
+    return num_on_bound / jnp.maximum(jnp.asarray(num_boxed, jnp.float32), 1)
 
 
-def _test_of(bound: jax.Array | np.ndarray) -> tuple:
-    """Returns the numbers by which `_num_on_bound` finds what is on a bound, in float32 or wider.
-
-    They are a power of two, by which weights near the bound have a size near 1; the number below
-    the bound, times that; and its distance from the bound, and the inverse of that.
-    """
+def _scaled_gap(bound: jax.Array | np.ndarray) -> tuple:
+    """Returns a scale, the next number below a bound, its gap to the bound, and 1 / gap."""
+    # The scale is a power of two that brings the bound near 1; the number and the gap are times it.
     xp = np if isinstance(bound, np.ndarray) else jnp
     wide = compute_dtype(bound.dtype)
     below = xp.nextafter(bound, xp.zeros_like(bound)).astype(wide)
@@ -156,9 +152,9 @@ def _test_of(bound: jax.Array | np.ndarray) -> tuple:
 
 
 @jax.jit  # leaves of one shape share one trace
-def _num_on_bound(w: jax.Array, *test: jax.Array) -> jax.Array:
+def _num_on_bound(w: jax.Array, *scaled_gap: jax.Array) -> jax.Array:
     """Returns how many entries are on a finite bound or outside, in float32."""
-    w, (scale, below, gap, inverse) = not_folded((w, test))
+    w, (scale, below, gap, inverse) = not_folded((w, scaled_gap))
     modulus = jnp.abs(w)
     if jnp.iscomplexobj(w):  # `clip_modulus` stays a few ulps inside the circle
         modulus = modulus * (1 + 8 * jnp.finfo(w.dtype).eps)
