@@ -20,11 +20,13 @@ from jaxclip.interop.leaves import (
     ExportTensor,
     NamedLeaf,
     Rename,
-    cast,
+    UnfitCodesError,
+    check_held,
     codes_of,
     fits_in_4_bits,
     named_leaves,
     plain_tensor,
+    rounded,
     warn_of_floats,
 )
 from jaxclip.lowbit.arrays import QuantizedArray
@@ -127,8 +129,10 @@ def write_packed(
         if leaf.is_low_bit:
             try:
                 scheme = _scheme_of(leaf.outline, name.endswith("weight"))
-            except ValueError as error:
-                lacking[name] = str(error)
+                if dtype is not None and dtype.itemsize < 4:  # float32 has all scales
+                    _scales_in(dtype, leaf.read())
+            except UnfitCodesError as error:
+                scheme, lacking[name] = None, str(error)
         if scheme is not None:
             tensors[name] = _packed_tensors(leaf, scheme, dtype)
             schemes.setdefault(scheme, []).append(module)
@@ -150,7 +154,7 @@ def write_packed(
 def _scheme_of(leaf: QuantizedArray, is_weight: bool) -> Scheme:
     """Returns the packing of a low-bit leaf; raises with the reason if the layout has none."""
     if not is_weight or len(leaf.shape) != 2:
-        raise ValueError(
+        raise UnfitCodesError(
             f"has codes, so it must be a matrix whose name ends in 'weight', got shape {leaf.shape}"
         )
     num_rows, num_columns = leaf.shape
@@ -160,12 +164,12 @@ def _scheme_of(leaf: QuantizedArray, is_weight: bool) -> Scheme:
         group_size = min(int(grid.group_size or num_columns), num_columns)
         group_size = None if group_size == num_columns else group_size
     if leaf.scale.shape[0] not in (1, num_rows) or 1 in grid.channel_axes(2):
-        raise ValueError(
+        raise UnfitCodesError(
             f"must be (outputs, inputs) with axis=0, or axis=0 and a group_size; got "
             f"axis={grid.axis}. Transpose the matrix before it is compressed"
         )
     if num_columns % (group_size or 1):
-        raise ValueError(
+        raise UnfitCodesError(
             f"has {num_columns} inputs, which must be a multiple of its group_size={group_size}"
         )
     return Scheme(4 if fits_in_4_bits(leaf) else 8, group_size, leaf.zero is not None)
@@ -185,12 +189,7 @@ def _packed_tensors(
         return _packed_rows(codes_of(name, leaf.read()), num_bits)
 
     def make_scale() -> np.ndarray:
-        low_bit = leaf.read()
-        scale = np.asarray(low_bit.scale).astype(np.float32)
-        scale = cast(f"{name}_scale", scale, scale_dtype)
-        if not np.all(scale) and not np.all(scale[_has_weights(low_bit)]):
-            raise ValueError(f"leaf {name!r} has a scale that is 0 in {scale_dtype}.")
-        return np.broadcast_to(scale, scale_shape)
+        return np.broadcast_to(_scales_in(scale_dtype, leaf.read()), scale_shape)
 
     def make_shape() -> np.ndarray:
         return np.array([num_rows, num_columns])
@@ -209,6 +208,16 @@ def _packed_tensors(
         zero_shape = (-(-num_rows * num_bits // 32), num_groups)
         tensors[f"{name}_zero_point"] = ExportTensor(zero_shape, int32, make_zero_point)
     return tensors
+
+
+def _scales_in(dtype: np.dtype, low_bit: QuantizedArray) -> np.ndarray:
+    """Returns the scales in a dtype; raises if it lacks that of non-zero codes."""
+    exact = np.asarray(low_bit.scale).astype(np.float32)
+    scale = rounded(exact, dtype)
+    is_held = np.isfinite(scale) & (scale != 0)
+    if not np.all(is_held):
+        check_held("a scale", exact, dtype, is_held | ~_has_weights(low_bit))
+    return np.where(is_held, scale, np.zeros((), dtype))
 
 
 def _has_weights(low_bit: QuantizedArray) -> np.ndarray:

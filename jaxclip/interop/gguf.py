@@ -18,11 +18,18 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks, extras
 from jaxclip._core.atomic import replacing
 from jaxclip._core.trees import PyTree
-from jaxclip.interop.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_of_codes, encode_blocks
+from jaxclip.interop.gguf_blocks import (
+    BLOCK_SIZE,
+    BYTES_PER_BLOCK,
+    blocks_of_codes,
+    encode_blocks,
+    header_of_codes,
+)
 from jaxclip.interop.leaves import (
     ExportTensor,
     NamedLeaf,
     Rename,
+    UnfitCodesError,
     codes_of,
     fits_in_4_bits,
     named_leaves,
@@ -175,7 +182,8 @@ def _gguf_tensor(
     if leaf.is_low_bit:
         try:
             kind = _kind_of_codes(leaf.outline)
-        except ValueError as error:
+            header_of_codes(*_codes_and_scales(name, leaf.read()))
+        except UnfitCodesError as error:
             kind, lacking[name] = None, str(error)
     elif len(shape) < 2 or length % BLOCK_SIZE:
         kind = None
@@ -221,16 +229,16 @@ def _kind_of_codes(leaf: QuantizedArray) -> str:
     """Returns the kind of block that holds the codes of a low-bit leaf; raises if none does."""
     length = leaf.shape[-1] if leaf.shape else 1
     if length % BLOCK_SIZE:
-        raise ValueError(f"must have rows of a multiple of 32, got {length}")
+        raise UnfitCodesError(f"must have rows of a multiple of 32, got {length}")
     if not _has_one_scale_per_block(leaf):
-        raise ValueError(
+        raise UnfitCodesError(
             "must have the same scale for each 32 entries along the last axis, as with axis=0 or "
             f"group_size=32; got axis={leaf.grid.axis}, group_size={leaf.grid.group_size}"
         )
     if fits_in_4_bits(leaf):
         return "Q4_0" if leaf.zero is None else "Q4_1"
     if leaf.zero is not None:
-        raise ValueError("has zero points, which GGUF has only up to 4 bits")
+        raise UnfitCodesError("has zero points, which GGUF has only up to 4 bits")
     return "Q8_0"
 
 
@@ -248,13 +256,20 @@ def _has_one_scale_per_block(leaf: QuantizedArray) -> bool:
 
 def _blocks(name: str, leaf: ArrayLike | QuantizedArray, kind: str) -> np.ndarray:
     if isinstance(leaf, QuantizedArray):
-        codes = codes_of(name, leaf).reshape(-1, BLOCK_SIZE)
-        zeros = None if leaf.zero is None else _per_block(leaf, leaf.zero)
-        return blocks_of_codes(codes, _per_block(leaf, leaf.scale), kind, zeros)
+        return blocks_of_codes(*_codes_and_scales(name, leaf), kind)
     array = np.asarray(leaf)
     if not np.all(np.isfinite(array)):
         raise ValueError("a weight is NaN or infinite.")
     return encode_blocks(array, kind)
+
+
+def _codes_and_scales(
+    name: str, leaf: QuantizedArray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Returns codes (blocks, 32), and the scales and zero codes of blocks."""
+    codes = codes_of(name, leaf).reshape(-1, BLOCK_SIZE)
+    zeros = None if leaf.zero is None else _per_block(leaf, leaf.zero)
+    return codes, _per_block(leaf, leaf.scale), zeros
 
 
 def _per_block(leaf: QuantizedArray, values: ArrayLike) -> np.ndarray:

@@ -18,11 +18,13 @@ import numpy as np
 from jax import lax
 
 from jaxclip._core.grids import Grid
+from jaxclip.interop.leaves import check_held, rounded
 from jaxclip.lowbit.quantizer import quantize
 
 BLOCK_SIZE = 32
 BYTES_PER_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-_CODES = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-128, 127)}
+_LOWEST = -8  # code that is stored as 0
+_CODES = {"Q4_0": (_LOWEST, 7), "Q4_1": (0, 15), "Q8_0": (-128, 127)}
 # Starts of the affine fit: fractions of a block's range that are cut off below and above. The
 # coarse ones are tried for all blocks, the fine ones are steps from the best coarse one.
 _COARSE = np.array(list(itertools.product((-0.03, 0.01, 0.06, 0.12, 0.2), repeat=2)), np.float32)
@@ -42,21 +44,31 @@ def encode_blocks(array: np.ndarray, kind: str) -> np.ndarray:
 
 
 def blocks_of_codes(
-    codes: np.ndarray, scale: np.ndarray, kind: str, zeros: np.ndarray | None = None
+    codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray | None, kind: str
 ) -> np.ndarray:
     """Returns codes (blocks, 32) with scales and zero codes (blocks, 1) as the bytes of blocks."""
-    d = _as_float16(scale)
-    # The scale of a block of zeros means nothing: `quantize` gives it the least of float32.
-    is_lost = (d == 0) & np.any(codes != (0 if zeros is None else zeros), axis=1, keepdims=True)
-    if np.any(is_lost):
-        smallest = np.min(np.abs(scale[is_lost]))
-        raise ValueError(f"a scale of {smallest:.3g} is 0 in float16.")
-    if zeros is None:
-        return _packed(codes, [d], kind)
-    # The zero code must give 0 with the scale as stored, not as given.
-    low = _CODES["Q4_0"][0]
-    offset = _as_float16(d.astype(np.float32) * (low - zeros))
-    return _packed(codes.astype(np.int16) - low, [d, offset], kind)
+    header = header_of_codes(codes, scale, zeros)
+    if zeros is not None:
+        codes = codes.astype(np.int16) - _LOWEST
+    return _packed(codes, header, kind)
+
+
+def header_of_codes(
+    codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray | None
+) -> list[np.ndarray]:
+    """Returns [d] or [d, m] of blocks of codes; raises if float16 lacks that of non-zero codes."""
+    is_zero = np.all(codes == (0 if zeros is None else zeros), axis=1, keepdims=True)
+    d = rounded(scale, np.float16)
+    is_held = np.isfinite(d) & (d != 0)
+    check_held("a scale", scale, np.dtype(np.float16), is_held | is_zero)
+    header = [d]
+    if zeros is not None:
+        # The zero code must give 0 with the scale as stored, not as given.
+        offset = d.astype(np.float32) * (_LOWEST - zeros)
+        header = [d, rounded(offset, np.float16)]
+        is_held &= np.isfinite(header[1])
+        check_held("an offset", offset, np.dtype(np.float16), is_held | is_zero)
+    return [np.where(is_held, part, np.float16(0)) for part in header]
 
 
 def _packed(codes: np.ndarray, header: list[np.ndarray], kind: str) -> np.ndarray:
@@ -70,11 +82,11 @@ def _packed(codes: np.ndarray, header: list[np.ndarray], kind: str) -> np.ndarra
 
 
 def _as_float16(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = x.astype(np.float16)
-    if not np.all(np.isfinite(rounded)):
+    """Returns scales in float16; raises if one is too large."""
+    result = rounded(x, np.float16)
+    if not np.all(np.isfinite(result)):
         raise ValueError(f"a scale of {np.max(np.abs(x)):.3g} is too large for float16.")
-    return rounded
+    return result
 
 
 # --- Choosing scales ------------------------------------------------------------------

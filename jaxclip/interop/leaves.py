@@ -13,7 +13,9 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from jaxclip._core.floats import saturate
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format import pytrees
 from jaxclip.checkpoints.format.layout import check_has_values, check_leaf
@@ -23,6 +25,10 @@ from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 # Pairs of a regex and what replaces its matches in names, as in `re.sub`; applied in order.
 Rename: TypeAlias = Sequence[tuple[str, str]]
 _MOST_SHOWN = 5  # leaves that a warning names
+
+
+class UnfitCodesError(ValueError):
+    """Error of codes or scales that do not fit into a format; its message is the reason."""
 
 
 class NamedLeaf(NamedTuple):
@@ -153,9 +159,9 @@ def plain_tensor(leaf: NamedLeaf, dtype: np.dtype | None = None) -> ExportTensor
 
     def make() -> np.ndarray:
         if leaf.is_low_bit:
-            # jax has float64 only where that is enabled; the product is float32 anyway.
-            values = dequantize(leaf.read(), target if target.itemsize <= 4 else jnp.float32)
-            return np.asarray(values).astype(target, copy=False)
+            # As `dequantize` does: a value just beyond the leaf's own dtype is its largest number.
+            values = saturate(dequantize(leaf.read(), jnp.float32), own)
+            return cast(leaf.name, np.asarray(values), target)
         return cast(leaf.name, np.asarray(leaf.read()), target)
 
     return ExportTensor(tuple(leaf.outline.shape), target, make)
@@ -165,14 +171,27 @@ def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Returns an array in another dtype, or raises if a finite entry would become infinite."""
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
+    result = rounded(array, dtype)
     is_lost = np.isfinite(array) & ~np.isfinite(result)
     if np.any(is_lost):
         raise ValueError(
             f"{name!r} has an entry that is not finite in {dtype}: {array[is_lost][0]}."
         )
     return result
+
+
+def rounded(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """Returns an array in another dtype, entries beyond it as infinity or 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        return array.astype(dtype)
+
+
+def check_held(part: str, values: np.ndarray, dtype: np.dtype, is_held: np.ndarray) -> None:
+    """Raises unless all scales or offsets of a leaf are held by the dtype of a format."""
+    if not np.all(is_held):
+        lost = values[~is_held][0]
+        problem = "0" if rounded(lost, dtype) == 0 else "too large"
+        raise UnfitCodesError(f"has {part} of {lost:.3g}, which is {problem} in {dtype}")
 
 
 def codes_of(name: str, leaf: QuantizedArray) -> np.ndarray:

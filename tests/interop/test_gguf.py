@@ -251,6 +251,35 @@ def test_a_block_of_zeros_has_any_scale(tmp_path, gguf):
     assert np.array_equal(read_gguf(gguf, tmp_path / "net.gguf")["w"][1][0], np.zeros(32))
 
 
+def test_a_block_of_zeros_has_a_finite_scale(tmp_path, gguf):
+    codes = np.repeat([[0], [1]], 32, axis=1)
+    q = quantized(codes, [[1e9], [2.0]], 4)
+    assert interop.to_gguf(tmp_path / "net.gguf", {"w": q}, "llama") == {"Q4_0": 1}
+    assert np.array_equal(read_gguf(gguf, tmp_path / "net.gguf")["w"][1], 2.0 * codes)
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero", "reason"),
+    [
+        (1e-9, None, "'lost' has a scale of 1e-09, which is 0 in float16"),
+        (1e9, None, r"'lost' has a scale of 1e\+09, which is too large in float16"),
+        (1e-9, [[1], [2]], "'lost' has a scale of 1e-09, which is 0 in float16"),
+        (60_000.0, [[1], [2]], r"'lost' has an offset of -6e\+05, which is too large in float16"),
+    ],
+)
+def test_leaves_whose_scales_float16_lacks_are_written_as_floats_and_counted(
+    tmp_path, gguf, scale, zero, reason
+):
+    lost = quantized(drawn(4, (2, 64)).qvalue, [[1.0], [scale]], 4, zero=zero)
+    tree = {"fits": drawn(4, (2, 64)), "lost": lost}
+    path, small = tmp_path / "net.gguf", tmp_path / "small.safetensors"
+    jaxclip.checkpoints.save(small, tree)
+    with pytest.warns(UserWarning, match=f"1 low-bit leaf is written as floats, .*{reason}"):
+        counts = interop.export_checkpoint(small, path, "gguf")
+    assert counts == {"F32": 1, "Q4_0": 1}
+    assert np.array_equal(read_gguf(gguf, path)["lost"][1], jaxclip.dequantize(lost))
+
+
 @pytest.mark.parametrize("kind", ["Q5_0", "q4_0", 4, True])
 def test_other_kinds_are_refused(tmp_path, gguf, kind):
     with pytest.raises(ValueError, match="kind must be one of"):

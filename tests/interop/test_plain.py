@@ -14,9 +14,7 @@ from flax import nnx
 
 import jaxclip
 from jaxclip import interop
-from oracles.exported_trees import (
-    random_weights,
-)
+from oracles.exported_trees import quantized, random_weights
 
 
 def model() -> dict[str, Any]:
@@ -104,6 +102,7 @@ def test_leaves_of_one_name_are_refused(tmp_path):
     ("tree", "error", "message"),
     [
         ({"a": {"w": np.full(2, 1e6)}}, ValueError, r"'a\.w' .*not finite in float16: 1000000\.0"),
+        ({"w": quantized([[1]], [[1e6]], 4)}, ValueError, "'w' .*not finite in float16: 1000000"),
         ({"w": 0.5}, TypeError, "'w' is the Python number"),
         ({"w": jax.ShapeDtypeStruct((2,), np.float32)}, TypeError, "'w' has no values"),
         ({"w": np.zeros(2, complex)}, TypeError, "'w' has dtype complex128"),
