@@ -21,8 +21,8 @@ from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, is_copied, leaf_
 from jaxclip.checkpoints.leaf_by_leaf import LeafWithError, Output, rewrite
 from jaxclip.checkpoints.reading import Source
 from jaxclip.checkpoints.rows import compress_leaf, outline_leaf
-from jaxclip.checkpoints.sizes import SizeReport, with_dtypes
-from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
+from jaxclip.checkpoints.sizes import SizeReport
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize_stored, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
     Budget,
@@ -34,7 +34,6 @@ from jaxclip.lowbit.budgets import (
 from jaxclip.lowbit.distortion import quantization_error
 from jaxclip.lowbit.entropy_coding import Coding
 from jaxclip.lowbit.policies import LeafSpec, Policy, is_optimizer_state, leaf_specs
-from jaxclip.lowbit.trees import decompress
 from jaxclip.thresholds.by_error import mse_optimal
 from jaxclip.thresholds.values import check_one_threshold, resolve_threshold
 from jaxclip.weights.clipping import clip_weights
@@ -124,7 +123,6 @@ def compress_checkpoint(
     default = LeafSpec(grid, rule, bit_price)
     specs: dict[str, LeafSpec] = {}
     facts: dict[str, tuple[str, ...]] = {}  # of the report
-    dtypes: dict[str, Any] = {}
 
     def outline(source: Source) -> dict[str, Leaf]:
         names = [name for name, leaf in source.leaves.items() if not is_copied(leaf.dtype)]
@@ -136,7 +134,6 @@ def compress_checkpoint(
         facts["kept"] = tuple(sorted(paths[name] for name in found.kept))
         facts["optimizer_state"] = tuple(sorted(paths[name] for name in found.optimizer_state))
         facts["layouts"] = tuple(x for x in LAYOUTS if x in found.layouts)
-        dtypes.update({paths[name]: leaf.dtype for name, leaf in source.leaves.items()})
         specs.update({name: spec for name, spec in zip(names, found.specs, strict=True) if spec})
         priced = [name for name, spec in specs.items() if spec.has_price]
         if coding is None and priced:
@@ -156,7 +153,7 @@ def compress_checkpoint(
     output = Output(Path(dst), overwrite, progress, coding, dry_run, max_ratio=max_ratio)
     num_passes = 1 if budget is None else 2
     report = rewrite(src, output, outline, rewrite_leaf, num_passes)
-    return with_dtypes(dataclasses.replace(report, **facts), dtypes)
+    return dataclasses.replace(report, **facts)
 
 
 def _specs_within(
@@ -229,11 +226,15 @@ def decompress_checkpoint(
 
     def outline(source: Source) -> dict[str, Leaf]:
         arrays = {n: x for n, x in source.leaves.items() if is_quantized(x)}
-        return source.leaves | jax.eval_shape(lambda t: decompress(t, dtype), arrays)
+        plain = {
+            n: jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None else dtype)
+            for n, x in arrays.items()
+        }
+        return source.leaves | plain
 
     def decompress_leaf(name: str, leaf: StoredLeaf) -> LeafWithError:
         del name
-        return dequantize(leaf, dtype) if is_quantized(leaf) else leaf, None
+        return dequantize_stored(leaf, dtype) if is_quantized(leaf) else leaf, None
 
     output = Output(Path(dst), overwrite, progress, keeps_names=True, max_ratio=max_ratio)
     return rewrite(src, output, outline, decompress_leaf)

@@ -3,6 +3,7 @@
 If no scale is shared between rows, parts have the same codes as the whole, and their errors add up.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ _PART_BYTES = 2**24
 
 def outline_leaf(leaf: Leaf, spec: LeafSpec, name: str, bits: Bits | None = None) -> QuantizedArray:
     """Returns a leaf as low-bit with shapes for arrays; `bits` replaces the spec's width."""
-    return jax.eval_shape(lambda w: spec.quantize(w, name, bits), leaf)
+    outline = jax.eval_shape(lambda w: spec.quantize(w, name, bits), leaf)
+    return dataclasses.replace(outline, dtype=leaf.dtype)  # float64, which jax may have disabled
 
 
 def compress_leaf(
@@ -32,7 +34,7 @@ def compress_leaf(
 
     def compress_part(part: np.ndarray) -> QuantizedArray:
         signals.check_stop()
-        return spec.quantize(part, name, bits)
+        return dataclasses.replace(spec.quantize(part, name, bits), dtype=part.dtype)
 
     num_rows = max(_PART_BYTES // max(leaf[:1].nbytes, 1), 1) if leaf.ndim else 1
     if leaf.ndim and len(leaf) > num_rows:

@@ -238,7 +238,7 @@ def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax
 
     Returns:
       An array in the original shape, multiplied in float32 and cast once. Inside jit it
-      fuses into its consumer.
+      fuses into its consumer. It is float32 instead of float64 where jax has no float64.
 
     Raises:
       ValueError: If groups do not fit the shape. That happens if codes or scales were sliced.
@@ -257,9 +257,17 @@ def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax
     if quantized.zero is not None:
         levels = levels - expanded(quantized.zero)
     values = expanded(quantized.scale) * levels
-    dtype = quantized.dtype if dtype is None else dtype
+    if dtype is None:  # a file may be compressed from float64, which jax may have disabled
+        dtype = jax.dtypes.canonicalize_dtype(quantized.dtype)
     # The largest code times the scale may round past the largest number of the dtype.
     return saturate(values, jnp.finfo(dtype).dtype).astype(dtype)
+
+
+def dequantize_stored(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> np.ndarray:
+    """Returns what `dequantize` does in NumPy, which has float64 where jax has it disabled."""
+    dtype = jnp.dtype(quantized.dtype if dtype is None else dtype)
+    values = dequantize(quantized, jnp.float32 if dtype == np.float64 else dtype)
+    return np.asarray(values).astype(dtype, copy=False)
 
 
 def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:

@@ -670,3 +670,19 @@ def test_a_float64_leaf_is_reported_as_float64(tmp_path):
     for report in reports:
         assert report.leaves[0].dtype == "float64"
         assert report.raw_bytes == report.leaves[0].raw_bytes == 8 * 64 * 64
+
+
+def test_a_file_compressed_from_float64_stands_for_float64(tmp_path):
+    src, small, back = (tmp_path / f"{name}.safetensors" for name in ("src", "small", "back"))
+    w = np.random.default_rng(0).normal(size=(64, 64))
+    checkpoints.save(src, {"w": w})
+    checkpoints.compress_checkpoint(src, small, 4)
+    assert checkpoints.inspect(small).leaves[0].dtype == "float64"
+    q = checkpoints.load(small, like={"w": w})["w"]
+    values = jaxclip.dequantize(q)  # no warning, though jax has no float64 here
+    assert values.dtype == np.float32
+    for dtype, wanted in ((None, np.float64), (np.float64, np.float64), (np.float16, np.float16)):
+        checkpoints.decompress_checkpoint(small, back, dtype, overwrite=True)
+        read = checkpoints.load(back)["w"]
+        assert read.dtype == wanted
+        assert np.array_equal(read, np.asarray(values).astype(wanted))
