@@ -5,9 +5,11 @@ shape and dtype are checked, also where it arrives late, from a schedule. The tr
 a bad value by a documented policy, the same in eager and jitted code.
 """
 
+import functools
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.core
@@ -17,6 +19,9 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core.trees import PyTree, is_clippable, path_name
+
+_Arguments = ParamSpec("_Arguments")
+_Made = TypeVar("_Made")
 
 
 def is_concrete(value: object) -> bool:
@@ -131,6 +136,18 @@ def refuse_step(name: str, given: Any, expected: str) -> None:
             "optax.inject_hyperparams calls every function among the arguments with the step; name "
             "those that are not schedules in static_args."
         )
+
+
+def refuses_step(factory: Callable[_Arguments, _Made]) -> Callable[_Arguments, _Made]:
+    """Returns a factory that raises TypeError if it is called with a step, as a schedule is."""
+
+    @functools.wraps(factory)
+    def make(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Made:
+        if args and isinstance(args[0], jax.Array):
+            refuse_step(factory.__name__, args[0], "no step")
+        return factory(*args, **kwargs)
+
+    return make
 
 
 def _is_integer_scalar(value: Any) -> bool:

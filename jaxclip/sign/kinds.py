@@ -141,6 +141,7 @@ class _SoftSign(SignKind):
         return jnp.where(is_soft, sign * size.astype(sign.dtype), sign)
 
 
+@checks.refuses_step
 def soft_sign(temperature: ArrayLike | optax.Schedule = 0.5, *, quantile: float = 0.5) -> SignKind:
     """Makes the smooth sign `tanh(x / (temperature * q))`, q a quantile of |x| in the leaf.
 
@@ -174,7 +175,6 @@ def soft_sign(temperature: ArrayLike | optax.Schedule = 0.5, *, quantile: float 
       Feoktistov et al., Softsign: Smooth Sign in Your Optimizer For Better Parameter
       Heterogeneity Handling, 2026, https://arxiv.org/abs/2605.31371
     """
-    checks.refuse_step("soft_sign", temperature, "a floating temperature")
     check_number_or_schedule("temperature", temperature, checks.check_nonnegative)
     checks.check_positive("quantile", quantile)
     checks.check_decay_rate("quantile", quantile)
@@ -257,6 +257,7 @@ def _draw(x: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(uniform < (1 + relative) / 2, sign, -sign)
 
 
+@checks.refuses_step
 def stochastic_sign(key: jax.Array, *, axis_name: str | None = None) -> SignKind:
     """Makes the unbiased sign: +1 with probability `(1 + x / B) / 2`, else -1.
 
@@ -326,6 +327,7 @@ def _root_mean_square(x: jax.Array, count: ArrayLike) -> jax.Array:
     return largest * jnp.sqrt(jnp.sum(jnp.square(relative)) / count)
 
 
+@checks.refuses_step
 def scaled_sign(scale: Literal["mean_abs", "rms", "gradient_norm"] = "mean_abs") -> SignKind:
     """Makes the sign that keeps a magnitude: `s * sign(x)`, s measured on each leaf.
 

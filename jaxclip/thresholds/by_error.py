@@ -118,6 +118,7 @@ def _grid_for(
     return bits
 
 
+@checks.refuses_step
 def mse_optimal(
     bits: Bits | Grid | None = None,
     *,
@@ -224,6 +225,7 @@ _STEPS = {
 }
 
 
+@checks.refuses_step
 def least_squares(
     bits: Bits | Grid | None = None,
     *,

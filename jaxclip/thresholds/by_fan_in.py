@@ -86,6 +86,7 @@ def _axes_within(axes: tuple[int, ...], path: str, shape: tuple[int, ...]) -> se
     return {a % rank for a in axes}
 
 
+@checks.refuses_step
 def fan_in(
     kappa: ArrayLike | optax.Schedule = 1.0,
     *,
@@ -140,7 +141,6 @@ def fan_in(
         out_axes = tuple(int(a) for a in axes)
         if layout is not None:
             raise ValueError("out_axes and layout say the same thing: give one of them.")
-    checks.refuse_step("fan_in", kappa, "a floating kappa")
     checks.check_choice("layout", layout, (None, *LAYOUTS))
     check_number_or_schedule("kappa", kappa)
     checks.check_count("stacked_axes", stacked_axes, at_least=0)

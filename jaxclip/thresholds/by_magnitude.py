@@ -52,6 +52,7 @@ def count_entries(arrays: Sequence[jax.Array]) -> int:
     return max(sum(x.size for x in arrays), 1)
 
 
+@checks.refuses_step
 def max_abs(
     *, axis: int | tuple[int, ...] | None = None, group_size: int | None = None
 ) -> ThresholdRule:
@@ -137,6 +138,7 @@ def _least_exceeded_by(
     return lax.bitcast_convert_type(least, jnp.float32)
 
 
+@checks.refuses_step
 def percentile_abs(
     q: float,
     *,
@@ -191,6 +193,7 @@ class _StdMultiple(ThresholdRule):
         return jnp.minimum(np.float32(self.k) * jnp.sqrt(mean_square) / factor, FLOAT32_MAX)
 
 
+@checks.refuses_step
 def std_multiple(
     k: float,
     *,

@@ -102,6 +102,7 @@ class _RateOptimal(ThresholdRule):
         return super().bind(grid)
 
 
+@checks.refuses_step
 def rate_optimal(
     bits_per_weight: ArrayLike | None = None,
     *,

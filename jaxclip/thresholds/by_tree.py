@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxclip._core import trees
+from jaxclip._core import checks, trees
 from jaxclip._core.grids import Grid
 from jaxclip._core.trees import PyTree
 from jaxclip.thresholds.rules import Bound, ThresholdRule
@@ -55,6 +55,7 @@ def _of_all_entries(grid: Grid) -> Grid:
     return dataclasses.replace(grid, axis=None, group_size=None)
 
 
+@checks.refuses_step
 def per_tree(rule: ThresholdRule) -> ThresholdRule:
     """Makes a rule that chooses one threshold for all leaves together.
 

@@ -73,6 +73,7 @@ def box(low: PyTree, high: ArrayLike | optax.Schedule | None = None) -> Projecti
     return _Interval(low=low, high=high)
 
 
+@checks.refuses_step
 def nonnegative() -> Projection:
     """Makes the projection onto arrays without negative entries.
 

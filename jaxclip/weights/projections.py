@@ -118,6 +118,7 @@ def max_norm(
     return _MaxNorm(threshold=max_norm, axis=axis)
 
 
+@checks.refuses_step
 def unit_norm(axis: _Axis = None) -> Projection:
     """Makes the projection onto arrays whose units have a norm of 1.
 

@@ -16,6 +16,7 @@ import pytest
 
 import jaxclip
 from jaxclip import gradients, sign, thresholds, weights
+from jaxclip.thresholds.values import is_rule_factory
 
 PARAMS = {"kernel": jnp.full((2, 3), 5.0), "scale": jnp.asarray(0.5)}
 UPDATES = jax.tree.map(jnp.ones_like, PARAMS)
@@ -126,6 +127,8 @@ def test_a_traced_count_is_an_integer_scalar(make, name):
 
 # --- Functions that are no schedules, under inject_hyperparams ------------------------
 
+RULE_FACTORIES = [name for name in dir(thresholds) if is_rule_factory(getattr(thresholds, name))]
+SIGN_FACTORIES = ("soft_sign", "stochastic_sign", "scaled_sign")
 RULES = [
     thresholds.max_abs(),
     thresholds.percentile_abs(99),
@@ -206,14 +209,19 @@ def test_a_mask_that_is_called_with_the_step_is_refused(make, mask):
     inject(make, static_args="mask")(mask=mask).init(PARAMS)
 
 
-def test_factories_that_are_called_with_the_step_are_refused():
-    for make, factory in (
-        (functools.partial(jaxclip.lion, 0.1), {"sign": sign.soft_sign}),
-        (jaxclip.clip_by_value, {"max_abs": thresholds.fan_in}),
-        (jaxclip.clip_by_value, {"max_abs": thresholds.mse_optimal}),
-    ):
-        with pytest.raises((TypeError, ValueError), match="static_args"):
-            inject(make)(**factory).init(PARAMS)
+FACTORIES = [
+    *((jaxclip.clip_by_value, "max_abs", getattr(thresholds, name)) for name in RULE_FACTORIES),
+    *((jaxclip.project_weights, "projection", x) for x in (weights.nonnegative, weights.unit_norm)),
+    *((jaxclip.scale_by_sign, "sign", getattr(sign, name)) for name in SIGN_FACTORIES),
+    (functools.partial(jaxclip.keep_on_grid, SGD, 4), "rule", thresholds.max_abs),
+]
+
+
+@pytest.mark.parametrize(("make", "argument", "factory"), FACTORIES)
+def test_a_factory_that_is_called_with_the_step_is_refused_by_name(make, argument, factory):
+    message = f"^{factory.__name__} must be given no step, got .*static_args"
+    with pytest.raises(TypeError, match=message):
+        inject(make)(**{argument: factory}).init(PARAMS)
 
 
 def test_a_count_that_must_be_known_says_how_to_keep_it_from_being_traced():
