@@ -2,26 +2,30 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxclip._core.text import escaped
+from jaxclip._core.text import encodable, escaped, num_columns
 
-_MAX_WIDTH = 120  # characters of a column
+_MAX_WIDTH = 120  # of a column
 
 
 def format_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """Returns rows of cells as text; columns after the first `num_left` are right-aligned."""
-    rows = [[escaped(cell) for cell in row] for row in rows]
+    # Now, and not when the text is printed, because characters that are replaced widen a column.
+    encoding = getattr(sys.stdout, "encoding", None)
+    rows = [[encodable(escaped(cell), encoding) for cell in row] for row in rows]
     # A name from a file may be as long as the file: it does not widen the other rows.
     columns = zip(*rows, strict=True)
-    widths = [max(min(len(cell), _MAX_WIDTH) for cell in column) for column in columns]
+    widths = [max(min(num_columns(cell), _MAX_WIDTH) for cell in column) for column in columns]
     lines = []
     for row in rows:
-        left = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
-        right = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
+        padding = [" " * (w - num_columns(cell)) for cell, w in zip(row, widths, strict=True)]
+        left = [cell + spaces for cell, spaces in zip(row, padding, strict=True)]
+        right = [spaces + cell for cell, spaces in zip(row, padding, strict=True)]
         lines.append("  ".join(left[:num_left] + right[num_left:]).rstrip())
     return "\n".join(lines)
 
