@@ -77,11 +77,13 @@ def root_of_wide_total(total: jax.Array, ord: float) -> RescaledNorm:
     """Returns float32 norms from float64 totals; not a number where these are not."""
     with with_float64():
         most, least = _ordinary_totals(jnp.float32, ord)
-        small = jnp.full_like(total, 2.0**90 if ord == 2 else 1.0)
-        rescale = select(total < least, small, jnp.ones_like(total))
-        rescale = select(total > most, jnp.full_like(total, 2.0**-90), rescale)
+        small = jnp.full_like(total, 2.0**-90 if ord == 2 else 1.0)
+        inverse = select(total < least, small, jnp.ones_like(total))
+        inverse = select(total > most, jnp.full_like(total, 2.0**90), inverse)
+        # Both end in a division or a root: XLA copies a cheaper operation on many totals into
+        # all who use it.
+        rescale = 1 / inverse
         powers = total * rescale * rescale if ord == 2 else total * rescale
-        # Ends in a root: XLA copies a cheaper operation on many totals into all who use it.
         norm = root_of_total(powers.astype(jnp.float32), ord)
         return RescaledNorm(norm, rescale.astype(jnp.float32))
 

@@ -204,6 +204,7 @@ class Program:
             self._task.loss_fn,
             self._task.optimizer(step_size),
             weight_threshold=threshold if box is None else box(threshold),
+            telemetry_every=1,
         )
         return step(state, batch)
 

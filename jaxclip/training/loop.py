@@ -84,9 +84,9 @@ def fit(
         `max_steps` are exact in any case.
       progress: True to show a bar, if there is a terminal or a notebook, and rich.
       on_log: Called with the step and its metrics, as Python floats: "loss", "grad_norm",
-        "learning_rate" if the optimizer's state has one, "weight_clip_rate", "num_skipped", the
-        statistics of `clip_stats`, the real scalars of `aux` as "aux/name", and what `evaluate`
-        returns.
+        "learning_rate" if the optimizer's state has one, "weight_clip_rate" (as counted last, see
+        `telemetry_every` of `make_train_step`), "num_skipped", the statistics of `clip_stats`, the
+        real scalars of `aux` as "aux/name", and what `evaluate` returns.
       checkpoint_dir: Folder for checkpoints, of which the last two are kept; needs orbax. A
         path with a scheme, such as "gs://...", is opened as orbax does. One that is damaged is
         put aside, with a warning, and the one before it is used.

@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip._core.floats import increment, keep_weak_type, select
 from jaxclip._core.trees import Mask, PyTree, is_clippable, map_clippable, path_name
+from jaxclip._core.updates import is_unbounded
 from jaxclip.norms.of_trees import measure_norm
 from jaxclip.thresholds.values import check_threshold_tree
 from jaxclip.training.frozen import find_frozen, first_nonfinite, zero_nonfinite
@@ -41,6 +42,7 @@ class TrainState(NamedTuple):
       opt_state: State of the optimizer.
       key: PRNG key for losses that take one and for stochastic rounding, or None.
       num_skipped: Scalar int32, steps skipped so far because something was not finite.
+      weight_clip_rate: Scalar float32, the `StepInfo.weight_clip_rate` that was counted last.
     """
 
     step: jax.Array
@@ -48,6 +50,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     key: jax.Array | None
     num_skipped: jax.Array
+    weight_clip_rate: jax.Array
 
     @classmethod
     def create(
@@ -77,6 +80,7 @@ class TrainState(NamedTuple):
             opt_state=opt_state,
             key=key,
             num_skipped=jnp.zeros((), jnp.int32),
+            weight_clip_rate=jnp.zeros((), jnp.float32),
         )
         return _on_one_mesh(state)
 
@@ -111,7 +115,8 @@ class StepInfo(NamedTuple):
       stats: `clip_stats` of the optimizer, each once. Those of the first clip of the chain are
         found by their bare names too, such as `stats["pre_norm"]`.
       weight_clip_rate: Scalar float32, fraction of the boxed weights that are on the bound;
-        0 without a box.
+        0 without a box. Counted at the first step and every `telemetry_every` steps; at the
+        others it is the last one counted.
       num_skipped: Scalar int32, steps skipped so far.
       grad_norm: Scalar, norm of all gradients; non-finite entries of frozen leaves count as 0.
       learning_rate: Scalar, the first learning rate that the optimizer's state has: that of
@@ -151,6 +156,7 @@ def make_train_step(
     mask: Mask | None = None,
     has_aux: bool = False,
     stochastic_rounding: bool = False,
+    telemetry_every: int = 16,
     donate: bool = True,
     compiler_options: Mapping[str, bool | int | str] | None = None,
 ) -> jax.stages.Wrapped:
@@ -172,6 +178,9 @@ def make_train_step(
       stochastic_rounding: True to update bfloat16 and float16 parameters by
         `apply_updates_stochastically`, so that steps below half the distance to their next
         number are not lost. Takes a fresh key from the state each step.
+      telemetry_every: Steps between two counts of the weights on the bound, which read all
+        parameters once more; 1 to count at every step. All other numbers of `StepInfo` are
+        those of the step itself.
       donate: True to let the step reuse the memory of the state it is given, which can then
         not be used again. On CPU with jax before 0.9 it never does, because XLA may there
         overwrite donated matrices before they are read, and compute wrong numbers.
@@ -195,13 +204,14 @@ def make_train_step(
 
     Raises:
       TypeError: If `weight_threshold` is of a wrong type.
-      ValueError: If `weight_threshold` is out of range, or there is a mask without one.
+      ValueError: If `weight_threshold` is out of range, there is a mask without one, or
+        `telemetry_every` is not an integer of at least 1.
 
     Example:
       >>> import jaxclip
       >>> loss_fn = lambda w, target: jnp.sum((w - target) ** 2)
       >>> tx = jaxclip.sign_sgd(0.25)
-      >>> step = make_train_step(loss_fn, tx, weight_threshold=0.5)
+      >>> step = make_train_step(loss_fn, tx, weight_threshold=0.5, telemetry_every=1)
       >>> state = TrainState.create(jnp.zeros(2), tx)
       >>> for _ in range(3):
       ...     state, info = step(state, jnp.array([2.0, -0.2]))
@@ -217,6 +227,7 @@ def make_train_step(
     )
     check_threshold_tree("weight_threshold", threshold)
     checks.check_choice("stochastic_rounding", stochastic_rounding, (False, True))
+    checks.check_count("telemetry_every", telemetry_every)
     optimizer = optax.with_extra_args_support(optimizer)
     key_kind = _find_key_parameter(loss_fn)
 
@@ -256,20 +267,20 @@ def make_train_step(
         params = _select(is_good, clip_to_bounds(params, bounds), state.params)
         stats, learning_rate = clip_stats(opt_state), find_learning_rate(opt_state)
         opt_state = _select(is_good, opt_state, state.opt_state)
-        # With the same bounds: a rule measured again would see the clipped weights.
-        on_bound = rate_on_bounds(params, bounds)
+        clip_rate = _weight_clip_rate(state, params, bounds, telemetry_every)
         num_skipped = increment(state.num_skipped, ~is_good)
         info = StepInfo(
             loss=loss,
             aux=aux,
             stats=Statistics(stats),
-            weight_clip_rate=on_bound,
+            weight_clip_rate=clip_rate,
             num_skipped=num_skipped,
             grad_norm=norm.value(),
             learning_rate=learning_rate,
             nonfinite_leaf=first_nonfinite(leaf_norms, grads, is_frozen),
         )
-        return TrainState(increment(state.step), params, opt_state, key, num_skipped), info
+        num_steps = increment(state.step)
+        return TrainState(num_steps, params, opt_state, key, num_skipped, clip_rate), info
 
     options = _backend_options() | dict(compiler_options or {})
     jitted = jax.jit(
@@ -320,6 +331,22 @@ def _select(is_good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
         return shard_alike(selected, old)[0] if has_mesh else selected
 
     return jax.tree.map(select_leaf, new, old)
+
+
+def _weight_clip_rate(
+    state: TrainState, params: optax.Params, bounds: PyTree, every: int
+) -> jax.Array:
+    """Returns the fraction of the weights on their bounds at a step that counts, else the last."""
+
+    # With the bounds of the clip: a rule measured again would see the clipped weights.
+    def count() -> jax.Array:
+        return rate_on_bounds(params, bounds)
+
+    if every == 1 or all(map(is_unbounded, jax.tree.leaves(bounds))):
+        return count()
+    num_steps = increment(state.step)
+    is_due = (num_steps % every == 0) | (num_steps == 1)
+    return lax.cond(is_due, count, lambda: state.weight_clip_rate)
 
 
 def _find_key_parameter(loss_fn: Callable[..., Any]) -> str | None:

@@ -214,7 +214,9 @@ def run(setup: Setup) -> Run:
     else:
         loss_fn = network_loss(layout if is_explicit else None)
         batches = [place(draw_batch(i), (P("data"), P("data")), mesh) for i in range(NUM_STEPS)]
-    step = make_train_step(loss_fn, tx, weight_threshold=BOX, stochastic_rounding=is_half)
+    step = make_train_step(
+        loss_fn, tx, weight_threshold=BOX, stochastic_rounding=is_half, telemetry_every=1
+    )
     with jax.set_mesh(mesh) if is_explicit else contextlib.nullcontext():
         params = place(draw(0, 0.2, dtype), specs, mesh)
         state = TrainState.create(params, tx, key=jax.random.key(7) if is_half else None)

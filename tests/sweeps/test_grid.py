@@ -27,7 +27,9 @@ def trained_alone(step_size, threshold, seed, optimizer=momentum, num_steps=STEP
     """One row by hand, as the docstring of `sweep` defines it."""
     init_key, data_key, loss_key = jax.random.split(jax.random.key(seed), 3)
     tx = optimizer(step_size)
-    step = jaxclip.make_train_step(loss_fn, tx, weight_threshold=jaxclip.fan_in(threshold))
+    step = jaxclip.make_train_step(
+        loss_fn, tx, weight_threshold=jaxclip.fan_in(threshold), telemetry_every=1
+    )
     state = jaxclip.TrainState.create(init_fn(init_key), tx, key=loss_key)
     for i in range(num_steps):
         state, info = step(state, BATCHES(jax.random.fold_in(data_key, i)))

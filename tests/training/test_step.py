@@ -106,7 +106,7 @@ def test_the_step_is_sign_sgd_by_hand_with_an_exact_box():
         return jnp.sum((w - target) ** 2)
 
     tx = jaxclip.sign_sgd(0.25)
-    step = make_train_step(loss, tx, weight_threshold=0.625)
+    step = make_train_step(loss, tx, weight_threshold=0.625, telemetry_every=1)
     state, target = TrainState.create(jnp.zeros(3), tx), jnp.array([2.0, -0.3, 0.0])
     expected = [[0.25, -0.25, 0], [0.5, -0.5, 0], [0.625, -0.25, 0], [0.625, -0.5, 0]]
     losses = [4.09, 3.065, 2.29, 1.893125]
@@ -288,7 +288,7 @@ def test_legacy_keys_work():
 @pytest.mark.parametrize("threshold", [0.1, jnp.float32(0.1)], ids=["number", "array"])
 def test_weights_are_in_the_box_after_every_step_eager_and_jit(dtype, threshold):
     tx = optax.chain(jaxclip.clip_by_global_norm(1.0), jaxclip.lion(0.03))
-    step = make_train_step(linear_loss, tx, weight_threshold=threshold)
+    step = make_train_step(linear_loss, tx, weight_threshold=threshold, telemetry_every=1)
     for run_step in (step, step.__wrapped__):
         state = TrainState.create(make_params(dtype), tx)
         for i in range(5):
@@ -328,7 +328,7 @@ def test_the_clip_rate_is_the_share_of_boxed_weights_on_the_bound(threshold, mas
     def loss(params, batch):
         return sum(jnp.vdot(params[k], pull[k]) for k in pull)
 
-    step = make_train_step(loss, tx, weight_threshold=threshold, mask=mask)
+    step = make_train_step(loss, tx, weight_threshold=threshold, mask=mask, telemetry_every=1)
     state, infos = run(step, TrainState.create(jax.tree.map(jnp.zeros_like, pull), tx), 4)
     params = jax.device_get(state.params)
     for name, bound in boxed.items():
@@ -363,7 +363,7 @@ def test_the_threshold_of_a_step_is_resolved_once():
 @pytest.mark.thorough
 def test_the_clip_rate_of_a_skipped_step_is_that_of_the_weights_it_keeps():
     rule, tx = percentile_abs(90.0), make_optimizer()
-    step = make_train_step(linear_loss, tx, weight_threshold=rule)
+    step = make_train_step(linear_loss, tx, weight_threshold=rule, telemetry_every=1)
     state, _ = run(step, TrainState.create(make_params(), tx))
     x, y = make_batch()
     kept = jax.tree.leaves(jax.device_get(state.params))  # the step donates its state
@@ -371,6 +371,32 @@ def test_the_clip_rate_of_a_skipped_step_is_that_of_the_weights_it_keeps():
     num_on_bound = sum(np.sum(np.abs(w) >= np.asarray(rule(jnp.asarray(w)))) for w in kept)
     assert int(info.num_skipped) == 1
     assert float(info.weight_clip_rate) == pytest.approx(num_on_bound / sum(w.size for w in kept))
+
+
+def test_weights_on_the_bound_are_counted_at_the_first_step_and_every_few_steps():
+    starts = jnp.array([0.0, 0.25, 0.5, 0.75])  # one more is on the bound after each step
+    loss, tx = (lambda w, _: -jnp.sum(w)), jaxclip.sign_sgd(0.25)
+    step = make_train_step(loss, tx, weight_threshold=1.0, telemetry_every=3)
+    expected = [0.25, 0.25, 0.75, 0.75, 0.75, 1.0]
+    state, rates = TrainState.create(starts, tx), []
+    for i in range(6):
+        if i == 4:  # as a checkpoint would
+            state = jax.tree.map(jnp.asarray, jax.device_get(state))
+        state, info = step(state, None)
+        rates.append(float(info.weight_clip_rate))
+        assert float(state.weight_clip_rate) == rates[-1]
+    assert rates == expected
+    _, infos = jax.lax.scan(step, TrainState.create(starts, tx), None, length=6)
+    assert infos.weight_clip_rate.tolist() == expected
+    rows = jax.vmap(lambda w: jax.lax.scan(step, TrainState.create(w, tx), None, length=6)[1])
+    both = rows(jnp.stack([starts, jnp.ones(4)])).weight_clip_rate
+    assert both.tolist() == [expected, [1.0] * 6]
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.0, True, None])
+def test_steps_between_counts_are_an_integer_of_at_least_one(every):
+    with pytest.raises(ValueError, match="telemetry_every must be an integer of at least 1"):
+        make_train_step(linear_loss, make_optimizer(), telemetry_every=every)
 
 
 def test_without_a_box_the_clip_rate_is_zero():
@@ -762,7 +788,7 @@ def test_a_module_whose_leaves_may_be_none_trains_as_the_plain_dict_does():
 
     tx = make_optimizer()
     layer = Layer(**make_params())
-    step = make_train_step(loss, tx, weight_threshold=jaxclip.fan_in(0.1))
+    step = make_train_step(loss, tx, weight_threshold=jaxclip.fan_in(0.1), telemetry_every=1)
     state, infos = run(step, TrainState.create(layer, tx))
     step = make_train_step(linear_loss, tx, weight_threshold=jaxclip.fan_in(0.1))
     expected, _ = run(step, TrainState.create(make_params(), tx))

@@ -265,6 +265,7 @@ def test_the_box_holds_exactly_after_stochastic_rounding():
         tx,
         weight_threshold=0.1,
         stochastic_rounding=True,
+        telemetry_every=1,
     )
     state = jaxclip.TrainState.create(jnp.zeros(100, jnp.bfloat16), tx, key=jax.random.key(0))
     for _ in range(15):
