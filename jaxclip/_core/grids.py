@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 from types import ModuleType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ from jaxclip._core import checks
 Bits: TypeAlias = Literal[1, 2, 3, 4, 5, 6, 8, "ternary"]
 Levels: TypeAlias = Literal["full", "narrow"]
 Axis: TypeAlias = int | tuple[int, ...] | Literal["outputs"] | None
+ScaleDtype: TypeAlias = Literal["float32", "float16", "bfloat16", "log8"]
 _ALLOWED_BITS = (1, "ternary", 2, 3, 4, 5, 6, 8)
-_LEVELS = ("full", "narrow")
-_SCALE_DTYPES = ("float32", "float16", "bfloat16", "log8")
+_LEVELS = get_args(Levels)
+_SCALE_DTYPES = get_args(ScaleDtype)
 
 
 def code_range(bits: Bits | None, levels: Levels = "full") -> tuple[int, int]:
@@ -86,7 +87,7 @@ class Grid:
     axis: Axis = "outputs"
     group_size: int | None = None
     zero_point: bool = False
-    scale_dtype: str = "float32"
+    scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
         if self.bits is not None:
@@ -271,12 +272,12 @@ def _merged(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return x.reshape(*x.shape[:place], length, *x.shape[axes[-1] + 1 :])
 
 
-def _name_of_scale_dtype(scale_dtype: Any) -> str:
+def _name_of_scale_dtype(scale_dtype: Any) -> ScaleDtype:
     if not isinstance(scale_dtype, str):
         with contextlib.suppress(TypeError):  # not a dtype: the check below names it as given
             scale_dtype = jnp.dtype(scale_dtype).name
     checks.check_choice("scale_dtype", scale_dtype, _SCALE_DTYPES)
-    return scale_dtype
+    return cast(ScaleDtype, scale_dtype)
 
 
 WHOLE_ARRAY = Grid(None, axis=None)  # one block, of a width still to be chosen

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from jax.typing import DTypeLike
 
@@ -15,10 +15,11 @@ from jaxclip.checkpoints.reading import open_source
 from jaxclip.interop.compressed_tensors import write_packed
 from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
 from jaxclip.interop.gguf import check_gguf, write_gguf
-from jaxclip.interop.gguf_blocks import BYTES_PER_BLOCK
+from jaxclip.interop.gguf_blocks import BYTES_PER_BLOCK, BlockKind
 from jaxclip.interop.leaves import Rename, stored_leaves
 from jaxclip.interop.plain import write_values
 
+Format: TypeAlias = Literal["safetensors", "compressed-tensors", "gguf"] | BlockKind
 _MAX_CONFIG_BYTES = 2**26
 _SHARD_BYTES = 5 * 10**9  # of a shard in a folder where no size is given
 
@@ -26,7 +27,7 @@ _SHARD_BYTES = 5 * 10**9  # of a shard in a folder where no size is given
 def export_checkpoint(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    to: str,
+    to: Format,
     *,
     dtype: DTypeLike | None = None,
     architecture: str = "llama",

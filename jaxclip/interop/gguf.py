@@ -21,6 +21,7 @@ from jaxclip._core.trees import PyTree
 from jaxclip.interop.gguf_blocks import (
     BLOCK_SIZE,
     BYTES_PER_BLOCK,
+    BlockKind,
     blocks_of_codes,
     encode_blocks,
     header_of_codes,
@@ -52,7 +53,7 @@ def to_gguf(
     tree: PyTree,
     architecture: str,
     *,
-    kind: str | None = "Q4_0",
+    kind: BlockKind | None = "Q4_0",
     metadata: Mapping[str, Any] | None = None,
     separator: str = ".",
     rename: Rename = (),

@@ -10,7 +10,7 @@ stored values.
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxclip._core.grids import Grid
 from jaxclip.interop.leaves import check_held, rounded
 from jaxclip.lowbit.quantizer import quantize
 
+BlockKind: TypeAlias = Literal["Q4_0", "Q4_1", "Q8_0"]
 BLOCK_SIZE = 32
 BYTES_PER_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 _LOWEST = -8  # code that is stored as 0

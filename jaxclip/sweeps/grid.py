@@ -11,7 +11,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ def sweep(
     compress: Callable[[optax.Params, Bits], PyTree] = compress_tree,
     coding: Coding | None = None,
     record_every: int | None = None,
-    loop: str | None = None,
+    loop: Literal["compiled", "host"] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     directory: str | os.PathLike | None = None,

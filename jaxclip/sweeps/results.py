@@ -20,7 +20,7 @@ from jaxclip import plots
 from jaxclip._core.grids import Bits
 from jaxclip._core.reports import format_table, to_json
 from jaxclip._core.trees import PyTree
-from jaxclip.training.stopping import StopReason
+from jaxclip.training.stopping import Mode, StopReason
 
 
 def pareto_front(costs: ArrayLike) -> np.ndarray:
@@ -137,7 +137,7 @@ class SweepResult:
     history: dict[str, np.ndarray]
     metric: str
     train_metric: str | None
-    mode: str
+    mode: Mode
     params: PyTree = None
 
     def reason(self, i: int, j: int, seed: int = 0) -> StopReason:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
-from jaxclip.training.stopping import StopRule
+from jaxclip.training.stopping import Mode, StopRule
 
 STEP_METRICS = ("loss", "grad_norm", "weight_clip_rate", "num_skipped")
 
@@ -68,7 +68,7 @@ class Task:
     evaluate: Callable[[optax.Params], dict[str, ArrayLike]]
     metric: str
     train_metric: str | None = None
-    mode: str = "max"
+    mode: Mode = "max"
     weight_threshold: Callable[[jax.Array], PyTree] | None = None
     evaluate_every: int | None = None
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxclip
-from jaxclip import checkpoints
+from jaxclip import checkpoints, interop, sign, sweeps
 from jaxclip.training import reached
 
 params = {"kernel": jnp.ones((4, 3))}
@@ -31,6 +31,12 @@ small = jaxclip.compress(state.params, "ternary", layout="in_out")
 small = jaxclip.compress(state.params, jaxclip.Grid(4, levels="narrow", group_size=2))
 print(jaxclip.size_report(small, "huffman").total_bytes, small["kernel"].bits)
 checkpoints.save("x.safetensors", small, coding="smallest")
+interop.export_checkpoint("x.safetensors", "x.gguf", "Q4_0")
+interop.to_gguf("x.gguf", small, "llama", kind=None)
+functions = lambda p, b: 0.0, lambda k: params, lambda s: optax.sgd(s), lambda k: x
+ends = {"stop": jaxclip.max_steps(1), "evaluate": lambda p: {"error": 0.0}}
+task = sweeps.Task(*functions, **ends, metric="error", mode="min")
+jaxclip.sweep(task, step_sizes=[0.1], loop="host")
 stop = reached("loss", 0.1, mode="min")
 
 jaxclip.compress(params, "ternry")  # wrong
@@ -42,6 +48,12 @@ jaxclip.compress(params, 4, layout="torch")  # wrong
 jaxclip.fan_in(1.0, layout="flax")  # wrong
 reached("loss", 0.1, mode="minn")  # wrong
 checkpoints.save("x.safetensors", small, coding="zip")  # wrong
+jaxclip.Grid(4, scale_dtype="float12")  # wrong
+interop.export_checkpoint("x.safetensors", "y.gguf", "Q4_O")  # wrong
+interop.to_gguf("y.gguf", small, "llama", kind="Q5_0")  # wrong
+sign.scaled_sign("mean")  # wrong
+jaxclip.sweep(task, step_sizes=[0.1], loop="python")  # wrong
+sweeps.Task(*functions, **ends, metric="error", mode="maximum")  # wrong
 q.shap  # wrong
 """
 

@@ -9,13 +9,13 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclip._core.grids import Grid, code_range
+from jaxclip._core.grids import Grid, ScaleDtype, code_range
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format.codes import restore_leaf
 from jaxclip.checkpoints.format.headers import (
@@ -266,7 +266,7 @@ def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
             axis=tuple(axis) if type(axis) is list else axis,
             group_size=info["group_size"],
             zero_point=has_zero,
-            scale_dtype=scale_dtype,
+            scale_dtype=cast(ScaleDtype, scale_dtype),
         )
         grid = grid if version >= 3 else _with_groups_along_one_axis(grid, shape)
         scale_shape = grid.scale_shape(shape)
