@@ -1,5 +1,6 @@
 """Leaves of a tree: which of them are clipped, and by which path they are named."""
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -18,6 +19,15 @@ def path_name(path: tuple) -> str:
     """Returns a tree path as `layer/kernel`, without flax nnx's trailing `.value`."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.removesuffix("/value").removesuffix("/.value")
+
+
+def unique_names(paths: Sequence[tuple]) -> list[str]:
+    """Returns the names of tree paths; those of `{"a/b": x}` and `{"a": {"b": x}}` in full."""
+    counts = collections.Counter(map(path_name, paths))
+    return [
+        path_name(path) if counts[path_name(path)] == 1 else jax.tree_util.keystr(path)
+        for path in paths
+    ]
 
 
 def is_clippable(leaf: object) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.trees import PyTree, path_name
+from jaxclip._core.trees import PyTree, unique_names
 from jaxclip.training.step import StepInfo
 from jaxclip.training.telemetry import Statistics
 
@@ -60,10 +60,12 @@ def fetch_metrics(info: StepInfo) -> Statistics:
 def _scalars_of(aux: PyTree) -> dict[str, jax.Array]:
     """Returns the real scalars among the auxiliary outputs of the loss, as `aux/name`."""
     found = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(aux):
+    named = jax.tree_util.tree_leaves_with_path(aux)
+    names = unique_names([path for path, _ in named])
+    for name, (_, x) in zip(names, named, strict=True):
         is_number = not jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended)
         if is_number and jnp.ndim(x) == 0 and not jnp.iscomplexobj(x):
-            found["/".join(["aux", *filter(None, [path_name(path)])])] = x
+            found[f"aux/{name}" if name else "aux"] = x
     return found
 
 

@@ -56,9 +56,10 @@ def measure_lost_updates(
     # At two sizes of the gradient: if the step grows with the gradient, a small one proves
     # nothing. The search ends when the lost fractions, of the total and of the worst leaf, are at
     # most `enough`.
-    leaves = [(trees.path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)]
-    dtypes = {name: jnp.result_type(x) for name, x in leaves if trees.is_clippable(x)}
-    if any(isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer)) for _, x in leaves):
+    leaves = jax.tree.leaves(params)
+    named = zip(_names(params), leaves, strict=True)
+    dtypes = {name: jnp.result_type(x) for name, x in named if trees.is_clippable(x)}
+    if any(isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer)) for x in leaves):
         return LostUpdates(0.0, {}, dtypes)
     total, best = 1.0, {}
     try:
@@ -95,6 +96,10 @@ def _count_lost(
             yield counts
 
 
+def _names(params: PyTree) -> list[str]:
+    return trees.unique_names([path for path, _ in jax.tree_util.tree_leaves_with_path(params)])
+
+
 def _is_schedule(node: object) -> bool:
     return type(node).__name__ in _SCHEDULE_STATES
 
@@ -122,11 +127,10 @@ def _count_unchanged(params: PyTree, updates: PyTree) -> dict[str, tuple[int, in
     # Outside of jit, where XLA would keep half-precision sums in float32.
     new = optax.apply_updates(params, updates)
     counts = {}
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    pairs = zip(leaves, jax.tree.leaves(updates), jax.tree.leaves(new), strict=True)
-    for (path, old), u, w in pairs:
+    columns = (_names(params), *map(jax.tree.leaves, (params, updates, new)))
+    for name, old, u, w in zip(*columns, strict=True):
         if trees.is_clippable(old):
             has_update = np.asarray((u != 0) & jnp.isfinite(u))
             is_lost = has_update & np.asarray(w == old)
-            counts[trees.path_name(path)] = (int(is_lost.sum()), int(has_update.sum()))
+            counts[name] = (int(is_lost.sum()), int(has_update.sum()))
     return counts

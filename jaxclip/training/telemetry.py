@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jaxclip._core.checks import is_concrete
-from jaxclip._core.trees import PyTree, is_clippable, path_name
+from jaxclip._core.trees import PyTree, is_clippable, unique_names
 from jaxclip.gradients.state import ClipStats, LeafReport
 
 # Further numbers of a state, outside of its `ClipStats`.
@@ -161,9 +161,8 @@ def explain(opt_state: optax.OptState, params: optax.Params) -> list[LeafNorms]:
     """
     if not all(map(is_concrete, jax.tree.leaves(opt_state))):
         raise TypeError("explain reads values: call it on the state that a jitted step returned.")
-    paths = [
-        path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(params) if is_clippable(x)
-    ]
+    named = jax.tree_util.tree_leaves_with_path(params)
+    paths = unique_names([path for path, x in named if is_clippable(x)])
     reports = []
     for name, state in _named_states(opt_state):
         report = getattr(state, "leaves", None)

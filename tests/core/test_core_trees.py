@@ -15,6 +15,12 @@ def test_floating_leaves_count_and_all_others_do_not():
     assert not any(trees.is_clippable(x) for x in other)
 
 
+def test_leaves_of_one_joined_name_have_names_of_their_own():
+    tree = {"a/b": 1, "a": {"b": 2, "c": 3}}
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    assert trees.unique_names(paths) == ["['a']['b']", "a/c", "['a/b']"]
+
+
 def test_replaced_leaves_are_the_floating_ones_in_order():
     tree = {"a": jnp.ones(2), "n": 3, "z": jnp.zeros(1)}
     new = trees.replace_floating(tree, [jnp.full(2, 5.0), jnp.full(1, 6.0)])

@@ -335,6 +335,13 @@ def test_a_small_leaf_that_never_moves_is_named():
     assert "stochastic_rounding=True" in finding.message
 
 
+def test_a_leaf_that_never_moves_is_found_beside_one_of_the_same_joined_name():
+    params = half() | {"a": {"b": jnp.ones(8, jnp.bfloat16)}, "a/b": jnp.ones(8)}
+    (finding,) = lint([jaxclip.lion(1e-3)], params)
+    assert finding.where == ("""leaf "['a']['b']\"""",)
+    assert "(bfloat16)" in finding.message
+
+
 @pytest.mark.thorough
 def test_updates_that_come_every_fourth_step_are_waited_for():
     assert share_said(lint([optax.MultiSteps(jaxclip.lion(1e-5), 4)], half())) > 0.8

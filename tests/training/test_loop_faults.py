@@ -217,7 +217,8 @@ def test_a_best_metric_that_nothing_measures_is_refused():
 def test_the_log_has_aux_gradient_norm_and_learning_rate_each_once():
     def loss_fn(w, target):
         loss = jnp.sum((w - target) ** 2)
-        return loss, {"half": loss / 2, "all": w, "more": {"count": jnp.int32(3)}}
+        more = {"count": jnp.int32(3)}
+        return loss, {"half": loss / 2, "all": w, "more": more, "a": {"b": 4.0}, "a/b": loss}
 
     def rate(step):
         return 0.25 / (1 + step.astype(jnp.float32))
@@ -231,7 +232,7 @@ def test_the_log_has_aux_gradient_norm_and_learning_rate_each_once():
     )  # fmt: skip
     names = [*rows[0]]
     assert names[:5] == ["loss", "grad_norm", "learning_rate", "weight_clip_rate", "num_skipped"]
-    assert names[-2:] == ["aux/half", "aux/more/count"]
+    assert names[-4:] == ["aux/['a']['b']", "aux/['a/b']", "aux/half", "aux/more/count"]
     assert [name for name in names if "pre_norm" in name] == ["clip_by_global_norm/pre_norm"]
     np.testing.assert_allclose(found.history["aux/half"], found.history["loss"] / 2)
     np.testing.assert_allclose(found.history["learning_rate"], [0.25, 0.125])

@@ -236,6 +236,14 @@ def test_explain_numbers_the_leaves_that_a_mask_hides_the_names_of():
     assert report.norms == {"leaf 0": 3.0}
 
 
+def test_explain_keeps_the_norms_of_leaves_of_one_joined_name_apart():
+    tx = jaxclip.clip_by_global_norm(1.0)
+    params = {"a/b": jnp.array([3.0]), "a": {"b": jnp.array([4.0])}}
+    (report,) = jaxclip.training.explain(tx.update(params, tx.init(params))[1], params)
+    assert report.norms == {"['a']['b']": 4.0, "['a/b']": 3.0}
+    assert report.largest_leaf == "['a']['b']"
+
+
 def test_explain_inside_jit_is_refused():
     state = jaxclip.clip_by_global_norm(1.0).init(GRADS)
     with pytest.raises(TypeError, match="jitted step"):
