@@ -128,9 +128,10 @@ class Rounder:
 
     def rows(self, name, method, params):
         num_seeds = len(jax.tree.leaves(params)[0])
+        by_seed = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(num_seeds)]
         if method.width is not None:
             rule = "max_abs" if method.width == 4 else "absmean"
-            yield rule, method.width, *self._trained_at[method.width](params)
+            yield rule, method.width, *self._trained_at[method.width](by_seed)
             return
         densities = [method.density] if method.density else DENSITIES if name == "AdamW" else []
         for density in densities:
@@ -140,7 +141,7 @@ class Rounder:
             yield f"pruned, density {density:g}", "float16", metrics, sizes
         if method.density is None:
             for rule, (widths, compressor) in self._rules.items():
-                metrics, sizes = compressor(params)
+                metrics, sizes = compressor(by_seed)
                 for i, width in enumerate(widths):
                     if method.ends_at and (rule, width) != ("max_abs", method.ends_at):
                         continue  # the weights are on that grid

@@ -1,4 +1,4 @@
-"""Sweeps: step sizes, boxes, widths and seeds of one task compared in one compiled program.
+"""Sweeps: step sizes, boxes, widths and seeds of one task compared; compiled once for all.
 
 Each setting is trained, compressed and measured; the result knows which settings no other
 beats in both metric and bytes.

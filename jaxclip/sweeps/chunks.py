@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from jaxclip.checkpoints.reading import checkpoint_errors
 from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.entropy_coding import Coding, check_coding
 from jaxclip.lowbit.trees import decompress
-from jaxclip.sweeps.programs import Program, fingerprint, remembered
+from jaxclip.sweeps.compiled import fingerprint, remembered
+from jaxclip.sweeps.programs import Program
 from jaxclip.sweeps.tasks import Task
+from jaxclip.sweeps.threads import in_threads, num_cores
 
 
 class Compressor:
-    """Parameters of one setting, compressed to every width, decompressed and evaluated."""
+    """Parameters of rows, compressed to every width, decompressed and evaluated."""
 
     def __init__(
         self,
@@ -47,36 +50,47 @@ class Compressor:
                 small = params if width is None else compress(params, width)
                 return small, evaluate(decompress(small))
 
-            return jax.jit(jax.vmap(round_trip))
+            return jax.jit(round_trip)
 
         self._at_widths: list[Any] = [at_width(width) for width in bits]
         self._are_remembered = False
+        self._sizes: dict[int, int] = {}
 
     def fingerprint(self, params: PyTree) -> str:
         """Returns a digest of compression and evaluation, equal in all processes."""
         # Shapes suffice for `params`.
         return fingerprint(*(round_trip.trace(params) for round_trip in self._at_widths))
 
-    def __call__(self, params: optax.Params) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns metrics by name, and bytes: float64 of shape (seeds, widths).
-
-        The leaves of `params` have a leading axis of seeds.
-        """
+    def __call__(self, rows: Sequence[PyTree]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Returns metrics by name, and bytes: float64 of shape (rows, widths)."""
         if not self._are_remembered:
-            self._at_widths = [remembered(f.trace(params), lambda f=f: f) for f in self._at_widths]
+            self._at_widths = [remembered(f.trace(rows[0]), lambda f=f: f) for f in self._at_widths]
             self._are_remembered = True
-        metrics, sizes = [], []
-        for round_trip in self._at_widths:
+        found = in_threads(self._measure, rows, min(num_cores(), len(rows)))
+        metrics = {k: np.stack([metrics[k] for metrics, _ in found]) for k in found[0][0]}
+        return metrics, np.stack([num_bytes for _, num_bytes in found])
+
+    def _measure(
+        self, params: PyTree, is_over: threading.Event
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Returns metrics by name, and bytes, of one row: float64 of shape (widths,)."""
+        metrics, num_bytes = [], []
+        for width, round_trip in enumerate(self._at_widths):
+            if is_over.is_set():
+                break
             small, found = round_trip(params)
-            metrics.append({k: np.asarray(x).astype(np.float64) for k, x in found.items()})
-            num_seeds = len(jax.tree.leaves(small)[0])
-            trees = [jax.tree.map(lambda x, i=i: x[i], small) for i in range(num_seeds)]
-            if self._coding is None:  # the size follows from the shapes
-                sizes.append([size_report(trees[0]).total_bytes] * num_seeds)
-            else:
-                sizes.append([size_report(tree, self._coding).total_bytes for tree in trees])
-        stacked = {k: np.stack([m[k] for m in metrics], axis=-1) for k in metrics[0]}
-        return stacked, np.asarray(sizes, np.float64).T
+            metrics.append({k: np.float64(x) for k, x in found.items()})
+            num_bytes.append(self._num_bytes(width, small))
+        stacked = {k: np.asarray([m[k] for m in metrics]) for k in metrics[0]}
+        return stacked, np.asarray(num_bytes, np.float64)
+
+    def _num_bytes(self, width: int, small: PyTree) -> int:
+        if self._coding is not None:
+            return size_report(small, self._coding).total_bytes
+        # Without a coding the size follows from the shapes, which all rows have.
+        if width not in self._sizes:
+            self._sizes[width] = size_report(small).total_bytes
+        return self._sizes[width]
 
 
 class Trainer:
@@ -115,30 +129,21 @@ class Trainer:
 
     def chunk(self, settings: np.ndarray, keep_params: bool = False) -> dict[str, np.ndarray]:
         """Trains pairs (step size, threshold) and returns their arrays, settings leading."""
-        # A chunk with fewer settings is padded, so that it runs in the same program.
-        num_missing = self.program.num_settings - len(settings)
-        filled = np.concatenate([settings, np.repeat(settings[-1:], num_missing, axis=0)])
-        trained = self.program.run(filled[:, 0], filled[:, 1])
-        trees = [
-            jax.tree.map(lambda leaf, i=i: leaf[i], trained.params) for i in range(len(settings))
-        ]
-        compressed = [self._compressor(tree) for tree in trees]
-        arrays = {
-            f"metrics/{name}": np.stack([metrics[name] for metrics, _ in compressed])
-            for name in compressed[0][0]
-        }
-        arrays["file_bytes"] = np.stack([file_bytes for _, file_bytes in compressed])
+        trained = self.program.run(settings[:, 0], settings[:, 1])
+        shape = trained.code.shape
+        metrics, file_bytes = self._compressor(trained.params)
+        arrays = {f"metrics/{name}": x for name, x in metrics.items()} | {"file_bytes": file_bytes}
+        if keep_params:
+            leaves = zip(*map(jax.tree.leaves, trained.params), strict=True)
+            arrays |= {f"params/{i:06}": np.stack(rows) for i, rows in enumerate(leaves)}
+        arrays = {name: x.reshape(*shape, *x.shape[1:]) for name, x in arrays.items()}
         arrays |= {f"history/{k}": x.astype(np.float64) for k, x in trained.history.items()}
         for name in ("loss", "weight_clip_rate"):
             arrays[name] = arrays[f"history/{name}"][..., -1]
         arrays["is_diverged"] = _is_diverged(trained.history["loss"], trained.first_loss)
         arrays["steps"], arrays["reason_codes"] = trained.steps, trained.code
-        num_row_steps = max(int(trained.steps.max()), 1) * trained.steps.size
-        arrays["seconds_per_step"] = np.full(len(filled), trained.seconds / num_row_steps)
-        if keep_params:
-            leaves = jax.tree.leaves(trained.params)
-            arrays |= {f"params/{i:06}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
-        return {name: x[: len(settings)] for name, x in arrays.items()}
+        arrays["seconds_per_step"] = np.full(len(settings), trained.seconds_per_step)
+        return arrays
 
 
 def _is_diverged(losses: np.ndarray, first_loss: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Step sizes, boxes and widths compared in one compiled program.
+"""Step sizes, boxes and widths compared; what trains one of them trains all.
 
     result = sweep(task, step_sizes=[1e-3, 1e-2], thresholds=[0.5, 1.0])
     print(result.recommend(max_loss=0.01))
@@ -58,10 +58,12 @@ def sweep(
 ) -> SweepResult:
     """Trains a task with every step size, threshold and seed, and measures each at low bits.
 
-    All rows are trained in one compiled program. A row is trained by `make_train_step(
-    task.loss_fn, task.optimizer(step_size), weight_threshold=task.weight_threshold(threshold))`.
-    Seed s gives the keys `init, data, loss = split(key(s), 3)`, and step i, from 0, gets
-    `task.batches(fold_in(data, i))`.
+    A row, one setting with one seed, is trained by `make_train_step(task.loss_fn,
+    task.optimizer(step_size), weight_threshold=task.weight_threshold(threshold))`. Seed s gives the
+    keys `init, data, loss = split(key(s), 3)`, and step i, from 0, gets
+    `task.batches(fold_in(data, i))`. Compiled once, the step serves all rows. On one CPU as many
+    threads as there are cores train a row each, and a row that has stopped takes no more time. On
+    accelerators and several devices all rows are trained together.
 
     Args:
       task: The problem: loss, data, optimizer, stop rule and evaluation.
@@ -74,13 +76,14 @@ def sweep(
       coding: Entropy coding of the files whose bytes are counted: None, "huffman", "ans" or
         "smallest".
       record_every: Steps between two records of the history; by default a fiftieth of all.
-      loop: "compiled" for a loop over the steps inside the program, "host" for one outside.
-        None is "host" if the loss has convolutions and runs on CPU, where XLA's loops around
-        them are slow, otherwise "compiled".
-      chunk_size: Settings that are trained at once, rounded up to a multiple of the number of
-        devices; None for all that fit `memory_budget`.
-      memory_budget: Bytes that the program may use on each device; None for no limit. Memory use
-        is known only after compilation, so a smaller chunk compiles the program again.
+      loop: "compiled" for a loop over the steps inside the compiled program, "host" for one
+        outside. None is "host" if the loss has convolutions and runs on CPU, where XLA's loops
+        around them are slow, otherwise "compiled".
+      chunk_size: Settings that are trained before their results are measured and stored, rounded
+        up to a multiple of the number of devices; None for all that fit `memory_budget`.
+      memory_budget: Bytes that the rows of a chunk may use on each device, all in training; None
+        for no limit. Memory use is known only after compilation, so where rows are trained
+        together, a smaller chunk compiles them again.
       directory: Local folder for finished chunks. An interrupted sweep continues after them when it
         is called again; a call with other arguments or data is refused.
       devices: Devices over which the settings are divided; None for all of this process.
@@ -194,7 +197,7 @@ def _joined(
 
 def _identity_of_programs(trainer: Trainer, compressor: Compressor, task: Task) -> dict[str, Any]:
     """Returns further values that must be equal for stored chunks to be of the same sweep."""
-    shapes = jax.eval_shape(jax.vmap(task.init_fn), jax.random.split(jax.random.key(0), 2))
+    shapes = jax.eval_shape(task.init_fn, jax.random.key(0))
     return {
         "recorded_at": trainer.program.recorded_at,
         "chunk_size": trainer.program.num_settings,

@@ -75,8 +75,7 @@ class SweepRow(NamedTuple):
       gap: Generalization gap, by which the metric is better on the training data; NaN without
         a `train_metric`.
       file_bytes: Mean size of the file in bytes.
-      seconds_per_step: Time of a training step of one seed, while all rows of the program
-        share the machine.
+      seconds_per_step: Time of training divided by the steps of all rows, which share the machine.
       weight_clip_rate: Mean fraction of the boxed weights that end on the bound, in [0, 1].
       num_diverged: Number of seeds that diverged, see `SweepResult.is_diverged`.
     """
@@ -111,7 +110,8 @@ class SweepResult:
         loss and the smallest of the history, of axes (step_size, threshold, seed).
       steps: Steps taken, of axes (step_size, threshold, seed).
       reason_codes: Codes of `StopReason`, of axes (step_size, threshold, seed); see `reason`.
-      seconds_per_step: Time of a training step of one seed, of axes (step_size, threshold).
+      seconds_per_step: Time of training divided by the steps of all rows, which share the machine;
+        of axes (step_size, threshold).
       recorded_at: Steps of the history, along the axis "record".
       history: "loss" and "weight_clip_rate" of axes (step_size, threshold, seed, record).
       metric: Name of the metric by which settings are judged.

@@ -218,6 +218,39 @@ def make_train_step(
       >>> print(state.params, info.weight_clip_rate)
       [ 0.5  -0.25] 0.5
     """
+    step_with_bounds = make_step_with_bounds(
+        loss_fn,
+        optimizer,
+        weight_threshold,
+        mask,
+        has_aux=has_aux,
+        stochastic_rounding=stochastic_rounding,
+        telemetry_every=telemetry_every,
+    )
+
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
+        return step_with_bounds(state, batch)[:2]
+
+    options = backend_options() | dict(compiler_options or {})
+    jitted = jax.jit(
+        step,
+        donate_argnums=(0,) if donate and is_donation_safe() else (),
+        compiler_options=options or None,
+    )
+    return _TopLevelStep(step, jitted) if options else jitted
+
+
+def make_step_with_bounds(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    weight_threshold: PyTree,
+    mask: Mask | None = None,
+    *,
+    has_aux: bool = False,
+    stochastic_rounding: bool = False,
+    telemetry_every: int = 1,
+) -> Callable[[TrainState, PyTree], tuple[TrainState, StepInfo, PyTree]]:
+    """Returns the plain step, which returns state, info and the bound of each leaf as well."""
     if weight_threshold is None and mask is not None:
         raise ValueError("mask selects the weights to box, so it needs a weight_threshold.")
     threshold = jax.tree.map(
@@ -231,7 +264,7 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
     key_kind = _find_key_parameter(loss_fn)
 
-    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo, PyTree]:
         key, arguments, keywords = _loss_arguments(state, batch, key_kind)
         value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(*arguments, **keywords)
         loss, aux = value if has_aux else (value, None)
@@ -280,15 +313,10 @@ def make_train_step(
             nonfinite_leaf=first_nonfinite(leaf_norms, grads, is_frozen),
         )
         num_steps = increment(state.step)
-        return TrainState(num_steps, params, opt_state, key, num_skipped, clip_rate), info
+        state = TrainState(num_steps, params, opt_state, key, num_skipped, clip_rate)
+        return state, info, bounds
 
-    options = _backend_options() | dict(compiler_options or {})
-    jitted = jax.jit(
-        step,
-        donate_argnums=(0,) if donate and _is_donation_safe() else (),
-        compiler_options=options or None,
-    )
-    return _TopLevelStep(step, jitted) if options else jitted
+    return step
 
 
 class _TopLevelStep:
@@ -382,13 +410,13 @@ def _split_key(key: jax.Array | None, reason: str) -> tuple[jax.Array, jax.Array
     return next_key, used_key
 
 
-def _is_donation_safe() -> bool:
+def is_donation_safe() -> bool:
     """Returns False on CPU before jax 0.9, where XLA overwrites arrays that it still reads."""
     return jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 9)
 
 
 @functools.cache
-def _backend_options() -> dict[str, bool]:
+def backend_options() -> dict[str, bool]:
     """Returns XLA options for the default backend; none where this jaxlib does not know them."""
     if jax.default_backend() != "cpu":
         return {}

@@ -1,4 +1,4 @@
-"""One program for all settings, over devices and with either loop."""
+"""One row or all rows in a program, over devices and with either loop."""
 
 import dataclasses
 import types
@@ -12,6 +12,7 @@ from jax import lax
 
 import jaxclip
 from jaxclip.sweeps import programs
+from jaxclip.sweeps.compiled import fingerprint
 from jaxclip.sweeps.tasks import Task
 from oracles.compilations import counted
 from oracles.small_sweeps import (
@@ -97,10 +98,18 @@ def test_settings_are_divided_over_devices(result):
 def test_the_settings_of_a_program_are_on_all_of_its_devices():
     task = dataclasses.replace(TASK, stop=jaxclip.max_steps(2))
     program = programs.Program(task, 16, [0], jax.devices(), None, 1)
-    trained = program.run(np.full(16, 0.1), np.full(16, 1.0))
-    leaf = trained.params["hidden"]["kernel"]
-    assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {2}
-    assert len(leaf.sharding.device_set) == len(jax.devices())
+    placed = []
+
+    def listed(rows, *numbers_and_keys):
+        placed.append(rows.state.params["hidden"]["kernel"].sharding)
+        return advance(rows, *numbers_and_keys)
+
+    advance, program._advance = program._advance, listed
+    program.run(np.full(16, 0.1), np.full(16, 1.0))
+    assert len(placed) == 2
+    for sharding in placed:
+        assert sharding.shard_shape((16, 1, 6, 8)) == (2, 1, 6, 8)
+        assert len(sharding.device_set) == len(jax.devices())
 
 
 @pytest.mark.thorough
@@ -133,5 +142,5 @@ def test_constants_of_inner_jaxprs_are_distinguished(as_array):
 
         return jax.jit(outer).trace(jnp.ones(2))
 
-    found = [programs.fingerprint(traced(data)) for data in (2, 2, 3)]
+    found = [fingerprint(traced(data)) for data in (2, 2, 3)]
     assert found[0] == found[1] != found[2]

@@ -1,0 +1,36 @@
+"""Rows on the cores of a CPU: each thread takes one after the other."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent import futures
+from typing import Any
+
+
+def num_cores() -> int:
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def in_threads(
+    function: Callable[[Any, threading.Event], Any], items: Iterable[Any], num_threads: int
+) -> list[Any]:
+    """Returns `function(item, is_over)` of all items, in their order.
+
+    `is_over` is set at the first error, Ctrl-C included: a function that then returns early lets
+    the error be raised soon.
+    """
+    is_over = threading.Event()
+    with futures.ThreadPoolExecutor(num_threads) as pool:
+        jobs = [pool.submit(function, item, is_over) for item in items]
+        try:
+            done, _ = futures.wait(jobs, return_when=futures.FIRST_EXCEPTION)
+            for job in done:
+                job.result()
+        except BaseException:
+            is_over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [job.result() for job in jobs]

@@ -1,0 +1,103 @@
+"""A row is a loop over the train step, bit for bit, and its history is what that step says."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxclip
+from oracles.quick import quick_first
+from oracles.small_sweeps import BATCHES, init_fn, loss_fn, momentum, params_at, run
+
+NUM_STEPS, EVERY = 7, 3
+BOXES = {
+    "fan-in": jaxclip.fan_in,
+    "schedule": lambda t: lambda step: t / (1 + step.astype(jnp.float32)),
+    # It measures the weights before they are clipped; after that it would find other bounds.
+    "rule": lambda t: jaxclip.thresholds.per_tree(jaxclip.thresholds.percentile_abs(80.0)),
+    # 0.1 is not a float32: the bound is the number below it.
+    "numbers": lambda t: {"hidden": 0.1, "out": {"kernel": t, "bias": None}},
+    "none": lambda t: None,
+}
+
+
+def looped(step_size, threshold, seed, box):
+    """Parameters and history of a row whose step is called again and again from Python."""
+
+    def create(step_size, key):
+        return jaxclip.TrainState.create(init_fn(key), momentum(step_size), key=loss_key)
+
+    def step(step_size, threshold, state, key):
+        step = jaxclip.make_train_step(
+            loss_fn, momentum(step_size), weight_threshold=box(threshold), telemetry_every=1
+        )
+        return step(state, BATCHES(key))
+
+    init_key, data_key, loss_key = jax.random.split(jax.random.key(seed), 3)
+    numbers = np.float32(step_size), np.float32(threshold)
+    state, infos = jax.jit(create)(numbers[0], init_key), []
+    step = jax.jit(step)
+    for i in range(NUM_STEPS):
+        state, info = step(*numbers, state, jax.random.fold_in(data_key, i))
+        infos.append(info)
+    losses = np.asarray([info.loss for info in infos], np.float64)
+    means = [x.mean() for x in (losses[:3], losses[3:6], losses[6:])]
+    return state.params, means, [infos[i].weight_clip_rate for i in (2, 5, 6)]
+
+
+@pytest.mark.parametrize("name", quick_first(list(BOXES)))
+@pytest.mark.parametrize("loop", ["compiled", "host"])
+def test_a_row_is_a_loop_over_the_train_step_bit_for_bit(name, loop):
+    box = BOXES[name]
+    swept = run(
+        stop=jaxclip.max_steps(NUM_STEPS),
+        weight_threshold=box,
+        step_sizes=[0.3, 0.03],
+        thresholds=[0.25],
+        record_every=EVERY,
+        bits=(None,),
+        loop=loop,
+    )
+    for (i, step_size), seed in itertools.product(enumerate(swept.step_sizes), (0, 1)):
+        params, losses, rates = looped(step_size, 0.25, seed, box)
+        jax.tree.map(np.testing.assert_array_equal, params_at(swept, i, 0, seed), params)
+        np.testing.assert_allclose(swept.history["loss"][i, 0, seed], losses, rtol=4e-7)
+        np.testing.assert_array_equal(swept.history["weight_clip_rate"][i, 0, seed], rates)
+    assert name == "none" or swept.weight_clip_rate.any()
+
+
+def test_a_rule_may_read_the_fraction_on_the_bound_of_every_step():
+    stop = jaxclip.training.reached("weight_clip_rate", 0.3) | jaxclip.max_steps(NUM_STEPS)
+    swept = run(stop=stop, step_sizes=[0.3], thresholds=[0.5], bits=(None,))
+    assert (swept.steps < NUM_STEPS).all()
+    at_end = swept.history["weight_clip_rate"]
+    assert (at_end[..., -1] >= 0.3).all()
+    assert all(
+        (x[: n - 1] < 0.3).all() for x, n in zip(at_end[0, 0], swept.steps[0, 0], strict=True)
+    )
+
+
+@pytest.mark.parametrize("loop", ["compiled", "host"])
+def test_a_row_that_has_stopped_takes_no_more_steps(loop):
+    losses = []
+
+    def counted(params, batch):
+        loss = loss_fn(params, batch)
+        jax.debug.callback(losses.append, loss)
+        return loss
+
+    stop = jaxclip.training.plateau("loss", 1) | jaxclip.max_steps(NUM_STEPS)
+    swept = run(loss_fn=counted, stop=stop, thresholds=[0.25], bits=(None,), loop=loop)
+    jax.effects_barrier()
+    assert swept.steps.min() < NUM_STEPS
+    assert len(losses) == swept.steps.sum()
+
+
+def test_rows_do_not_depend_on_how_many_are_trained():
+    few, many = (
+        run(step_sizes=step_sizes, thresholds=[0.25], bits=(None,))
+        for step_sizes in ([0.3], [0.03, 0.3, 0.1])
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[1]), few.params, many.params)
