@@ -22,11 +22,11 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
+from jaxclip._core.signals import FirstSignal, check_signals
 from jaxclip._core.trees import PyTree
 from jaxclip.training.bars import ProgressBar, make_bar
 from jaxclip.training.logs import Log, SkipWarnings, add_metrics, check_names, fetch_metrics
 from jaxclip.training.runs import Best, BestRule, Run, RunStore
-from jaxclip.training.signals import Signals, check_signals
 from jaxclip.training.step import StepInfo, TrainState
 from jaxclip.training.stopping import Mode, Progress, StopReason, StopRule
 
@@ -97,7 +97,7 @@ def fit(
       keep_best: A metric of `evaluate`. The parameters with its best value are kept, a copy of
         them, and are part of every checkpoint.
       best_mode: "max" if a larger value is better, "min" if a smaller one is.
-      stop_signals: Signals that end the loop after the current step, for instance also
+      stop_signals: FirstSignal that end the loop after the current step, for instance also
         `signal.SIGUSR1`. After the first, all have their usual effect again.
 
     Returns:
@@ -128,7 +128,7 @@ def fit(
     """
     _check_arguments(stop, evaluate, evaluate_every, check_every, checkpoint_dir, checkpoint_every)
     best_rule = _checked_best_rule(keep_best, best_mode, evaluate)
-    signals = Signals(check_signals("stop_signals", stop_signals))
+    signals = FirstSignal(check_signals("stop_signals", stop_signals))
 
     start, run = time.monotonic(), Run(state, stop.init(), 0, int(state.num_skipped))
     with contextlib.ExitStack() as stack:
@@ -232,7 +232,7 @@ class _Loop:
     def run_all(
         self,
         batches: Iterator[PyTree],
-        signals: Signals,
+        signals: FirstSignal,
         store: RunStore | None,
         checkpoint_every: int | None,
     ) -> StopReason:
