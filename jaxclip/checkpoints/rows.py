@@ -32,6 +32,10 @@ def compress_leaf(
 ) -> tuple[QuantizedArray, QuantizationError]:
     """Returns a real floating leaf as low-bit, and its error; `bits` replaces the spec's width."""
 
+    on_host = spec.quantize_on_host(leaf, name, bits)
+    if on_host is not None:
+        return on_host
+
     def compress_part(part: np.ndarray) -> QuantizedArray:
         signals.check_stop()
         return dataclasses.replace(spec.quantize(part, name, bits), dtype=part.dtype)

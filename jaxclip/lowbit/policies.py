@@ -22,9 +22,11 @@ from jaxclip.lowbit.arrays import (
     num_stored_bytes,
 )
 from jaxclip.lowbit.budgets import NARROWEST
-from jaxclip.lowbit.quantizer import Threshold, quantize
+from jaxclip.lowbit.distortion import QuantizationError
+from jaxclip.lowbit.quantizer import Threshold, quantize, quantize_on_host
 from jaxclip.lowbit.rate_rounding import cheaper_codes
 from jaxclip.thresholds.rules import ThresholdRule
+from jaxclip.thresholds.values import is_rule_factory
 
 # A width, a Grid, None for "as it is", or a dict of fields of a Grid, `rule` and `bit_price`.
 Spec: TypeAlias = Bits | Grid | Mapping[str, Any] | None
@@ -81,7 +83,25 @@ class LeafSpec:
 
     def quantize(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns the low-bit array of a leaf; `bits` is its width if the grid has none."""
+        grid, rule = self._for_leaf(leaf, path, bits)
+        small = quantize(leaf, grid, threshold=rule, name=f"params at {path!r}")
+        return cheaper_codes(small, leaf, price=self.bit_price) if self.has_price else small
+
+    def quantize_on_host(
+        self, leaf: ArrayLike, path: str, bits: Bits | None = None
+    ) -> tuple[QuantizedArray, QuantizationError] | None:
+        """Returns what `quantize` does, in NumPy, and its error; None if that takes other ways."""
+        if self.has_price:
+            return None
+        grid, rule = self._for_leaf(leaf, path, bits)
+        return quantize_on_host(leaf, grid, threshold=rule, name=f"params at {path!r}")
+
+    def _for_leaf(
+        self, leaf: ArrayLike, path: str, bits: Bits | None
+    ) -> tuple[Grid, ArrayLike | ThresholdRule]:
+        """Returns grid and rule of a leaf."""
         grid, rule = self.grid_for(leaf, path, bits), self.rule
+        rule = rule() if is_rule_factory(rule) else rule  # pyright: ignore[reportCallIssue]
         if isinstance(rule, ThresholdRule):
             rule = rule.at_path(path)
         elif not callable(rule):
@@ -91,8 +111,7 @@ class LeafSpec:
                     f"{self._name(path)}: rule must broadcast to one value per block, {shape}, "
                     f"got {np.shape(rule)}."
                 )
-        small = quantize(leaf, grid, threshold=rule, name=f"params at {path!r}")
-        return cheaper_codes(small, leaf, price=self.bit_price) if self.has_price else small
+        return grid, rule  # pyright: ignore[reportReturnType]
 
     def grid_for(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> Grid:
         """Returns the grid of a leaf; raises if the leaf lacks one of its axes."""

@@ -9,8 +9,9 @@ and `scale = threshold`.
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from jaxclip._core import checks
 from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, quotient
 from jaxclip._core.grids import Bits, Grid, as_grid
 from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.distortion import QuantizationError
+from jaxclip.lowbit.encoding import Choice, encode_concrete, mirror_error, range_scale
 from jaxclip.lowbit.scale_formats import round_scale
 from jaxclip.thresholds.by_error import importance_for, mse_optimal
 from jaxclip.thresholds.by_magnitude import max_abs
@@ -70,14 +73,14 @@ def quantize(
       >>> quantize(jnp.ones((8, 4)), Grid(4, axis=-1)).scale.shape
       (1, 4)
     """
-    grid = as_grid(bits, axis=None)
+    threshold = threshold() if is_rule_factory(threshold) else threshold  # pyright: ignore
+    on_host = quantize_on_host(array, bits, threshold=threshold, name=name)
+    if on_host is not None:
+        device = next(iter(array.devices())) if isinstance(array, jax.Array) else None
+        return jax.tree.map(lambda part: jax.device_put(part, device), on_host[0])
     array = jnp.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be real floating to be quantized, got {array.dtype}.")
+    grid = _grid_for(array.dtype, array.ndim, bits, name)
     _check_all_finite(name, array)
-    grid = grid.from_the_end(array.ndim)
-    if is_rule_factory(threshold):
-        threshold = threshold()  # pyright: ignore[reportCallIssue]
     importance = getattr(threshold, "importance", None)
     if not grid.zero_point:
         v = None if importance is None else importance_for(importance, array.shape, name)
@@ -91,14 +94,69 @@ def quantize(
     return QuantizedArray(codes, scale, grid, array.dtype, zero)
 
 
+def quantize_on_host(
+    array: ArrayLike, bits: Bits | Grid, *, threshold: Threshold, name: str
+) -> tuple[QuantizedArray, QuantizationError] | None:
+    """Returns a low-bit array in NumPy and its error, by one program for arrays of all shapes.
+
+    None if it takes a program for just this array: a traced or sharded one, or by another rule
+    than `mse_optimal` without importance and `max_abs`.
+    """
+    choice = _CHOICES.get(type(threshold))
+    host = _on_host(array)
+    if choice is None or host is None or getattr(threshold, "importance", None) is not None:
+        return None
+    dtype = jax.dtypes.canonicalize_dtype(host.dtype)
+    grid = _grid_for(dtype, host.ndim, bits, name)
+    if not host.size:
+        return None
+    found: Any = encode_concrete(host, grid, choice)
+    if not math.isfinite(found.squared_norm):
+        _raise_not_finite(name, host)
+    error = QuantizationError(found.squared_error, found.squared_norm, found.num_clipped)
+    return QuantizedArray(found.codes, found.scale, grid, dtype, found.zero), error
+
+
+# The rules that the program knows.
+_CHOICES: dict[type, Choice] = {type(mse_optimal()): "mse_optimal", type(max_abs()): "max_abs"}
+
+
+def _on_host(array: ArrayLike) -> np.ndarray | None:
+    """Returns an array of NumPy, of Python numbers, or of jax on one CPU device; else None."""
+    if isinstance(array, (np.ndarray, np.generic, float, list, tuple)):
+        return np.asarray(array)
+    if not isinstance(array, jax.Array) or not checks.is_concrete(array):
+        return None
+    devices = array.devices()
+    is_on_host = len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    is_number = is_on_host and jnp.issubdtype(array.dtype, jnp.floating)
+    return np.asarray(array) if is_number else None
+
+
+def _grid_for(dtype: Any, ndim: int, bits: Bits | Grid, name: str) -> Grid:
+    """Returns the grid for an array, its axes counted from the end."""
+    grid = as_grid(bits, axis=None)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be real floating to be quantized, got {dtype}.")
+    return grid.from_the_end(ndim)
+
+
 def _check_all_finite(name: str, array: jax.Array) -> None:
     if not checks.is_concrete(array) or not array.is_fully_addressable:
         return
     with jax.ensure_compile_time_eval():  # for a concrete array inside a caller's jit
         all_finite = bool(jnp.all(jnp.isfinite(array)))
     if not all_finite:
-        index = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array, np.float64)))[0])
-        raise ValueError(f"{name} must be finite to be quantized, got {array[index]} at {index}.")
+        _raise_not_finite(name, np.asarray(array))
+
+
+def _raise_not_finite(name: str, array: np.ndarray) -> None:
+    """Raises with the first entry that is not finite in float32, or in a wider `array`'s dtype."""
+    with np.errstate(over="ignore"):
+        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        is_finite = np.isfinite(array.astype(np.float32))
+    index = tuple(int(i) for i in np.argwhere(~is_finite)[0])
+    raise ValueError(f"{name} must be finite to be quantized, got {array[index]} at {index}.")
 
 
 def _block_thresholds(array: jax.Array, grid: Grid, threshold: Threshold, name: str) -> jax.Array:
@@ -166,22 +224,13 @@ def _encode(
         return jnp.where(x < 0, -1, 1).astype(jnp.int8), stored
     scale = stored.astype(jnp.float32)
 
-    def ratio(scale: jax.Array) -> jax.Array:
-        return _ratio(x, scale, grid)
-
-    def block_error(scale: jax.Array) -> jax.Array:
-        """Returns the squared error of each block in steps, which cannot overflow."""
-        r = ratio(scale)
-        squares = jnp.square(r - jnp.clip(jnp.round(r), low, high))
-        squares = squares if importance is None else squares * importance
-        blocks, axes = grid.split(squares)
-        return grid.compact(jnp.sum(blocks, axis=axes, keepdims=True), x.ndim)
-
     if low < -high:  # the sign of the scale puts the longer side where the error is lower
-        is_mirrored = block_error(-scale) < block_error(scale)
+        added = mirror_error(_ratio(x, scale, grid), low, high)
+        blocks, axes = grid.split(added if importance is None else added * importance)
+        is_mirrored = grid.compact(jnp.sum(blocks, axis=axes, keepdims=True), x.ndim) < 0
         # As a product, because a selection needs scales that are sharded like the errors.
         scale = scale * (1 - 2 * is_mirrored.astype(jnp.float32))
-    codes = jnp.clip(jnp.round(ratio(scale)), low, high).astype(jnp.int8)
+    codes = jnp.clip(jnp.round(_ratio(x, scale, grid)), low, high).astype(jnp.int8)
     return codes, scale.astype(stored.dtype)
 
 
@@ -212,9 +261,7 @@ def _range_scale(
     del counts
     top = jnp.max(blocks, axis=axes, keepdims=True, initial=0)
     bottom = jnp.min(blocks, axis=axes, keepdims=True, initial=0)
-    scale = jnp.maximum(top / (high - low) - bottom / (high - low), FLOAT32_TINY)
-    zero = jnp.clip(low - jnp.round(quotient(bottom, scale)), low, high)
-    return scale, zero
+    return range_scale(bottom, top, low, high)
 
 
 def _ratio(x: jax.Array, scale: jax.Array, grid: Grid) -> jax.Array:

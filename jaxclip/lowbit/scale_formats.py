@@ -37,11 +37,12 @@ def dtype_in_memory(scale_dtype: str) -> str:
     return "float32" if scale_dtype == "log8" else scale_dtype
 
 
-def round_scale(scale: ArrayLike, scale_dtype: str) -> jax.Array:
-    """Returns all float32 scales of an array rounded to a format; signs are kept."""
+def round_scale(scale: ArrayLike, scale_dtype: str, largest: ArrayLike | None = None) -> jax.Array:
+    """Returns float32 scales rounded to a format; signs are kept."""
+    # log8 needs the largest magnitude of an array's scales: of all these if it is not given.
     scale = jnp.asarray(scale, jnp.float32)
     if scale_dtype == "log8":
-        largest = largest_log8(scale, jnp)
+        largest = jnp.asarray(largest_log8(scale if largest is None else largest, jnp))
         # Not log2 of a quotient: by a number near the largest float32 it would be subnormal.
         places = jnp.round(_STEPS * (jnp.log2(largest) - jnp.log2(jnp.abs(scale))))
         index = jnp.clip(places, 0, _LARGEST_CODE).astype(jnp.int32)

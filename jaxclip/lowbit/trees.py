@@ -137,6 +137,10 @@ def _measured(spec: LeafSpec, leaf: jax.Array, name: str) -> list[Option]:
     """Returns a leaf at every width."""
     options = []
     for width in ALL_WIDTHS:
+        on_host = spec.quantize_on_host(leaf, name, width)
+        if on_host is not None:
+            options.append(option_of(on_host[0], on_host[1].squared_error))
+            continue
         q = spec.quantize(leaf, name, width)
         if not checks.is_concrete(q.qvalue):
             raise TypeError(

@@ -269,8 +269,12 @@ def test_targets_that_are_no_sizes_are_refused_by_name(tmp_path, value):
 def test_a_target_under_jit_is_refused():
     with pytest.raises(TypeError, match="target_bits_per_weight needs the weights' values"):
         jax.eval_shape(lambda p: squeeze(p, target_bits_per_weight=3), uneven_params())
-    with pytest.raises(TypeError, match="target_bits_per_weight needs the weights' values"):
-        jax.eval_shape(lambda: squeeze(uneven_params(), target_bits_per_weight=3))
+
+
+def test_a_target_with_known_weights_is_met_inside_of_jit():
+    params = uneven_params()
+    inside = jax.jit(lambda: squeeze(params, target_bits_per_weight=3))()
+    jax.tree.map(np.testing.assert_array_equal, inside, squeeze(params, target_bits_per_weight=3))
 
 
 # --- Bad input -------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def _evaluate_whole(
     return refined((squares, products), stats.energy, candidates.scale)
 
 
-def _sums_of_pieces(y: jax.Array, v: jax.Array | None, candidates: Candidates) -> jax.Array:
+def sums_of_pieces(y: jax.Array, v: jax.Array | None, candidates: Candidates) -> jax.Array:
     """Sums r^2 and r l over axis 1 of (pieces, entries[, c]) to (pieces, c, candidates)."""
     # Unrolled, with candidates last and both sums in one complex number, this compiles on CPU to
     # one vectorized loop that reads each weight once. A reduction would not be vectorized, and
@@ -232,7 +232,7 @@ def _evaluate_at_once(
     v = None if v is None else in_pieces(v)
 
     def in_lanes() -> jax.Array:
-        sums = _sums_of_pieces(y, v, candidates.map(lambda c: jnp.repeat(c, pieces, axis=0)))
+        sums = sums_of_pieces(y, v, candidates.map(lambda c: jnp.repeat(c, pieces, axis=0)))
         if pieces > 1:
             return sums
         sums = jnp.real(sums), jnp.imag(sums)
@@ -273,7 +273,7 @@ def _evaluate_in_slabs(
             return part.reshape(pieces, piece, columns)
 
         y = slab(x, stats.factor)
-        return total + _sums_of_pieces(y, None if v is None else slab(v), wide)
+        return total + sums_of_pieces(y, None if v is None else slab(v), wide)
 
     zero = 0 * stats.factor[0, 0]
     zeros = jnp.broadcast_to(lax.complex(zero, zero), (pieces, columns, lanes))

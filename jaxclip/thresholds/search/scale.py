@@ -29,7 +29,7 @@ from jaxclip.thresholds.search.candidates import (
 
 # Passes over the whole bracket, for one sign of the scale, by highest code.
 _COARSE_PASSES = {1: 1, 3: 1, 7: 1, 15: 1, 31: 2, 127: 6}
-_SHORT = 256  # entries up to which a block is short: its level `low` may move the optimum far
+SHORT = 256  # entries up to which a block is short: its level `low` may move the optimum far
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
@@ -43,16 +43,18 @@ def best_scale(
 ) -> jax.Array:
     """Returns the scale of least squared error for each block, dims kept; 0 for zeros."""
     # It is negative where the level `low < -high` helps on the positive side, and NaN for NaN.
-    is_long = math.prod(blocks.shape[a] for a in axes) > _SHORT
-    search = functools.partial(_search, low, high, is_long, importance is not None)
+    is_long = math.prod(blocks.shape[a] for a in axes) > SHORT
+    search = functools.partial(search_scale, low, high, is_long, importance is not None)
     scale, factor = search_blocks(blocks, axes, counts, search, importance)
     return scale / factor
 
 
 def best_common_scale(arrays: Sequence[jax.Array], low: int, high: int) -> jax.Array:
     """Returns the scale of least squared error for all entries of some arrays together."""
-    is_long = sum(x.size for x in arrays) > _SHORT
-    scale, factor = search_arrays(arrays, functools.partial(_search, low, high, is_long, False))
+    is_long = sum(x.size for x in arrays) > SHORT
+    scale, factor = search_arrays(
+        arrays, functools.partial(search_scale, low, high, is_long, False)
+    )
     return scale / factor
 
 
@@ -75,7 +77,7 @@ def _bracket(
     return jnp.minimum(least, 0.8 * most), most
 
 
-def _search(
+def search_scale(
     low: int, high: int, is_long: bool, is_weighted: bool, evaluate: Evaluate, stats: BlockStats
 ) -> jax.Array:
     """Searches for the scale of least error."""

@@ -38,7 +38,7 @@ def best_scale_and_zero(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the scale and the zero point of least squared error for each block, dims kept."""
     # For blocks of zeros the scale is 0, and the zero point the code nearest to 0.
-    search = functools.partial(_search, low, high)
+    search = functools.partial(search_scale_and_zero, low, high)
     (scale, zero), factor = search_blocks(blocks, axes, counts, search)
     return scale / factor, zero
 
@@ -99,7 +99,7 @@ def _joined(*parts: list[jax.Array]) -> list[jax.Array]:
     return [jnp.concatenate(values, axis=-1) for values in zip(*parts, strict=True)]
 
 
-def _search(
+def search_scale_and_zero(
     low: int, high: int, evaluate: Evaluate, stats: BlockStats
 ) -> tuple[jax.Array, jax.Array]:
     """Searches for the scale and zero point of least error."""
