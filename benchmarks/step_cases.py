@@ -75,7 +75,7 @@ def ours(optimizer, *, box=BOX, reads_telemetry=False, stochastic_rounding=False
     def step(state, grads):
         state, info = train_step(state, grads)
         if reads_telemetry:
-            jax.device_get(info)
+            info.read()
         return state
 
     def start(params, grads):

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from jaxclip._core.trees import PyTree, is_clippable
 from jaxclip._core.updates import bound_in
 from jaxclip.sweeps.tasks import STEP_METRICS, Task, check_unambiguous
-from jaxclip.training.step import StepInfo, TrainState, make_step_with_bounds
+from jaxclip.training.info import StepInfo
+from jaxclip.training.step import TrainState, make_step_with_bounds
 from jaxclip.training.stopping import Progress
 from jaxclip.training.telemetry import Statistics
 from jaxclip.weights.clipping import rate_on_bounds

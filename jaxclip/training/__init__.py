@@ -4,13 +4,13 @@ A bad step, with a NaN or infinity in a gradient that reaches a weight, changes 
 counted.
 """
 
+from jaxclip.training.info import StepInfo as StepInfo
 from jaxclip.training.lint import Finding as Finding
 from jaxclip.training.lint import lint as lint
 from jaxclip.training.logs import log_to_jsonl as log_to_jsonl
 from jaxclip.training.loop import FitResult as FitResult
 from jaxclip.training.loop import fit as fit
 from jaxclip.training.runs import Best as Best
-from jaxclip.training.step import StepInfo as StepInfo
 from jaxclip.training.step import TrainState as TrainState
 from jaxclip.training.step import make_train_step as make_train_step
 from jaxclip.training.stochastic_rounding import (

@@ -1,5 +1,6 @@
 """Metrics of a training loop: fetched from the device, kept, logged, and warned about."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree, unique_names
-from jaxclip.training.step import StepInfo
+from jaxclip.training.info import StepInfo
 from jaxclip.training.telemetry import Statistics
 
 OnLog = Callable[[int, dict[str, float]], None]
@@ -50,11 +51,10 @@ class Log:
 
 def fetch_metrics(info: StepInfo) -> Statistics:
     """Returns all scalars that a step reports, as Python floats."""
+    info = dataclasses.replace(info, aux=_scalars_of(info.aux)).read()
     names = ("loss", "grad_norm", "learning_rate", "weight_clip_rate", "num_skipped")
-    named = {name: getattr(info, name) for name in names} | info.stats | _scalars_of(info.aux)
-    named = {name: x for name, x in named.items() if x is not None}
-    fetched = jax.device_get(named)  # which sorts the names
-    return Statistics((name, float(fetched[name])) for name in named)
+    named = {name: getattr(info, name) for name in names} | info.stats | info.aux
+    return Statistics((name, float(x)) for name, x in named.items() if x is not None)
 
 
 def _scalars_of(aux: PyTree) -> dict[str, jax.Array]:

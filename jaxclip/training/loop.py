@@ -25,9 +25,10 @@ from jaxclip._core import checks
 from jaxclip._core.signals import FirstSignal, check_signals
 from jaxclip._core.trees import PyTree
 from jaxclip.training.bars import ProgressBar, make_bar
+from jaxclip.training.info import StepInfo
 from jaxclip.training.logs import Log, SkipWarnings, add_metrics, check_names, fetch_metrics
 from jaxclip.training.runs import Best, BestRule, Run, RunStore
-from jaxclip.training.step import StepInfo, TrainState
+from jaxclip.training.step import TrainState
 from jaxclip.training.stopping import Mode, Progress, StopReason, StopRule
 
 

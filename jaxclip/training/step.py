@@ -23,13 +23,14 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import increment, keep_weak_type, select
-from jaxclip._core.trees import Mask, PyTree, is_clippable, map_clippable, path_name
+from jaxclip._core.trees import Mask, PyTree, map_clippable
 from jaxclip._core.updates import is_unbounded
 from jaxclip.norms.of_trees import measure_norm
 from jaxclip.thresholds.values import check_threshold_tree
 from jaxclip.training.frozen import find_frozen, first_nonfinite, zero_nonfinite
+from jaxclip.training.info import StepInfo
 from jaxclip.training.stochastic_rounding import apply_updates_stochastically
-from jaxclip.training.telemetry import Statistics, clip_stats, find_learning_rate
+from jaxclip.training.telemetry import clip_stats, find_learning_rate
 from jaxclip.weights.clipping import clip_to_bounds, rate_on_bounds, resolve_bounds
 
 
@@ -104,48 +105,6 @@ def _on_one_mesh(state: TrainState) -> TrainState:
         return jax.device_put(x, replicated)
 
     return jax.tree.map(place, state)
-
-
-class StepInfo(NamedTuple):
-    """Report of one step; all values are on the device.
-
-    Attributes:
-      loss: Scalar, the loss before the step.
-      aux: The auxiliary output of the loss with `has_aux`, or None.
-      stats: `clip_stats` of the optimizer, each once. Those of the first clip of the chain are
-        found by their bare names too, such as `stats["pre_norm"]`.
-      weight_clip_rate: Scalar float32, fraction of the boxed weights that are on the bound;
-        0 without a box. Counted at the first step and every `telemetry_every` steps; at the
-        others it is the last one counted.
-      num_skipped: Scalar int32, steps skipped so far.
-      grad_norm: Scalar, norm of all gradients; non-finite entries of frozen leaves count as 0.
-      learning_rate: Scalar, the first learning rate that the optimizer's state has: that of
-        jaxclip's optimizers, or of `optax.inject_hyperparams`. None if it has none.
-      nonfinite_leaf: Scalar int32, position of the first leaf whose gradient is not finite among
-        the floating leaves of the parameters, or -1; leaves that train come before frozen ones.
-    """
-
-    loss: jax.Array
-    aux: PyTree
-    stats: dict[str, jax.Array]
-    weight_clip_rate: jax.Array
-    num_skipped: jax.Array
-    grad_norm: jax.Array
-    learning_rate: jax.Array | None
-    nonfinite_leaf: jax.Array
-
-    def nonfinite_path(self, params: optax.Params) -> str | None:
-        """Returns the path of the first leaf whose gradient is not finite; None if all are.
-
-        Args:
-          params: The parameters, or any tree of their structure; only paths are read.
-        """
-        index = int(self.nonfinite_leaf)
-        if index < 0:
-            return None
-        named = jax.tree_util.tree_leaves_with_path(params)
-        paths = [path_name(path) for path, leaf in named if is_clippable(leaf)]
-        return paths[index]
 
 
 def make_train_step(
@@ -302,14 +261,14 @@ def make_step_with_bounds(
         opt_state = _select(is_good, opt_state, state.opt_state)
         clip_rate = _weight_clip_rate(state, params, bounds, telemetry_every)
         num_skipped = increment(state.num_skipped, ~is_good)
-        info = StepInfo(
-            loss=loss,
-            aux=aux,
-            stats=Statistics(stats),
-            weight_clip_rate=clip_rate,
-            num_skipped=num_skipped,
+        info = StepInfo.create(
+            loss,
+            aux,
+            stats,
             grad_norm=norm.value(),
             learning_rate=learning_rate,
+            weight_clip_rate=clip_rate,
+            num_skipped=num_skipped,
             nonfinite_leaf=first_nonfinite(leaf_norms, grads, is_frozen),
         )
         num_steps = increment(state.step)

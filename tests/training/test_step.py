@@ -12,7 +12,8 @@ from flax import linen, nnx
 
 import jaxclip
 from jaxclip.thresholds import percentile_abs
-from jaxclip.training.step import StepInfo, TrainState, make_train_step
+from jaxclip.training.info import StepInfo
+from jaxclip.training.step import TrainState, make_train_step
 from oracles.given_gradients import given_loss
 from oracles.quick import quick_first
 
@@ -651,6 +652,36 @@ def test_the_info_shows_each_statistic_once_and_finds_it_by_both_names():
         info.stats["pre_norms"]
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), info)
     assert stacked.stats["clip_rate"].shape == (2,)
+
+
+def test_reading_gives_the_numbers_of_the_device_and_stacked_infos_split_by_step():
+    def loss(params, batch):
+        return linear_loss(params, batch), {"rows": jnp.arange(3), "half": jnp.bfloat16(0.5)}
+
+    tx = make_optimizer()
+    step = make_train_step(loss, tx, weight_threshold=0.1, has_aux=True)
+
+    def body(state, batch):
+        state, info = step(state, batch)
+        assert info.stats["pre_norm"].shape == info.grad_norm.shape == ()
+        return state, info
+
+    batches = jax.tree.map(lambda *x: jnp.stack(x), *[make_batch(i) for i in range(3)])
+    _, stacked = jax.lax.scan(body, TrainState.create(make_params(), tx), batches)
+    state = TrainState.create(make_params(), tx)
+    for i in range(3):
+        state, info = step(state, jax.tree.map(lambda x, i=i: x[i], batches))
+        read, from_scan = info.read(), jax.tree.map(lambda x, i=i: x[i], stacked)
+        assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(read))
+        assert [*read.stats] == [*info.stats] == [*jaxclip.clip_stats(state.opt_state)]
+        for name in ("loss", "grad_norm", "weight_clip_rate", "num_skipped", "nonfinite_leaf"):
+            assert getattr(read, name) == getattr(info, name)
+            assert getattr(read, name).dtype == getattr(info, name).dtype
+            np.testing.assert_allclose(getattr(from_scan, name), getattr(read, name), rtol=1e-6)
+        for name, x in read.stats.items():
+            assert x == info.stats[name]
+            np.testing.assert_allclose(stacked.stats[name][i], x, rtol=1e-6)
+        assert read.aux["rows"].tolist() == [0, 1, 2]
 
 
 def test_the_info_has_the_norm_of_the_gradients_and_the_learning_rate():
