@@ -1,6 +1,7 @@
 """Chunks of a sweep: some settings with all their seeds, trained, compressed and kept in files."""
 
 import contextlib
+import functools
 import json
 import os
 import threading
@@ -61,24 +62,27 @@ class Compressor:
         # Shapes suffice for `params`.
         return fingerprint(*(round_trip.trace(params) for round_trip in self._at_widths))
 
-    def __call__(self, rows: Sequence[PyTree]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def __call__(
+        self, rows: Sequence[PyTree], widths: slice = slice(None)
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns metrics by name, and bytes: float64 of shape (rows, widths)."""
         if not self._are_remembered:
             self._at_widths = [remembered(f.trace(rows[0]), lambda f=f: f) for f in self._at_widths]
             self._are_remembered = True
-        found = in_threads(self._measure, rows, min(num_cores(), len(rows)))
+        measure = functools.partial(self._measure, range(len(self._at_widths))[widths])
+        found = in_threads(measure, rows, min(num_cores(), len(rows)))
         metrics = {k: np.stack([metrics[k] for metrics, _ in found]) for k in found[0][0]}
         return metrics, np.stack([num_bytes for _, num_bytes in found])
 
     def _measure(
-        self, params: PyTree, is_over: threading.Event
+        self, widths: Sequence[int], params: PyTree, is_over: threading.Event
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns metrics by name, and bytes, of one row: float64 of shape (widths,)."""
         metrics, num_bytes = [], []
-        for width, round_trip in enumerate(self._at_widths):
-            if is_over.is_set():
-                break
-            small, found = round_trip(params)
+        for width in widths:
+            if is_over.is_set():  # another row ended with an error
+                return {}, np.empty(0)
+            small, found = self._at_widths[width](params)
             metrics.append({k: np.float64(x) for k, x in found.items()})
             num_bytes.append(self._num_bytes(width, small))
         stacked = {k: np.asarray([m[k] for m in metrics]) for k in metrics[0]}
@@ -107,7 +111,9 @@ class Trainer:
         loop: str | None = None,
         record_every: int | None = None,
         memory_budget: int | None = None,
+        schedule: str | None = None,
     ):
+        self._task, self._schedule = task, schedule
         devices = list(jax.local_devices() if devices is None else devices)
         record_every = record_every or -(-int(task.stop.num_steps or 0) // 50)
         self._compressor = compressor
@@ -129,7 +135,9 @@ class Trainer:
 
     def chunk(self, settings: np.ndarray, keep_params: bool = False) -> dict[str, np.ndarray]:
         """Trains pairs (step size, threshold) and returns their arrays, settings leading."""
-        trained = self.program.run(settings[:, 0], settings[:, 1])
+        halving = Halving(self._task, self._compressor, len(settings)) if self._schedule else None
+        rungs = halving_rungs(self.program.recorded_at) if halving else ()
+        trained = self.program.run(settings[:, 0], settings[:, 1], rungs, halving)
         shape = trained.code.shape
         metrics, file_bytes = self._compressor(trained.params)
         arrays = {f"metrics/{name}": x for name, x in metrics.items()} | {"file_bytes": file_bytes}
@@ -144,6 +152,32 @@ class Trainer:
         arrays["steps"], arrays["reason_codes"] = trained.steps, trained.code
         arrays["seconds_per_step"] = np.full(len(settings), trained.seconds_per_step)
         return arrays
+
+
+def halving_rungs(recorded_at: Sequence[int]) -> list[int]:
+    """Returns after how many records, a ninth and a third of the steps, settings are compared."""
+    rungs = {int(np.searchsorted(recorded_at, recorded_at[-1] / part)) + 1 for part in (9, 3)}
+    return sorted(rungs - {len(recorded_at)})
+
+
+class Halving:
+    """Chooses the third of the settings that goes on, by their metric at the last width."""
+
+    def __init__(self, task: Task, compressor: Compressor, num_settings: int):
+        self._task, self._compressor = task, compressor
+        self._is_on = np.ones(num_settings, bool)
+
+    def __call__(self, params: Sequence[PyTree]) -> np.ndarray:
+        """Returns True for the settings that go on; the seeds of a setting are neighbors."""
+        seeds = np.arange(len(params)).reshape(len(self._is_on), -1)
+        on = np.flatnonzero(self._is_on)
+        rows = [params[int(i)] for i in seeds[on].ravel()]
+        metrics, _ = self._compressor(rows, slice(-1, None))
+        cost = metrics[self._task.metric].reshape(len(on), -1).mean(axis=1)
+        cost = -cost if self._task.mode == "max" else cost
+        best = np.argsort(cost, kind="stable")[: -(-len(on) // 3)]
+        self._is_on = np.isin(np.arange(len(self._is_on)), on[best])
+        return self._is_on
 
 
 def _is_diverged(losses: np.ndarray, first_loss: np.ndarray) -> np.ndarray:

@@ -49,6 +49,7 @@ def sweep(
     coding: Coding | None = None,
     record_every: int | None = None,
     loop: Literal["compiled", "host"] | None = None,
+    schedule: Literal["halving"] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     directory: str | os.PathLike | None = None,
@@ -79,6 +80,10 @@ def sweep(
       loop: "compiled" for a loop over the steps inside the compiled program, "host" for one
         outside. None is "host" if the loss has convolutions and runs on CPU, where XLA's loops
         around them are slow, otherwise "compiled".
+      schedule: "halving" to train only the best settings to the end. After a ninth and a third of
+        the steps, at a record, the best third goes on, by the metric at the last width of `bits`.
+        The others stop with the reason `StopReason.OUTRANKED`; those that go on get the same
+        numbers as without. None trains all.
       chunk_size: Settings that are trained before their results are measured and stored, rounded
         up to a multiple of the number of devices; None for all that fit `memory_budget`.
       memory_budget: Bytes that the rows of a chunk may use on each device, all in training; None
@@ -97,8 +102,9 @@ def sweep(
       TypeError: If `task.evaluate` does not return a dict, or an argument has a wrong type.
       ValueError: If a number is out of range; if a metric of the task is not among those that
         `evaluate` returns; if `stop` reads a metric that nothing measures, or that a step and
-        `evaluate` both report; if one setting exceeds `memory_budget`; or if `directory` has
-        chunks of another sweep.
+        `evaluate` both report; if one setting exceeds `memory_budget`, or with a schedule all
+        together; if a schedule comes with smaller chunks; or if `directory` has chunks of
+        another sweep.
       CheckpointError: If a file in `directory` is damaged.
 
     Example:
@@ -124,6 +130,7 @@ def sweep(
     step_size_axis = _axis("step_sizes", step_sizes, checks.check_positive)
     threshold_axis = _axis("thresholds", thresholds, checks.check_threshold)
     seed_axis, widths = _seed_axis(seeds), _widths(bits)
+    checks.check_choice("schedule", schedule, (None, "halving"))
     _check_run(loop, devices, record_every, chunk_size, memory_budget)
     if directory is not None:
         checks.check_local_path("directory", directory)
@@ -140,12 +147,18 @@ def sweep(
         loop=loop,
         record_every=record_every,
         memory_budget=memory_budget,
+        schedule=schedule,
     )
+    if schedule is not None and trainer.program.num_settings < len(settings):
+        raise ValueError(
+            f"schedule compares all {len(settings)} settings, but chunk_size or memory_budget "
+            f"makes chunks of {trainer.program.num_settings}."
+        )
     store = None
     if directory is not None:
         identity = {"settings": [[str(x) for x in setting] for setting in settings]}
         identity |= {"seeds": seed_axis, "bits": widths, "coding": coding}
-        identity |= {"keep_params": keep_params}
+        identity |= {"keep_params": keep_params, "schedule": schedule}
         identity |= _identity_of_programs(trainer, compressor, task)
         store = ChunkStore(directory, identity)
     arrays = _joined(_chunks(trainer, settings, store, keep_params, progress), axes[0].shape)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxclip._core.trees import PyTree
 from jaxclip.sweeps.compiled import fingerprint, has_operation, remembered
 from jaxclip.sweeps.rows import Row, Rows
-from jaxclip.sweeps.tasks import Task
+from jaxclip.sweeps.tasks import OUTRANKED, Task
 from jaxclip.sweeps.threads import in_threads, num_cores
 from jaxclip.training.step import backend_options, is_donation_safe
 
@@ -67,7 +67,7 @@ class Program:
         self.recorded_at = self._rows.recorded_at
         self._is_by_row = len(devices) == 1 and devices[0].platform == "cpu"
         self._by_setting, self._everywhere = _shardings(devices)
-        self._records_per_call = 1
+        self._num_rows, self._records_per_call = num_settings * len(seeds), 1
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.asarray(seeds))
         self._seed_keys = jax.device_put(keys, self._everywhere)
         self._traced = self._trace(devices[0].platform, loop)
@@ -115,58 +115,111 @@ class Program:
         if sizes is None:
             return None
         held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
-        num_calls = self.num_settings * len(self._seed_keys) if self._is_by_row else 1
+        num_calls = self._num_rows if self._is_by_row else 1
         return num_calls * (held - sizes.alias_size_in_bytes)
 
-    def run(self, step_sizes: np.ndarray, thresholds: np.ndarray) -> Trained:
-        """Trains settings, at most as many as the program was made for."""
+    def run(
+        self,
+        step_sizes: np.ndarray,
+        thresholds: np.ndarray,
+        rungs: Sequence[int] = (),
+        choose: Callable[[list[PyTree]], np.ndarray] | None = None,
+    ) -> Trained:
+        """Trains settings, at most as many as the program was made for.
+
+        After each number of records in `rungs`, `choose(params)` gets the parameters of all rows
+        and returns True for the settings that go on.
+        """
+        shape, seconds = (len(step_sizes), len(self._seed_keys)), 0.0
+        items = self._items(step_sizes, thresholds)
+        rows: list[Any] = [None] * len(items)
+        num_threads = min(num_cores(), len(items)) if self._is_by_row else 1
+        for end in [*rungs, len(self.recorded_at)]:
+            start = time.monotonic()
+            train = functools.partial(self._train, end)
+            rows = in_threads(train, zip(items, rows, strict=True), num_threads)
+            seconds += time.monotonic() - start
+            if choose is not None and end < len(self.recorded_at):
+                params = [row.state.params for row in self._split(rows, shape)]
+                rows = self._outranked(rows, ~choose(params))
+        ends = self._split(rows, shape)
+        num_steps = [int(row.state.step) for row in ends]
+        # Rows that are trained together take the time of the longest.
+        num_row_steps = sum(num_steps) if self._is_by_row else max(num_steps) * self._num_rows
+        return _gathered(ends, shape, self._rows.record_every, seconds / max(num_row_steps, 1))
+
+    def _items(self, step_sizes: np.ndarray, thresholds: np.ndarray) -> list[tuple]:
+        """Returns step size, threshold and keys of each row, or those of all rows."""
         numbers = [np.asarray(x, np.float32) for x in (step_sizes, thresholds)]
-        shape, start = (len(step_sizes), len(self._seed_keys)), time.monotonic()
         if self._is_by_row:
             settings = zip(*numbers, strict=True)
-            items = [(*setting, keys) for setting in settings for keys in self._seed_keys]
-            rows = in_threads(self._train, items, min(num_cores(), len(items)))
-            num_row_steps = sum(int(row.state.step) for row in rows)
-        else:
-            # Fewer settings are padded, so that they run in the same program.
-            missing = (0, self.num_settings - shape[0])
-            numbers = [np.pad(x, missing, "edge") for x in numbers]
-            numbers = [jax.device_put(x, self._by_setting) for x in numbers]
-            many = jax.device_get(self._train((*numbers, self._seed_keys), threading.Event()))
-            rows = [jax.tree.map(lambda x, at=at: x[at], many) for at in np.ndindex(shape)]
-            num_row_steps = many.state.step.size * int(many.state.step.max())
-        seconds_per_step = (time.monotonic() - start) / max(num_row_steps, 1)
-        return _gathered(rows, shape, self._rows.record_every, seconds_per_step)
+            return [(*setting, keys) for setting in settings for keys in self._seed_keys]
+        # Fewer settings are padded, so that they run in the same program.
+        missing = (0, self.num_settings - len(step_sizes))
+        numbers = [np.pad(x, missing, "edge") for x in numbers]
+        return [(*(jax.device_put(x, self._by_setting) for x in numbers), self._seed_keys)]
 
-    def _train(self, numbers_and_keys: tuple, is_over: threading.Event) -> Row:
-        """Returns a row after its last step, or all rows; what only training needs is dropped."""
-        rows, done, is_on = self._begin(*numbers_and_keys), 0, True
-        while is_on and done < len(self.recorded_at) and not is_over.is_set():
+    def _train(self, end: int, item_and_rows: tuple, is_over: threading.Event) -> Row:
+        """Returns a row, or all rows, after `end` records; begins them if they are None."""
+        item, rows = item_and_rows
+        rows = self._begin(*item) if rows is None else rows
+        while not is_over.is_set() and (np.asarray(rows.code) == 0).any():
+            done = self._num_records(rows)
+            if done == end:
+                break
             start = time.monotonic()
-            end = min(done + self._records_per_call, len(self.recorded_at))
-            advance = self._call if self.loop == "compiled" else self._step_to_record
-            rows = advance(rows, numbers_and_keys, self.recorded_at[end - 1])
-            is_on = bool((np.asarray(rows.code) == 0).any())
-            before = done
-            done = -(-int(np.asarray(rows.state.step).max()) // self._rows.record_every)
-            if self._is_by_row and self.loop == "compiled":
-                seconds = (time.monotonic() - start) / max(done - before, 1)
-                self._records_per_call = max(int(_SECONDS_PER_CALL / max(seconds, 1e-9)), 1)
+            if self.loop == "compiled":
+                until = self.recorded_at[min(done + self._records_per_call, end) - 1]
+                rows = self._advance(rows, *item, np.int32(until))
+                self._keep_pace(start, self._num_records(rows) - done)
+            else:
+                rows = self._step_to_record(rows, item, done, is_over)
+        if end < len(self.recorded_at):
+            return rows
+        # What only training needs is dropped.
         return rows._replace(
             state=rows.state._replace(opt_state=(), key=None), memory=(), bounds=[]
         )
 
-    def _call(self, rows: Row, numbers_and_keys: tuple, end: int) -> Row:
-        return self._advance(rows, *numbers_and_keys, np.int32(end))
+    def _num_records(self, rows: Row) -> int:
+        return -(-int(np.asarray(rows.state.step).max()) // self._rows.record_every)
 
-    def _step_to_record(self, rows: Row, numbers_and_keys: tuple, end: int) -> Row:
+    def _keep_pace(self, start: float, num_records: int) -> None:
+        """Chooses how many records the next call of a row is for."""
+        if self._is_by_row:
+            seconds = (time.monotonic() - start) / max(num_records, 1)
+            self._records_per_call = max(int(_SECONDS_PER_CALL / max(seconds, 1e-9)), 1)
+
+    def _step_to_record(self, rows: Row, item: tuple, index: int, is_over: threading.Event) -> Row:
         """Returns rows after step by step has been called from outside, up to a record."""
-        index = (end - 1) // self._rows.record_every
-        for i in range(index * self._rows.record_every, end):
-            rows = self._advance(rows, *numbers_and_keys, np.int32(i))
-            if self._is_by_row and int(rows.code):
+        for i in range(index * self._rows.record_every, self.recorded_at[index]):
+            rows = self._advance(rows, *item, np.int32(i))
+            if is_over.is_set() or (self._is_by_row and int(rows.code)):
                 break
         return self._record[0](rows, np.int32(index))
+
+    def _split(self, rows: list[Row], shape: tuple[int, int]) -> list[Row]:
+        """Returns each row by itself."""
+        if self._is_by_row:
+            return rows
+        (many,) = rows
+        many = many._replace(state=many.state._replace(opt_state=(), key=None), memory=())
+        many = jax.device_get(many)
+        return [jax.tree.map(lambda x, at=at: x[at], many) for at in np.ndindex(shape)]
+
+    def _outranked(self, rows: list[Row], is_outranked: np.ndarray) -> list[Row]:
+        """Returns the rows, of which those of some settings have stopped."""
+        if self._is_by_row:
+            each = np.repeat(is_outranked, len(self._seed_keys))
+            return [
+                row._replace(code=np.int32(OUTRANKED)) if is_out and not int(row.code) else row
+                for row, is_out in zip(rows, each, strict=True)
+            ]
+        (many,) = rows
+        is_out = np.pad(is_outranked, (0, self.num_settings - len(is_outranked)), "edge")[:, None]
+        code = np.asarray(many.code)
+        code = np.where(is_out & (code == 0), np.int32(OUTRANKED), code)
+        return [many._replace(code=jax.device_put(code, self._by_setting))]
 
     # --- Inside the programs: one row -------------------------------------------------
 

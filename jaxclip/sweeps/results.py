@@ -20,6 +20,7 @@ from jaxclip import plots
 from jaxclip._core.grids import Bits
 from jaxclip._core.reports import format_table, to_json
 from jaxclip._core.trees import PyTree
+from jaxclip.sweeps.tasks import OUTRANKED
 from jaxclip.training.stopping import Mode, StopReason
 
 
@@ -78,6 +79,8 @@ class SweepRow(NamedTuple):
       seconds_per_step: Time of training divided by the steps of all rows, which share the machine.
       weight_clip_rate: Mean fraction of the boxed weights that end on the bound, in [0, 1].
       num_diverged: Number of seeds that diverged, see `SweepResult.is_diverged`.
+      is_outranked: True if the schedule of the sweep stopped the setting, because others were
+        better; its numbers are those of the weights at that step.
     """
 
     step_size: float
@@ -90,6 +93,7 @@ class SweepRow(NamedTuple):
     seconds_per_step: float
     weight_clip_rate: float
     num_diverged: int
+    is_outranked: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,6 +173,7 @@ class SweepResult:
                 seconds_per_step=float(self.seconds_per_step[i, j]),
                 weight_clip_rate=float(self.weight_clip_rate[i, j].mean()),
                 num_diverged=int(self.is_diverged[i, j].sum()),
+                is_outranked=bool((self.reason_codes[i, j] == OUTRANKED).any()),
             )
             for i, j, b in np.ndindex(mean.shape)
         ]
@@ -176,7 +181,7 @@ class SweepResult:
     def pareto(self) -> list[SweepRow]:
         """Returns the rows that no other beats in both metric and bytes, smallest file first.
 
-        A setting with a diverged seed is left out.
+        A setting with a diverged seed is left out, and one that a schedule stopped.
         """
         rows = self._sound_rows()
         costs = [[self._cost(row), row.file_bytes] for row in rows]
@@ -198,8 +203,8 @@ class SweepResult:
           A `SweepRow`.
 
         Raises:
-          ValueError: If `max_loss` is negative or NaN, if each setting has a diverged seed, or if
-            the mean metric of all other settings is NaN.
+          ValueError: If `max_loss` is negative or NaN, if each setting was outranked or has a
+            diverged seed, or if the mean metric of all other settings is NaN.
         """
         if not max_loss >= 0:
             raise ValueError(f"max_loss must be at least 0, got {max_loss!r}.")
@@ -207,6 +212,8 @@ class SweepResult:
         rows = [row for row in sound if not math.isnan(row.metric)]
         if not rows:
             reason = "each setting has a diverged seed"
+            if any(row.is_outranked for row in self.rows()):
+                reason = "each setting was outranked or has a diverged seed"
             if sound:
                 reason = f"{self.metric!r} is NaN in each row without a diverged seed"
             raise ValueError(f"there is nothing to recommend: {reason}.")
@@ -231,7 +238,7 @@ class SweepResult:
         return jax.tree.map(lambda leaf: leaf[i, j], self.params)
 
     def _sound_rows(self) -> list[SweepRow]:
-        return [row for row in self.rows() if not row.num_diverged]
+        return [row for row in self.rows() if not (row.num_diverged or row.is_outranked)]
 
     def _cost(self, row: SweepRow) -> float:
         return -row.metric if self.mode == "max" else row.metric
@@ -241,8 +248,11 @@ class SweepResult:
     def table(self) -> str:
         """Returns all rows as a text table, a line for each setting and width."""
         titles = ["step size", "threshold", "bits", self.metric, "+-", "gap", "bytes"]
-        titles += ["ms/step", "on bound", "diverged"]
-        lines = [titles] + [_cells(row, len(self.seeds)) for row in self.rows()]
+        titles += ["ms/step", "on bound", "diverged", "outranked"]
+        rows = self.rows()
+        lines = [titles] + [_cells(row, len(self.seeds)) for row in rows]
+        if not any(row.is_outranked for row in rows):
+            lines = [cells[:-1] for cells in lines]
         return format_table(lines, num_left=0)
 
     def __str__(self) -> str:
@@ -319,7 +329,8 @@ def _cells(row: SweepRow, num_seeds: int) -> list[str]:
     cells += ["" if math.isnan(x) else f"{x:.4f}" for x in (row.standard_error, row.gap)]
     cells += [f"{row.file_bytes:,.0f}", f"{1e3 * row.seconds_per_step:.3f}"]
     cells += [f"{row.weight_clip_rate:.0%}"]
-    return [*cells, f"{row.num_diverged}/{num_seeds}" if row.num_diverged else ""]
+    cells += [f"{row.num_diverged}/{num_seeds}" if row.num_diverged else ""]
+    return [*cells, "yes" if row.is_outranked else ""]
 
 
 def _written(text: str, path: str | os.PathLike | None) -> str:

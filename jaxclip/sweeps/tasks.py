@@ -10,8 +10,9 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
-from jaxclip.training.stopping import Mode, StopRule
+from jaxclip.training.stopping import Mode, StopReason, StopRule
 
+OUTRANKED = 1 + list(StopReason).index(StopReason.OUTRANKED)  # a stop rule's code
 STEP_METRICS = ("loss", "grad_norm", "weight_clip_rate", "num_skipped")
 
 

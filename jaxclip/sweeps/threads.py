@@ -20,9 +20,11 @@ def in_threads(
     """Returns `function(item, is_over)` of all items, in their order.
 
     `is_over` is set at the first error, Ctrl-C included: a function that then returns early lets
-    the error be raised soon.
+    the error be raised soon. One thread is the thread of the caller.
     """
     is_over = threading.Event()
+    if num_threads == 1:
+        return [function(item, is_over) for item in items]
     with futures.ThreadPoolExecutor(num_threads) as pool:
         jobs = [pool.submit(function, item, is_over) for item in items]
         try:

@@ -31,6 +31,7 @@ class StopReason(enum.Enum):
     NONFINITE = "Too many steps in a row were not finite."
     DATA_ENDED = "The data ended."
     INTERRUPTED = "A signal arrived."
+    OUTRANKED = "Other settings of the sweep were better."
 
     def __str__(self) -> str:
         return self.value
