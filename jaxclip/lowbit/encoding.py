@@ -23,7 +23,7 @@ from jaxclip._core.grids import Grid
 from jaxclip.lowbit.parts import Parts, PartShape, Place, parts_of
 from jaxclip.lowbit.scale_formats import dtype_in_memory, round_scale
 from jaxclip.thresholds.search.candidates import BlockStats, Evaluate, Search
-from jaxclip.thresholds.search.rows import Rows, search_rows
+from jaxclip.thresholds.search.rows import Rows, search_rows, sum_entries
 from jaxclip.thresholds.search.scale import SHORT, search_scale
 from jaxclip.thresholds.search.scale_and_zero import search_scale_and_zero
 
@@ -67,15 +67,16 @@ _Array: TypeAlias = Any  # of jax inside the program, of NumPy outside
 
 
 class _Slab(NamedTuple):
-    """The result for a slab: sizes, scales and zeros for each row, the rest for each piece."""
+    """The result for a slab: codes for each entry, the rest for each row."""
 
     codes: _Array
     size: _Array  # the scale before it is rounded to its format, without a sign
     scale: _Array
     zero: _Array
     error: _Array  # squared, times the factor squared
-    norm: _Array  # likewise
-    factor: _Array  # a power of two
+    error_factor: _Array  # a power of two
+    norm: _Array  # squared, times the factor squared
+    norm_factor: _Array  # a power of two
     num_clipped: _Array
 
 
@@ -110,12 +111,9 @@ def encode_concrete(array: np.ndarray, grid: Grid, choice: Choice) -> Encoded:
             for place, some in zip(places, _rows_of(rows, places), strict=True):
                 target = whole[place.channels, place.groups]
                 target[...] = some.reshape(target.shape)
-        is_used = np.arange(parts.part_shape.num_pieces) < parts.row_pieces * np.array(
-            [[place.num_rows] for place in places]
-        )
-        factor = np.square(result.factor[is_used].astype(np.float64))
-        error, norm = (float(np.sum(x[is_used] / factor)) for x in (result.error, result.norm))
-        return error, norm, int(np.sum(result.num_clipped[is_used]))
+        error = _unscaled_sum(result.error, result.error_factor, places)
+        norm = _unscaled_sum(result.norm, result.norm_factor, places)
+        return error, norm, sum(int(n.sum()) for n in _rows_of(result.num_clipped, places))
 
     errors, norms, num_clipped = zip(*_in_threads(encode, parts), strict=True)
     return Encoded(
@@ -145,6 +143,12 @@ def _plan(parts: Parts, grid: Grid, choice: Choice, dtype: np.dtype) -> _Plan:
 def _rows_of(per_row: np.ndarray, places: Sequence[Place]) -> list[np.ndarray]:
     """Returns the values of the rows that each slab has."""
     return [slab[: place.num_rows] for slab, place in zip(per_row, places, strict=False)]
+
+
+def _unscaled_sum(squares: np.ndarray, factor: np.ndarray, places: Sequence[Place]) -> float:
+    """Returns the sum of squares over all rows, in float64, without their factors."""
+    pairs = zip(_rows_of(squares, places), _rows_of(factor, places), strict=True)
+    return float(sum(np.sum(x / np.square(f.astype(np.float64))) for x, f in pairs))
 
 
 def _in_threads(function: Callable[[Sequence[Place]], Any], parts: Parts) -> list[Any]:
@@ -250,12 +254,12 @@ def _encode_rows(plan: _Plan, rows: Rows, largest: jax.Array) -> _Slab:
     def spread(per_row: jax.Array) -> jax.Array:
         return rows.spread(per_row)[:, None]
 
-    size, zero, reach = _scales(plan, rows)
-    stored = round_scale(size, grid.scale_dtype, largest)
+    found = _scales(plan, rows)
+    stored, zero = round_scale(found.size, grid.scale_dtype, largest), found.zero
     scale = stored.astype(jnp.float32)
     if low < -high and not grid.zero_point:
         added = mirror_error(quotient(x, spread(scale)), low, high)
-        scale = jnp.where(rows.total(jnp.sum(added, axis=1)) < 0, -scale, scale)
+        scale = jnp.where(rows.total(sum_entries(added)) < 0, -scale, scale)
     if grid.bits == 1:
         levels = jnp.where(x < 0, -1, 1).astype(jnp.float32)
         levels = jnp.where(_is_entry(rows), levels, 0)
@@ -268,16 +272,18 @@ def _encode_rows(plan: _Plan, rows: Rows, largest: jax.Array) -> _Slab:
     is_clipped = (x < jnp.minimum(*ends)) | (x > jnp.maximum(*ends))
     # Squares of numbers near 1 at most: they do not overflow.
     largest_level = jnp.minimum(jnp.abs(scale) * max(high, -low), FLOAT32_MAX)
-    factor = rows.spread(inverse_size(jnp.maximum(reach, largest_level)))
+    factor = inverse_size(jnp.maximum(found.largest, largest_level))
+    error = jnp.square((x - value) * spread(factor))
     return _Slab(
         codes=(levels + spread(zero)).astype(jnp.int8),
-        size=size,
+        size=found.size,
         scale=scale.astype(stored.dtype),
         zero=zero.astype(jnp.int8),
-        error=jnp.sum(jnp.square((x - value) * factor[:, None]), axis=1),
-        norm=jnp.sum(jnp.square(x * factor[:, None]), axis=1),
-        factor=factor,
-        num_clipped=jnp.sum(is_clipped, axis=1, dtype=jnp.int32),
+        error=rows.total(sum_entries(error)),
+        error_factor=factor,
+        norm=found.energy,
+        norm_factor=found.factor,
+        num_clipped=rows.total(sum_entries(is_clipped.astype(jnp.float32))),
     )
 
 
@@ -294,14 +300,25 @@ def _rounded_to(dtype: str, x: jax.Array, positive: jax.Array) -> jax.Array:
 def mirror_error(ratio: jax.Array, low: int, high: int) -> jax.Array:
     """Returns what each entry adds to the error, in squared steps, if its scale is negated."""
 
-    def squared(ratio: jax.Array) -> jax.Array:
-        return jnp.square(ratio - jnp.clip(jnp.round(ratio), low, high))
+    def residual(ratio: jax.Array) -> jax.Array:
+        return ratio - jnp.clip(jnp.round(ratio), low, high)
 
-    return squared(-ratio) - squared(ratio)
+    mirrored, own = residual(-ratio), residual(ratio)
+    # Exactly 0 if neither is clipped. Of two squares XLA would round only one.
+    return (mirrored - own) * (mirrored + own)
 
 
-def _scales(plan: _Plan, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the size of the scale, the zero and the largest magnitude of each row."""
+class _Scales(NamedTuple):
+    """Scales before they are rounded to their format, and statistics; one value for each row."""
+
+    size: jax.Array  # without a sign
+    zero: jax.Array
+    largest: jax.Array  # magnitude
+    energy: jax.Array  # sum of squares, times the factor squared
+    factor: jax.Array  # a power of two
+
+
+def _scales(plan: _Plan, rows: Rows) -> _Scales:
     low, high = plan.grid.code_range
 
     def search(evaluate: Evaluate, stats: BlockStats) -> tuple[jax.Array, ...]:
@@ -312,15 +329,16 @@ def _scales(plan: _Plan, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
             scale = stats.largest / high
         else:
             scale = search_scale(low, high, plan.is_long, False, evaluate, stats)
-        return scale, zero, stats.largest
+        return scale, zero, stats.largest, stats.energy
 
-    (scale, zero, largest), factor = search_rows(rows, search)
+    (scale, zero, largest, energy), factor = search_rows(rows, search)
     size = jnp.abs(scale / factor)
     if plan.grid.bits == 1 and plan.choice == "mse_optimal":
-        size = rows.total(jnp.sum(jnp.abs(rows.pieces) / rows.spread(rows.counts)[:, None], axis=1))
+        size = rows.total(sum_entries(jnp.abs(rows.pieces) / rows.spread(rows.counts)[:, None]))
     if not plan.grid.zero_point:
         size = jnp.minimum(size * high, FLOAT32_MAX) / high
-    return jnp.clip(size, FLOAT32_TINY, FLOAT32_MAX), zero, largest / factor
+    size = jnp.clip(size, FLOAT32_TINY, FLOAT32_MAX)
+    return _Scales(size, zero, largest / factor, energy, factor)
 
 
 def _zero_search(plan: _Plan, low: int, high: int) -> Search:

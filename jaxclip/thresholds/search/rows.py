@@ -5,6 +5,8 @@ all. A row is `row_pieces` consecutive pieces; that number may be traced.
 """
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -52,11 +54,21 @@ class Rows(NamedTuple):
         """Returns the maximum over the pieces of each row; -inf behind the last row."""
         return self._combined(per_piece, jax.ops.segment_max)
 
-    def _combined(self, per_piece: jax.Array, combine) -> jax.Array:
+    def _combined(self, per_piece: jax.Array, combine: Callable) -> jax.Array:
         if self.row_pieces is None:
             return per_piece
         rows = self.row_of_piece()
         return combine(per_piece, rows, self.pieces.shape[0], indices_are_sorted=True)
+
+
+def sum_entries(x: jax.Array) -> jax.Array:
+    """Returns the sums over axis 1 of (pieces, entries)."""
+    # As a sum of slices, which XLA on CPU vectorizes, unlike a sum along the last axis.
+    lanes = 8
+    while x.shape[1] > lanes and x.shape[1] % lanes == 0:
+        slices = [x[:, i : i + lanes] for i in range(0, x.shape[1], lanes)]
+        x = functools.reduce(operator.add, slices)
+    return jnp.sum(x, axis=1)
 
 
 def search_rows(rows: Rows, search: Search) -> tuple[PyTree, jax.Array]:
@@ -67,7 +79,7 @@ def search_rows(rows: Rows, search: Search) -> tuple[PyTree, jax.Array]:
     lowest = -jnp.maximum(rows.largest(jnp.max(-x, axis=1)), 0)
     factor = floats.inverse_size(largest)
     y = x * rows.spread(factor)[:, None]
-    energy = rows.total(jnp.sum(jnp.square(y), axis=1))
+    energy = rows.total(sum_entries(jnp.square(y)))
     stats = BlockStats(
         factor, largest * factor, lowest * factor, highest * factor, energy, rows.counts
     )
