@@ -194,8 +194,9 @@ class QuantizedArray(DenseMethods):
 
     def check_values(self, name: str) -> None:
         """Raises unless scales and zeros have values that the class allows."""
-        scale = np.asarray(self.scale).astype(np.float32)
-        if not np.all(np.isfinite(scale) & (scale != 0)):
+        scale = np.asarray(self.scale).astype(np.float32, copy=False)
+        # Methods, not functions of NumPy: a file may have a million small leaves.
+        if not (np.isfinite(scale).all() and scale.all()):
             raise ValueError(f"{name!r}: scales must be finite and not 0.")
         if self.zero is not None:
             low, high = self.grid.code_range

@@ -8,6 +8,7 @@ are read as words of that many bytes and joined: neighbours to pairs, pairs to f
 eights.
 """
 
+import functools
 import math
 from typing import Any, TypeAlias
 
@@ -30,6 +31,10 @@ _TRITS_OF_BYTE = _TRITS.astype(np.uint8).view(np.uint64)[:, 0]
 def num_packed_bytes(count: int, bits: Bits) -> int:
     """Returns the number of bytes that `pack_codes` makes of `count` codes."""
     code_range(bits)
+    return _num_bytes(count, bits)
+
+
+def _num_bytes(count: int, bits: Bits) -> int:
     return -(-count // 5) if bits == "ternary" else -(-count * int(bits) // 8)
 
 
@@ -61,7 +66,7 @@ def pack_codes(codes: _Array, bits: Bits, *, levels: Levels = "full") -> _Array:
     if not isinstance(codes, np.ndarray):
         return _pack(jnp.reshape(codes, (-1,)), bits, low)
     flat, size = codes.reshape(-1), codes.size
-    packed = np.empty(num_packed_bytes(size, bits), np.uint8)
+    packed = np.empty(_num_bytes(size, bits), np.uint8)
     for start in range(0, size, CODES_PER_CHUNK):
         place = _bytes_of_piece(start, size, bits)
         packed[place] = _pack(flat[start : start + CODES_PER_CHUNK], bits, low)
@@ -89,12 +94,12 @@ def unpack_codes(packed: _Array, bits: Bits, count: int, *, levels: Levels = "fu
       array([ 1, -1,  0,  1,  1], dtype=int8)
     """
     low, _ = code_range(bits, levels)
-    if packed.shape != (num_packed_bytes(count, bits),):
+    if packed.shape != (_num_bytes(count, bits),):
         raise ValueError(
-            f"packed must have {num_packed_bytes(count, bits)} bytes for {count} codes at "
+            f"packed must have {_num_bytes(count, bits)} bytes for {count} codes at "
             f"bits={bits!r}, got shape {packed.shape}."
         )
-    if not isinstance(packed, np.ndarray):
+    if not isinstance(packed, np.ndarray) or count <= CODES_PER_CHUNK:
         return _unpack(packed, bits, count, low)
     codes = np.empty(count, np.int8)
     for start in range(0, count, CODES_PER_CHUNK):
@@ -106,7 +111,7 @@ def unpack_codes(packed: _Array, bits: Bits, count: int, *, levels: Levels = "fu
 
 def _bytes_of_piece(start: int, count: int, bits: Bits) -> slice:
     stop = min(start + CODES_PER_CHUNK, count)
-    return slice(num_packed_bytes(start, bits), num_packed_bytes(stop, bits))
+    return slice(_num_bytes(start, bits), _num_bytes(stop, bits))
 
 
 # --- A piece, in NumPy or jax ---------------------------------------------------------
@@ -130,7 +135,7 @@ def _pack(codes: _Array, bits: Bits, low: int) -> _Array:
             packed = packed * np.uint8(3) + digits[:, i]
         return packed
     packed = _join(unsigned, int(bits))
-    return packed.reshape(-1)[: num_packed_bytes(size, bits)]
+    return packed.reshape(-1)[: _num_bytes(size, bits)]
 
 
 def _unpack(packed: _Array, bits: Bits, count: int, low: int) -> _Array:
@@ -188,11 +193,14 @@ def _split(packed: _Array, bits: int) -> _Array:
         if bits == 1:
             return np.unpackbits(packed, bitorder="little")
         shared = math.gcd(bits, 8)
+        dtype = np.dtype(f"<u{8 // shared}")
+        if bits == shared:  # a word for each byte
+            return _expand(packed.astype(dtype), bits).view(np.uint8)
         packed = packed.reshape(-1, bits // shared)
         rows = np.zeros((len(packed), 8 // shared), np.uint8)
         for j in range(packed.shape[1]):
             rows[:, j] = packed[:, j]
-        return _expand(rows.view(f"<u{8 // shared}"), bits).view(np.uint8)
+        return _expand(rows.view(dtype), bits).view(np.uint8)
     packed = packed.reshape(-1, bits)
     halves = [jnp.zeros(packed.shape[0], np.uint32)] * 2
     for j in range(bits):
@@ -238,7 +246,8 @@ def _expand(word: _Array, bits: int) -> _Array:
     return word
 
 
-def _steps(dtype: np.dtype, bits: int) -> list[tuple[np.unsignedinteger, ...]]:
+@functools.lru_cache(maxsize=64)
+def _steps(dtype: np.dtype, bits: int) -> tuple[tuple[np.unsignedinteger, ...], ...]:
     """Returns, for each doubling: bits of a field, bits of its place, mask of every other."""
     as_word = dtype.type
     steps, width = [], 8 * dtype.itemsize
@@ -247,7 +256,7 @@ def _steps(dtype: np.dtype, bits: int) -> list[tuple[np.unsignedinteger, ...]]:
             field = bits * place // 8
             mask = sum((1 << field) - 1 << shift for shift in range(0, width, 2 * place))
             steps.append((as_word(field), as_word(place), as_word(mask)))
-    return steps
+    return tuple(steps)
 
 
 def _reinterpret(array: _Array, dtype: DTypeLike) -> _Array:

@@ -106,6 +106,6 @@ def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray
     # The last byte may have room for more codes than there are: it is filled with zeros.
     limit = 3 ** (count % 5 or 5) if bits == "ternary" else 2 ** (count * bits % 8 or 8)
     is_too_large = bits == "ternary" and packed.max(initial=0) >= 3**5
-    if is_too_large or packed[-1:].max(initial=0) >= limit:
+    if is_too_large or (limit < 2**8 and packed[-1:].max(initial=0) >= limit):
         raise ValueError(f"{name!r}: codes are not packed as the format requires.")
     return codes

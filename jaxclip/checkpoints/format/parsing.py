@@ -7,6 +7,7 @@ again, must give exactly the tensors that it lists. Errors are ValueErrors that 
 
 import dataclasses
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -39,6 +40,7 @@ from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 
+_CHECKSUM = re.compile("[0-9a-f]{8}")
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -198,7 +200,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
         tensor, crc = tensors.get(name), checksums.get(name)
         if tensor is None or (tensor.dtype, tensor.shape) != wanted.get(name):
             raise ValueError(f"tensor {name!r}: it does not fit the tree in the header.")
-        if type(crc) is not str or len(crc) != 8 or set(crc) - set("0123456789abcdef"):
+        if type(crc) is not str or not _CHECKSUM.fullmatch(crc):
             raise ValueError(f"tensor {name!r}: it has no checksum.")
     if not infos.keys() <= plan.leaves.keys():
         raise ValueError("the header describes a leaf that is not in the tree.")
