@@ -22,7 +22,6 @@ from jaxclip._core.floats import (
     increment,
     quotient,
     round_toward_zero,
-    select,
 )
 from jaxclip._core.trees import (
     PyTree,
@@ -260,8 +259,7 @@ def _clip_leaf(
     *terms: ArrayLike | RescaledNorm,
 ) -> jax.Array:
     scaling, _ = scaling_to(norm, bound_of(norm, *terms))
-    coef = select(is_bad, jnp.full_like(scaling.coef, jnp.nan), scaling.coef)
-    return scale_leaf(g, scaling._replace(coef=coef))
+    return scale_leaf(g, scaling._replace(is_bad=is_bad))
 
 
 def _norm_or_scalar(term: ArrayLike | MeasuredUnits) -> ArrayLike | RescaledNorm:

@@ -51,22 +51,27 @@ class NormClip(NamedTuple):
 class Scaling(NamedTuple):
     """Factors for a leaf, applied one after the other; arrays that broadcast against it.
 
-    All are 1 where the leaf keeps its bits.
-
     Attributes:
-      coef: The coefficient for the rescaled leaf, or a part of it; NaN gives zeros.
+      coef: The coefficient for the rescaled leaf, or a part of it; NaN where `is_bad`.
       rest: The other part where the coefficient is below the normal range; else 1.
       rescale: Power of two that brings the leaf to ordinary magnitudes; 1 for these, and where
         the leaf is not scaled.
+      keeps_bits: Bool, True where the leaf comes back as it is: all factors are 1.
+      is_bad: Bool, True where zeros come back.
     """
 
     coef: jax.Array
     rest: jax.Array
     rescale: jax.Array
+    keeps_bits: jax.Array
+    is_bad: jax.Array
 
-    def keeps_bits(self) -> jax.Array:
-        """Returns True where the leaf comes back as it is."""
-        return (self.coef == 1) & (self.rest == 1) & (self.rescale == 1)
+    @classmethod
+    def create(cls, coef: jax.Array, rest: jax.Array, rescale: jax.Array) -> "Scaling":
+        """Returns the scaling by these factors."""
+        # Conditions are computed here, once, and not again for every leaf.
+        keeps_bits = (coef == 1) & (rest == 1) & (rescale == 1)
+        return cls(coef, rest, rescale, keeps_bits, jnp.isnan(coef))
 
 
 def as_bound(value: ArrayLike, dtype: DTypeLike) -> jax.Array:
@@ -105,7 +110,8 @@ def scaling_to(
     dividend = margin * select(is_normal, bound, ones)
     # Divided last: XLA copies cheaper operations on scalars into the kernel of every leaf.
     coef = select(is_bad, jnp.full_like(size, jnp.nan), dividend) / divisor
-    scaling = Scaling(coef, select(is_normal, ones, bound), select(is_above, rescale, ones))
+    rest = select(is_normal, ones, bound)
+    scaling = Scaling.create(coef, rest, select(is_above, rescale, ones))
 
     pre_norm = jnp.minimum(size / rescale, FLOAT32_MAX)
     post_norm = jnp.minimum(bound * (size / divisor * margin), FLOAT32_MAX)
@@ -148,7 +154,7 @@ def clip_to_norm(
     scaling, clip = scaling_to(norm, bound, eps)
     # Divided by an unknown 1: XLA copies cheaper operations into the kernel of every leaf.
     one = not_folded(jnp.ones_like(scaling.coef))
-    scaling = Scaling(scaling.coef, scaling.rest / one, scaling.rescale / one)
+    scaling = Scaling.create(scaling.coef, scaling.rest / one, scaling.rescale / one)
     return map_clippable(lambda g: scale_leaf(g, scaling), tree), clip
 
 
@@ -178,5 +184,5 @@ def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
         scaled = lax.complex(scale(jnp.real(g)), scale(jnp.imag(g)))
     else:
         scaled = scale(g)
-    kept = select(scaling.keeps_bits(), g, scaled)
-    return keep_weak_type(select(jnp.isnan(scaling.coef), jnp.zeros_like(g), kept), g)
+    kept = select(scaling.keeps_bits, g, scaled)
+    return keep_weak_type(select(scaling.is_bad, jnp.zeros_like(g), kept), g)

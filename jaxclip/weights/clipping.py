@@ -140,26 +140,34 @@ def rate_on_bounds(params: optax.Params, bounds: PyTree) -> jax.Array:
 
 def _scaled_gap(bound: jax.Array | np.ndarray) -> tuple:
     """Returns a scale, the next number below a bound, its gap to the bound, and 1 / gap."""
-    # The scale is a power of two that brings the bound near 1; the number and the gap are times it.
+    # The scale is a power of two that brings the bound near 1, None if it need not; the number and
+    # the gap are times it.
     xp = np if isinstance(bound, np.ndarray) else jnp
     wide = compute_dtype(bound.dtype)
     below = xp.nextafter(bound, xp.zeros_like(bound)).astype(wide)
     below = xp.where(bound == 0, -xp.ones_like(below), below)
     below = xp.where(bounds_nothing(bound), xp.full_like(below, np.nan), below)  # counts nothing
-    scale = inverse_size(xp.asarray(bound.astype(wide)))
-    gap = bound.astype(wide) * scale - below * scale
-    return scale, below * scale, gap, 1 / gap
+    bound, scale = bound.astype(wide), None
+    if xp is jnp or not np.all((bound == 0) | ((bound > 2.0**-60) & (bound < 2.0**60))):
+        scale = inverse_size(xp.asarray(bound))
+        bound, below = bound * scale, below * scale
+    gap = bound - below
+    return scale, below, gap, 1 / gap
 
 
 @jax.jit  # leaves of one shape share one trace
-def _num_on_bound(w: jax.Array, *scaled_gap: jax.Array) -> jax.Array:
+def _num_on_bound(
+    w: jax.Array, scale: jax.Array | None, below: jax.Array, gap: jax.Array, inverse: jax.Array
+) -> jax.Array:
     """Returns how many entries are on a finite bound or outside, in float32."""
-    w, (scale, below, gap, inverse) = not_folded((w, scaled_gap))
+    w, scale, below, gap, inverse = not_folded((w, scale, below, gap, inverse))
     modulus = jnp.abs(w)
     if jnp.iscomplexobj(w):  # `clip_modulus` stays a few ulps inside the circle
         modulus = modulus * (1 + 8 * jnp.finfo(w.dtype).eps)
+    modulus = modulus.astype(below.dtype)
+    modulus = modulus if scale is None else modulus * scale
     # All of this is exact for what is on the bound or below. Not by comparing entries: XLA on CPU
     # writes an array of conditions to memory before it sums them.
-    above = jnp.maximum(modulus.astype(scale.dtype) * scale, below) - below
+    above = jnp.maximum(modulus, below) - below
     is_on_bound = (jnp.minimum(above, gap) * inverse).astype(jnp.int8)  # an integer: 0 for NaN
     return jnp.sum(is_on_bound.astype(jnp.float32))

@@ -240,13 +240,14 @@ def _update_to_norm(
     target = scale_leaf(moved, scaling)
     size = phase_and_modulus(target)[1] if jnp.iscomplexobj(target) else jnp.abs(target)
     # No entry is larger than that of the projection, so neither is a norm.
-    return update_within(u, w, jnp.where(scaling.keeps_bits(), jnp.inf, size))
+    return update_within(u, w, jnp.where(scaling.keeps_bits, jnp.inf, size))
 
 
 def _scaling(w: jax.Array, bound: ArrayLike, axes: tuple[int, ...]) -> Scaling:
     """Returns the scaling of units down to a bound; those that are not finite stay."""
     scaling, clip = scaling_to(rescaled_unit_norm(w, axes), bound)
-    return Scaling(*(jnp.where(clip.is_bad, jnp.ones_like(x), x) for x in scaling))
+    factors = (scaling.coef, scaling.rest, scaling.rescale)
+    return Scaling.create(*(jnp.where(clip.is_bad, jnp.ones_like(x), x) for x in factors))
 
 
 @dataclasses.dataclass(frozen=True)
