@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxclip._core import signals
+from jaxclip._core.compiling import WIDE_VECTORS, cpu_options
 from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, inverse_size, quotient, saturate
 from jaxclip._core.grids import Grid
 from jaxclip.lowbit.parts import Parts, PartShape, Place, parts_of
@@ -209,7 +210,8 @@ def _compiled(plan: _Plan) -> _Program:
     pieces = jax.ShapeDtypeStruct((num_slabs, num_pieces, piece), jnp.float32)
     counts = jax.ShapeDtypeStruct((num_slabs, num_pieces), jnp.float32)
     count, number = (jax.ShapeDtypeStruct((), d) for d in (jnp.int32, jnp.float32))
-    program = jax.jit(functools.partial(_encode_part, plan))
+    options = cpu_options(WIDE_VECTORS) or None
+    program = jax.jit(functools.partial(_encode_part, plan), compiler_options=options)
     return program.lower(pieces, counts, count, count, number).compile()
 
 

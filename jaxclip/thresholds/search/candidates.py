@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxclip._core import floats
 from jaxclip._core.trees import PyTree
 
-BATCH = 8  # candidates of a pass: one vector register of float32
+BATCH = 16  # candidates of a pass: one vector register of float32, or two
 _PIECE = 64  # entries that one unrolled loop body sums
 _SLAB = 2**18  # entries that are read at a time, and whose blocks go through all passes together
 
@@ -32,6 +32,7 @@ class BlockStats(NamedTuple):
     lowest: jax.Array  # of the weights and 0, times the factor
     highest: jax.Array  # of the weights and 0, times the factor
     energy: jax.Array  # sum of squares, times the factor squared
+    lean: jax.Array  # sum of an odd power, positive if large weights are mostly positive
     num_entries: jax.Array  # without padding
 
 
@@ -96,19 +97,42 @@ def _stats_of(
 ) -> BlockStats:
     """Returns statistics of blocks along `axes`; None for one block of all parts together."""
 
-    def reduced(
-        reduce: Callable, combine: Callable, of: Callable[[jax.Array], jax.Array] = lambda x: x
-    ) -> jax.Array:
-        values = [reduce(of(x), axis=axes, keepdims=axes is not None, initial=0) for x, _ in parts]
-        return functools.reduce(combine, [value.astype(jnp.float32) for value in values])
-
-    largest = reduced(jnp.max, jnp.maximum, jnp.abs)
-    lowest, highest = reduced(jnp.min, jnp.minimum), reduced(jnp.max, jnp.maximum)
+    arrays = [x.astype(jnp.float32) for x, _ in parts]
+    highest, lowest = _in_one_loop(
+        _reduced(jnp.max, arrays, axes, jnp.maximum), _reduced(jnp.min, arrays, axes, jnp.minimum)
+    )
+    largest = jnp.maximum(highest, -lowest)
     factor = floats.inverse_size(largest)
-    energy = _added([_times(jnp.square(x.astype(jnp.float32) * factor), v) for x, v in parts], axes)
-    stats = BlockStats(factor, largest * factor, lowest * factor, highest * factor, energy, energy)
-    stats = jax.tree.map(lambda s: s.reshape(counts.shape), stats)
-    return stats._replace(num_entries=counts)
+    scaled = [x * factor for x in arrays]
+    squares = [_times(jnp.square(x), v) for x, (_, v) in zip(scaled, parts, strict=True)]
+    powers = [_times(odd_power(x), v) for x, (_, v) in zip(scaled, parts, strict=True)]
+    energy, lean = _in_one_loop(_added(squares, axes), _added(powers, axes))
+    stats = BlockStats(
+        factor, largest * factor, lowest * factor, highest * factor, energy, lean, lean
+    )
+    return jax.tree.map(lambda s: jnp.reshape(s, counts.shape), stats._replace(num_entries=counts))
+
+
+def odd_power(x: jax.Array) -> jax.Array:
+    """Returns a power whose sum has the sign of the outermost few."""
+    return x * lax.integer_pow(x, 32)
+
+
+def _reduced(
+    reduce: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    axes: tuple[int, ...] | None,
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Returns a reduction of all arrays and 0 along `axes`, dims kept; for None one number."""
+    parts = [reduce(x, axis=axes, keepdims=axes is not None, initial=0) for x in arrays]
+    return functools.reduce(combine, parts)
+
+
+def _in_one_loop(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns both, for which XLA on CPU reads the weights once instead of twice."""
+    both = lax.optimization_barrier(lax.complex(x, y))
+    return jnp.real(both), jnp.imag(both)
 
 
 def _times(x: jax.Array, v: jax.Array | None) -> jax.Array:
@@ -117,8 +141,7 @@ def _times(x: jax.Array, v: jax.Array | None) -> jax.Array:
 
 def _added(arrays: Sequence[jax.Array], axes: tuple[int, ...] | None) -> jax.Array:
     """Returns the sum of all arrays along `axes`, dims kept; for None one number."""
-    sums = [jnp.sum(x, axis=axes, keepdims=axes is not None) for x in arrays]
-    return functools.reduce(operator.add, sums)
+    return _reduced(jnp.sum, arrays, axes, operator.add)
 
 
 def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -313,6 +336,50 @@ def places_between_neighbors(count: int) -> np.ndarray:
     """Returns evenly spaced places in (-1, 1), but none at 0, where the error is known."""
     places = (np.arange(count) - (count - 1) / 2) * 2 / (count + 1)
     return np.where(places == 0, 0.25 / (count + 1), places)
+
+
+def lowest(
+    errors: jax.Array, values: tuple[jax.Array, ...], count: int = 1
+) -> list[tuple[jax.Array, ...]]:
+    """Returns the values of the candidates with the least few errors; of equals only one."""
+    found = []
+    for _ in range(count):
+        is_chosen = errors == jnp.min(errors, axis=-1, keepdims=True)
+        errors = jnp.where(is_chosen, jnp.inf, errors)
+        chosen = []
+        for value in values:
+            chosen.append(jnp.max(value, axis=-1, where=is_chosen, initial=-jnp.inf))
+            is_chosen &= value == chosen[-1][..., None]
+        found.append(tuple(chosen))
+    return found
+
+
+def in_lanes(values: Sequence[jax.Array]) -> jax.Array:
+    """Returns candidates along a last axis: as many of each value, in turn."""
+    # Selected, because XLA on CPU would not vectorize a concatenation.
+    lanes = values[-1][..., None]
+    for i in reversed(range(len(values) - 1)):
+        is_before = along_last(lanes, np.arange(BATCH)) < (i + 1) * BATCH // len(values)
+        lanes = jnp.where(is_before, values[i][..., None], lanes)
+    return lanes
+
+
+def with_last(candidates: jax.Array, value: jax.Array) -> jax.Array:
+    """Returns the candidates with the last one replaced."""
+    is_last = along_last(candidates, np.arange(BATCH)) == BATCH - 1
+    return jnp.where(is_last, value[..., None], candidates)
+
+
+def along_last(like: jax.Array, values: np.ndarray) -> np.ndarray:
+    """Returns numbers along the last axis of an array."""
+    return values.astype(np.float32).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def geometric(log_ratio: jax.Array, places: np.ndarray) -> jax.Array:
+    """Returns nearly `exp(log_ratio * place)` along a last axis, exact at places 0 and 1."""
+    # As a power, because XLA on CPU would not vectorize so many exponentials.
+    less = jnp.expm1(log_ratio / 64)[..., None]
+    return lax.integer_pow(1 + less * along_last(less, places), 64)
 
 
 def keep_better(

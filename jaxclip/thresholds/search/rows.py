@@ -19,6 +19,7 @@ from jaxclip.thresholds.search.candidates import (
     BlockStats,
     Candidates,
     Search,
+    odd_power,
     refined,
     sums_of_pieces,
 )
@@ -80,8 +81,9 @@ def search_rows(rows: Rows, search: Search) -> tuple[PyTree, jax.Array]:
     factor = floats.inverse_size(largest)
     y = x * rows.spread(factor)[:, None]
     energy = rows.total(sum_entries(jnp.square(y)))
+    lean = rows.total(sum_entries(odd_power(y)))
     stats = BlockStats(
-        factor, largest * factor, lowest * factor, highest * factor, energy, rows.counts
+        factor, largest * factor, lowest * factor, highest * factor, energy, lean, rows.counts
     )
     stats = jax.tree.map(lambda per_row: per_row[:, None], stats)  # as searches of blocks have it
     results = search(functools.partial(_evaluate, rows, y, stats), stats)

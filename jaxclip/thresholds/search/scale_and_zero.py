@@ -19,7 +19,6 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip.thresholds.search.candidates import (
-    BATCH,
     BestCandidates,
     BlockStats,
     Candidates,
@@ -30,6 +29,7 @@ from jaxclip.thresholds.search.candidates import (
 )
 
 _MOST_ZEROS = 16  # zero points of the coarse search, each with a pass of its own
+_LANES = 8  # candidates of a pass
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
@@ -85,8 +85,8 @@ def _coarse(stats: BlockStats, low: int, high: int) -> tuple[jax.Array, jax.Arra
     least = jnp.maximum(scale_to_reach(above, below), by_rms)
     least = jnp.minimum(least, 0.8 * most)
     span = jnp.where(least > 0, jnp.log(jnp.where(least > 0, least, 1) / most), -1)[..., None]
-    scales = most[..., None] * jnp.exp(span * _last(full.ndim + 1, BATCH))
-    zeros, steps = jnp.broadcast_arrays(zeros[..., None], span / (BATCH - 1), scales)[:2]
+    scales = most[..., None] * jnp.exp(span * _last(full.ndim + 1, _LANES))
+    zeros, steps = jnp.broadcast_arrays(zeros[..., None], span / (_LANES - 1), scales)[:2]
     return scales, zeros, steps
 
 
@@ -137,7 +137,7 @@ def search_scale_and_zero(
     # The grid over the whole range is among the last, so that the result is never worse. It wins
     # a tie, because it is exact for weights on the grid.
     last = _joined(around(so_far.best, 7, 0.4), [full[..., None], zero[..., None], inf[..., None]])
-    is_full = np.reshape(np.arange(BATCH) == BATCH - 1, (1,) * full.ndim + (-1,))
+    is_full = np.reshape(np.arange(_LANES) == _LANES - 1, (1,) * full.ndim + (-1,))
     bonus = 1e-12 * stats.energy[..., None] * is_full.astype(np.float32)
     so_far = consider(last, so_far, bonus)
     nearest = jnp.full_like(zero, min(max(0, low), high))
