@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, clamp, increment
+from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, clamp, increment, not_folded
 from jaxclip._core.trees import PyTree, floating_leaves, replace_floating
 from jaxclip.gradients.learning import (
     LearningState,
@@ -338,7 +338,9 @@ def _norm_of_leaf_norms(parts: list[RescaledNorm]) -> RescaledNorm:
     dtype = jnp.float64 if any(p.norm.dtype == jnp.float64 for p in parts) else jnp.float32
     norms = _stack(p.norm.astype(dtype) for p in parts)
     rescales = _stack(p.rescale.astype(dtype) for p in parts)
-    rescale = jnp.min(rescales, initial=jnp.finfo(dtype).max)
+    # Divided by an unknown 1: XLA copies cheaper operations into the kernel of every leaf.
+    one = not_folded(jnp.ones((), dtype))
+    rescale = jnp.min(rescales, initial=jnp.finfo(dtype).max) / one
     # A leaf that was scaled up is too small to count in a tree with one that was not.
     return RescaledNorm(norm_of_norms(norms * (rescale / rescales)), rescale)
 

@@ -253,3 +253,17 @@ def test_in_warm_up_a_leaf_far_below_the_others_is_not_lost():
     updates, _ = tx.update(g, tx.init(g))
     np.testing.assert_allclose(updates["a"], 1e-7 * (1e30 / 3e38), rtol=1e-5)
     np.testing.assert_allclose(updates["b"], 1e30, rtol=1e-5)
+
+
+@pytest.mark.thorough
+def test_the_program_of_adagc_grows_in_proportion_to_its_leaves():
+    """The text of the compiled program; a global norm in the kernel of every leaf gives 1.25."""
+
+    def size(num_leaves: int) -> int:
+        params = {f"{i:02}": jnp.ones((4, 3)) for i in range(num_leaves)}
+        tx = adagc()
+        lowered = jax.jit(tx.update).lower(params, tx.init(params))
+        return len(lowered.compile().as_text())
+
+    first, second = np.diff([size(n) for n in (8, 16, 24)])
+    assert second < 1.1 * first
