@@ -6,13 +6,14 @@ The 64-128-128-10 network of the examples learns scikit-learn's digits by Lion i
 setting with 5 seeds. Timed are
 
 * sweep: all rows, as `jaxclip.sweep` trains them;
-* a quarter: the same, while three quarters of the settings diverge and stop after two steps;
+* halving: the same with `schedule="halving"`, judged by the loss at ternary;
+* a quarter: the first, while three quarters of the settings diverge and stop after two steps;
 * loop: one compiled function of (step size, threshold, seed) with a loop over the steps inside,
   called for each row;
 * jit each: that function compiled anew for each setting, with its numbers as constants, as a
   script does that is started once a setting. Four settings are timed, and all extrapolated.
 
-The first three in turns, medians of wall time and of the CPU seconds of this process. Compiling is
+The first four in turns, medians of wall time and of the CPU seconds of this process. Compiling is
 in none of them but the last; it is printed beside. The last line is a whole `jaxclip.sweep` with
 compression to six widths and evaluation, and the same once more, when all is compiled.
 """
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxclip
+from jaxclip.sweeps.chunks import Compressor, Halving, halving_rungs
 from jaxclip.sweeps.programs import Program
 from jaxclip.sweeps.tasks import Task
 
@@ -104,9 +106,17 @@ def main():
     loop_compile = timed(lambda: looped(1e-3, 1.0, 0))
     is_sound = (np.arange(len(grid)) % 4 == 0)[:, None]
     quarter = np.where(is_sound, grid, (3e38, np.inf))
+    rungs = halving_rungs(program.recorded_at)
+    compressor = Compressor(task.evaluate, jaxclip.compress, None, ["ternary"])
+
+    def halved():
+        choose = Halving(task, compressor, len(grid))
+        return program.run(grid[:, 0], grid[:, 1], rungs, choose).params
+
     ways = {
         "sweep": lambda: program.run(grid[:, 0], grid[:, 1]).params,
         "loop": lambda: [looped(a, t, seed) for a, t in grid for seed in SEEDS],
+        "halving": halved,
         "a quarter": lambda: program.run(quarter[:, 0], quarter[:, 1]).params,
     }
     are_equal = all(
@@ -115,6 +125,7 @@ def main():
             jax.tree.leaves(ways["sweep"]()), jax.tree.leaves(ways["loop"]()), strict=True
         )
     )
+    halved()  # compiles its rounding
     found = {way: [] for way in ways}
     for _ in range(options.repeats):
         for way, function in ways.items():

@@ -26,7 +26,7 @@ from jaxclip.sweeps.tasks import OUTRANKED, Task
 from jaxclip.sweeps.threads import in_threads, num_cores
 from jaxclip.training.step import backend_options, is_donation_safe
 
-# Ctrl-C waits for the calls that run, so a call is for no more records than take about this long.
+# Ctrl-C waits for the calls that run, so a call is for no more steps than take about this long.
 _SECONDS_PER_CALL = 0.25
 
 
@@ -67,7 +67,7 @@ class Program:
         self.recorded_at = self._rows.recorded_at
         self._is_by_row = len(devices) == 1 and devices[0].platform == "cpu"
         self._by_setting, self._everywhere = _shardings(devices)
-        self._num_rows, self._records_per_call = num_settings * len(seeds), 1
+        self._num_rows, self._steps_per_call = num_settings * len(seeds), 1
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.asarray(seeds))
         self._seed_keys = jax.device_put(keys, self._everywhere)
         self._traced = self._trace(devices[0].platform, loop)
@@ -163,17 +163,18 @@ class Program:
         """Returns a row, or all rows, after `end` records; begins them if they are None."""
         item, rows = item_and_rows
         rows = self._begin(*item) if rows is None else rows
+        last = self.recorded_at[end - 1]
         while not is_over.is_set() and (np.asarray(rows.code) == 0).any():
-            done = self._num_records(rows)
-            if done == end:
+            done = int(np.asarray(rows.state.step).max())
+            if done == last:
                 break
-            start = time.monotonic()
-            if self.loop == "compiled":
-                until = self.recorded_at[min(done + self._records_per_call, end) - 1]
-                rows = self._advance(rows, *item, np.int32(until))
-                self._keep_pace(start, self._num_records(rows) - done)
+            index = done // self._rows.record_every
+            if self.loop == "host":
+                rows = self._step_to_record(rows, item, index, is_over)
+            elif self._is_by_row:
+                rows = self._call(rows, item, done, last)
             else:
-                rows = self._step_to_record(rows, item, done, is_over)
+                rows = self._advance(rows, *item, np.int32(self.recorded_at[index]))
         if end < len(self.recorded_at):
             return rows
         # What only training needs is dropped.
@@ -181,14 +182,14 @@ class Program:
             state=rows.state._replace(opt_state=(), key=None), memory=(), bounds=[]
         )
 
-    def _num_records(self, rows: Row) -> int:
-        return -(-int(np.asarray(rows.state.step).max()) // self._rows.record_every)
-
-    def _keep_pace(self, start: float, num_records: int) -> None:
-        """Chooses how many records the next call of a row is for."""
-        if self._is_by_row:
-            seconds = (time.monotonic() - start) / max(num_records, 1)
-            self._records_per_call = max(int(_SECONDS_PER_CALL / max(seconds, 1e-9)), 1)
+    def _call(self, row: Row, item: tuple, done: int, last: int) -> Row:
+        """Returns a row after so many further steps as a call should take."""
+        start = time.monotonic()
+        row = self._advance(row, *item, np.int32(min(done + self._steps_per_call, last)))
+        num_steps = max(int(row.state.step) - done, 1)
+        seconds = max((time.monotonic() - start) / num_steps, 1e-9)
+        self._steps_per_call = max(int(_SECONDS_PER_CALL / seconds), 1)
+        return row
 
     def _step_to_record(self, rows: Row, item: tuple, index: int, is_over: threading.Event) -> Row:
         """Returns rows after step by step has been called from outside, up to a record."""
@@ -231,7 +232,7 @@ class Program:
     def _row_to_end(
         self, row: Row, step_size: jax.Array, threshold: jax.Array, keys: jax.Array, end: jax.Array
     ) -> Row:
-        """Returns the row after the record at step `end`, or after it has stopped."""
+        """Returns the row after `end` steps, or after it has stopped."""
 
         def is_on(end: jax.Array, row: Row) -> jax.Array:
             return (row.state.step < end) & (row.code == 0)

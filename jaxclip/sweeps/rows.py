@@ -135,15 +135,16 @@ class Rows:
         return is_due, lax.cond(is_due, evaluate, lambda _: zeros, params)
 
     def record(self, row: Row, index: jax.Array) -> Row:
-        """Returns the row with the record of its last steps at a place of its history."""
+        """Returns the row with a record of the steps since the last at a place of its history."""
+        is_whole = row.state.step % self.record_every == 0  # else another call completes it
         loss = row.loss_sum / jnp.maximum(row.num_losses, 1).astype(jnp.float32)
         rate = rate_on_bounds(row.state.params, row.bounds)
         put = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=0)
         return row._replace(
             losses=put(row.losses, loss),
             weight_clip_rates=put(row.weight_clip_rates, rate),
-            loss_sum=jnp.zeros_like(row.loss_sum),
-            num_losses=jnp.zeros_like(row.num_losses),
+            loss_sum=jnp.where(is_whole, jnp.zeros_like(row.loss_sum), row.loss_sum),
+            num_losses=jnp.where(is_whole, jnp.zeros_like(row.num_losses), row.num_losses),
         )
 
 

@@ -152,7 +152,14 @@ def test_a_description_that_another_process_writes_first_is_compared(tmp_path, m
 
 
 @pytest.mark.thorough
-def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
+@pytest.mark.parametrize(
+    ("num_steps", "chunk_size", "num_first"),
+    [(4000, 1, 2), (10**9, 40, 0)],
+    ids=["between chunks", "in long rows"],
+)
+def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(
+    tmp_path, num_steps, chunk_size, num_first
+):
     script = textwrap.dedent("""
         import signal, sys, jax, jax.numpy as jnp, jaxclip
         from jaxclip.sweeps import Task
@@ -166,26 +173,29 @@ def test_sigint_keeps_finished_chunks_and_leaves_no_partial_one(tmp_path):
             evaluate=lambda w: {"norm": jnp.sum(w**2)}, metric="norm",
         )
         jaxclip.sweep(
-            task, step_sizes=[0.001 * k for k in range(1, 41)], seeds=2, chunk_size=1,
-            bits=(None,), directory=sys.argv[1],
+            task, step_sizes=[0.001 * k for k in range(1, 41)], seeds=2, bits=(None,),
+            chunk_size=int(sys.argv[3]), directory=sys.argv[1],
         )
     """)
     env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="")
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path), "4000"],
+        [sys.executable, "-c", script, str(tmp_path), str(num_steps), str(chunk_size)],
         env=env,
         stderr=subprocess.PIPE,
         text=True,
     )
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("settings-*"))) < 2 and time.monotonic() < deadline:
+    # The description comes just before the training of the first chunk.
+    while len([*tmp_path.glob("sweep.json"), *tmp_path.glob("settings-*")]) < 1 + num_first:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
+    time.sleep(0 if num_first else 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0, "it was done before the signal came"
     assert "KeyboardInterrupt" in errors
     files = sorted(tmp_path.glob("*.safetensors"))
-    assert 2 <= len(files) < 40
+    assert num_first <= len(files) < (40 if num_first else 1)
     for file in files:
         assert checkpoints.load(file)["steps"].tolist() == [[4000, 4000]]
     assert not [f for f in tmp_path.iterdir() if "tmp" in f.name]

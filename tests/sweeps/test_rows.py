@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxclip
+from jaxclip.sweeps import programs
 from oracles.quick import quick_first
 from oracles.small_sweeps import BATCHES, init_fn, loss_fn, momentum, params_at, run
 
@@ -101,3 +102,12 @@ def test_rows_do_not_depend_on_how_many_are_trained():
         for step_sizes in ([0.3], [0.03, 0.3, 0.1])
     )
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[1]), few.params, many.params)
+
+
+def test_the_length_of_a_call_changes_no_bit(monkeypatch):
+    few = {"thresholds": [0.25], "bits": (None,), "record_every": EVERY}
+    whole = run(**few)
+    monkeypatch.setattr(programs, "_SECONDS_PER_CALL", 0.0)  # a call for each step
+    stepped = run(**few)
+    jax.tree.map(np.testing.assert_array_equal, stepped.params, whole.params)
+    jax.tree.map(np.testing.assert_array_equal, stepped.history, whole.history)
