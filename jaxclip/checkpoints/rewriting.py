@@ -20,7 +20,7 @@ from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
 from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, is_copied, leaf_name, plan_file
 from jaxclip.checkpoints.leaf_by_leaf import LeafWithError, Output, rewrite
 from jaxclip.checkpoints.reading import Source
-from jaxclip.checkpoints.rows import compress_leaf, outline_leaf
+from jaxclip.checkpoints.rows import compress_leaf
 from jaxclip.checkpoints.sizes import SizeReport
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize_stored, is_quantized
 from jaxclip.lowbit.budgets import (
@@ -143,7 +143,7 @@ def compress_checkpoint(
             )
         if budget is not None:
             specs.update(_specs_within(budget, source, specs, coding))
-        return source.leaves | {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items()}
+        return source.leaves | {n: s.outline(source.leaves[n], n) for n, s in specs.items()}
 
     def rewrite_leaf(name: str, leaf: StoredLeaf) -> LeafWithError:
         if name in specs and not isinstance(leaf, QuantizedArray):
@@ -161,7 +161,7 @@ def _specs_within(
 ) -> dict[str, LeafSpec]:
     """Returns the specs without a width, given widths that fit the budget; reads their leaves."""
     free = [name for name, spec in specs.items() if spec.grid.bits is None]
-    small = {n: outline_leaf(source.leaves[n], s, n) for n, s in specs.items() if n not in free}
+    small = {n: s.outline(source.leaves[n], n) for n, s in specs.items() if n not in free}
     small = source.leaves | small
     measured = []
     for name in free:

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxclip._core import signals
 from jaxclip._core.grids import Bits
-from jaxclip.checkpoints.format.layout import Leaf
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError, quantization_error
 from jaxclip.lowbit.policies import LeafSpec
@@ -21,20 +20,13 @@ _PART_BYTES = 2**24
 """Bytes of a leaf that are compressed at a time where its rows have scales of their own."""
 
 
-def outline_leaf(leaf: Leaf, spec: LeafSpec, name: str, bits: Bits | None = None) -> QuantizedArray:
-    """Returns a leaf as low-bit with shapes for arrays; `bits` replaces the spec's width."""
-    outline = jax.eval_shape(lambda w: spec.quantize(w, name, bits), leaf)
-    return dataclasses.replace(outline, dtype=leaf.dtype)  # float64, which jax may have disabled
-
-
 def compress_leaf(
     leaf: np.ndarray, spec: LeafSpec, name: str, bits: Bits | None = None
 ) -> tuple[QuantizedArray, QuantizationError]:
     """Returns a real floating leaf as low-bit, and its error; `bits` replaces the spec's width."""
-
     on_host = spec.quantize_on_host(leaf, name, bits)
-    if on_host is not None:
-        return on_host
+    if on_host is not None:  # float64, which jax may have disabled, stays the leaf's dtype
+        return dataclasses.replace(on_host[0], dtype=leaf.dtype), on_host[1]
 
     def compress_part(part: np.ndarray) -> QuantizedArray:
         signals.check_stop()
@@ -42,7 +34,7 @@ def compress_leaf(
 
     num_rows = max(_PART_BYTES // max(leaf[:1].nbytes, 1), 1) if leaf.ndim else 1
     if leaf.ndim and len(leaf) > num_rows:
-        like = outline_leaf(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec, name, bits)
+        like = spec.outline(leaf, name, bits)
         if _has_separate_rows(like, spec):
             return _compress_by_rows(leaf, like, compress_part, num_rows)
     small = compress_part(leaf)

@@ -249,6 +249,15 @@ def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax
       >>> dequantize(quantize(jnp.array([0.9, -1.1, 0.25]), "ternary", threshold=0.5))
       Array([ 0.5, -0.5,  0. ], dtype=float32)
     """
+    if dtype is None:  # a file may be compressed from float64, which jax may have disabled
+        dtype = jax.dtypes.canonicalize_dtype(quantized.dtype)
+    return _dequantize(quantized, jnp.dtype(dtype))
+
+
+# Compiled, because single operations are much slower; inlined, so that it fuses in a program.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _dequantize(quantized: QuantizedArray, dtype: np.dtype) -> jax.Array:
+    """Returns the array in a dtype that jax has."""
 
     def expanded(part: ArrayLike) -> jax.Array:
         part = quantized.grid.expand(jnp.asarray(part), quantized.shape)
@@ -258,8 +267,6 @@ def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax
     if quantized.zero is not None:
         levels = levels - expanded(quantized.zero)
     values = expanded(quantized.scale) * levels
-    if dtype is None:  # a file may be compressed from float64, which jax may have disabled
-        dtype = jax.dtypes.canonicalize_dtype(quantized.dtype)
     # The largest code times the scale may round past the largest number of the dtype.
     return saturate(values, jnp.finfo(dtype).dtype).astype(dtype)
 

@@ -62,7 +62,11 @@ def decode_codes(data: bytes, coding: str, count: int) -> np.ndarray:
 
 def _counts(codes: np.ndarray) -> tuple[int, np.ndarray]:
     """Returns the lowest code, and how often each code from there on occurs."""
-    counts = np.roll(np.bincount(codes.view(np.uint8), minlength=256), 128)  # from -128 on
+    # Some at a time, because NumPy makes an int64 of each code to count it.
+    counts = np.zeros(256, np.int64)
+    for start in range(0, codes.size, _CHUNK):
+        counts += np.bincount(codes[start : start + _CHUNK].view(np.uint8), minlength=256)
+    counts = np.roll(counts, 128)  # from -128 on
     used = np.flatnonzero(counts) if codes.size else np.array([128])
     return int(used[0]) - 128, counts[used[0] : used[-1] + 1]
 

@@ -23,8 +23,9 @@ from jaxclip.lowbit.arrays import (
 )
 from jaxclip.lowbit.budgets import NARROWEST
 from jaxclip.lowbit.distortion import QuantizationError
-from jaxclip.lowbit.quantizer import Threshold, quantize, quantize_on_host
+from jaxclip.lowbit.quantizer import Threshold, quantize, quantize_on_host, shared_choice
 from jaxclip.lowbit.rate_rounding import cheaper_codes
+from jaxclip.lowbit.scale_formats import dtype_in_memory
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.values import is_rule_factory
 
@@ -95,6 +96,20 @@ class LeafSpec:
             return None
         grid, rule = self._for_leaf(leaf, path, bits)
         return quantize_on_host(leaf, grid, threshold=rule, name=f"params at {path!r}")
+
+    def outline(self, leaf: Any, path: str, bits: Bits | None = None) -> QuantizedArray:
+        """Returns the low-bit array of a leaf with shapes for arrays; `leaf` may be a shape."""
+        dtype = jnp.dtype(leaf.dtype)
+        grid, rule = self._for_leaf(leaf, path, bits)
+        if self.has_price or shared_choice(rule) is None:  # the rule may not suit the leaf
+            traced = jax.eval_shape(lambda w: self.quantize(w, path, bits), leaf)
+            return dataclasses.replace(traced, dtype=dtype)
+        grid = grid.from_the_end(np.ndim(leaf))
+        shape = grid.scale_shape(np.shape(leaf))
+        codes: Any = jax.ShapeDtypeStruct(np.shape(leaf), jnp.int8)
+        scale: Any = jax.ShapeDtypeStruct(shape, dtype_in_memory(grid.scale_dtype))
+        zero: Any = jax.ShapeDtypeStruct(shape, jnp.int8) if grid.zero_point else None
+        return QuantizedArray(codes, scale, grid, dtype, zero)
 
     def _for_leaf(
         self, leaf: ArrayLike, path: str, bits: Bits | None

@@ -102,9 +102,8 @@ def quantize_on_host(
     None if it takes a program for just this array: a traced or sharded one, or by another rule
     than `mse_optimal` without importance and `max_abs`.
     """
-    choice = _CHOICES.get(type(threshold))
-    host = _on_host(array)
-    if choice is None or host is None or getattr(threshold, "importance", None) is not None:
+    choice, host = shared_choice(threshold), _on_host(array)
+    if choice is None or host is None:
         return None
     dtype = jax.dtypes.canonicalize_dtype(host.dtype)
     grid = _grid_for(dtype, host.ndim, bits, name)
@@ -117,7 +116,12 @@ def quantize_on_host(
     return QuantizedArray(found.codes, found.scale, grid, dtype, found.zero), error
 
 
-# The rules that the program knows.
+def shared_choice(threshold: Threshold) -> Choice | None:
+    """Returns how the program for all shapes finds a rule's scales; None if it cannot."""
+    has_importance = getattr(threshold, "importance", None) is not None
+    return None if has_importance else _CHOICES.get(type(threshold))
+
+
 _CHOICES: dict[type, Choice] = {type(mse_optimal()): "mse_optimal", type(max_abs()): "max_abs"}
 
 

@@ -8,6 +8,7 @@ import pytest
 import jaxclip
 from jaxclip import Grid, QuantizedArray, compress
 from jaxclip.lowbit.budgets import ALL_WIDTHS
+from jaxclip.lowbit.policies import LeafSpec
 from oracles.small_params import make_params, uneven_params
 
 
@@ -221,3 +222,24 @@ def test_a_layout_that_is_said_holds_for_all_leaves_without_an_axis_of_their_own
     assert small["head"]["kernel"].scale.shape == (1, 4)
     with pytest.raises(ValueError, match="layout must be one of"):
         compress(params, 4, layout="pytorch")
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        Grid(4),
+        Grid(2, group_size=5, scale_dtype="float16"),
+        Grid("ternary", axis=None, scale_dtype="log8"),
+        Grid(8, axis=(0, -1), zero_point=True),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("shape", [(), (7,), (6, 4), (3, 6, 4)], ids=repr)
+def test_the_outline_of_a_leaf_is_that_of_its_low_bit_array(grid, shape):
+    if grid.axis == (0, -1) and len(shape) < 2:
+        grid = Grid(8, axis=None, zero_point=True)
+    spec = LeafSpec(grid, jaxclip.max_abs).in_layout("kernel", np.zeros(shape), "in_out")
+    leaf = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    expected = jax.eval_shape(lambda w: spec.quantize(w, "kernel"), leaf)
+    assert jax.tree.leaves(spec.outline(leaf, "kernel")) == jax.tree.leaves(expected)
+    assert spec.outline(leaf, "kernel").grid == expected.grid
