@@ -24,7 +24,14 @@ from jaxclip._core.atomic import replacing
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files
 from jaxclip.checkpoints.format.headers import MAX_RATIO
-from jaxclip.checkpoints.format.layout import Leaf, check_has_values, leaf_name, plan_file
+from jaxclip.checkpoints.format.layout import (
+    Leaf,
+    check_has_values,
+    is_random_key,
+    key_data,
+    leaf_name,
+    plan_file,
+)
 from jaxclip.checkpoints.format.pytrees import is_static, named_leaves
 from jaxclip.checkpoints.format.writing import write_tree
 from jaxclip.checkpoints.reading import (
@@ -60,6 +67,7 @@ def save(
         children: FrozenDict, NamedTuple, dataclass, nnx and equinox modules. A box such as
         `nnx.Param` or linen's `Partitioned` is written as its value. `load(like=)` gives back the
         types. Functions and texts in a module are not written, and its Python numbers as arrays.
+        Random keys are written to `.safetensors` as their data; `load(like=)` makes keys.
       coding: Entropy coding of low-bit codes in `.safetensors`, used for each leaf that it makes
         smaller. "huffman" is read by every Python. "ans" takes about the entropy of the codes,
         and readers need the extra `coding`. "smallest" takes the smaller of both for each leaf,
@@ -111,6 +119,7 @@ def load(
         result has its structure, types and static parts. Flat names are matched with keys joined
         by "/" or ".". An array in it also matches a low-bit leaf of its shape and dtype. A Python
         number in it is read as one, and like a function or text it may be missing from the file.
+        Random keys in it are made from their data, and are jax arrays.
       device: Device or sharding on which each leaf is put as soon as it is read; None returns
         NumPy arrays. A `NamedSharding` must divide every leaf's shape. It splits the codes of a
         low-bit leaf. Scales and zeros are split along the axes that it divides, and replicated
@@ -232,7 +241,19 @@ def _as_in(template: Any, leaf: Leaf) -> Any:
     # Axes may be counted from either end: the result has the template's form of the grid.
     if is_quantized(leaf) and is_quantized(template):
         return dataclasses.replace(leaf, grid=template.grid)
+    if is_random_key(template):
+        return jax.random.wrap_key_data(jnp.asarray(leaf), impl=_implementation(template))
     return type(template)(np.asarray(leaf).item()) if type(template) in _NUMBERS else leaf
+
+
+def _implementation(keys: Any) -> Any:
+    """Returns the implementation of random keys, of which a file has only the data."""
+    if isinstance(keys, jax.Array):
+        return jax.random.key_impl(keys)
+    for name in ("threefry2x32", "rbg", "unsafe_rbg"):  # jax tells that of a shape by its dtype
+        if jax.eval_shape(lambda n=name: jax.random.key(0, impl=n)).dtype == keys.dtype:
+            return name
+    raise TypeError(f"like has random keys of dtype {keys.dtype}: give keys, not their shapes.")
 
 
 _NUMBERS = {bool: jnp.bool_, int: jnp.integer, float: jnp.floating}
@@ -246,6 +267,7 @@ def _check_fits(name: str, wanted: Any, found: Any) -> None:
                 f"the Python number {wanted!r}."
             )
         return
+    wanted = key_data(wanted) if is_random_key(wanted) else wanted
     pairs = [("shape", tuple(wanted.shape), tuple(found.shape))]
     pairs += [("dtype", jnp.dtype(wanted.dtype), jnp.dtype(found.dtype))]
     if is_quantized(wanted):

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxclip._core.floats import saturate
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format import pytrees
-from jaxclip.checkpoints.format.layout import check_has_values, check_leaf
+from jaxclip.checkpoints.format.layout import check_has_values, check_leaf, is_random_key
 from jaxclip.checkpoints.reading import Source
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 
@@ -73,6 +73,11 @@ def named_leaves(tree: PyTree, separator: str, rename: Rename = ()) -> dict[str,
     """Returns the checked leaves of a tree by name; a tree that is one leaf is "array"."""
     leaves = _by_name(tree, separator, rename)
     for name, leaf in leaves.items():
+        if is_random_key(leaf):
+            raise TypeError(
+                f"leaf {name!r} has dtype {leaf.dtype}, which other libraries lack. Write "
+                "`jax.random.key_data(key)`, or of an nnx module `nnx.state(module, nnx.Param)`."
+            )
         for part in jax.tree.leaves(leaf):  # codes, scales and zeros of a low-bit leaf
             check_leaf(name, part)
             check_has_values(name, part)

@@ -99,7 +99,6 @@ def test_insertion_order_of_keys_does_not_change_the_header():
         ({"a": {"lr": 0.1}}, "a/lr"),
         ({"n": 3}, "n"),
         ({"z": np.zeros(2, np.complex64)}, "z"),
-        ({"k": jax.random.key(0)}, "k"),
         ({"o": np.array([None])}, "o"),
         ({"s": np.array(["text"])}, "s"),
         ({"v": np.zeros(2, "i4,f4")}, "v"),

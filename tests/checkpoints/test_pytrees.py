@@ -196,10 +196,32 @@ def test_an_unknown_object_in_a_module_is_refused_by_its_path(path):
         checkpoints.save(path, Model({"x": types.SimpleNamespace()}, None, 0.5, None))
 
 
-def test_random_keys_of_an_nnx_module_are_named_with_what_to_save(path):
-    dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match=r"'rngs/\w+/?\w*' has dtype key.*nnx\.Param"):
-        checkpoints.save(path, nnx.state(dropout))
+def test_an_nnx_module_continues_with_its_random_keys(path):
+    dropout, x = nnx.Dropout(0.5, rngs=nnx.Rngs(0)), jnp.ones(64)
+    dropout(x)
+    checkpoints.save(path, nnx.state(dropout))
+    assert {str(leaf.dtype) for leaf in checkpoints.inspect(path).leaves} == {"uint32"}
+    other = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+    nnx.update(other, checkpoints.load(path, like=nnx.state(other)))
+    np.testing.assert_array_equal(other(x), dropout(x))
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_random_keys_are_saved_as_their_data_and_made_from_it(path, impl):
+    keys = {"one": jax.random.key(3, impl=impl)}
+    keys["many"] = jax.random.split(keys["one"], (2, 3))
+    checkpoints.save(path, keys)
+    assert checkpoints.size_report(keys).total_bytes == path.stat().st_size
+    data = jax.tree.map(jax.random.key_data, keys)
+    assert_same(checkpoints.load(path), data)
+    shapes = jax.eval_shape(lambda: keys)
+    for like, device in ((keys, None), (shapes, None), (keys, jax.devices()[0])):
+        loaded = checkpoints.load(path, like=like, device=device)
+        for name, key in keys.items():
+            assert loaded[name].dtype == key.dtype
+            assert jnp.array_equal(jax.random.key_data(loaded[name]), data[name])
+    with pytest.raises(checkpoints.CheckpointError, match=r"'many' has shape .*, but like has"):
+        checkpoints.load(path, like=keys | {"many": keys["one"]})
 
 
 def test_an_nnx_module_itself_is_saved_by_its_parameters(path):

@@ -236,8 +236,23 @@ def _skeleton(node: PyTree, path: tuple[str | int, ...], leaves: dict[str, Leaf]
         nodes = (_skeleton(child, (*path, i), leaves) for i, child in enumerate(node))
         return [type(node).__name__, *nodes]
     check_leaf(name, node.qvalue if is_quantized(node) else node)
-    leaves[name] = node
+    leaves[name] = key_data(node) if is_random_key(node) else node
     return 0
+
+
+def is_random_key(leaf: Any) -> bool:
+    """Returns True for an array of random keys, or the shape of one."""
+    # All other dtypes are NumPy's: that is found faster.
+    is_other = is_quantized(leaf) or isinstance(
+        getattr(leaf, "dtype", None), (np.dtype, type(None))
+    )
+    return not is_other and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def key_data(keys: Any) -> Any:
+    """Returns the uint32 array that a file has for random keys, or its shape."""
+    read = jax.random.key_data
+    return jax.eval_shape(read, keys) if isinstance(keys, jax.ShapeDtypeStruct) else read(keys)
 
 
 def leaf_name(path: tuple[str | int, ...]) -> str:
@@ -306,14 +321,8 @@ def _leaf_tensors(name: str, leaf: Leaf, is_copy: bool) -> list[tuple[str, str, 
 def _dtype_code(name: str, dtype: Any) -> str:
     code = DTYPE_CODES.get(native_dtype(dtype))
     if code is None:
-        hint = ""
-        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-            hint = (
-                " Save `jax.random.key_data(key)` instead, and of an nnx module only "
-                "`nnx.state(module, nnx.Param)`."
-            )
-        elif jnp.issubdtype(dtype, jnp.complexfloating):
-            hint = " Save real and imaginary parts instead."
+        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        hint = " Save real and imaginary parts instead." if is_complex else ""
         raise TypeError(f"leaf {name!r} has dtype {dtype}, which a file cannot hold.{hint}")
     return code
 
