@@ -225,6 +225,14 @@ def groups(num_layers, num_millions):
                 "1,000 leaves: optax": lambda: theirs(their_lion),
             },
         ),
+        "stacked": Group(
+            {"w": (1000, 64, 64)},
+            jnp.float32,
+            {
+                "1,000 layers, stacked: jaxclip": lambda: ours(our_lion),
+                "1,000 layers, stacked: optax": lambda: theirs(their_lion),
+            },
+        ),
         # One a process: two states of this size may not fit.
         "large, jaxclip": Group(large, jnp.float32, {"one leaf: jaxclip": lambda: ours(our_lion)}),
         "large, optax": Group(large, jnp.float32, {"one leaf: optax": lambda: theirs(their_lion)}),
