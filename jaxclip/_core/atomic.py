@@ -262,6 +262,19 @@ def _closing(handle: int) -> Iterator[int]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Holds a lock by the name of `path`; yields False, without `wait`, if it is held already."""
+    with _closing(os.open(path, os.O_RDWR | os.O_CREAT)) as handle:
+        is_free = _lock(handle, wait) is not False  # also where there are no locks
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
 def _lock(handle: int, wait: bool) -> bool | None:
     """Locks an open file; returns False if it is locked, None if there are no locks here."""
     if sys.platform == "win32":

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxclip._core.atomic import replacing
+from jaxclip._core.atomic import locked, replacing
 from jaxclip._core.grids import Bits, code_range
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import store
@@ -222,10 +222,14 @@ class ChunkStore:
         file = self._file(start)
         return dict(store.load(file)) if file.exists() else None
 
+    def claimed(self, start: int, wait: bool) -> contextlib.AbstractContextManager[bool]:
+        """Keeps other processes from training a chunk; yields False if one of them does."""
+        return locked(self._folder / f"chunk-{start:06}.lock", wait)
+
     def save(self, start: int, chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Writes the chunk that begins with setting `start`; returns the one that is stored."""
-        # A second process that runs the same sweep may have stored the chunk while this one was
-        # training it. Both then report the same one.
+        # Where there are no locks, a second process that runs the same sweep may have stored the
+        # chunk while this one was training it. Both then report the same one.
         try:
             store.save(self._file(start), chunk)
         except FileExistsError:

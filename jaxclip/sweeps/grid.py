@@ -7,10 +7,11 @@ Every setting is trained with every seed, compressed to every width, and evaluat
 that a file would give back.
 """
 
+import itertools
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -90,7 +91,8 @@ def sweep(
         for no limit. Memory use is known only after compilation, so where rows are trained
         together, a smaller chunk compiles them again.
       directory: Local folder for finished chunks. An interrupted sweep continues after them when it
-        is called again; a call with other arguments or data is refused.
+        is called again; a call with other arguments or data is refused. Processes that run the
+        same sweep on one folder divide its chunks among them.
       devices: Devices over which the settings are divided; None for all of this process.
       keep_params: True to have the trained parameters in the result.
       progress: True to show a bar in a terminal or a notebook, if rich is installed.
@@ -184,26 +186,46 @@ def _chunks(
     store: ChunkStore | None,
     keep_params: bool,
     progress: bool,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the arrays of chunk after chunk, from the store where it has them."""
+) -> list[dict[str, np.ndarray]]:
+    """Returns the arrays of all chunks, from the store where it has them."""
     size = trainer.program.num_settings
+    chunks = {}
     with progress_bar(len(settings), progress) as advance:
-        for start in range(0, len(settings), size):
+        # First the chunks that no other process is training, then those that one was.
+        for wait, start in itertools.product((False, True), range(0, len(settings), size)):
+            if start in chunks:
+                continue
             some = settings[start : start + size]
-            chunk = store.load(start) if store else None
-            if chunk is None:
-                chunk = trainer.chunk(some, keep_params)
-                if store:
-                    chunk = store.save(start, chunk)
-            yield chunk
-            advance(len(some))
+            chunk = _chunk(trainer, some, store, start, keep_params, wait)
+            if chunk is not None:
+                chunks[start] = chunk
+                advance(len(some))
+    return [chunks[start] for start in sorted(chunks)]
 
 
-def _joined(
-    chunks: Iterable[dict[str, np.ndarray]], shape: tuple[int, ...]
-) -> dict[str, np.ndarray]:
+def _chunk(
+    trainer: Trainer,
+    settings: np.ndarray,
+    store: ChunkStore | None,
+    start: int,
+    keep_params: bool,
+    wait: bool,
+) -> dict[str, np.ndarray] | None:
+    """Returns a chunk, loaded or trained; without `wait` None if another process trains it."""
+    if store is None:
+        return trainer.chunk(settings, keep_params)
+    chunk = store.load(start)
+    if chunk is not None:
+        return chunk
+    with store.claimed(start, wait) as is_ours:
+        if not is_ours:
+            return None
+        chunk = store.load(start)  # it may have come while this process waited
+        return chunk or store.save(start, trainer.chunk(settings, keep_params))
+
+
+def _joined(parts: list[dict[str, np.ndarray]], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Returns the arrays of all chunks, their axis of settings split into `shape`."""
-    parts = list(chunks)
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {name: x.reshape(*shape, *x.shape[1:]) for name, x in whole.items()}
 

@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent import futures
 
 import jax
 import numpy as np
 import pytest
 
 from jaxclip import checkpoints
+from jaxclip._core import atomic
 from jaxclip.sweeps import programs
 from jaxclip.sweeps.chunks import ChunkStore
 from jaxclip.sweeps.tasks import random_batches
@@ -125,10 +128,33 @@ def test_a_damaged_chunk_is_an_error(tmp_path):
         run(**small)
 
 
+def test_two_sweeps_on_one_folder_divide_its_chunks(tmp_path, monkeypatch):
+    few = {"chunk_size": 1, "bits": (None,), "thresholds": [1.0], "directory": tmp_path}
+    real, trained, second_trains = programs.Program.run, [], threading.Event()
+
+    def listed(self, step_sizes, *args):
+        trained.append(float(step_sizes[0]))
+        if len(trained) == 1:
+            others.append(pool.submit(run, **few))
+            assert second_trains.wait(120)
+        second_trains.set()
+        return real(self, step_sizes, *args)
+
+    monkeypatch.setattr(programs.Program, "run", listed)
+    others = []
+    with futures.ThreadPoolExecutor(1) as pool:
+        mine = run(**few)
+    same(mine, others[0].result())
+    np.testing.assert_array_equal(mine.seconds_per_step, others[0].result().seconds_per_step)
+    assert trained == [0.3, 0.03]
+    assert not [*tmp_path.glob("*.lock"), *tmp_path.glob("*tmp*")]
+
+
 @pytest.mark.thorough
-def test_the_same_sweep_started_twice_on_a_folder_ends_twice_with_one_result(tmp_path, monkeypatch):
+def test_where_there_are_no_locks_the_same_sweep_twice_has_one_result(tmp_path, monkeypatch):
     few = {"chunk_size": 1, "bits": (None,), "thresholds": [1.0], "directory": tmp_path}
     real, others = programs.Program.run, []
+    monkeypatch.setattr(atomic, "_lock", lambda handle, wait: None)
 
     def overtaken(self, *args):
         trained = real(self, *args)
