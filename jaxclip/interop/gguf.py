@@ -22,6 +22,7 @@ from jaxclip.interop.gguf_blocks import (
     BLOCK_SIZE,
     BYTES_PER_BLOCK,
     BlockKind,
+    are_usual,
     blocks_of_codes,
     encode_blocks,
     header_of_codes,
@@ -183,7 +184,9 @@ def _gguf_tensor(
     if leaf.is_low_bit:
         try:
             kind = _kind_of_codes(leaf.outline)
-            header_of_codes(*_codes_and_scales(name, leaf.read()))
+            low_bit = leaf.read()
+            if not are_usual(np.asarray(low_bit.scale)):
+                header_of_codes(*_codes_and_scales(name, low_bit))
         except UnfitCodesError as error:
             kind, lacking[name] = None, str(error)
     elif len(shape) < 2 or length % BLOCK_SIZE:

@@ -54,6 +54,13 @@ def blocks_of_codes(
     return _packed(codes, header, kind)
 
 
+def are_usual(scale: np.ndarray) -> bool:
+    """Returns True if float16 surely holds scales, and offsets of up to 16 of them."""
+    size = np.abs(scale.astype(np.float32))
+    smallest, largest = np.finfo(np.float16).smallest_subnormal, np.finfo(np.float16).max
+    return bool(size.min(initial=1) >= smallest and size.max(initial=0) <= largest / 16)
+
+
 def header_of_codes(
     codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray | None
 ) -> list[np.ndarray]:
