@@ -432,3 +432,16 @@ def test_two_axes_and_a_layout_do_what_python_does():
         assert run("compress", "net.safetensors", "out.safetensors", "--force", *words)[0] == 0
         wanted = pathlib.Path("wanted.safetensors").read_bytes()
         assert pathlib.Path("out.safetensors").read_bytes() == wanted
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_compiled_programs_are_kept_in_the_folder_of_the_user(tmp_path, is_kept):
+    source, cache = tmp_path / "net.npz", tmp_path / "cache"
+    checkpoints.save(source, {"kernel": np.ones((64, 300), np.float32)})
+    words = ["compress", str(source), str(tmp_path / "small.safetensors")]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jaxclip", *words, *([] if is_kept else ["--no-cache"])]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert bool(list(cache.glob("jaxclip/*"))) == is_kept

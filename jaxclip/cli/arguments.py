@@ -55,6 +55,11 @@ def make_parser() -> argparse.ArgumentParser:
         )
         add_options(command)
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        command.add_argument(
+            "--no-cache",
+            action="store_true",
+            help="keep no compiled programs in the user's cache folder",
+        )
         command.set_defaults(run=run, parser=command)
     return parser
 

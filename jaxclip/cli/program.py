@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pathlib
 import signal
 import sys
 import warnings
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # First the imports, which take long and which a signal may cut short.
         importlib.import_module("jaxclip.interop")
+        if not parsed.no_cache:
+            _keep_compiled_programs()
         with signals.taken_as_flag(at_second=_abandon):
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -57,6 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.parser.error(message)
         _tell(f"jaxclip: error: {message}")
         return 1
+
+
+def _keep_compiled_programs() -> None:
+    """Has jax keep compiled programs in the user's cache folder, unless it keeps them already."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore
+        return
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxclip"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:  # such as a home that cannot be written to
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _json_text(result: Any) -> str:
