@@ -218,7 +218,8 @@ def print_weights(leaves, group_size, bits, levels, rounds, only_search=False):
     energy = sum(float(np.sum(np.square(b, dtype=np.float64))) for b in some)
     best = sum(np.sum(in_parts(lambda b: exact_errors(b, low, high), b)) for b in some)
     rules = {} if only_search else simple_rules(bits, low, high)
-    rules = {name: jax.jit(rule) for name, rule in (ours(bits, levels) | rules).items()}
+    # Ours are compiled by themselves: inside another program they would lose their options.
+    rules = ours(bits, levels) | {name: jax.jit(rule) for name, rule in rules.items()}
     unit, costs = measure_rules(rules, arrays, rounds)
     megabytes = sum(b.nbytes for b in blocks) / 1e6
     side = "full signed" if levels == "full" else "narrow"

@@ -23,9 +23,9 @@ from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, inverse_size, quotie
 from jaxclip._core.grids import Grid
 from jaxclip.lowbit.parts import Parts, PartShape, Place, parts_of
 from jaxclip.lowbit.scale_formats import dtype_in_memory, round_scale
-from jaxclip.thresholds.search.candidates import BlockStats, Evaluate, Search
+from jaxclip.thresholds.search.candidates import BlockStats, Evaluate, Search, is_hard
 from jaxclip.thresholds.search.rows import Rows, search_rows, sum_entries
-from jaxclip.thresholds.search.scale import SHORT, search_scale
+from jaxclip.thresholds.search.scale import search_scale
 from jaxclip.thresholds.search.scale_and_zero import search_scale_and_zero
 
 # How scales are chosen: for the least squared error, or for the largest weight.
@@ -138,7 +138,7 @@ def _plan(parts: Parts, grid: Grid, choice: Choice, dtype: np.dtype) -> _Plan:
     )
     # float64 is measured in float32, in which codes and scales are computed.
     name = "float32" if dtype.itemsize > 4 else dtype.name
-    return _Plan(parts.part_shape, parts.size > SHORT, read, choice, name)
+    return _Plan(parts.part_shape, is_hard(parts.size), read, choice, name)
 
 
 def _rows_of(per_row: np.ndarray, places: Sequence[Place]) -> list[np.ndarray]:
@@ -345,7 +345,7 @@ def _scales(plan: _Plan, rows: Rows) -> _Scales:
 
 def _zero_search(plan: _Plan, low: int, high: int) -> Search:
     if plan.choice == "mse_optimal":
-        return functools.partial(search_scale_and_zero, low, high)
+        return functools.partial(search_scale_and_zero, low, high, plan.is_long)
 
     def spanning(evaluate: Evaluate, stats: BlockStats) -> tuple[jax.Array, jax.Array]:
         del evaluate

@@ -20,6 +20,7 @@ from jaxclip._core import floats
 from jaxclip._core.trees import PyTree
 
 BATCH = 16  # candidates of a pass: one vector register of float32, or two
+_SHORT = range(16, 129)  # entries of a block that needs the fewest passes
 _PIECE = 64  # entries that one unrolled loop body sums
 _SLAB = 2**18  # entries that are read at a time, and whose blocks go through all passes together
 
@@ -96,17 +97,15 @@ def _stats_of(
     parts: Sequence[_Part], axes: tuple[int, ...] | None, counts: jax.Array
 ) -> BlockStats:
     """Returns statistics of blocks along `axes`; None for one block of all parts together."""
-
     arrays = [x.astype(jnp.float32) for x, _ in parts]
-    highest, lowest = _in_one_loop(
-        _reduced(jnp.max, arrays, axes, jnp.maximum), _reduced(jnp.min, arrays, axes, jnp.minimum)
-    )
+    highest = _reduced(jnp.max, arrays, axes, jnp.maximum)
+    lowest = _reduced(jnp.min, arrays, axes, jnp.minimum)
     largest = jnp.maximum(highest, -lowest)
     factor = floats.inverse_size(largest)
     scaled = [x * factor for x in arrays]
     squares = [_times(jnp.square(x), v) for x, (_, v) in zip(scaled, parts, strict=True)]
     powers = [_times(odd_power(x), v) for x, (_, v) in zip(scaled, parts, strict=True)]
-    energy, lean = _in_one_loop(_added(squares, axes), _added(powers, axes))
+    energy, lean = _added(squares, axes), _added(powers, axes)
     stats = BlockStats(
         factor, largest * factor, lowest * factor, highest * factor, energy, lean, lean
     )
@@ -127,12 +126,6 @@ def _reduced(
     """Returns a reduction of all arrays and 0 along `axes`, dims kept; for None one number."""
     parts = [reduce(x, axis=axes, keepdims=axes is not None, initial=0) for x in arrays]
     return functools.reduce(combine, parts)
-
-
-def _in_one_loop(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns both, for which XLA on CPU reads the weights once instead of twice."""
-    both = lax.optimization_barrier(lax.complex(x, y))
-    return jnp.real(both), jnp.imag(both)
 
 
 def _times(x: jax.Array, v: jax.Array | None) -> jax.Array:
@@ -307,15 +300,6 @@ def _evaluate_in_slabs(
 # --- Choosing between candidates ------------------------------------------------------
 
 
-class BestCandidates(NamedTuple):
-    """The two best candidates so far and their errors; all arrays have one value for each block."""
-
-    error: jax.Array
-    best: tuple[jax.Array, ...]  # the candidate's values, such as its scale
-    second_error: jax.Array
-    second: tuple[jax.Array, ...]  # the first of such values, as many as are of use
-
-
 def refined(
     sums: tuple[jax.Array, jax.Array], energy: jax.Array, starts: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -338,20 +322,29 @@ def places_between_neighbors(count: int) -> np.ndarray:
     return np.where(places == 0, 0.25 / (count + 1), places)
 
 
+def is_hard(length: int) -> bool:
+    """Returns True for blocks that need more passes: long ones, and those of a few entries."""
+    # Those of a few entries have the deepest dips. In long ones more of the tails is clipped, so
+    # the scales to try are far apart.
+    return length not in _SHORT
+
+
 def lowest(
     errors: jax.Array, values: tuple[jax.Array, ...], count: int = 1
 ) -> list[tuple[jax.Array, ...]]:
-    """Returns the values of the candidates with the least few errors; of equals only one."""
-    found = []
-    for _ in range(count):
-        is_chosen = errors == jnp.min(errors, axis=-1, keepdims=True)
-        errors = jnp.where(is_chosen, jnp.inf, errors)
-        chosen = []
-        for value in values:
-            chosen.append(jnp.max(value, axis=-1, where=is_chosen, initial=-jnp.inf))
-            is_chosen &= value == chosen[-1][..., None]
-        found.append(tuple(chosen))
-    return found
+    """Returns errors and values of the best few candidates; of equal errors only the first."""
+    # Lane by lane into a sorted list, because XLA on CPU does not vectorize short reductions.
+    unknown = jnp.full_like(errors[..., 0], jnp.inf)
+    best: list[tuple[jax.Array, ...]] = [(unknown, *(v[..., 0] for v in values))] * count
+    for lane in range(errors.shape[-1]):
+        new = (errors[..., lane], *(v[..., lane] for v in values))
+        for i, old in enumerate(best):
+            is_less, is_equal = new[0] < old[0], new[0] == old[0]
+            best[i] = tuple(jnp.where(is_less, a, b) for a, b in zip(new, old, strict=True))
+            if i + 1 < count:
+                new = tuple(jnp.where(is_less, b, a) for a, b in zip(new, old, strict=True))
+                new = (jnp.where(is_equal, jnp.inf, new[0]), *new[1:])
+    return best
 
 
 def in_lanes(values: Sequence[jax.Array]) -> jax.Array:
@@ -380,49 +373,3 @@ def geometric(log_ratio: jax.Array, places: np.ndarray) -> jax.Array:
     # As a power, because XLA on CPU would not vectorize so many exponentials.
     less = jnp.expm1(log_ratio / 64)[..., None]
     return lax.integer_pow(1 + less * along_last(less, places), 64)
-
-
-def keep_better(
-    so_far: BestCandidates, errors: jax.Array, candidates: tuple[jax.Array, ...]
-) -> BestCandidates:
-    """Returns the best two of those so far and of new candidates; of equals the earlier."""
-    num_second = len(so_far.second)
-    least = jnp.min(errors, axis=-1)
-    is_least = _is_first(errors == least[..., None])
-    values = tuple(_value_where(is_least, c) for c in candidates)
-    others = jnp.where(is_least, jnp.inf, errors)
-    next_least = jnp.min(others, axis=-1)
-    is_next = _is_first(others == next_least[..., None])
-    next_values = tuple(_value_where(is_next, c) for c in candidates[:num_second])
-
-    is_better = least < so_far.error
-    # The second best is the loser for the first place, or the better of the two seconds.
-    loser = jnp.where(is_better, so_far.error, least)
-    loser_values = _choose(is_better, so_far.best[:num_second], values[:num_second])
-    rival = jnp.where(is_better, next_least, so_far.second_error)
-    rival_values = _choose(is_better, next_values, so_far.second)
-    return BestCandidates(
-        error=jnp.where(is_better, least, so_far.error),
-        best=_choose(is_better, values, so_far.best),
-        second_error=jnp.minimum(loser, rival),
-        second=_choose(loser <= rival, loser_values, rival_values),
-    )
-
-
-def _choose(
-    condition: jax.Array, these: tuple[jax.Array, ...], those: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
-    return tuple(jnp.where(condition, a, b) for a, b in zip(these, those, strict=True))
-
-
-def _is_first(is_chosen: jax.Array) -> jax.Array:
-    """Keeps the first of the chosen places of the last axis, because scale and mirror may tie."""
-    count = is_chosen.shape[-1]
-    places = np.arange(count, dtype=np.int32).reshape((1,) * (is_chosen.ndim - 1) + (-1,))
-    places = jnp.where(is_chosen, places, count)
-    return places == jnp.minimum(jnp.min(places, axis=-1, keepdims=True), count - 1)
-
-
-def _value_where(is_chosen: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns the value at the chosen place of the last axis."""
-    return jnp.max(values, axis=-1, where=is_chosen, initial=-jnp.inf)

@@ -23,14 +23,13 @@ from jaxclip.thresholds.search.candidates import (
     along_last,
     geometric,
     in_lanes,
+    is_hard,
     lowest,
     places_between_neighbors,
     search_arrays,
     search_blocks,
     with_last,
 )
-
-SHORT = 128  # entries up to which a block is short: one pass is enough at 4 bits
 
 
 @functools.partial(WideJit, static_argnums=(1, 3, 4))
@@ -44,26 +43,26 @@ def best_scale(
 ) -> jax.Array:
     """Returns the scale of least squared error for each block, dims kept; 0 for zeros."""
     # It is negative where the level `low < -high` helps on the positive side, and NaN for NaN.
-    is_long = math.prod(blocks.shape[a] for a in axes) > SHORT
-    search = functools.partial(search_scale, low, high, is_long, importance is not None)
+    length = math.prod(blocks.shape[a] for a in axes)
+    search = functools.partial(search_scale, low, high, is_hard(length), importance is not None)
     scale, factor = search_blocks(blocks, axes, counts, search, importance)
     return scale / factor
 
 
 def best_common_scale(arrays: Sequence[jax.Array], low: int, high: int) -> jax.Array:
     """Returns the scale of least squared error for all entries of some arrays together."""
-    is_long = sum(x.size for x in arrays) > SHORT
-    search = functools.partial(search_scale, low, high, is_long, False)
+    length = sum(x.size for x in arrays)
+    search = functools.partial(search_scale, low, high, is_hard(length), False)
     scale, factor = search_arrays(arrays, search)
     return scale / factor
 
 
 def search_scale(
-    low: int, high: int, is_long: bool, is_weighted: bool, evaluate: Evaluate, stats: BlockStats
+    low: int, high: int, is_hard: bool, is_weighted: bool, evaluate: Evaluate, stats: BlockStats
 ) -> jax.Array:
     """Searches for the scale of least error."""
     stats = stats._replace(largest=jnp.where(stats.largest > 0, stats.largest, 1))
-    is_full, is_short = low < -high, not is_long and not is_weighted
+    is_full, is_short = low < -high, not is_hard and not is_weighted
     if is_short and (high == 7 or (high < 7 and not is_full)):
         num_centers, places = 0, np.append(np.linspace(0, 1, BATCH - 1), 0)
         starts, width = _coarse(stats, low, high, high, is_weighted, places)
@@ -82,13 +81,15 @@ def search_scale(
         starts = starts * _sign(stats, high)[..., None]
 
     errors, scales = evaluate(Candidates(starts, low, high))
-    error, best = jnp.min(errors, axis=-1), lowest(errors, (scales,))[0][0]
+    found = lowest(errors, (scales, starts), max(num_centers, 1))
+    error, best, _ = found[0]
     if num_centers:
-        starts = _around(lowest(errors, (starts,), num_centers), width)
+        starts = _around([start for _, _, start in found], width)
         # The scale of max_abs is among the last, so that the result is never worse.
         starts = with_last(starts, stats.largest / high)
         errors, scales = evaluate(Candidates(starts, low, high))
-        best = jnp.where(jnp.min(errors, axis=-1) < error, lowest(errors, (scales,))[0][0], best)
+        new_error, new_best = lowest(errors, (scales,))[0]
+        best = jnp.where(new_error < error, new_best, best)
     # 0 for blocks of zeros; NaN, which bounds nothing, for blocks with a NaN.
     return jnp.where(stats.energy > 0, best, 0 * stats.energy)
 
@@ -102,10 +103,10 @@ def _sign(stats: BlockStats, high: int) -> jax.Array:
     return jnp.where(is_positive, -1, 1)
 
 
-def _around(centers: list[tuple[jax.Array, ...]], width: jax.Array) -> jax.Array:
+def _around(centers: list[jax.Array], width: jax.Array) -> jax.Array:
     """Returns scales between the neighbors of some scales, along a last axis."""
     places = np.tile(places_between_neighbors(BATCH // len(centers)), len(centers))
-    return in_lanes([start for (start,) in centers]) * geometric(width, places)
+    return in_lanes(centers) * geometric(width, places)
 
 
 def _coarse(
