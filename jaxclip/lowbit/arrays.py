@@ -251,7 +251,7 @@ def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax
     """
     if dtype is None:  # a file may be compressed from float64, which jax may have disabled
         dtype = jax.dtypes.canonicalize_dtype(quantized.dtype)
-    return _dequantize(quantized, jnp.dtype(dtype))
+    return _dequantize(quantized, jnp.finfo(dtype).dtype)  # raises unless it is floating
 
 
 # Compiled, because single operations are much slower; inlined, so that it fuses in a program.

@@ -328,9 +328,9 @@ def _scales(plan: _Plan, rows: Rows) -> _Scales:
         if plan.grid.zero_point:
             scale, zero = _zero_search(plan, low, high)(evaluate, stats)
         elif plan.choice == "max_abs" or plan.grid.bits == 1:
-            scale = stats.largest / high
+            scale = stats.largest  # a threshold, to be divided once
         else:
-            scale = search_scale(low, high, plan.is_long, False, evaluate, stats)
+            scale = high * search_scale(low, high, plan.is_long, False, evaluate, stats)
         return scale, zero, stats.largest, stats.energy
 
     (scale, zero, largest, energy), factor = search_rows(rows, search)
@@ -338,7 +338,7 @@ def _scales(plan: _Plan, rows: Rows) -> _Scales:
     if plan.grid.bits == 1 and plan.choice == "mse_optimal":
         size = rows.total(sum_entries(jnp.abs(rows.pieces) / rows.spread(rows.counts)[:, None]))
     if not plan.grid.zero_point:
-        size = jnp.minimum(size * high, FLOAT32_MAX) / high
+        size = jnp.minimum(size, FLOAT32_MAX) / high
     size = jnp.clip(size, FLOAT32_TINY, FLOAT32_MAX)
     return _Scales(size, zero, largest / factor, energy, factor)
 

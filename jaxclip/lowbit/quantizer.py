@@ -77,6 +77,10 @@ def quantize(
     on_host = quantize_on_host(array, bits, threshold=threshold, name=name)
     if on_host is not None:
         device = next(iter(array.devices())) if isinstance(array, jax.Array) else None
+        if (
+            device == jax.local_devices()[0]
+        ):  # the default: not to be told keeps arrays free to move
+            device = None
         return jax.tree.map(lambda part: jax.device_put(part, device), on_host[0])
     array = jnp.asarray(array)
     grid = _grid_for(array.dtype, array.ndim, bits, name)

@@ -209,13 +209,13 @@ def test_the_report_has_what_each_leaf_lost(part_bytes, source, target, monkeypa
     report = compress_checkpoint(source, target, 2, rule=jaxclip.max_abs, policy=policy)
     original, small = checkpoints.load(source), checkpoints.load(target)
     wanted = jaxclip.size_report(small, original=original)
-    assert report.relative_error == pytest.approx(wanted.relative_error, rel=1e-12)
+    assert report.relative_error == pytest.approx(wanted.relative_error, rel=1e-7)
     assert report.clip_rate == wanted.clip_rate > 0
     for found, leaf in zip(report.leaves, wanted.leaves, strict=True):
         assert (found.path, found.clip_rate) == (leaf.path, leaf.clip_rate)
         assert (found.relative_error is None) == (leaf.relative_error is None)
         assert found.relative_error is None or found.relative_error == pytest.approx(
-            leaf.relative_error, rel=1e-12
+            leaf.relative_error, rel=1e-7
         )
 
 
