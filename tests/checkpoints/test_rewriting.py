@@ -297,6 +297,7 @@ def test_shards_become_one_file(tmp_path, target):
     assert sorted(checkpoints.load(target)) == sorted(tensors)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_names_with_slashes_and_colons_are_compressed_and_come_back(suffix, tmp_path, target):
     names = ["layer/kernel", "layer/kernel:0", "../x", "%2F"]
@@ -395,6 +396,7 @@ def test_existing_files_and_other_suffixes_are_refused_before_the_work(source, t
 # --- Decompress and clip ----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [None, np.float16, ml_dtypes.bfloat16])
 def test_decompressed_files_are_read_by_others(dtype, source, target, tmp_path):
     compress_checkpoint(source, target, 4)

@@ -104,6 +104,7 @@ def test_rows_do_not_depend_on_how_many_are_trained():
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[1]), few.params, many.params)
 
 
+@pytest.mark.thorough
 def test_the_length_of_a_call_changes_no_bit(monkeypatch):
     few = {"thresholds": [0.25], "bits": (None,), "record_every": EVERY}
     whole = run(**few)

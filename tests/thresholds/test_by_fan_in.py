@@ -134,6 +134,7 @@ def test_a_layout_is_said_where_names_do_not_say_it():
         fan_in(layout="in_out", out_axes=0)
 
 
+@pytest.mark.thorough
 def test_fan_in_and_scales_of_the_real_layers_of_equinox():
     eqx = pytest.importorskip("equinox")
     key = jax.random.key(0)

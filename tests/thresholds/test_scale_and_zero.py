@@ -79,6 +79,7 @@ def test_the_error_is_near_the_optimum_and_never_above_that_of_the_whole_range(r
         assert ratio <= (1.01 if name in SKEWED else 1.004), name
 
 
+@pytest.mark.thorough
 def test_zero_points_of_wider_grids_than_the_whole_range_are_tried():
     g = np.random.default_rng(0).normal(size=(300, 4))
     rows = (np.sign(g) * g**2 + 0.5).astype(np.float32)
