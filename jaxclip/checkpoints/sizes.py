@@ -279,10 +279,10 @@ def _compared(report: SizeReport, plan: FilePlan, original: PyTree) -> SizeRepor
                 check_has_values(leaf.path, values)
         errors[leaf.path] = quantization_error(before, now)
     dtypes = {name: leaf.dtype for name, leaf in originals.items()}
-    return with_dtypes(with_errors(report, errors), dtypes)
+    return _with_dtypes(with_errors(report, errors), dtypes)
 
 
-def with_dtypes(report: SizeReport, dtypes: Mapping[str, Any]) -> SizeReport:
+def _with_dtypes(report: SizeReport, dtypes: Mapping[str, Any]) -> SizeReport:
     """Returns a report with the dtypes that arrays had before they were compressed, by path."""
     # Where jax has no float64, the low-bit array of a float64 leaf stands for a float32.
     leaves = []

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxclip._core.dense_methods import DenseMethods
 from jaxclip._core.floats import saturate
 from jaxclip._core.grids import Bits, Grid
-from jaxclip.lowbit.dense_methods import DenseMethods
 from jaxclip.lowbit.packing import num_packed_bytes
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 

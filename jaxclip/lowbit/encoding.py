@@ -7,9 +7,8 @@ A program is compiled for the shape of a part, not for that of an array. Threads
 
 import functools
 import math
-import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -21,6 +20,7 @@ from jaxclip._core import signals
 from jaxclip._core.compiling import WIDE_VECTORS, cpu_options
 from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, inverse_size, quotient, saturate
 from jaxclip._core.grids import Grid
+from jaxclip._core.threads import in_threads, num_cores
 from jaxclip.lowbit.parts import Parts, PartShape, Place, parts_of
 from jaxclip.lowbit.scale_formats import dtype_in_memory, round_scale
 from jaxclip.thresholds.search.candidates import BlockStats, Evaluate, Search, is_hard
@@ -58,7 +58,7 @@ class _Plan(NamedTuple):
     """All that a program depends on."""
 
     shape: PartShape
-    is_long: bool
+    is_hard: bool
     grid: Grid
     choice: Choice
     dtype: str
@@ -128,6 +128,7 @@ def encode_concrete(array: np.ndarray, grid: Grid, choice: Choice) -> Encoded:
 
 
 def _plan(parts: Parts, grid: Grid, choice: Choice, dtype: np.dtype) -> _Plan:
+    """Returns what the program for an array depends on."""
     # Only what a program reads of the grid, so that equal programs are compiled once.
     read = Grid(
         grid.bits,
@@ -143,7 +144,7 @@ def _plan(parts: Parts, grid: Grid, choice: Choice, dtype: np.dtype) -> _Plan:
 
 def _rows_of(per_row: np.ndarray, places: Sequence[Place]) -> list[np.ndarray]:
     """Returns the values of the rows that each slab has."""
-    return [slab[: place.num_rows] for slab, place in zip(per_row, places, strict=False)]
+    return [slab[: place.num_rows] for slab, place in zip(per_row, places, strict=True)]
 
 
 def _unscaled_sum(squares: np.ndarray, factor: np.ndarray, places: Sequence[Place]) -> float:
@@ -155,20 +156,13 @@ def _unscaled_sum(squares: np.ndarray, factor: np.ndarray, places: Sequence[Plac
 def _in_threads(function: Callable[[Sequence[Place]], Any], parts: Parts) -> list[Any]:
     """Returns the results of a function of parts, in their order."""
 
-    def checked(places: Sequence[Place]) -> Any:
+    def checked(places: Sequence[Place], is_over: threading.Event) -> Any:
+        del is_over  # a part takes milliseconds
         signals.check_stop()
         return function(places)
 
-    all_places = parts.places()
-    if len(all_places) == 1:
-        return [checked(all_places[0])]
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on every system
-    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(min(num_cores, len(all_places)))
-    try:
-        return list(pool.map(checked, all_places))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    places = parts.places()
+    return in_threads(checked, places, min(num_cores(), len(places)))
 
 
 def _run(
@@ -321,6 +315,7 @@ class _Scales(NamedTuple):
 
 
 def _scales(plan: _Plan, rows: Rows) -> _Scales:
+    """Returns the scale and the zero of each row, by the rule."""
     low, high = plan.grid.code_range
 
     def search(evaluate: Evaluate, stats: BlockStats) -> tuple[jax.Array, ...]:
@@ -330,7 +325,7 @@ def _scales(plan: _Plan, rows: Rows) -> _Scales:
         elif plan.choice == "max_abs" or plan.grid.bits == 1:
             scale = stats.largest  # a threshold, to be divided once
         else:
-            scale = high * search_scale(low, high, plan.is_long, False, evaluate, stats)
+            scale = high * search_scale(low, high, plan.is_hard, False, evaluate, stats)
         return scale, zero, stats.largest, stats.energy
 
     (scale, zero, largest, energy), factor = search_rows(rows, search)
@@ -344,8 +339,9 @@ def _scales(plan: _Plan, rows: Rows) -> _Scales:
 
 
 def _zero_search(plan: _Plan, low: int, high: int) -> Search:
+    """Returns the search for scale and zero point by the rule."""
     if plan.choice == "mse_optimal":
-        return functools.partial(search_scale_and_zero, low, high, plan.is_long)
+        return functools.partial(search_scale_and_zero, low, high, plan.is_hard)
 
     def spanning(evaluate: Evaluate, stats: BlockStats) -> tuple[jax.Array, jax.Array]:
         del evaluate

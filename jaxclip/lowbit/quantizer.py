@@ -77,9 +77,8 @@ def quantize(
     on_host = quantize_on_host(array, bits, threshold=threshold, name=name)
     if on_host is not None:
         device = next(iter(array.devices())) if isinstance(array, jax.Array) else None
-        if (
-            device == jax.local_devices()[0]
-        ):  # the default: not to be told keeps arrays free to move
+        # On the default device arrays stay uncommitted, as jax makes them.
+        if device == jax.local_devices()[0]:
             device = None
         return jax.tree.map(lambda part: jax.device_put(part, device), on_host[0])
     array = jnp.asarray(array)

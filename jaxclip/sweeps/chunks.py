@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core.atomic import locked, replacing
 from jaxclip._core.grids import Bits, code_range
+from jaxclip._core.threads import in_threads, num_cores
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import store
 from jaxclip.checkpoints.reading import checkpoint_errors
@@ -25,7 +26,6 @@ from jaxclip.lowbit.trees import decompress
 from jaxclip.sweeps.compiled import fingerprint, remembered
 from jaxclip.sweeps.programs import Program
 from jaxclip.sweeps.tasks import Task
-from jaxclip.sweeps.threads import in_threads, num_cores
 
 
 class Compressor:

@@ -19,11 +19,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxclip._core.threads import in_threads, num_cores
 from jaxclip._core.trees import PyTree
 from jaxclip.sweeps.compiled import fingerprint, has_operation, remembered
 from jaxclip.sweeps.rows import Row, Rows
 from jaxclip.sweeps.tasks import OUTRANKED, Task
-from jaxclip.sweeps.threads import in_threads, num_cores
 from jaxclip.training.step import backend_options, is_donation_safe
 
 # Ctrl-C waits for the calls that run, so a call is for no more steps than take about this long.

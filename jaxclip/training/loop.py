@@ -98,7 +98,7 @@ def fit(
       keep_best: A metric of `evaluate`. The parameters with its best value are kept, a copy of
         them, and are part of every checkpoint.
       best_mode: "max" if a larger value is better, "min" if a smaller one is.
-      stop_signals: FirstSignal that end the loop after the current step, for instance also
+      stop_signals: Signals that end the loop after the current step, for instance also
         `signal.SIGUSR1`. After the first, all have their usual effect again.
 
     Returns:

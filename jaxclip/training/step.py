@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
+from jaxclip._core.compiling import cpu_options
 from jaxclip._core.floats import increment, keep_weak_type, select
 from jaxclip._core.trees import Mask, PyTree, map_clippable
 from jaxclip._core.updates import is_unbounded
@@ -374,14 +375,6 @@ def is_donation_safe() -> bool:
     return jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 9)
 
 
-@functools.cache
-def backend_options() -> dict[str, bool]:
-    """Returns XLA options for the default backend; none where this jaxlib does not know them."""
-    if jax.default_backend() != "cpu":
-        return {}
-    options = {"xla_cpu_copy_insertion_use_region_analysis": True}
-    try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except Exception:  # jaxlibs raise different errors for an option that they lack
-        return {}
-    return options
+def backend_options() -> dict[str, bool | int | str]:
+    """Returns the options of XLA that steps are compiled with on the default backend."""
+    return cpu_options(("xla_cpu_copy_insertion_use_region_analysis", True))

@@ -845,10 +845,10 @@ def options_passed(monkeypatch, **kwargs):
         seen.append(jit_kwargs.get("compiler_options"))
         return real_jit(*args, **jit_kwargs)
 
-    jaxclip.training.step.backend_options.cache_clear()
+    jaxclip._core.compiling.cpu_options.cache_clear()
     monkeypatch.setattr(jax, "jit", spy)
     make_train_step(linear_loss, make_optimizer(), **kwargs)
-    jaxclip.training.step.backend_options.cache_clear()
+    jaxclip._core.compiling.cpu_options.cache_clear()
     return seen[-1] or {}
 
 

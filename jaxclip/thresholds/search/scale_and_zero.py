@@ -62,10 +62,8 @@ def search_scale_and_zero(
     error, scale, zero, _ = centers[0]
 
     starts = in_lanes([start for *_, start in centers])
-    zeros, places = (
-        in_lanes([zero for _, _, zero, _ in centers]),
-        np.tile(places_between_neighbors(4), 4),
-    )
+    zeros = in_lanes([zero for _, _, zero, _ in centers])
+    places = np.tile(places_between_neighbors(4), 4)
     for i in range(3 if is_hard else 1):
         if i > 0:  # both neighbors of the best zero point, and twice as near at itself
             starts = jnp.broadcast_to(scale[..., None], starts.shape)

@@ -1,4 +1,4 @@
-"""Rows on the cores of a CPU: each thread takes one after the other."""
+"""Work on the cores of a CPU: each thread takes one item after the other."""
 
 import os
 import threading

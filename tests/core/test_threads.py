@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from jaxclip.sweeps.threads import in_threads
+from jaxclip._core.threads import in_threads
 
 
 def test_results_are_in_the_order_of_the_items():
