@@ -1,0 +1,124 @@
+"""Second moments of the inputs that a weight is multiplied by, and the matrices they are for.
+
+    outputs = inputs @ W        error of the outputs = E^T H E,  H = sum of x x^T over the inputs x
+
+A weight array is seen as a stack of (inputs, outputs) matrices; each matrix has moments of its own.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclip._core.trees import PyTree
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """The axes of a weight array that are stacked, summed over, and kept by a product.
+
+    Attributes:
+      shape: The array's shape, or a refinement of it in which an axis is split into several.
+      stack: Axes of `shape` with a matrix for each index: layers, experts, groups of channels.
+      inputs: Axes of `shape` that the product sums over, in the order of the moments.
+      outputs: The other axes of `shape`.
+    """
+
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        axes = sorted((*self.stack, *self.inputs, *self.outputs))
+        if axes != list(range(len(self.shape))):
+            raise ValueError(
+                f"stack, inputs and outputs must be the axes of {self.shape}, each once, got "
+                f"{self.stack}, {self.inputs} and {self.outputs}."
+            )
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """Matrices in the stack, inputs, outputs."""
+        groups = (self.stack, self.inputs, self.outputs)
+        stack, inputs, outputs = (math.prod(self.shape[a] for a in axes) for axes in groups)
+        return stack, inputs, outputs
+
+    def unfold(self, array: np.ndarray) -> np.ndarray:
+        """Returns a weight array, of jax or NumPy, as matrices (stack, inputs, outputs)."""
+        order = (*self.stack, *self.inputs, *self.outputs)
+        return array.reshape(self.shape).transpose(order).reshape(self.matrix_shape)
+
+    def fold(self, matrices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns matrices (stack, inputs, outputs) as a weight array of that shape."""
+        order = (*self.stack, *self.inputs, *self.outputs)
+        apart = matrices.reshape([self.shape[a] for a in order])
+        return apart.transpose(np.argsort(order)).reshape(shape)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("second", "first", "count"),
+    meta_fields=("view",),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class InputMoments:
+    """Sums over the inputs of one weight array, a pytree; moments of parts of the data add up.
+
+    Attributes:
+      second: Sums of x x^T, (stack, inputs, inputs); or their diagonals, (stack, inputs), for
+        inputs that are too many, and for rows that are looked up by index, where they count.
+      first: Sums of x, (stack, inputs).
+      count: Number of inputs x that were summed, of each matrix (stack,).
+      view: The matrices of the weight array.
+    """
+
+    second: jax.Array
+    first: jax.Array
+    count: jax.Array
+    view: MatrixView
+
+    @property
+    def is_diagonal(self) -> bool:
+        """True if only the diagonals of the second moments are known."""
+        return self.second.ndim == 2
+
+    def __add__(self, other: "InputMoments") -> "InputMoments":
+        if self.view != other.view or self.is_diagonal != other.is_diagonal:
+            raise ValueError(
+                "moments must be for the same view of a weight and both be whole or diagonal to "
+                f"be added, got {self.view} and {other.view}."
+            )
+        return jax.tree.map(jnp.add, self, other)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("moments", "sensitivities"),
+    meta_fields=("missing",),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """Moments and sensitivities of the weights of a model, a pytree.
+
+    Attributes:
+      moments: Moments of the inputs of each weight, by the weight's path in the parameters.
+      sensitivities: Rise of the outputs' error by path, for one unit of the weight's own error;
+        empty if it was not measured.
+      missing: Paths of weights whose inputs were not found.
+    """
+
+    moments: dict[str, InputMoments]
+    sensitivities: dict[str, PyTree] = dataclasses.field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    def __add__(self, other: "Calibration") -> "Calibration":
+        if self.moments.keys() != other.moments.keys():
+            apart = sorted(self.moments.keys() ^ other.moments.keys())
+            raise ValueError(f"calibrations to be added must be for the same weights: {apart}.")
+        moments = {path: m + other.moments[path] for path, m in self.moments.items()}
+        return Calibration(moments, self.sensitivities or other.sensitivities, self.missing)

@@ -1,0 +1,49 @@
+"""Views of weights as matrices, and moments that add up."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxclip.lowbit.moments import InputMoments, MatrixView
+
+CONVOLUTION = MatrixView((3, 2, 4, 5), (), (0, 1, 2), (3,))
+GROUPED = MatrixView((3, 4, 2, 5), (2,), (0, 1), (3,))  # (height, in a group, groups, out a group)
+EXPERTS = MatrixView((6, 4, 5), (0,), (2,), (1,))
+
+
+@pytest.mark.parametrize("view", [CONVOLUTION, GROUPED, EXPERTS])
+def test_fold_is_the_inverse_of_unfold(view):
+    array = np.arange(np.prod(view.shape)).reshape(view.shape)
+    assert view.unfold(array).shape == view.matrix_shape
+    np.testing.assert_array_equal(view.fold(view.unfold(array), array.shape), array)
+
+
+def test_a_matrix_of_the_view_is_what_inputs_are_multiplied_by():
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=(6, 4, 5)), rng.normal(size=(6, 7, 5))
+    np.testing.assert_allclose(x @ EXPERTS.unfold(w), np.einsum("snk,sok->sno", x, w), rtol=1e-12)
+
+
+def test_a_view_names_each_axis_once():
+    with pytest.raises(ValueError, match=r"axes of \(2, 3\), each once, got \(\), \(0,\) and"):
+        MatrixView((2, 3), (), (0,), (0,))
+
+
+def test_moments_of_parts_add_up_and_refuse_another_view():
+    view = MatrixView((3, 2), (), (0,), (1,))
+    x = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+
+    def moments(part):
+        return InputMoments(
+            jnp.asarray(part.T @ part)[None],
+            jnp.asarray(part.sum(0))[None],
+            jnp.full(1, len(part)),
+            view,
+        )
+
+    both, whole = moments(x[:4]) + moments(x[4:]), moments(x)
+    np.testing.assert_allclose(both.second, whole.second, rtol=1e-5)
+    assert both.count == 10
+    other = MatrixView((3, 2), (), (1,), (0,))
+    with pytest.raises(ValueError, match="the same view"):
+        moments(x) + InputMoments(whole.second, whole.first, whole.count, other)
