@@ -1,0 +1,64 @@
+"""Levels of the trellis, against its definition read aloud in plain Python."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxclip.lowbit.trellis import NEXT_STATES, codes_of, levels_of
+
+RNG = np.random.default_rng(0)
+SHAPES = [(1,), (7,), (3, 8), (5, 9), (2, 3, 64), (1, 1001), (0, 4), (4, 0)]
+states = pytest.mark.parametrize("num_states", [4, 8])
+
+
+def levels_by_definition(codes: np.ndarray, num_states: int) -> np.ndarray:
+    levels = np.zeros(codes.shape, np.int64)
+    for chain in np.ndindex(codes.shape[:-1]):
+        state = 0
+        for i, code in enumerate(map(int, codes[chain])):
+            sign = (code > 0) - (code < 0)
+            levels[(*chain, i)] = 2 * code - (sign if state % 2 else 0)
+            state = int(NEXT_STATES[num_states][state, code % 2])
+    return levels
+
+
+@states
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [np.int8, np.int32])
+def test_levels_are_those_of_the_definition(num_states, shape, dtype):
+    codes = RNG.integers(-128, 128, shape).astype(dtype)
+    expected = levels_by_definition(codes, num_states)
+    found = levels_of(codes, num_states)
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_array_equal(found, expected)
+    compiled = levels_of(jnp.asarray(codes), num_states)
+    np.testing.assert_array_equal(compiled, expected)
+    traced = jax.jit(lambda k: levels_of(k, num_states))(codes)
+    np.testing.assert_array_equal(traced, expected)
+    assert compiled.dtype == found.dtype == (np.int16 if dtype == np.int8 else np.int32)
+
+
+@states
+def test_codes_of_levels_come_back(num_states):
+    codes = RNG.integers(-63, 64, (6, 250)).astype(np.int8)
+    levels = levels_of(codes, num_states).astype(np.int8)
+    np.testing.assert_array_equal(codes_of(levels, num_states), codes)
+
+
+@states
+def test_levels_on_no_path_have_no_codes(num_states):
+    assert codes_of(np.array([[1, 0, 0]], np.int8), num_states) is None  # state 0 has even levels
+    assert codes_of(RNG.integers(-4, 5, (4, 100)).astype(np.int8), num_states) is None
+
+
+@states
+def test_each_state_is_reached_from_two_others(num_states):
+    table = NEXT_STATES[num_states]
+    assert sorted(table.reshape(-1)) == sorted(2 * list(range(num_states)))
+    assert (table[:, 0] != table[:, 1]).all()
+
+
+def test_other_numbers_of_states_are_refused():
+    with pytest.raises(ValueError, match="num_states must be"):
+        levels_of(np.zeros((1, 3), np.int8), 16)
