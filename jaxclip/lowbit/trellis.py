@@ -83,11 +83,13 @@ def _odd_states_jax(codes: jax.Array, num_states: int) -> jax.Array:
 def odd_states(codes: ArrayLike, num_states: int = 8) -> jax.Array | np.ndarray:
     """Returns 1 where the state of a code is odd, else 0: uint8, from NumPy for NumPy's arrays."""
     check_num_states(num_states)
-    array = codes if isinstance(codes, np.ndarray) else jnp.asarray(codes)
-    found = _odd_states_numpy if isinstance(array, np.ndarray) else _odd_states_jax
-    if not array.size:
-        return array.astype(np.uint8)
-    return found(array.reshape(-1, array.shape[-1]), num_states).reshape(array.shape)
+    if not np.size(codes):
+        return np.zeros(np.shape(codes), np.uint8)
+    shape = np.shape(codes)
+    if isinstance(codes, np.ndarray):
+        return _odd_states_numpy(codes.reshape(-1, shape[-1]), num_states).reshape(shape)
+    rows = jnp.asarray(codes).reshape(-1, shape[-1])
+    return _odd_states_jax(rows, num_states).reshape(shape)
 
 
 def levels_of(codes: ArrayLike, num_states: int = 8) -> jax.Array | np.ndarray:
