@@ -7,6 +7,7 @@ TYPE_CHECKING = False  # that of `typing`, without its import: a command starts 
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from jaxclip import calibration as calibration
     from jaxclip import checkpoints as checkpoints
     from jaxclip import gradients as gradients
     from jaxclip import interop as interop

@@ -30,7 +30,7 @@ def rich_progress(is_wanted: bool) -> Any:
 
 @contextlib.contextmanager
 def progress_bar(
-    total: int, is_wanted: bool, *, is_in_bytes: bool = False
+    total: int | None, is_wanted: bool, *, is_in_bytes: bool = False
 ) -> Iterator[Callable[[int], None]]:
     """Shows a bar while the context lasts; yields a function that advances it by an amount."""
     rich = rich_progress(is_wanted)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxclip._core.reports import format_table
 from jaxclip._core.trees import PyTree
 
 
@@ -99,7 +100,7 @@ class InputMoments:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("moments", "sensitivities"),
-    meta_fields=("missing",),
+    meta_fields=("missing", "notes"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
@@ -110,15 +111,31 @@ class Calibration:
       sensitivities: Rise of the outputs' error by path, for one unit of the weight's own error;
         empty if it was not measured.
       missing: Paths of weights whose inputs were not found.
+      notes: Pairs of a path and what is to be said of how that weight is used.
     """
 
     moments: dict[str, InputMoments]
     sensitivities: dict[str, PyTree] = dataclasses.field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: "Calibration") -> "Calibration":
         if self.moments.keys() != other.moments.keys():
             apart = sorted(self.moments.keys() ^ other.moments.keys())
             raise ValueError(f"calibrations to be added must be for the same weights: {apart}.")
         moments = {path: m + other.moments[path] for path, m in self.moments.items()}
-        return Calibration(moments, self.sensitivities or other.sensitivities, self.missing)
+        sensitivities = self.sensitivities or other.sensitivities
+        return Calibration(moments, sensitivities, self.missing, self.notes)
+
+    def __str__(self) -> str:
+        """Returns a table of the weights: their inputs, and those without moments."""
+        notes = dict(self.notes)
+        rows = [("weight", "inputs", "moments", "samples", "note")]
+        for path, m in self.moments.items():
+            stack, inputs, _ = m.view.matrix_shape
+            shape = f"{stack} x {inputs:,}" if m.view.stack else f"{inputs:,}"
+            samples = f"{float(np.sum(m.count)):,.0f}"
+            kind = "diagonal" if m.is_diagonal else "whole"
+            rows.append((path, shape, kind, samples, notes.get(path, "")))
+        rows += [(path, "", "none", "", notes.get(path, "")) for path in self.missing]
+        return format_table(rows)
