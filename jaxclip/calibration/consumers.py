@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import jax
+from jax import lax
+
 from jaxclip.calibration.recorder import Recorder, Rule, Value, evaluate
 from jaxclip.calibration.sums import Operand, of_lookup, of_product
 
@@ -12,8 +15,11 @@ def _dot(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] 
         weight, other = values[i], values[1 - i]
         if weight.view is None or not other.is_data:
             continue
-        pairs = [tuple(zip(axes[1 - i], axes[i], strict=True)) for axes in (contracted, batched)]
-        found = of_product(weight.view, Operand(other.array, *pairs), recorder.max_dim)
+        pairs, stacked = (
+            tuple(zip(axes[1 - i], axes[i], strict=True)) for axes in (contracted, batched)
+        )
+        operand = Operand(other.array, pairs, stacked)
+        found = of_product(weight.view, operand, recorder.max_dim)
         if found is not None:
             recorder.record(*found)
             return [Value(evaluate(equation, values)[0], is_data=True)]
@@ -44,4 +50,43 @@ def _gather(recorder: Recorder, equation: Any, values: list[Value]) -> list[Valu
     return [Value(array, is_data=True)]
 
 
-CONSUMERS: dict[str, Rule] = {"dot_general": _dot, "gather": _gather}
+def _convolve(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
+    """Sums over patches: a kernel has a matrix for each group of channels."""
+    images, kernel = values
+    params = equation.params
+    if kernel.view is None or not images.is_data or params["batch_group_count"] != 1:
+        return None
+    numbers, num_groups = params["dimension_numbers"], params["feature_group_count"]
+    # Outputs, channels of a group, and the axes of space.
+    view = kernel.view.transposed(numbers.rhs_spec)
+    num_outputs, *window = view.sizes
+    view = view.reshaped((num_groups, num_outputs // num_groups, *window))
+    if view is None:
+        return None
+
+    def patches(x: jax.Array) -> jax.Array:
+        """Returns (batch, groups, channels, *window, *space)."""
+        names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+        x = lax.conv_general_dilated_patches(
+            x.transpose(numbers.lhs_spec),
+            window[1:],
+            precision=lax.Precision.HIGHEST,
+            **{name: params[name] for name in names},
+        )
+        return x.reshape(x.shape[0], num_groups, *window, *x.shape[2:])
+
+    contracted = tuple((2 + i, 2 + i) for i in range(len(window)))
+    found = of_product(
+        view, Operand(images.array, contracted, ((1, 0),), patches), recorder.max_dim
+    )
+    if found is None:
+        return None
+    recorder.record(*found)
+    return [Value(evaluate(equation, values)[0], is_data=True)]
+
+
+CONSUMERS: dict[str, Rule] = {
+    "conv_general_dilated": _convolve,
+    "dot_general": _dot,
+    "gather": _gather,
+}

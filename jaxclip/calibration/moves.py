@@ -22,6 +22,12 @@ def _moved(move: Callable[[View, Any], View | None]) -> Rule:
     return rule
 
 
+def _reshape(view: View, params: Any) -> View | None:
+    order = params["dimensions"]
+    view = view if order is None else view.transposed(order)
+    return view.reshaped(params["new_sizes"])
+
+
 def _slice(view: View, params: Any) -> View | None:
     """Returns the view of a slice whose bounds are numbers."""
     if params["strides"] is not None and set(params["strides"]) != {1}:
@@ -99,9 +105,7 @@ _UNCHANGED = (
 # fmt: on
 MOVES: dict[str, Rule] = {
     "transpose": _moved(lambda view, p: view.transposed(p["permutation"])),
-    "reshape": _moved(
-        lambda view, p: view.reshaped(p["new_sizes"]) if p["dimensions"] is None else None
-    ),
+    "reshape": _moved(_reshape),
     "squeeze": _moved(lambda view, p: view.squeezed(p["dimensions"])),
     "broadcast_in_dim": _moved(
         lambda view, p: view.broadcast(p["shape"], p["broadcast_dimensions"])

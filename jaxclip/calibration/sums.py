@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -49,13 +49,14 @@ AllSums: TypeAlias = "OrderedDict[Key, Sums]"  # in the order of the program
 class Operand(NamedTuple):
     """The other operand of a weight: an array, and its axes that meet axes of the weight.
 
-    `contracted` and `batched` are pairs of axes: of the array, and of the weight. The array's
-    other axes are samples.
+    `contracted` and `batched` are pairs of axes: of `expand(array)`, and of the weight. Its other
+    axes are samples.
     """
 
     array: jax.Array
     contracted: tuple[tuple[int, int], ...]
     batched: tuple[tuple[int, int], ...]
+    expand: Callable[[jax.Array], jax.Array] = lambda x: x
 
 
 def of_product(view: View, operand: Operand, max_dim: int) -> tuple[Key, Sums] | None:
@@ -72,7 +73,10 @@ def of_product(view: View, operand: Operand, max_dim: int) -> tuple[Key, Sums] |
     stack = [f for _, axis in stacked for f in view.axes[axis]]
     is_diagonal = size_of(inputs) > max_dim
     contracted = [i for i, _ in operand.contracted]
-    raw = _contracted(operand.array, contracted, [i for i, _ in stacked], is_diagonal)
+    raw = _anywhere(
+        lambda x: _contracted(operand.expand(x), contracted, [i for i, _ in stacked], is_diagonal),
+        operand.array,
+    )
     if view.scale is not None:  # W c x = W (c x)
         scale = jnp.asarray(view.scale).astype(raw.first.dtype)
         raw = Sums(raw.second * scale**2, raw.first * scale, raw.number)
@@ -131,8 +135,6 @@ def _contracted(
     x: jax.Array, contracted: Sequence[int], stacked: Sequence[int], is_diagonal: bool
 ) -> Sums:
     """Returns sums over the other axes of an operand; axes of the stack come first."""
-    if is_explicit(x):
-        return _on_explicit_mesh(x, contracted, stacked, is_diagonal)
     x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     order = (*stacked, *contracted)
     samples = tuple(i for i in range(x.ndim) if i not in order)
@@ -155,18 +157,13 @@ def _contracted(
     return Sums(second, first.reshape(*stack, size), count)
 
 
-def is_explicit(x: jax.Array) -> bool:
-    """Returns True if the type of an array says how it is sharded."""
+def _anywhere(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """Returns `function(x)`, with sharding left to XLA where the type of `x` says how it lies."""
     mesh = jax.typeof(x).sharding.mesh
-    return any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
-
-
-def _on_explicit_mesh(x: jax.Array, *arguments: Any) -> Sums:
-    """Returns `_contracted` with the axes of the mesh left to XLA."""
-    contract: Any = jax.sharding.auto_axes(
-        lambda x: _contracted(x, *arguments), out_sharding=jax.sharding.PartitionSpec()
-    )
-    return contract(x)
+    if all(kind != jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
+        return function(x)
+    on_auto_axes: Any = jax.sharding.auto_axes(function, out_sharding=jax.sharding.PartitionSpec())
+    return on_auto_axes(x)
 
 
 def _sorted(key: Key, sums: Sums) -> tuple[Key, Sums]:

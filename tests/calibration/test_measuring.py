@@ -352,3 +352,81 @@ def test_the_error_does_not_grow_with_the_number_of_batches():
     for _ in range(3000):
         plain += x[0, 0] ** 2
     assert abs(plain / exact - 1) > 1e-6  # what is gained
+
+
+def test_calibrations_of_parts_of_the_data_add_up():
+    w, x = draw(5, 3), draw(9, 5)
+    apply = jnp.dot
+    parts = [measured(lambda w, x: apply(x, w), w, part) for part in (x[:4], x[4:])]
+    check((parts[0] + parts[1]).moments[""], x)
+
+
+def test_a_policy_leaves_weights_out():
+    params = {"a": draw(4, 4), "b": draw(4, 4)}
+    c = measured(lambda p, x: x @ p["a"] @ p["b"], params, draw(6, 4), policy=[("a", None)])
+    assert list(c.moments) == ["b"]
+    assert c.missing == ()
+    with pytest.raises(ValueError, match=r"policy has patterns that match no leaf: \['c'\]"):
+        measured(lambda p, x: x @ p["a"], params, draw(6, 4), policy=[("c", None)])
+
+
+BAD_BATCHES = {
+    "none": ([], ValueError, "batches must hold at least one batch, got none"),
+    "an array": (draw(6, 4), TypeError, "must be an iterable of batches, such as a list, got a nd"),
+    "a dict": ({"x": 1}, TypeError, "must be an iterable of batches, such as a list, got a dict"),
+    "structures": ([draw(6, 4), (draw(6, 4),)], ValueError, "one structure: batch 1 has"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_batches_that_are_none_are_refused(case: str):
+    batches, error, message = BAD_BATCHES[case]
+    with pytest.raises(error, match=message):
+        measure(lambda w, x: x @ w, draw(4, 4), batches, progress=False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_inputs_that_are_not_finite_are_refused_by_path_and_batch(value: float):
+    params = {"b": draw(4, 4), "a": draw(4, 4), "first": draw(4, 4)}
+    bad = draw(6, 4)
+    bad[2, 1] = value
+
+    def apply(p, x):
+        return jnp.tanh(x[0] @ p["first"] + x[1] @ p["a"]) @ p["b"]
+
+    good = (draw(6, 4), draw(6, 4))
+    message = r"inputs of params at 'a' must be finite.* batch 1 \(from 0\)"
+    for batches in ([good, (good[0], bad)], [good, (good[0], bad), good, good]):
+        with pytest.raises(ValueError, match=message):
+            measured(apply, params, *batches)
+
+
+def test_parameters_without_weights_are_refused():
+    with pytest.raises(ValueError, match="params must have a floating leaf of at least two axes"):
+        measured(lambda p, x: x * p["a"], {"a": 1.0, "b": np.arange(4)}, draw(4))
+
+
+def test_another_use_of_weights_in_a_later_batch_is_refused():
+    def apply(p, x):
+        return x @ p["a"] if len(x) == 4 else x @ p["b"]
+
+    params = {"a": draw(5, 5), "b": draw(5, 5)}
+    with pytest.raises(ValueError, match=r"same weights in every batch, but not \['a'"):
+        measured(apply, params, draw(4, 5), draw(6, 5))
+
+
+def test_batches_of_other_shapes_and_an_iterator_are_taken():
+    x, w = draw(9, 5), draw(5, 3)
+    c = measure(lambda w, x: x @ w, w, iter([x[:4], x[4:7], x[7:]]), progress=False)
+    check(c.moments[""], x)
+
+
+def test_a_model_is_traced_once_for_each_shape():
+    traced = []
+
+    def apply(w, x):
+        traced.append(x.shape)
+        return x @ w
+
+    measured(apply, draw(5, 3), *[draw(4, 5)] * 4, draw(2, 5), draw(2, 5))
+    assert traced == [(4, 5), (2, 5)]
