@@ -9,3 +9,4 @@ from jaxclip.calibration.measuring import Calibration as Calibration
 from jaxclip.calibration.measuring import InputMoments as InputMoments
 from jaxclip.calibration.measuring import MatrixView as MatrixView
 from jaxclip.calibration.measuring import measure as measure
+from jaxclip.calibration.sensitivity import sensitivities as sensitivities

@@ -93,7 +93,7 @@ def measure(
     """
     checks.check_count("max_dim", max_dim)
     paths = weight_paths(params, policy)
-    program = _Program(apply_fn, paths, max_dim)
+    params, program = on_device(params), _Program(apply_fn, paths, max_dim)
     total: tuple[Moments, Moments] | None = None
     unread: tuple[int, jax.Array, list[str]] | None = None
     for number, batch in numbered(batches, progress):
@@ -161,6 +161,11 @@ def weight_paths(params: optax.Params, policy: Policy) -> list[str | None]:
     if not any(path is not None for path in paths):
         raise ValueError("params must have a floating leaf of at least two axes, got none.")
     return paths
+
+
+def on_device(params: optax.Params) -> optax.Params:
+    """Returns parameters with arrays of jax for those of NumPy, so that they move once."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, params)
 
 
 def _is_weight(leaf: Any) -> bool:

@@ -73,7 +73,7 @@ def of_product(view: View, operand: Operand, max_dim: int) -> tuple[Key, Sums] |
     stack = [f for _, axis in stacked for f in view.axes[axis]]
     is_diagonal = size_of(inputs) > max_dim
     contracted = [i for i, _ in operand.contracted]
-    raw = _anywhere(
+    raw = anywhere(
         lambda x: _contracted(operand.expand(x), contracted, [i for i, _ in stacked], is_diagonal),
         operand.array,
     )
@@ -157,7 +157,7 @@ def _contracted(
     return Sums(second, first.reshape(*stack, size), count)
 
 
-def _anywhere(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+def anywhere(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     """Returns `function(x)`, with sharding left to XLA where the type of `x` says how it lies."""
     mesh = jax.typeof(x).sharding.mesh
     if all(kind != jax.sharding.AxisType.Explicit for kind in mesh.axis_types):

@@ -7,7 +7,10 @@ A weight array is seen as a stack of (inputs, outputs) matrices; each matrix has
 
 import dataclasses
 import functools
+import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +129,40 @@ class Calibration:
         moments = {path: m + other.moments[path] for path, m in self.moments.items()}
         sensitivities = self.sensitivities or other.sensitivities
         return Calibration(moments, sensitivities, self.missing, self.notes)
+
+    def to_tree(self) -> dict[str, Any]:
+        """Returns a dict of dicts of arrays, which `checkpoints.save` and any other file can hold.
+
+        Views, missing paths and notes are the bytes of a text in `about`.
+        """
+        arrays = ("second", "first", "count")
+        about = {
+            "views": {path: dataclasses.asdict(m.view) for path, m in self.moments.items()},
+            "missing": self.missing,
+            "notes": self.notes,
+        }
+        return {
+            "moments": {p: {k: getattr(m, k) for k in arrays} for p, m in self.moments.items()},
+            "sensitivities": dict(self.sensitivities),
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        }
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Calibration":
+        """Returns the calibration of which `to_tree` made a dict, with the arrays as they are."""
+        try:
+            about = json.loads(np.asarray(tree["about"]).tobytes())
+            views = {
+                path: MatrixView(**{name: tuple(axes) for name, axes in view.items()})
+                for path, view in about["views"].items()
+            }
+            moments = {p: InputMoments(**tree["moments"][p], view=v) for p, v in views.items()}
+            missing, notes = tuple(about["missing"]), tuple(map(tuple, about["notes"]))
+            return cls(moments, dict(tree.get("sensitivities", {})), missing, notes)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"tree must be what Calibration.to_tree returns; this one is not: {error!r}."
+            ) from error
 
     def __str__(self) -> str:
         """Returns a table of the weights: their inputs, and those without moments."""

@@ -1,10 +1,12 @@
 """Views of weights as matrices, and moments that add up."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclip.lowbit.moments import InputMoments, MatrixView
+from jaxclip import checkpoints
+from jaxclip.lowbit.moments import Calibration, InputMoments, MatrixView
 
 CONVOLUTION = MatrixView((3, 2, 4, 5), (), (0, 1, 2), (3,))
 GROUPED = MatrixView((3, 4, 2, 5), (2,), (0, 1), (3,))  # (height, in a group, groups, out a group)
@@ -47,3 +49,28 @@ def test_moments_of_parts_add_up_and_refuse_another_view():
     other = MatrixView((3, 2), (), (1,), (0,))
     with pytest.raises(ValueError, match="the same view"):
         moments(x) + InputMoments(whole.second, whole.first, whole.count, other)
+
+
+def test_a_calibration_is_saved_and_loaded_as_a_tree(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def moments(view, *, is_diagonal=False):
+        stack, inputs, _ = view.matrix_shape
+        second = rng.normal(size=(stack, inputs) if is_diagonal else (stack, inputs, inputs))
+        return InputMoments(second, rng.normal(size=(stack, inputs)), np.full(stack, 7.0), view)
+
+    c = Calibration(
+        {"a/kernel": moments(GROUPED), "b": moments(EXPERTS, is_diagonal=True)},
+        {"a/kernel": np.float32(3.0)},
+        missing=("c",),
+        notes=(("c", "not used"), ("b", "also looked up by index, which is not counted")),
+    )
+    file = tmp_path / "c.safetensors"
+    checkpoints.save(file, c.to_tree())
+    loaded = Calibration.from_tree(checkpoints.load(file))
+    assert jax.tree.structure(loaded) == jax.tree.structure(c)  # views, missing, notes
+    assert list(loaded.moments) == list(c.moments)
+    jax.tree.map(np.testing.assert_array_equal, loaded, c)
+    for tree in ({}, {"about": np.zeros(3, np.uint8)}, {**c.to_tree(), "moments": {}}):
+        with pytest.raises(ValueError, match="tree must be what"):
+            Calibration.from_tree(tree)
