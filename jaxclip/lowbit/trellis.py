@@ -112,9 +112,16 @@ def levels_of(codes: ArrayLike, num_states: int = 8) -> jax.Array | np.ndarray:
     return 2 * array.astype(dtype) - sign.astype(dtype)
 
 
-def codes_of(levels: np.ndarray, num_states: int = 8) -> np.ndarray | None:
-    """Returns the codes of levels, in their dtype; None if they are on no path of the trellis."""
+def path_of(levels: np.ndarray, num_states: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the codes of levels, in their dtype, and 1 where their state is odd, else 0 (uint8).
+
+    Raises:
+      ValueError: If the levels are on no path of the trellis.
+    """
     # Odd levels are of odd states, others but 0 of even ones: the states need not be known.
-    codes = levels // 2 + ((levels > 0) & (levels & 1 == 1))
-    codes = codes.astype(levels.dtype)
-    return codes if np.array_equal(levels_of(codes, num_states), levels) else None
+    is_odd = (levels & 1).astype(np.uint8)
+    codes = (levels >> 1) + (is_odd & (levels > 0))
+    found = np.asarray(odd_states(codes, num_states))
+    if ((is_odd != found) & (levels != 0)).any():
+        raise ValueError(f"levels must be on a path of the trellis of {num_states} states.")
+    return codes.astype(levels.dtype, copy=False), found

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclip.lowbit.trellis import NEXT_STATES, codes_of, levels_of
+from jaxclip.lowbit.trellis import NEXT_STATES, levels_of, path_of
 
 RNG = np.random.default_rng(0)
 SHAPES = [(1,), (7,), (3, 8), (5, 9), (2, 3, 64), (1, 1001), (0, 4), (4, 0)]
@@ -43,13 +43,17 @@ def test_levels_are_those_of_the_definition(num_states, shape, dtype):
 def test_codes_of_levels_come_back(num_states):
     codes = RNG.integers(-63, 64, (6, 250)).astype(np.int8)
     levels = levels_of(codes, num_states).astype(np.int8)
-    np.testing.assert_array_equal(codes_of(levels, num_states), codes)
+    found, is_odd = path_of(levels, num_states)
+    np.testing.assert_array_equal(found, codes)
+    np.testing.assert_array_equal(levels, 2 * codes - np.sign(codes) * is_odd)
+    assert found.dtype == np.int8
 
 
 @states
-def test_levels_on_no_path_have_no_codes(num_states):
-    assert codes_of(np.array([[1, 0, 0]], np.int8), num_states) is None  # state 0 has even levels
-    assert codes_of(RNG.integers(-4, 5, (4, 100)).astype(np.int8), num_states) is None
+def test_levels_on_no_path_are_refused(num_states):
+    for levels in (np.array([[1, 0, 0]], np.int8), RNG.integers(-4, 5, (4, 100))):
+        with pytest.raises(ValueError, match=f"path of the trellis of {num_states} states"):
+            path_of(levels, num_states)
 
 
 @states
