@@ -1,4 +1,4 @@
-"""How often codes of a source occur, in a few bytes, as exact whole numbers.
+"""Lengths of codes: the frequencies of a source in a few bytes, as exact whole numbers.
 
     frequency(code) ~ 2 ** -length(|code|)
 
