@@ -52,6 +52,17 @@ class MatrixView:
         stack, inputs, outputs = (math.prod(self.shape[a] for a in axes) for axes in groups)
         return stack, inputs, outputs
 
+    def is_of(self, shape: tuple[int, ...]) -> bool:
+        """Returns True if `self.shape` is that shape, or splits its axes."""
+        rest = list(self.shape)
+        for length in shape:
+            part = 1
+            while rest and (part < length or rest[0] == 1):
+                part *= rest.pop(0)
+            if part != length:
+                return False
+        return not rest
+
     def unfold(self, array: np.ndarray) -> np.ndarray:
         """Returns a weight array, of jax or NumPy, as matrices (stack, inputs, outputs)."""
         order = (*self.stack, *self.inputs, *self.outputs)

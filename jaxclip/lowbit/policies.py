@@ -22,8 +22,21 @@ from jaxclip.lowbit.arrays import (
     num_stored_bytes,
 )
 from jaxclip.lowbit.budgets import NARROWEST
-from jaxclip.lowbit.distortion import QuantizationError
-from jaxclip.lowbit.quantizer import Threshold, quantize, quantize_on_host, shared_choice
+from jaxclip.lowbit.distortion import QuantizationError, squared_error, squared_norm
+from jaxclip.lowbit.feedback import (
+    FactoredMoments,
+    factor_moments,
+    output_energy,
+    output_error,
+)
+from jaxclip.lowbit.moments import Calibration, InputMoments
+from jaxclip.lowbit.quantizer import (
+    Threshold,
+    quantize,
+    quantize_on_host,
+    quantize_with_moments,
+    shared_choice,
+)
 from jaxclip.lowbit.rate_rounding import cheaper_codes
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 from jaxclip.thresholds.rules import ThresholdRule
@@ -42,12 +55,18 @@ class LeafSpec:
       grid: Its grid; `bits` is None where a budget chooses the width.
       rule: A threshold rule, its factory or a number, as in `compress`.
       bit_price: Error that a bit is worth, as in `compress`.
+      moments: Moments of the leaf's inputs, factored or not; None to round without data.
+      is_calibrated: True for errors of outputs in budgets, False for those of weights.
+      sensitivity: Error of the model's outputs for a unit of the leaf's; None if not measured.
       origin: The policy's entry that it comes from, for messages.
     """
 
     grid: Grid
     rule: Threshold
     bit_price: float | jax.Array = 0.0
+    moments: InputMoments | FactoredMoments | None = None
+    is_calibrated: bool = False
+    sensitivity: float | None = None
     origin: str = ""
 
     def __post_init__(self) -> None:
@@ -85,14 +104,44 @@ class LeafSpec:
     def quantize(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns the low-bit array of a leaf; `bits` is its width if the grid has none."""
         grid, rule = self._for_leaf(leaf, path, bits)
-        small = quantize(leaf, grid, threshold=rule, name=f"params at {path!r}")
+        name = f"params at {path!r}"
+        if self.moments is not None:
+            moments, price = factor_moments(self.moments, np.shape(leaf), name), self.bit_price
+            return quantize_with_moments(
+                leaf, grid, moments, threshold=rule, price=float(price), name=name
+            )
+        small = quantize(leaf, grid, threshold=rule, name=name)
         return cheaper_codes(small, leaf, price=self.bit_price) if self.has_price else small
+
+    def factored(self, leaf: ArrayLike, path: str) -> "LeafSpec":
+        """Returns this spec with its moments factored, to be used several times."""
+        if self.moments is None:
+            return self
+        moments = factor_moments(self.moments, np.shape(leaf), f"params at {path!r}")
+        return dataclasses.replace(self, moments=moments)
+
+    def error_of(self, leaf: np.ndarray | jax.Array, small: QuantizedArray) -> float:
+        """Returns the error of a low-bit leaf that budgets make small, by a factored spec."""
+        if not self.is_calibrated:
+            return squared_error(leaf, small)
+        if isinstance(self.moments, FactoredMoments):
+            error = output_error(leaf, small, self.moments)
+        else:
+            error = squared_error(leaf, small)
+        if self.sensitivity is not None:
+            return self.sensitivity * error
+        # Else a unit of relative error costs the same in every leaf.
+        if isinstance(self.moments, FactoredMoments):
+            whole = output_energy(leaf, self.moments)
+        else:
+            whole = squared_norm(leaf)
+        return error / whole if whole > 0 else 0.0
 
     def quantize_on_host(
         self, leaf: ArrayLike, path: str, bits: Bits | None = None
     ) -> tuple[QuantizedArray, QuantizationError] | None:
         """Returns what `quantize` does, in NumPy, and its error; None if that takes other ways."""
-        if self.has_price:
+        if self.has_price or self.moments is not None:
             return None
         grid, rule = self._for_leaf(leaf, path, bits)
         return quantize_on_host(leaf, grid, threshold=rule, name=f"params at {path!r}")
@@ -102,7 +151,8 @@ class LeafSpec:
         dtype = jnp.dtype(leaf.dtype)
         grid, rule = self._for_leaf(leaf, path, bits)
         if self.has_price or shared_choice(rule) is None:  # the rule may not suit the leaf
-            traced = jax.eval_shape(lambda w: self.quantize(w, path, bits), leaf)
+            without = dataclasses.replace(self, moments=None)  # which change no shape
+            traced = jax.eval_shape(lambda w: without.quantize(w, path, bits), leaf)
             return dataclasses.replace(traced, dtype=dtype)
         grid = grid.from_the_end(np.ndim(leaf))
         shape = grid.scale_shape(np.shape(leaf))
@@ -227,6 +277,33 @@ def leaf_specs(
             used.add(layout)
         specs.append(spec)
     return LeafSpecs(specs, kept, used, optimizer_state)
+
+
+def with_calibration(
+    specs: Sequence[LeafSpec | None], paths: Sequence[str], calibration: Calibration
+) -> list[LeafSpec | None]:
+    """Returns the specs with the moments and sensitivities of their leaves."""
+    unknown = sorted(calibration.moments.keys() - set(paths))
+    if unknown:
+        raise ValueError(
+            f"calibration must be of these parameters, got moments for {unknown[0]!r}, which is "
+            "none of their paths."
+        )
+    return [
+        spec
+        if spec is None
+        else dataclasses.replace(
+            spec,
+            moments=calibration.moments.get(path),
+            is_calibrated=True,
+            sensitivity=_float_or_none(calibration.sensitivities.get(path)),
+        )
+        for spec, path in zip(specs, paths, strict=True)
+    ]
+
+
+def _float_or_none(value: ArrayLike | None) -> float | None:
+    return None if value is None else float(np.asarray(value))
 
 
 _OPTIMIZER_STATE = re.compile(

@@ -24,6 +24,14 @@ from jaxclip._core.grids import Bits, Grid, as_grid
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError
 from jaxclip.lowbit.encoding import Choice, encode_concrete, mirror_error, range_scale
+from jaxclip.lowbit.feedback import (
+    FactoredMoments,
+    factor_moments,
+    importance_of,
+    output_error,
+    round_with_feedback,
+)
+from jaxclip.lowbit.moments import InputMoments
 from jaxclip.lowbit.scale_formats import round_scale
 from jaxclip.thresholds.by_error import importance_for, mse_optimal
 from jaxclip.thresholds.by_magnitude import max_abs
@@ -40,9 +48,13 @@ def quantize(
     bits: Bits | Grid = 4,
     *,
     threshold: Threshold = mse_optimal,
+    moments: InputMoments | None = None,
     name: str = "array",
 ) -> QuantizedArray:
     """Rounds an array to a low-bit grid inside a clip threshold.
+
+    With moments of the inputs that the array is multiplied by, it is rounded so that the products
+    are right: input by input, each making up for the errors of those before it (GPTQ, LDLQ).
 
     Args:
       array: Real floating array of any shape. May be traced.
@@ -50,21 +62,23 @@ def quantize(
         array. With a zero point the grid spans the weights and 0, clipped to the threshold, but
         for the rounding of the scale to its format (float16, bfloat16, log8);
         `mse_optimal` chooses both ends.
-      threshold: A rule or a rule's factory (`mse_optimal`, `max_abs`), bound here to the grid;
-        or a number in (0, inf), or an array of one per block. In an array 0 is for blocks of
-        zeros.
+      threshold: A rule or a rule's factory (`mse_optimal`, `max_abs`), bound here to the grid; or a
+        number in (0, inf), or an array of one per block. In an array 0 is for blocks of zeros.
+      moments: Moments of the inputs, from `calibration.measure`; concrete. `mse_optimal` then
+        weights errors by them. The squared error of the products is never larger than without
+        them.
       name: Name of the array in errors.
 
     Returns:
       A `QuantizedArray`. `|w - dequantize| <= |scale| / 2` inside the threshold, with the
-      scale as stored. Blocks of zeros, and blocks whose scale would underflow, get the
-      smallest scale of the format.
+      scale as stored, unless there are moments. Blocks of zeros, and blocks whose scale would
+      underflow, get the smallest scale of the format.
 
     Raises:
       TypeError: If `array` is not real floating, or `threshold` is not a threshold.
       ValueError: If `bits` is not allowed, or a concrete entry is NaN or infinite; if a concrete
         threshold is infinite, or 0 for a block that has other weights; if `mse_optimal` has an
-        `importance` and the grid has a zero point.
+        `importance` and the grid has a zero point; if moments are of another shape.
 
     Example:
       >>> q = quantize(jnp.array([0.9, -1.1, 1.0, 0.05]), "ternary")
@@ -72,8 +86,15 @@ def quantize(
       [ 1 -1  1  0] [1.]
       >>> quantize(jnp.ones((8, 4)), Grid(4, axis=-1)).scale.shape
       (1, 4)
+
+    References:
+      Frantar et al., GPTQ, 2022, https://arxiv.org/abs/2210.17323
+      Chee et al., QuIP, 2023, https://arxiv.org/abs/2307.13304
     """
     threshold = threshold() if is_rule_factory(threshold) else threshold  # pyright: ignore
+    if moments is not None:
+        factored = factor_moments(moments, np.shape(array), name)
+        return quantize_with_moments(array, bits, factored, threshold=threshold, name=name)
     on_host = quantize_on_host(array, bits, threshold=threshold, name=name)
     if on_host is not None:
         device = next(iter(array.devices())) if isinstance(array, jax.Array) else None
@@ -95,6 +116,26 @@ def quantize(
     t = None if is_searched else _block_thresholds(array, grid, threshold, name)
     codes, scale, zero = _encode_with_zero(array, t, grid)
     return QuantizedArray(codes, scale, grid, array.dtype, zero)
+
+
+def quantize_with_moments(
+    array: ArrayLike,
+    bits: Bits | Grid,
+    moments: FactoredMoments,
+    *,
+    threshold: Threshold,
+    price: float = 0.0,
+    name: str,
+) -> QuantizedArray:
+    """Returns a low-bit array with small errors of the products with its inputs."""
+    nearest = weighted = quantize(array, bits, threshold=threshold, name=name)
+    if shared_choice(threshold) == "mse_optimal" and not nearest.grid.zero_point:
+        rule = mse_optimal(importance=importance_of(moments, np.shape(array)))
+        weighted = quantize(array, bits, threshold=rule, name=name)
+    found = round_with_feedback(array, weighted, moments, price=price)
+    if price:
+        return found
+    return min(found, nearest, key=lambda q: output_error(array, q, moments))
 
 
 def quantize_on_host(

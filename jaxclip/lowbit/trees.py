@@ -18,8 +18,8 @@ from jaxclip.lowbit.budgets import (
     option_of,
     widths_within_average,
 )
-from jaxclip.lowbit.distortion import squared_error
-from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs
+from jaxclip.lowbit.moments import Calibration
+from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs, with_calibration
 from jaxclip.lowbit.quantizer import Threshold
 from jaxclip.thresholds.by_error import mse_optimal
 from jaxclip.thresholds.by_tree import shared_over
@@ -35,6 +35,7 @@ def compress(
     bit_price: float | jax.Array = 0.0,
     policy: Policy = (),
     layout: Layout | None = None,
+    calibration: Calibration | None = None,
 ) -> PyTree:
     """Replaces leaves of two or more dimensions by low-bit arrays.
 
@@ -44,6 +45,10 @@ def compress(
     squared error `sum |W - Q|^2` over all leaves small: bytes are spent where they lower it most.
     The error is in the weights' own units, so leaves of large weights get more bits. `policy` can
     fix the width of a leaf.
+
+    With a calibration, leaves are rounded so that their products with the inputs are right. A
+    target then makes the error of the model's outputs small, by the sensitivities of the
+    calibration; without these, the sum over leaves of the relative errors of their products.
 
     Args:
       params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
@@ -72,6 +77,8 @@ def compress(
         (expert, output) for leaves of three dimensions with "expert" or "moe" in their path. In
         "out_in" a leaf of three dimensions whose last axis is 32 or longer is a stack of
         matrices, not a convolution: give `axis` for a kernel that long.
+      calibration: Moments of the inputs of leaves, from `calibration.measure` with the same
+        parameters. Leaves that it lacks are rounded without data.
 
     Returns:
       A tree of the same structure with `QuantizedArray` leaves, for `decompress`,
@@ -84,7 +91,8 @@ def compress(
       ValueError: If `bits` is not allowed, `bit_price` is negative or comes with 1 bit or a zero
         point, a regex matches no leaf, a spec has an unknown field or a value that is not
         allowed (the message names regex and field), a weight is NaN or infinite (the message
-        names leaf and index), or a target is out of reach (the message has the least).
+        names leaf and index), a target is out of reach (the message has the least), or the
+        calibration is of other parameters.
 
     Example:
       >>> import jax
@@ -117,6 +125,8 @@ def compress(
     default = LeafSpec(grid, rule, bit_price)
     specs = leaf_specs(names, leaves, policy, default, layouts_of(names, layout)).specs
     specs = _with_shared_rules(specs, leaves)
+    if calibration is not None:
+        specs = with_calibration(specs, trees.unique_names([path for path, _ in flat]), calibration)
     small = list(leaves)
     open_specs: dict[int, LeafSpec] = {}
     for i, spec in enumerate(specs):
@@ -136,6 +146,7 @@ def compress(
 def _measured(spec: LeafSpec, leaf: jax.Array, name: str) -> list[Option]:
     """Returns a leaf at every width."""
     options = []
+    spec = spec.factored(leaf, name)
     for width in ALL_WIDTHS:
         on_host = spec.quantize_on_host(leaf, name, width)
         if on_host is not None:
@@ -146,7 +157,7 @@ def _measured(spec: LeafSpec, leaf: jax.Array, name: str) -> list[Option]:
             raise TypeError(
                 "target_bits_per_weight needs the weights' values: compress outside of jit."
             )
-        options.append(option_of(q, squared_error(leaf, q)))
+        options.append(option_of(q, spec.error_of(leaf, q)))
     return options
 
 

@@ -74,3 +74,21 @@ def test_a_calibration_is_saved_and_loaded_as_a_tree(tmp_path):
     for tree in ({}, {"about": np.zeros(3, np.uint8)}, {**c.to_tree(), "moments": {}}):
         with pytest.raises(ValueError, match="tree must be what"):
             Calibration.from_tree(tree)
+
+
+@pytest.mark.parametrize(
+    ("split", "shape", "is_of"),
+    [
+        ((3, 4, 2, 5), (3, 4, 10), True),
+        ((3, 4, 2, 5), (3, 4, 2, 5), True),
+        ((3, 4, 2, 5), (12, 10), True),
+        ((3, 4, 1, 5), (3, 4, 5), True),
+        ((3, 4, 10), (3, 4, 2, 5), False),
+        ((3, 4, 10), (4, 3, 10), False),
+        ((3, 4), (3,), False),
+        ((3, 4), (3, 4, 1), True),
+    ],
+)
+def test_a_view_is_of_an_array_whose_axes_it_keeps_or_splits(split, shape, is_of):
+    axes = tuple(range(len(split)))
+    assert MatrixView(split, (), axes[:1], axes[1:]).is_of(shape) == is_of

@@ -1,0 +1,264 @@
+"""Rounding with feedback: later inputs make up for the rounding errors of earlier ones.
+
+    tr(E^T H E) = sum over i of d_i * |r_i|^2,    r_i = e_i + sum over j > i of u_ji * e_j
+
+The moments are factored, H = U diag(d) U^T with U unit lower triangular. From the last input to the
+first, each is rounded to where its r_i is small, given the errors e_j before it.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxclip._core import checks
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize
+from jaxclip.lowbit.moments import InputMoments, MatrixView
+
+# Added to the diagonals, as a fraction of their mean: it bounds errors where the data had no input.
+_DAMPING = 0.01
+_BLOCK = 64  # inputs whose errors are fed back one by one; between blocks by one product
+_WIDTH = 512  # outputs of a program: compiled once for all widths
+
+
+class InputFactor(NamedTuple):
+    """The moments of one matrix, factored: `H = U diag(weights) U^T` after reordering.
+
+    Attributes:
+      order: Places of the inputs, so that the last is rounded first.
+      unit: U, unit lower triangular, float32; None where moments are diagonal.
+      weights: The diagonal factor, in that order, float64.
+    """
+
+    order: np.ndarray
+    unit: np.ndarray | None
+    weights: np.ndarray
+
+
+class FactoredMoments(NamedTuple):
+    """The factors of the moments of a weight array, one for each matrix of its view."""
+
+    view: MatrixView
+    factors: tuple[InputFactor, ...]
+
+    @property
+    def is_diagonal(self) -> bool:
+        """True if no input's error can be made up for by another input."""
+        return all(factor.unit is None for factor in self.factors)
+
+
+def factor_moments(
+    moments: InputMoments | FactoredMoments, shape: tuple[int, ...], name: str
+) -> FactoredMoments:
+    """Returns the factors of the moments of an array of that shape; raises if they are of another.
+
+    Complexity: inputs^3 / 3 operations in float64, and three matrices of that size, for each
+    matrix of the stack.
+    """
+    if isinstance(moments, FactoredMoments):
+        return moments
+    if not moments.view.is_of(shape):
+        raise ValueError(
+            f"moments must be for {name}, an array of shape {shape}, got those for "
+            f"{moments.view.shape}."
+        )
+    if not checks.is_concrete(moments.second):
+        raise TypeError(f"moments of {name} must be concrete: round weights outside of jit.")
+    if not np.isfinite(moments.second).all():
+        raise ValueError(f"moments of {name} must be finite.")
+    factors = tuple(_factor(np.asarray(h, np.float64)) for h in np.asarray(moments.second))
+    return FactoredMoments(moments.view, factors)
+
+
+def _factor(second: np.ndarray) -> InputFactor:
+    diagonal = second if second.ndim == 1 else np.diagonal(second)
+    mean = diagonal.mean() if diagonal.size else 0.0
+    if not mean > 0:  # inputs that are all 0 say nothing
+        return InputFactor(np.arange(diagonal.size), None, np.ones(diagonal.size))
+    if second.ndim == 1:
+        return InputFactor(np.arange(diagonal.size), None, diagonal + _DAMPING * mean)
+    # Rounded first, a large input has all others to make up for its error.
+    order = np.argsort(diagonal, kind="stable")
+    damped = second[np.ix_(order, order)]
+    damped[np.diag_indices_from(damped)] += _DAMPING * mean
+    root = np.linalg.cholesky(damped)
+    lengths = np.diagonal(root)
+    return InputFactor(order, (root / lengths).astype(np.float32), lengths**2)
+
+
+def importance_of(moments: FactoredMoments, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the weight of each entry's squared rounding error, for an array of that shape."""
+    stack, num_inputs, num_outputs = moments.view.matrix_shape
+    weights = np.empty((stack, num_inputs, 1), np.float32)
+    for matrix, factor in zip(weights, moments.factors, strict=True):
+        matrix[factor.order, 0] = factor.weights
+    wide = np.broadcast_to(weights, (stack, num_inputs, num_outputs))
+    return moments.view.fold(wide, shape)
+
+
+def output_energy(array: ArrayLike, moments: FactoredMoments) -> float:
+    """Returns `tr(W^T H W)`, the squared outputs of a weight on all inputs, with damped moments."""
+    matrices = moments.view.unfold(np.asarray(array, np.float32))
+    return sum(_weighted(w, factor) for w, factor in zip(matrices, moments.factors, strict=True))
+
+
+def output_error(array: ArrayLike, quantized: QuantizedArray, moments: FactoredMoments) -> float:
+    """Returns `tr(E^T H E)` of the rounding errors E of a weight."""
+    restored = np.asarray(dequantize(quantized, jnp.float32))
+    return output_energy(np.asarray(array, np.float32) - restored, moments)
+
+
+def _weighted(matrix: np.ndarray, factor: InputFactor) -> float:
+    residuals = matrix[factor.order]
+    if factor.unit is not None:
+        residuals = factor.unit.T @ residuals
+    return float(factor.weights @ np.square(residuals, dtype=np.float64).sum(axis=1))
+
+
+def round_with_feedback(
+    array: ArrayLike,
+    quantized: QuantizedArray,
+    moments: FactoredMoments,
+    *,
+    price: float = 0.0,
+) -> QuantizedArray:
+    """Returns a low-bit array with codes chosen for a small error of the outputs.
+
+    Scales and zeros stay.
+
+    Complexity: inputs^2 * outputs operations for each matrix of the stack.
+    """
+    if moments.is_diagonal and not price:
+        return quantized  # each entry by itself: the nearest code is best
+    view, shape = moments.view, quantized.shape
+    w = np.asarray(array).astype(np.float32)
+    codes = np.empty(view.matrix_shape, np.int8)
+    wide = [_unfolded(quantized, part, view) for part in (quantized.scale, quantized.zero)]
+    round_matrix = functools.partial(
+        _round_matrix, levels=quantized.grid.code_range, is_binary=quantized.bits == 1
+    )
+    for place, factor in enumerate(moments.factors):
+        scale, zero = (x if x is None else x[place, factor.order] for x in wide)
+        assert scale is not None
+        matrix = view.unfold(w)[place, factor.order]
+        codes[place, factor.order] = round_matrix(matrix, scale, zero, factor, price)
+    return dataclasses.replace(quantized, qvalue=_like(quantized.qvalue, view.fold(codes, shape)))
+
+
+def _unfolded(
+    quantized: QuantizedArray, part: jax.Array | None, view: MatrixView
+) -> np.ndarray | None:
+    """Returns scales or zeros for each entry, as matrices."""
+    if part is None:
+        return None
+    values = np.asarray(part).astype(np.float32)
+    wide = np.asarray(quantized.grid.expand_with(np, values, quantized.shape))
+    return view.unfold(np.broadcast_to(wide, quantized.shape))
+
+
+def _like(old: jax.Array, codes: np.ndarray) -> jax.Array:
+    """Returns codes in the dtype, and on the device, of those before them."""
+    codes = codes.astype(old.dtype)
+    return jax.device_put(codes, old.sharding) if isinstance(old, jax.Array) else codes  # pyright: ignore
+
+
+def _round_matrix(
+    w: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray | None,
+    factor: InputFactor,
+    price: float,
+    *,
+    levels: tuple[int, int],
+    is_binary: bool,
+) -> np.ndarray:
+    """Returns the codes of one matrix (inputs, outputs), whose inputs are in the factor's order."""
+    shrinkage = _shrinkage(w, scale, price)
+    if factor.unit is None:
+        nearest = np.round(w / scale * shrinkage) + (0 if zero is None else zero)
+        return np.clip(nearest, *levels).astype(np.int8)
+    num_inputs, num_outputs = w.shape
+    # Padded to few different shapes, because each takes a program of its own. What is added comes
+    # first, is 0, and so has no errors to feed back.
+    more = -num_inputs % _BLOCK
+    unit = np.pad(factor.unit - np.eye(num_inputs, dtype=np.float32), (0, more))
+    shrinkage = np.pad(shrinkage, ((0, more), (0, 0)), constant_values=1)
+    codes = np.empty(w.shape, np.int8)
+    for start in range(0, num_outputs, _WIDTH):
+        piece = slice(start, start + _WIDTH)
+        sides = ((0, more), (0, _WIDTH - codes[:, piece].shape[1]))
+        padded = [
+            np.pad(w[:, piece], sides),
+            np.pad(scale[:, piece], sides, constant_values=1),
+            None if zero is None else np.pad(zero[:, piece], sides),
+        ]
+        found = np.asarray(
+            _round_rows(*padded, unit, shrinkage, levels=levels, is_binary=is_binary)
+        )
+        codes[:, piece] = found[:num_inputs, : codes[:, piece].shape[1]]
+    return codes
+
+
+def _shrinkage(w: np.ndarray, scale: np.ndarray, price: float) -> np.ndarray:
+    """Returns the factor of each input's ratios before they are rounded, for a price of bits."""
+    # A Gaussian code of deviation s has code^2 / (2 ln(2) s^2) bits and a constant: the cost
+    # (x - code)^2 + price * bits is least at x / (1 + price / (2 ln(2) s^2)).
+    variance = np.square(w / scale, dtype=np.float64).mean(axis=1, keepdims=True) + 1 / 12
+    return (1 / (1 + price / (2 * np.log(2) * variance))).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("levels", "is_binary"))
+def _round_rows(
+    w: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    unit: jax.Array,
+    shrinkage: jax.Array,
+    *,
+    levels: tuple[int, int],
+    is_binary: bool,
+) -> jax.Array:
+    """Returns the codes of a matrix, from its last row to its first; `unit` has a diagonal of 0."""
+    num_rows, width = w.shape
+    zero = jnp.zeros((num_rows, 1)) if zero is None else zero
+
+    def round_row(x: jax.Array, zero: jax.Array) -> jax.Array:
+        if is_binary:
+            return jnp.where(x < 0, -1.0, 1.0)
+        return jnp.clip(jnp.round(x) + zero, *levels)
+
+    def round_block(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+        errors = state[0]
+        start = num_rows - _BLOCK * (k + 1)
+
+        def block(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, start, _BLOCK)
+
+        own, steps, zeros, shrinkages = block(w), block(scale), block(zero), block(shrinkage)
+        feedback = lax.dynamic_slice_in_dim(unit, start, _BLOCK, axis=1)
+        inside = block(feedback)
+        # Errors of rows that are still to come are 0.
+        wanted = own + jnp.matmul(feedback.T, errors, precision=lax.Precision.HIGHEST)
+
+        def one_row(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+            errors, codes = state
+            row = _BLOCK - 1 - i
+            x = wanted[row] + jnp.matmul(inside[:, row], errors, precision=lax.Precision.HIGHEST)
+            code = round_row(x / steps[row] * shrinkages[row], zeros[row])
+            error = own[row] - (code - zeros[row]) * steps[row]
+            return errors.at[row].set(error), codes.at[row].set(code)
+
+        nothing = jnp.zeros((_BLOCK, width))
+        found = lax.fori_loop(0, _BLOCK, one_row, (nothing, nothing))
+        return tuple(
+            lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+            for whole, part in zip(state, found, strict=True)
+        )
+
+    start = (jnp.zeros_like(w), jnp.zeros_like(w))
+    return lax.fori_loop(0, num_rows // _BLOCK, round_block, start)[1].astype(jnp.int8)
