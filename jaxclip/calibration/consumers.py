@@ -30,17 +30,17 @@ def _gather(recorder: Recorder, equation: Any, values: list[Value]) -> list[Valu
     """Counts rows that are looked up whole, by one index each."""
     rows, indices = values
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    if rows.view is None or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        return None
-    axis = numbers.start_index_map[0]
-    if [size for i, size in enumerate(sizes) if i != axis] != [
-        size for i, size in enumerate(rows.array.shape) if i != axis
-    ]:
-        return None
-    if sizes[axis] != 1 or rows.array.shape[axis] == 1:
+    if rows.view is None or numbers.operand_batching_dims:
         return None
     is_clipped = str(equation.params["mode"]).endswith("CLIP")
-    found = of_lookup(rows.view, axis, indices.array[..., 0], is_clipped)
+    cut = [i for i, size in enumerate(sizes) if size != rows.view.sizes[i]]
+    # Along whole axes a clipped index is 0, as where vmap makes a lookup of a dynamic slice.
+    if len(cut) != 1 or sizes[cut[0]] != 1 or cut[0] not in numbers.start_index_map:
+        return None
+    if not is_clipped and len(numbers.start_index_map) > 1:
+        return None
+    place = numbers.start_index_map.index(cut[0])
+    found = of_lookup(rows.view, cut[0], indices.array[..., place], is_clipped)
     if found is None:
         return None
     array = evaluate(equation, values)[0]

@@ -28,7 +28,7 @@ from jaxclip.lowbit.policies import Policy
 Moments: TypeAlias = "OrderedDict[str, InputMoments]"  # by path, in the order of the program
 
 _NUMBERS = (bool, int, float, complex)
-_RULES = {**MOVES, **CONSUMERS, **PROGRAMS}
+RULES = {**MOVES, **CONSUMERS, **PROGRAMS}
 
 
 def measure(
@@ -130,7 +130,7 @@ class _Program:
         return self._compiled(params, batch)
 
     def _moments(self, params: optax.Params, batch: PyTree) -> tuple[Moments, jax.Array]:
-        recorder = Recorder(_RULES, self._max_dim)
+        recorder = Recorder(RULES, self._max_dim)
         traced = jax.make_jaxpr(self._apply_fn)(params, batch)
         recorder.run(traced, values_of(params, self._paths, batch))
         moments, twofold = _by_path(recorder.sums)

@@ -247,6 +247,7 @@ LOOKUPS = {
     "taken": lambda w, t: jnp.take(w, t, axis=0),
     "cast": lambda w, t: w.astype(jnp.bfloat16)[t],
     "vmapped": lambda w, t: jax.vmap(lambda t: w[t])(t),
+    "vmapped over scalars": lambda w, t: jax.vmap(jax.vmap(lambda t: w[t]))(t),
     "of the other axis": lambda w, t: jnp.take(w.T, t, axis=1),
 }
 
