@@ -182,7 +182,7 @@ class Calibration:
         for path, m in self.moments.items():
             stack, inputs, _ = m.view.matrix_shape
             shape = f"{stack} x {inputs:,}" if m.view.stack else f"{inputs:,}"
-            samples = f"{float(np.sum(m.count)):,.0f}"
+            samples = f"{float(np.mean(m.count)):,.0f}"
             kind = "diagonal" if m.is_diagonal else "whole"
             rows.append((path, shape, kind, samples, notes.get(path, "")))
         rows += [(path, "", "none", "", notes.get(path, "")) for path in self.missing]

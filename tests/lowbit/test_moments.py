@@ -92,3 +92,13 @@ def test_a_calibration_is_saved_and_loaded_as_a_tree(tmp_path):
 def test_a_view_is_of_an_array_whose_axes_it_keeps_or_splits(split, shape, is_of):
     axes = tuple(range(len(split)))
     assert MatrixView(split, (), axes[:1], axes[1:]).is_of(shape) == is_of
+
+
+def test_the_report_has_a_row_for_each_weight():
+    ones = np.ones((2, 6), np.float32)
+    grouped = InputMoments(np.ones((2, 6, 6)), ones, np.full(2, 1500.0), GROUPED)
+    c = Calibration({"a": grouped}, missing=("b",), notes=(("b", "not used"),))
+    lines = [line.split() for line in str(c).splitlines()]
+    assert lines[0] == ["weight", "inputs", "moments", "samples", "note"]
+    assert lines[1] == ["a", "2", "x", "6", "whole", "1,500"]
+    assert lines[2] == ["b", "none", "not", "used"]
