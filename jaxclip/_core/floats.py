@@ -49,9 +49,15 @@ def select(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.select_n(condition, y, x) if is_plain else jnp.where(condition, x, y)
 
 
-def exceeds(x: jax.Array, bound: jax.Array | np.ndarray) -> jax.Array:
+def is_normal(bound: jax.Array | np.ndarray) -> bool:
+    """Returns True if a bound is known (not traced) and has no zeros and subnormals."""
+    return isinstance(bound, np.ndarray) and bool(np.all(bound >= jnp.finfo(bound.dtype).tiny))
+
+
+def exceeds(x: jax.Array, bound: ArrayLike, is_normal: bool = False) -> jax.Array:
     """Returns True where `|x| > bound` or the bound is 0, for real `x`; False for NaN."""
-    if isinstance(bound, np.ndarray) and np.all(bound >= jnp.finfo(bound.dtype).tiny):
+    bound = jnp.asarray(bound)
+    if is_normal:
         return jnp.abs(x) > bound
     # Compares bits, which order like magnitudes, because XLA on CPU treats subnormals as zero.
     # A bound of 0 needs its own case: XLA turns a comparison of bits with 0 into one of numbers.
@@ -64,6 +70,15 @@ def exceeds(x: jax.Array, bound: jax.Array | np.ndarray) -> jax.Array:
 def increment(count: jax.Array, condition: ArrayLike = True) -> jax.Array:
     """Returns `count + 1` where `condition` holds, but never beyond the largest integer."""
     return jnp.where(condition, jnp.asarray(optax.safe_increment(count)), count)
+
+
+def first_true(conditions: jax.Array) -> jax.Array:
+    """Returns the position of the first True in a vector, as int32; -1 if there is none."""
+    # As one minimum: `argmax` reduces two arrays.
+    size = conditions.shape[0]
+    positions = jnp.where(conditions, np.arange(size, dtype=np.int32), np.int32(size))
+    first = jnp.min(positions, initial=size)
+    return jnp.where(first < size, first, np.int32(-1))
 
 
 def has_nonfinite(tree: PyTree) -> jax.Array:

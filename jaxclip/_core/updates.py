@@ -5,6 +5,7 @@ rounded, and so is its sum with `w`: some weights that should end on a bound end
 The functions here compute the sum as it will be rounded, and correct the update by an ulp.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxclip._core.floats import (
     compute_dtype,
     exceeds,
+    is_normal,
     keep_weak_type,
     phase_and_modulus,
     round_toward_zero,
@@ -48,6 +50,12 @@ def clip_modulus(w: jax.Array, bound: ArrayLike) -> jax.Array:
     if is_unbounded(bound):
         return w
     bound = bound_in(bound, w)
+    return _clip_leaf(w, bound, is_normal(bound))
+
+
+@functools.partial(jax.jit, static_argnums=2)  # leaves of one shape share one trace
+def _clip_leaf(w: jax.Array, bound: jax.Array, is_normal: bool) -> jax.Array:
+    """Returns the weights with modulus at most a bound in their real dtype."""
     if jnp.iscomplexobj(w):
         phase, modulus = phase_and_modulus(w)
         eps = jnp.finfo(bound.dtype).eps  # the modulus itself is rounded
@@ -55,9 +63,9 @@ def clip_modulus(w: jax.Array, bound: ArrayLike) -> jax.Array:
         is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
         return keep_weak_type(jnp.where(is_outside, phase * inside, w), w)
     # Not as a minimum and a maximum: those flush subnormals inside the box to zero.
-    limit = jnp.asarray(bound) if bound.ndim else jnp.full_like(w, bound)
+    limit = bound if bound.ndim else jnp.full_like(w, bound)
     clipped = select(w < 0, -limit, limit)
-    return keep_weak_type(select(exceeds(w, bound), clipped, w), w)
+    return keep_weak_type(select(exceeds(w, bound, is_normal), clipped, w), w)
 
 
 def update_within(u: jax.Array, w: ArrayLike, bound: ArrayLike) -> jax.Array:

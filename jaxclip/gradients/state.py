@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxclip._core.floats import increment
+from jaxclip._core.floats import first_true, increment
 from jaxclip._core.trees import floating_leaves
 
 # A `jax.Array` or None, which the type `optax.OptState` does not allow.
@@ -107,8 +107,7 @@ class LeafReport(NamedTuple):
         """Returns the report after a step; unchanged if its leaf norms are not known."""
         if leaf_norms is None or leaf_norms.size == 0:
             return self
-        is_finite = jnp.isfinite(leaf_norms)
-        first = jnp.where(jnp.all(is_finite), -1, jnp.argmin(is_finite).astype(jnp.int32))
+        first = first_true(~jnp.isfinite(leaf_norms))
         fits = leaf_norms.shape == self.norms.shape
         kept = self.norms if fits else jnp.zeros_like(leaf_norms)
         return LeafReport(

@@ -88,11 +88,16 @@ def root_of_wide_total(total: jax.Array, ord: float) -> RescaledNorm:
         return RescaledNorm(norm, rescale.astype(jnp.float32))
 
 
-def bounded_root(total: jax.Array, ord: float) -> jax.Array:
-    """Returns float32 norms of at most the largest float32, from float64 totals."""
+def wide_roots(totals: jax.Array, ord: float) -> tuple[jax.Array, jax.Array]:
+    """Returns float32 norms of at most the largest float32, and the total, from float64 totals."""
     with with_float64():
-        norms = jnp.minimum(root_of_total(total, ord), FLOAT32_MAX)
-        return select(jnp.isfinite(total), norms, total).astype(jnp.float32)
+        # Ends in a root or a division: XLA makes a sum of joined scalars one kernel with as many
+        # operands, and copies cheaper operations on them into all who use the result.
+        roots = jnp.sqrt(totals) if ord == 2 else totals / not_folded(jnp.ones_like(totals[0]))
+        total = jnp.sum(roots * roots if ord == 2 else roots)
+        total = total if ord < np.inf else largest_of(roots)
+        norms = select(jnp.isfinite(roots), jnp.minimum(roots, FLOAT32_MAX), roots)
+        return norms.astype(jnp.float32), total
 
 
 def better_exponent(totals: jax.Array, ord: float) -> jax.Array:

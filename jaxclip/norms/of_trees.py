@@ -28,7 +28,6 @@ from jaxclip.norms.magnitudes import (
     RescaledNorm,
     accumulator,
     better_exponent,
-    bounded_root,
     change_of_norm,
     largest_of,
     over_devices,
@@ -36,6 +35,7 @@ from jaxclip.norms.magnitudes import (
     root_of_total,
     root_of_wide_total,
     uses_float64,
+    wide_roots,
     wide_total,
     with_float64,
 )
@@ -174,8 +174,8 @@ def _wide_norm(
     with with_float64():
         totals = [wide_total(x, tuple(range(x.ndim)), ord).reshape(1) for x in leaves]
         totals = over_devices(jnp.concatenate(totals), ord, axis_name)
-        total = _add_up(totals, ord)
-        return root_of_wide_total(total, ord), bounded_root(totals, ord)
+        norms, total = wide_roots(totals, ord)
+        return root_of_wide_total(total, ord), norms
 
 
 @_tree_norm.defjvp

@@ -114,7 +114,7 @@ def scaling_to(
     scaling = Scaling.create(coef, rest, select(is_above, rescale, ones))
 
     pre_norm = jnp.minimum(size / rescale, FLOAT32_MAX)
-    post_norm = jnp.minimum(bound * (size / divisor * margin), FLOAT32_MAX)
+    post_norm = jnp.minimum(size * coef * rest, FLOAT32_MAX)
     return scaling, NormClip(
         pre_norm=pre_norm.astype(jnp.float32),
         post_norm=select(is_above, post_norm, pre_norm).astype(jnp.float32),

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -249,21 +248,23 @@ def _next_momentum(updates: optax.Updates, mu: optax.Updates, decay: ArrayLike) 
     """Returns the momentum, averaged where the gradient is finite."""
 
     def average(g: ArrayLike, m: jax.Array) -> jax.Array:
-        if not is_clippable(g):
-            return m
-        new = _average(m, jnp.asarray(g), decay).astype(m.dtype)
-        # Where the gradient is not finite this is not either, also for a decay of 1.
-        return keep_weak_type(select(jnp.isfinite(new), new, m), m)
+        return _next_leaf(jnp.asarray(g), m, decay) if is_clippable(g) else m
 
     return jax.tree.map(average, updates, mu)
 
 
+@jax.jit  # leaves of one shape share one trace
+def _next_leaf(g: jax.Array, m: jax.Array, decay: ArrayLike) -> jax.Array:
+    new = _average(m, g, decay).astype(m.dtype)
+    # Where the gradient is not finite this is not either, also for a decay of 1.
+    return keep_weak_type(select(jnp.isfinite(new), new, m), m)
+
+
+@jax.jit
 def _average(m: jax.Array, g: jax.Array, beta: ArrayLike) -> jax.Array:
     """Returns `beta * m + (1 - beta) * g` in float32 or wider."""
     wide = compute_dtype(m.dtype, g.dtype)
-    # A number stays in NumPy: two operations less for every leaf.
-    beta = beta if isinstance(beta, jax.Array) else np.asarray(beta)
-    beta = beta.astype(jnp.finfo(wide).dtype)
+    beta = jnp.asarray(beta).astype(jnp.finfo(wide).dtype)
     return beta.astype(wide) * m.astype(wide) + (1 - beta).astype(wide) * g.astype(wide)
 
 

@@ -75,7 +75,12 @@ class SignKind:
     def step(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """Returns the step for one leaf, of direction `x` and incoming gradient `g`."""
         del g
-        return sign_and_modulus(x)[0]
+        return _hard_sign(x)
+
+
+@jax.jit  # leaves of one shape share one trace
+def _hard_sign(x: jax.Array) -> jax.Array:
+    return sign_and_modulus(x)[0]
 
 
 def resolve_sign_kind(sign: SignKind | None) -> SignKind:

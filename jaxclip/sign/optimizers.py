@@ -4,7 +4,8 @@ An optimizer here is a direction d of `sign.directions`, decoupled weight decay,
 size alpha, which may be relative to the weight box.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -206,13 +207,6 @@ def _decay_weights(
     check_mask_for_leaves(mask)
     is_off = isinstance(weight_decay, (int, float)) and weight_decay == 0
 
-    def decayed(g: jax.Array, p: ArrayLike, coefficient: jax.Array | np.ndarray) -> jax.Array:
-        wide, p = compute_dtype(g.dtype), jnp.asarray(p)
-        shrink = coefficient.astype(wide) * p.astype(wide)
-        if is_cautious:
-            shrink = jnp.where(alignment(g, p) >= 0, shrink, jnp.zeros_like(shrink))
-        return keep_weak_type((g.astype(wide) + shrink).astype(g.dtype), g)
-
     def init_fn(params):
         del params
         return (
@@ -227,7 +221,9 @@ def _decay_weights(
         checks.check_same_structure("updates", updates, "params", params)
         step = getattr(state, "step", 0)  # a number needs no state
         coefficient = _finite(checks.value_at("weight_decay", weight_decay, step))
-        updates = map_clippable(lambda g, p: decayed(g, p, coefficient), updates, params)
+        updates = map_clippable(
+            lambda g, p: _decayed(g, jnp.asarray(p), coefficient, is_cautious), updates, params
+        )
         return updates, _StepState(increment(state.step)) if callable(weight_decay) else state
 
     decay = optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -242,18 +238,12 @@ def _scale_by_step(
     if relative_to is not None:
         check_threshold_tree("relative_to", relative_to)
 
-    def scaled(u: jax.Array, step_size: Any) -> jax.Array:  # an array of jax or NumPy
-        wide = compute_dtype(u.dtype)
-        if step_size.dtype != jnp.finfo(wide).dtype:  # beyond it the largest number, not infinity
-            step_size = cast_saturated(jnp.asarray(step_size), jnp.finfo(wide).dtype)
-        return keep_weak_type(cast_saturated(-step_size.astype(wide) * u.astype(wide), u.dtype), u)
-
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         rate = _finite(checks.value_at("learning_rate", learning_rate, state.step))
         rate = rate if rate.dtype == jnp.float64 else rate.astype(jnp.float32)
         if relative_to is None:
-            updates = map_clippable(lambda u: scaled(u, rate), updates)
+            updates = map_clippable(lambda u: _scaled(u, rate), updates)
         else:
             checks.check_params_given("relative_to", params)
             checks.check_same_structure("updates", updates, "params", params)
@@ -261,7 +251,7 @@ def _scale_by_step(
             def relative(u: jax.Array, threshold: ArrayLike) -> jax.Array:
                 size = jnp.asarray(threshold, rate.dtype)
                 size = jnp.where(jnp.isinf(size), jnp.ones_like(size), size)
-                return scaled(u, _finite(rate * size))
+                return _scaled(u, _finite(rate * size))
 
             thresholds = resolve_threshold(relative_to, params, state.step, name="relative_to")
             updates = map_clippable(relative, updates, thresholds)
@@ -274,6 +264,26 @@ def _scale_by_step(
         return _StepSizeState(step=jnp.zeros((), jnp.int32), learning_rate=zero)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# Jitted, so that leaves of one shape share one trace.
+@functools.partial(jax.jit, static_argnums=3)
+def _decayed(g: jax.Array, p: jax.Array, coefficient: jax.Array, is_cautious: bool) -> jax.Array:
+    """Returns `g + coefficient * p` in the dtype of g; cautious decay leaves some of p out."""
+    wide = compute_dtype(g.dtype)
+    shrink = coefficient.astype(wide) * p.astype(wide)
+    if is_cautious:
+        shrink = jnp.where(alignment(g, p) >= 0, shrink, jnp.zeros_like(shrink))
+    return keep_weak_type((g.astype(wide) + shrink).astype(g.dtype), g)
+
+
+@jax.jit
+def _scaled(u: jax.Array, step_size: jax.Array) -> jax.Array:
+    """Returns `-step_size * u` in the dtype of u."""
+    wide = compute_dtype(u.dtype)
+    if step_size.dtype != jnp.finfo(wide).dtype:  # beyond it the largest number, not infinity
+        step_size = cast_saturated(step_size, jnp.finfo(wide).dtype)
+    return keep_weak_type(cast_saturated(-step_size.astype(wide) * u.astype(wide), u.dtype), u)
 
 
 def _finite(number: ArrayLike) -> jax.Array | np.ndarray:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxclip._core.floats import has_nonfinite
+from jaxclip._core.floats import first_true, has_nonfinite
 
 
 class _Value(NamedTuple):
@@ -88,16 +88,13 @@ def first_nonfinite(
 ) -> jax.Array:
     """Returns the position of the first leaf that is not finite, frozen ones last; -1 if none."""
     # `leaf_norms` are those of `zero_nonfinite`: only the frozen leaves are read here.
-    positions = [np.arange(len(is_frozen))]
-    are_bad = [~jnp.isfinite(leaf_norms)]
-    if any(is_frozen):
-        frozen = [g for g, is_in in zip(jax.tree.leaves(grads), is_frozen, strict=True) if is_in]
-        positions.append(np.flatnonzero(is_frozen))
-        are_bad.append(jnp.stack([has_nonfinite(g) for g in frozen]))
-    # After all leaves stands one that is always bad.
-    candidates = np.concatenate([*positions, [-1]]).astype(np.int32)
-    is_bad = jnp.concatenate([*are_bad, jnp.ones((1,), bool)])
-    return jnp.asarray(candidates)[jnp.argmax(is_bad)]
+    first = first_true(~jnp.isfinite(leaf_norms))
+    if not any(is_frozen):
+        return first
+    frozen = [g for g, is_in in zip(jax.tree.leaves(grads), is_frozen, strict=True) if is_in]
+    first_frozen = first_true(jnp.stack([has_nonfinite(g) for g in frozen]))
+    positions = np.append(np.flatnonzero(is_frozen), -1).astype(np.int32)
+    return jnp.where(first >= 0, first, jnp.asarray(positions)[first_frozen])
 
 
 def _outputs(jaxpr: Any, inputs: Sequence[_Value]) -> list[_Value]:

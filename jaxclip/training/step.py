@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip._core.compiling import cpu_options
 from jaxclip._core.floats import increment, keep_weak_type, select
-from jaxclip._core.trees import Mask, PyTree, map_clippable
+from jaxclip._core.trees import Mask, PyTree
 from jaxclip._core.updates import is_unbounded
 from jaxclip.norms.of_trees import measure_norm
 from jaxclip.thresholds.values import check_threshold_tree
@@ -223,6 +223,7 @@ def make_step_with_bounds(
     checks.check_count("telemetry_every", telemetry_every)
     optimizer = optax.with_extra_args_support(optimizer)
     key_kind = _find_key_parameter(loss_fn)
+    reads_weights = callable(mask) or any(map(callable, jax.tree.leaves(threshold)))
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo, PyTree]:
         key, arguments, keywords = _loss_arguments(state, batch, key_kind)
@@ -255,7 +256,7 @@ def make_step_with_bounds(
             params = optax.apply_updates(state.params, updates)
         is_good = jnp.isfinite(loss) & jnp.isfinite(norm.norm)
         # A rule measures the weights that the step keeps, not those of a bad step.
-        kept = map_clippable(functools.partial(jnp.where, is_good), params, state.params)
+        kept = _select(is_good, params, state.params) if reads_weights else params
         bounds = resolve_bounds(kept, threshold, mask, state.step)
         params = _select(is_good, clip_to_bounds(params, bounds), state.params)
         stats, learning_rate = clip_stats(opt_state), find_learning_rate(opt_state)

@@ -19,6 +19,7 @@ import jaxclip
 from jaxclip import TrainState, make_train_step
 from jaxclip.training.info import StepInfo
 from jaxclip.training.telemetry import Statistics
+from jaxclip.weights.clipping import weight_clip_rate
 from oracles.given_gradients import given_loss
 
 SHAPES = {
@@ -408,6 +409,18 @@ def test_a_gathered_parameter_would_be_noticed():
     x = jax.device_put(jnp.ones((16, 32)), NamedSharding(mesh, P("data")))
     gather = jax.jit(lambda x: 2 * x, out_shardings=NamedSharding(mesh, P()))
     assert collectives(gather.lower(x).compile().as_text()) == [("all-gather", [16 * 32])]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_leaves_of_one_shape_that_are_split_in_different_ways_stay_apart(kind: AxisType):
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    specs = [P("a"), P(None, "a"), P("b", "a"), P()]
+    w = [jax.device_put(jnp.ones((16, 32)), NamedSharding(mesh, spec)) for spec in specs]
+    compiled = jax.jit(lambda w: weight_clip_rate(w, 0.5)).lower(w).compile()
+    found = collectives(compiled.as_text())
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    assert max(size for _, sizes in found for size in sizes) <= len(specs)
+    assert compiled(w) == 1
 
 
 # --- Uneven shards ----------------------------------------------------------------------

@@ -291,6 +291,20 @@ def test_the_clip_rate_is_the_share_of_boxed_weights_on_the_bound():
     assert float(jax.jit(weight_clip_rate)(params, 0.5)) == pytest.approx(3 / 5)
 
 
+@pytest.mark.parametrize("num_leaves", [7, 8, 9, 17])
+@eager_and_jit
+def test_rate_of_many_leaves_of_one_shape(wrap, num_leaves):
+    rng = np.random.default_rng(num_leaves)
+    leaves = [np.float32(rng.uniform(-1, 1, (5, 3))) for _ in range(num_leaves)]
+    leaves[1][0] = np.nan  # beside it, the entries of the other leaves count
+    bounds = [0.5, 0.25] * num_leaves
+    tree, threshold = dict(enumerate(leaves)), dict(zip(range(num_leaves), bounds, strict=False))
+    pairs = zip(leaves, bounds, strict=False)
+    expected = sum((np.abs(w) >= t).sum() for w, t in pairs) / (15 * num_leaves)
+    rate = wrap(lambda w: weight_clip_rate(w, threshold))(tree)
+    assert float(rate) == pytest.approx(expected, rel=1e-6)
+
+
 @every_dtype
 def test_all_clipped_weights_count_even_where_the_threshold_is_not_representable(dtype):
     w = clip_weights(jnp.asarray([1.0, -1.0, 0.0, 0.01]).astype(dtype), 0.1)
