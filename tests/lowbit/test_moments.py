@@ -95,10 +95,10 @@ def test_a_view_is_of_an_array_whose_axes_it_keeps_or_splits(split, shape, is_of
 
 
 def test_the_report_has_a_row_for_each_weight():
-    ones = np.ones((2, 6), np.float32)
-    grouped = InputMoments(np.ones((2, 6, 6)), ones, np.full(2, 1500.0), GROUPED)
+    ones = np.ones((2, 12), np.float32)
+    grouped = InputMoments(np.ones((2, 12, 12)), ones, np.full(2, 1500.0), GROUPED)
     c = Calibration({"a": grouped}, missing=("b",), notes=(("b", "not used"),))
     lines = [line.split() for line in str(c).splitlines()]
     assert lines[0] == ["weight", "inputs", "moments", "samples", "note"]
-    assert lines[1] == ["a", "2", "x", "6", "whole", "1,500"]
+    assert lines[1] == ["a", "2", "x", "12", "whole", "1,500"]
     assert lines[2] == ["b", "none", "not", "used"]
