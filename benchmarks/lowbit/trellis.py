@@ -1,14 +1,14 @@
 """Dependent quantization beside a uniform grid: bits, error, distance to the limit of the source.
 
     python benchmarks/lowbit/trellis.py [--size 512] [--rates 1.5 2 3 4] [--time]
-    python benchmarks/lowbit/trellis.py --rates --weights model.safetensors [--match encoder] [--methods 8]
+    python benchmarks/lowbit/trellis.py --rates --weights FILE [--match encoder] [--methods model]
 
 Sources are Gaussian and Laplacian, a square matrix of unit variance. A row is a method; its step is
-found so that its bytes make the rate. Bits are those of the coded bytes, tables
-included; "ideal" is the order-0 entropy. The gap is bits minus the least number of bits at the
-error: the rate-distortion function of the Gaussian source, and for the Laplacian one Shannon's lower
-bound of it, which overstates gaps at low rates. "model" is one round with the lengths of a Gaussian
-source, without a code 0 in odd states. The others have three rounds with measured lengths.
+found so that its bytes make the rate. Bits are those of the coded bytes, tables included; "ideal"
+is the order-0 entropy. The gap is bits minus the least number of bits at the error: the
+rate-distortion function of the Gaussian source, and for the Laplacian one Shannon's lower bound of
+it, which overstates gaps at low rates. "model" is one round with the lengths of a Gaussian source,
+without a code 0 in odd states. The others have three rounds with measured lengths.
 
 With --weights, the two-dimensional leaves of a safetensors file whose name has `--match` in it have
 one common step; error is |W - Q|^2 / |W|^2. With --time, CPU time of encoding and decoding.
@@ -112,12 +112,10 @@ def print_sources(methods, size, rates):
     for name in ("normal", "laplace"):
         x = getattr(rng, name)(size=(size, size))
         x /= np.sqrt(np.mean(x**2))
-        print(
-            f"\n{name}, {size} x {size}" + "".join(f"{rate:8} bits: error, gap" for rate in rates)
-        )
+        print(f"\n{name}, {size} x {size}" + "".join(f"{rate:8} bits    gap" for rate in rates))
         for title, method in methods.items():
             row = [at_rate(method, x, rate) for rate in rates]
-            text = "".join(f"{b:10.3f} {e:.5f} {b - LIMITS[name](e):6.3f}" for b, e in row)
+            text = "".join(f"{e:13.5f}{b - LIMITS[name](e):7.3f}" for b, e in row)
             print(f"{title:26}{text}", flush=True)
 
 

@@ -121,9 +121,9 @@ def model_lengths(
 ) -> jax.Array:
     """Returns the bits of codes of a Gaussian (shape 2) or Laplacian (shape 1) source.
 
-    The probability of a code is that of its cell, from the density at its level. Above about 1.5 bits
-    a path is better without a code 0 in odd states, and many rounds with measured lengths end there
-    by themselves. One round with these lengths is then nearly as good.
+    The probability of a code is that of its cell, from the density at its level. Above about 1.5
+    bits a path is better without a code 0 in odd states, and many rounds with measured lengths end
+    there by themselves. One round with these lengths is then nearly as good.
 
     Args:
       deviation: Of the entries, in steps; > 0, of any shape. May be traced.
