@@ -136,6 +136,12 @@ def power_of_two(exponent: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def inverse_size(largest: jax.Array | np.ndarray) -> Any:
     """Returns a power of two near `1 / largest`, which keeps squares in range."""
+    if isinstance(largest, jax.Array) and largest.dtype == jnp.float32:
+        # By bits, because a power takes XLA longer to compile than all around it.
+        exponent = (lax.bitcast_convert_type(largest, jnp.int32) >> 23) & 255
+        is_ordinary = (largest != 0) & jnp.isfinite(largest)
+        opposite = jnp.where(is_ordinary, jnp.clip(253 - exponent, 1, 253), 127)
+        return lax.bitcast_convert_type(opposite << 23, jnp.float32)
     xp = np if isinstance(largest, np.ndarray) else jnp
     _, exponent = xp.frexp(largest)
     return xp.ldexp(xp.ones_like(largest), -xp.clip(exponent, -126, 126))

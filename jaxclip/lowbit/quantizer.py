@@ -23,7 +23,8 @@ from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, quotient
 from jaxclip._core.grids import Bits, Grid, as_grid
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError
-from jaxclip.lowbit.encoding import Choice, encode_concrete, mirror_error, range_scale
+from jaxclip.lowbit.encoding import Choice, encode_concrete
+from jaxclip.lowbit.encoding_programs import mirror_error, range_scale
 from jaxclip.lowbit.feedback import (
     FactoredMoments,
     factor_moments,

@@ -7,7 +7,7 @@ import pytest
 
 import jaxclip
 from jaxclip import Grid
-from jaxclip.lowbit import encoding
+from jaxclip.lowbit import encoding_programs
 from jaxclip.lowbit.distortion import quantization_error
 from jaxclip.lowbit.quantizer import quantize_on_host
 from oracles import compilations
@@ -72,14 +72,18 @@ def test_the_error_is_that_of_float64(grid, dtype, factor):
 
 
 def test_few_programs_serve_leaves_of_every_shape():
-    encoding._compiled.cache_clear()
+    encoding_programs.compiled.cache_clear()
     rng = np.random.default_rng(0)
     shapes = [tuple(rng.integers(2, 90, 2)) for _ in range(30)] + [(300, 20), (20, 300)]
     params = {str(i): {"kernel": weights(shape)} for i, shape in enumerate(shapes)}
     with compilations.counted() as programs:
         jaxclip.compress(params, 4)
-    # One for channels of up to 256 entries, one for longer ones.
-    assert len(programs) == 2
+    # Two searches, for channels of 16 to 128 entries and for others, and one program for codes.
+    assert len(programs) == 3
+    with compilations.counted() as programs:
+        for bits in (2, "ternary", 8):
+            jaxclip.compress(params, bits, rule=jaxclip.max_abs)
+    assert not programs
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

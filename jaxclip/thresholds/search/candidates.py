@@ -333,17 +333,19 @@ def lowest(
     errors: jax.Array, values: tuple[jax.Array, ...], count: int = 1
 ) -> list[tuple[jax.Array, ...]]:
     """Returns errors and values of the best few candidates; of equal errors only the first."""
-    # Lane by lane into a sorted list, because XLA on CPU does not vectorize short reductions.
-    unknown = jnp.full_like(errors[..., 0], jnp.inf)
-    best: list[tuple[jax.Array, ...]] = [(unknown, *(v[..., 0] for v in values))] * count
-    for lane in range(errors.shape[-1]):
-        new = (errors[..., lane], *(v[..., lane] for v in values))
-        for i, old in enumerate(best):
-            is_less, is_equal = new[0] < old[0], new[0] == old[0]
-            best[i] = tuple(jnp.where(is_less, a, b) for a, b in zip(new, old, strict=True))
-            if i + 1 < count:
-                new = tuple(jnp.where(is_less, b, a) for a, b in zip(new, old, strict=True))
-                new = (jnp.where(is_equal, jnp.inf, new[0]), *new[1:])
+    # Lane by lane, because XLA on CPU does not vectorize short reductions; and best after best,
+    # because it would compute a sorted list many times over, and compile it as slowly.
+    nothing = jnp.full_like(errors[..., 0], jnp.inf), *(v[..., 0] for v in values)
+    best: list[tuple[jax.Array, ...]] = []
+    for _ in range(count):
+        found = nothing
+        for lane in range(errors.shape[-1]):
+            new = (errors[..., lane], *(v[..., lane] for v in values))
+            is_less = new[0] < found[0]
+            if best:
+                is_less &= new[0] > best[-1][0]
+            found = tuple(jnp.where(is_less, a, b) for a, b in zip(new, found, strict=True))
+        best.append(found)
     return best
 
 

@@ -72,15 +72,20 @@ def sum_entries(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=1)
 
 
+def scaled(rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the largest magnitudes, pieces of a size near 1, factors, and sums of squares."""
+    largest = jnp.maximum(rows.largest(jnp.max(jnp.abs(rows.pieces), axis=1)), 0)
+    factor = floats.inverse_size(largest)
+    y = rows.pieces * rows.spread(factor)[:, None]
+    return largest, y, factor, rows.total(sum_entries(jnp.square(y)))
+
+
 def search_rows(rows: Rows, search: Search) -> tuple[PyTree, jax.Array]:
     """Runs a search over all rows; returns its results, and the factors of their scales."""
     x = rows.pieces
-    largest = jnp.maximum(rows.largest(jnp.max(jnp.abs(x), axis=1)), 0)
+    largest, y, factor, energy = scaled(rows)
     highest = jnp.maximum(rows.largest(jnp.max(x, axis=1)), 0)
     lowest = -jnp.maximum(rows.largest(jnp.max(-x, axis=1)), 0)
-    factor = floats.inverse_size(largest)
-    y = x * rows.spread(factor)[:, None]
-    energy = rows.total(sum_entries(jnp.square(y)))
     lean = rows.total(sum_entries(odd_power(y)))
     stats = BlockStats(
         factor, largest * factor, lowest * factor, highest * factor, energy, lean, rows.counts

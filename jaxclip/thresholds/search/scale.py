@@ -44,7 +44,8 @@ def best_scale(
     """Returns the scale of least squared error for each block, dims kept; 0 for zeros."""
     # It is negative where the level `low < -high` helps on the positive side, and NaN for NaN.
     length = math.prod(blocks.shape[a] for a in axes)
-    search = functools.partial(search_scale, low, high, is_hard(length), importance is not None)
+    is_refined = importance is not None or not is_one_pass(low, high, length)
+    search = functools.partial(search_scale, low, high, is_refined, importance is not None)
     scale, factor = search_blocks(blocks, axes, counts, search, importance)
     return scale / factor
 
@@ -52,18 +53,23 @@ def best_scale(
 def best_common_scale(arrays: Sequence[jax.Array], low: int, high: int) -> jax.Array:
     """Returns the scale of least squared error for all entries of some arrays together."""
     length = sum(x.size for x in arrays)
-    search = functools.partial(search_scale, low, high, is_hard(length), False)
+    search = functools.partial(search_scale, low, high, not is_one_pass(low, high, length), False)
     scale, factor = search_arrays(arrays, search)
     return scale / factor
 
 
+def is_one_pass(low: int, high: int, length: int) -> bool:
+    """Returns True if one pass of candidates is enough for blocks of a length."""
+    return (high == 7 or (high < 7 and low == -high)) and not is_hard(length)
+
+
 def search_scale(
-    low: int, high: int, is_hard: bool, is_weighted: bool, evaluate: Evaluate, stats: BlockStats
+    low: int, high: int, is_refined: bool, is_weighted: bool, evaluate: Evaluate, stats: BlockStats
 ) -> jax.Array:
-    """Searches for the scale of least error."""
+    """Searches for the scale of least error, in one pass or in two that refine it."""
     stats = stats._replace(largest=jnp.where(stats.largest > 0, stats.largest, 1))
-    is_full, is_short = low < -high, not is_hard and not is_weighted
-    if is_short and (high == 7 or (high < 7 and not is_full)):
+    is_full = low < -high
+    if not is_refined:
         num_centers, places = 0, np.append(np.linspace(0, 1, BATCH - 1), 0)
         starts, width = _coarse(stats, low, high, high, is_weighted, places)
         # Weights piled on a bound may sit on the level below the highest.
