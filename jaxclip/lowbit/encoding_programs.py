@@ -29,6 +29,10 @@ from jaxclip.thresholds.search.scale_and_zero import search_scale_and_zero
 _ROUNDING = np.float32(2**-20)
 
 
+_Array: TypeAlias = Any  # of jax inside the program, of NumPy outside
+Program: TypeAlias = Callable[..., Any]
+
+
 class Search(NamedTuple):
     """All that a search for scales depends on."""
 
@@ -48,19 +52,15 @@ class Rounding(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What a program for codes is told at each call; scalars."""
+    """What the program for codes is told at each call; scalars, float32 and bool."""
 
-    low: np.float32
-    high: np.float32
-    inverse_high: np.float32  # of thresholds; 1 where a scale is searched for
-    largest: np.float32  # of all scales, for log8
-    is_searched: np.bool_
-    is_signed: np.bool_
-    is_one_bit: np.bool_
-
-
-_Array: TypeAlias = Any  # of jax inside the program, of NumPy outside
-Program: TypeAlias = Callable[..., Any]
+    low: _Array
+    high: _Array
+    inverse_high: _Array  # of thresholds; 1 where a scale is searched for
+    largest: _Array  # of all scales, for log8
+    is_searched: _Array
+    is_signed: _Array
+    is_one_bit: _Array
 
 
 class Found(NamedTuple):
