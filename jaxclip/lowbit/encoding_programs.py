@@ -28,7 +28,6 @@ from jaxclip.thresholds.search.scale_and_zero import search_scale_and_zero
 # Scales are rounded to float32 or less; entries beyond a level by only that are not clipped.
 _ROUNDING = np.float32(2**-20)
 
-
 _Array: TypeAlias = Any  # of jax inside the program, of NumPy outside
 Program: TypeAlias = Callable[..., Any]
 
@@ -52,7 +51,7 @@ class Rounding(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What the program for codes is told at each call; scalars, float32 and bool."""
+    """Arguments of the program for codes that depend on the grid; scalars, float32 and bool."""
 
     low: _Array
     high: _Array
@@ -64,7 +63,7 @@ class Numbers(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a search found for the row of each piece, in the units of the weights."""
+    """Result of a search for the row of each piece, in the units of the weights."""
 
     size: _Array  # the threshold, or with a zero point the scale; without a sign
     zero: _Array
