@@ -177,7 +177,7 @@ def values_of(params: PyTree, paths: Sequence[str | None], batch: PyTree) -> lis
     """Returns the values of the arguments of a model."""
     leaves = jax.tree.leaves(params)
     values = [
-        constant(x) if path is None else Value(x, view=View.of_weight(path, jnp.shape(x)))
+        constant(x) if path is None else Value(x, views=(View.of_weight(path, jnp.shape(x)),))
         for path, x in zip(paths, leaves, strict=True)
     ]
     return [*values, *(Value(x, is_data=True) for x in jax.tree.leaves(batch))]

@@ -15,11 +15,19 @@ def _moved(move: Callable[[View, Any], View | None]) -> Rule:
 
     def rule(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
         del recorder
-        view = values[0].view
-        new = None if view is None or len(values) > 1 else move(view, equation.params)
-        return None if new is None else [Value(evaluate(equation, values)[0], view=new)]
+        views = _each(values[0], lambda view: move(view, equation.params))
+        if views is None or len(values) > 1:
+            return None
+        return [values[0]._replace(array=evaluate(equation, values)[0], views=views)]
 
     return rule
+
+
+def _each(value: Value, move: Callable[[View], View | None]) -> tuple[View, ...] | None:
+    """Returns the moved views of a value; None if it has none, or one cannot be followed."""
+    moved = [move(view) for view in value.views]
+    followed = tuple(view for view in moved if view is not None)
+    return followed if followed and len(followed) == len(moved) else None
 
 
 def _reshape(view: View, params: Any) -> View | None:
@@ -47,27 +55,47 @@ def _cut(view: View, slices: Sequence[tuple[Any, int]]) -> View | None:
 
 def _split(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
     del recorder
-    view, axis = values[0].view, equation.params["axis"]
-    if view is None:
-        return None
-    views, start = [], 0
+    axis, start, parts = equation.params["axis"], 0, []
     for size in map(int, equation.params["sizes"]):
-        views.append(view if size == view.sizes[axis] else view.sliced(axis, start, size))
+        views = _each(values[0], lambda view, a=start, n=size: view.sliced(axis, a, n))
+        if views is None:
+            return None
+        parts.append(views)
         start += size
-    if None in views:
+    arrays = evaluate(equation, values)
+    return [values[0]._replace(array=x, views=v) for x, v in zip(arrays, parts, strict=True)]
+
+
+def _join(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
+    """Follows weights that are joined, along an axis that they have or a new one."""
+    del recorder
+    if any(value.is_data or value.lookups for value in values):
         return None
-    return [Value(x, view=v) for x, v in zip(evaluate(equation, values), views, strict=True)]
+    axis = equation.params.get("dimension", equation.params.get("axis"))
+    is_new = equation.primitive.name == "stack"
+    array = evaluate(equation, values)[0]
+    views, start = [], 0
+    for value in values:
+        for view in value.views:
+            view = view.with_axes((*view.axes[:axis], (), *view.axes[axis:])) if is_new else view
+            views.append(view.joined(axis, start, array.shape[axis]))
+        start += 1 if is_new else value.array.shape[axis]
+    if not views or None in views:
+        return None
+    lost = dict(pair for value in values for pair in value.lost)
+    return [Value(array, views=tuple(views), lost=tuple(lost.items()))]
 
 
 def _dynamic_slice(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
     """Follows a slice whose start may be traced, as in a loop over layers."""
     del recorder
-    view, starts = values[0].view, [start.array for start in values[1:]]
-    if view is None:
-        return None
+    starts = [start.array for start in values[1:]]
     # Starts beyond the end are moved alike by all slices of this kind, those of the sums included.
-    view = _cut(view, list(zip(starts, equation.params["slice_sizes"], strict=True)))
-    return None if view is None else [Value(evaluate(equation, values)[0], view=view)]
+    slices = list(zip(starts, equation.params["slice_sizes"], strict=True))
+    views = _each(values[0], lambda view: _cut(view, slices))
+    if views is None:
+        return None
+    return [values[0]._replace(array=evaluate(equation, values)[0], views=views)]
 
 
 def _unchanged(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
@@ -84,10 +112,11 @@ def _scaled(recorder: Recorder, equation: Any, values: list[Value]) -> list[Valu
     del recorder
     is_quotient = equation.primitive.name == "div"
     for weight, other in [values] if is_quotient else [values, values[::-1]]:
-        if weight.view is not None and other.scalar is not None:
+        if weight.views and other.scalar is not None:
             scalar = lax.convert_element_type(other.scalar, "float32")
-            view = weight.view.scaled(1 / scalar if is_quotient else scalar)
-            return [Value(evaluate(equation, values)[0], view=view)]
+            scalar = 1 / scalar if is_quotient else scalar
+            views = tuple(view.scaled(scalar) for view in weight.views)
+            return [weight._replace(array=evaluate(equation, values)[0], views=views)]
     return None
 
 
@@ -112,7 +141,10 @@ MOVES: dict[str, Rule] = {
     ),
     "tile": _moved(lambda view, p: view.tiled(p["reps"])),
     "slice": _moved(_slice),
+    "rev": _moved(lambda view, p: view.reversed(p["dimensions"])),
     "split": _split,
+    "concatenate": _join,
+    "stack": _join,
     "dynamic_slice": _dynamic_slice,
     "mul": _scaled,
     "div": _scaled,

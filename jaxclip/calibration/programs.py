@@ -156,8 +156,11 @@ def _iteration(value: Value, array: Any, depth: int) -> Value:
     """Returns the value of one iteration of an array that a scan takes apart."""
     if value.is_data or not value.is_weight:
         return Value(array, value.is_data)
-    view = None if value.view is None else value.view.taken_apart(depth)
-    return Value(array, view=view, lost=() if view else value.lost_by("scan"))
+    moved = [view.taken_apart(depth) for view in value.views]
+    views = tuple(view for view in moved if view is not None)
+    if value.lookups or len(views) < len(moved):
+        return Value(array, lost=value.lost_by("scan"))
+    return Value(array, views=views, lost=value.lost)
 
 
 def _left(recorder: Recorder, values: Sequence[Value], name: str) -> list[Any]:

@@ -23,7 +23,7 @@ class Value(NamedTuple):
     Attributes:
       array: The array.
       is_data: True if it depends on the batch; the other fields are for arrays that do not.
-      view: The weight that it holds.
+      views: The weight that it holds; several if they were joined.
       lost: Paths of weights that it depends on in other ways, and the first operation that did.
       scalar: The scalar that all of its entries equal, if that is known.
       lookups: Counts of its rows, if they were looked up by indices.
@@ -31,7 +31,7 @@ class Value(NamedTuple):
 
     array: Any
     is_data: bool = False
-    view: View | None = None
+    views: tuple[View, ...] = ()
     lost: tuple[tuple[str, str], ...] = ()
     scalar: Any = None
     lookups: Lookups = ()
@@ -39,11 +39,11 @@ class Value(NamedTuple):
     @property
     def is_weight(self) -> bool:
         """True if it is a weight, or depends on weights alone."""
-        return self.view is not None or bool(self.lost or self.lookups)
+        return bool(self.views or self.lost or self.lookups)
 
     def lost_by(self, operation: str) -> tuple[tuple[str, str], ...]:
         """Returns the weights that an operation loses, and where each was lost first."""
-        followed = () if self.view is None else ((self.view.path, operation),)
+        followed = ((view.path, operation) for view in self.views)
         return *followed, *self.lost, *((key.path, operation) for key, _ in self.lookups)
 
 
@@ -143,7 +143,7 @@ class Recorder:
 def _without_data(name: str, values: list[Value], arrays: list[Any]) -> list[Value]:
     """Returns the results of an operation on weights and constants alone."""
     lookups = [found for value in values for found in value.lookups]
-    if lookups and name in _KEEP_ROWS and not any(v.view or v.lost for v in values):
+    if lookups and name in _KEEP_ROWS and not any(v.views or v.lost for v in values):
         return [Value(x, lookups=tuple(lookups)) for x in arrays]
     lost = dict(pair for value in reversed(values) for pair in value.lost_by(name))
     if lost:

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxclip.calibration.views import NO_AXIS, Factor, View, in_order, matrix_view, merged, size_of
+from jaxclip.calibration.views import (
+    JOINED,
+    NO_AXIS,
+    Factor,
+    Scan,
+    View,
+    in_order,
+    matrix_view,
+    merged,
+    size_of,
+)
 from jaxclip.lowbit.moments import InputMoments
 
 
@@ -32,7 +42,7 @@ class Key(NamedTuple):
     inputs: tuple[Factor, ...]
     is_diagonal: bool
     is_lookup: bool
-    scanned: tuple[tuple[int, tuple[Factor, ...]], ...]
+    scanned: tuple[Scan, ...]
 
 
 class Sums(NamedTuple):
@@ -61,6 +71,10 @@ class Operand(NamedTuple):
 
 def of_product(view: View, operand: Operand, max_dim: int) -> tuple[Key, Sums] | None:
     """Returns the sums for a weight that is contracted with an operand; None if it is no matrix."""
+    found = _apart(view, operand)
+    if found is None:
+        return None
+    view, operand = found
     inputs = [f for _, axis in operand.contracted for f in view.axes[axis]]
     are_stacked = [_is_of_weight(view.axes[axis]) for _, axis in operand.batched]
     if None in are_stacked or any(f.axis == NO_AXIS for f in inputs):
@@ -86,13 +100,32 @@ def of_product(view: View, operand: Operand, max_dim: int) -> tuple[Key, Sums] |
     return _placed(view, *_sorted(key, raw), has_outputs)
 
 
+def _apart(view: View, operand: Operand) -> tuple[View, Operand] | None:
+    """Returns a weight without others that it was joined with, and the inputs that it meets."""
+    join = view.join
+    pairs = (*operand.contracted, *operand.batched)
+    met = [pair for pair in pairs if any(f.axis == JOINED for f in view.axes[pair[1]])]
+    if join is None or not met:  # not joined, or along the outputs
+        return view, operand
+    own, axis = met[0]
+    if len(met) > 1 or merged(view.axes[axis]) != join.whole:
+        return None
+    end = join.start + size_of(join.factors)
+
+    def expand(x: jax.Array) -> jax.Array:
+        return lax.slice_in_dim(operand.expand(x), join.start, end, axis=own)
+
+    return view.apart(axis), operand._replace(expand=expand)
+
+
 def of_lookup(
     view: View, axis: int, indices: jax.Array, is_clipped: bool
 ) -> tuple[Key, Sums] | None:
     """Returns counts for rows of a weight along an axis, which are looked up by index."""
     inputs = view.axes[axis]
     size = size_of(inputs)
-    if not inputs or not _is_of_weight(inputs) or view.parts or view.scale is not None:
+    is_whole = not view.parts and view.scale is None and view.join is None
+    if not inputs or not _is_of_weight(inputs) or not is_whole:
         return None
     if is_clipped:
         indices = jnp.clip(indices, 0, size - 1)
@@ -119,9 +152,9 @@ def moments_of(key: Key, sums: Sums) -> InputMoments:
 
 def with_scan_axis(key: Key, sums: Sums) -> tuple[Key, Sums]:
     """Returns sums that a loop has stacked along a new axis, and their key outside of the loop."""
-    (_, factors), scanned = key.scanned[-1], key.scanned[:-1]
-    sizes = [f.size for f in factors]
-    sums = Sums(*(x.reshape(*sizes, *x.shape[1:]) for x in sums))
+    (_, factors, start), scanned = key.scanned[-1], key.scanned[:-1]
+    end, sizes = start + size_of(factors), [f.size for f in factors]
+    sums = Sums(*(x[start:end].reshape(*sizes, *x.shape[1:]) for x in sums))
     return key._replace(stack=(*factors, *key.stack), scanned=scanned), sums
 
 
@@ -172,21 +205,27 @@ def _sorted(key: Key, sums: Sums) -> tuple[Key, Sums]:
     sizes = [f.size for f in key.inputs]
     lead = [f.size for f in key.stack]
     num, moved = len(lead), [len(lead) + i for i in order]
+    turned = [i for i, f in enumerate((*key.stack, *key.inputs)) if f.is_reversed]
 
     def sort(x: jax.Array, times: int) -> jax.Array:
         x = x.reshape(*lead, *sizes * times)
+        x = lax.rev(x, [*turned, *(i + len(sizes) for i in turned if times == 2 and i >= num)])
         places = [i + k * len(sizes) for k in range(times) for i in moved]
         return x.transpose(*range(num), *places).reshape(*lead, *[math.prod(sizes)] * times)
 
     second = sort(sums.second, 1 if key.is_diagonal else 2)
-    inputs = merged([key.inputs[i] for i in order])
-    return key._replace(inputs=inputs), Sums(second, sort(sums.first, 1), sums.number.reshape(lead))
+    number = lax.rev(sums.number.reshape(lead), [i for i in turned if i < num])
+    key = key._replace(
+        stack=tuple(f._replace(is_reversed=False) for f in key.stack),
+        inputs=merged(key.inputs[i]._replace(is_reversed=False) for i in order),
+    )
+    return key, Sums(second, sort(sums.first, 1), number)
 
 
 def _placed(view: View, key: Key, sums: Sums, has_outputs: bool) -> tuple[Key, Sums] | None:
     """Returns sums for whole axes of a weight where an operand met a part of them."""
     num_axes = len(view.shape)
-    if any(f.axis >= num_axes for f in key.inputs):
+    if any(f.axis >= num_axes for f in key.inputs) or (view.parts and not key.inputs):
         return None  # what is known of a part of the inputs says nothing about the others
     stack = list(key.stack)
     for k, (factor, start, width) in enumerate(view.parts):

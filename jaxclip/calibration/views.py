@@ -12,15 +12,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jaxclip.lowbit.moments import MatrixView
 
-NO_AXIS = -1
+NO_AXIS, JOINED = -1, -2
 
 
 class Factor(NamedTuple):
-    """A digit of the index along an axis of a weight, or of a part of one; `NO_AXIS` if of none."""
+    """A digit of the index along an axis of a weight, or of a part of one.
+
+    The axis is `NO_AXIS` where the weight is repeated, and `JOINED` where it lies beside others.
+    """
 
     axis: int
     stride: int
     size: int
+    is_reversed: bool = False
 
 
 class Part(NamedTuple):
@@ -29,6 +33,27 @@ class Part(NamedTuple):
     factor: Factor
     start: Any
     width: int
+
+
+class Join(NamedTuple):
+    """An axis along which a weight lies beside others: its own factors, and where they start."""
+
+    factors: tuple[Factor, ...]
+    start: int
+    total: int
+
+    @property
+    def whole(self) -> tuple[Factor, ...]:
+        """The factors of the axis."""
+        return (Factor(JOINED, 1, self.total),)
+
+
+class Scan(NamedTuple):
+    """A loop that takes an axis apart: its depth, the axis's factors, and their first iteration."""
+
+    depth: int
+    factors: tuple[Factor, ...]
+    start: int = 0
 
 
 Axes: TypeAlias = tuple[tuple[Factor, ...], ...]  # factors of each axis, major first
@@ -44,7 +69,8 @@ class View:
       axes: Factors of each axis of the array.
       parts: Slices that were taken; factors of part k are of axis `len(shape) + k`.
       scale: Scalar that the weight was multiplied by; None for 1.
-      scanned: Loops around the array that take it apart: their depth and the axis's factors.
+      join: The axis along which the weight was joined with others, if it was.
+      scanned: Loops around the array that take it apart.
     """
 
     path: str
@@ -52,7 +78,8 @@ class View:
     axes: Axes
     parts: tuple[Part, ...] = ()
     scale: Any = None
-    scanned: tuple[tuple[int, tuple[Factor, ...]], ...] = ()
+    join: Join | None = None
+    scanned: tuple[Scan, ...] = ()
 
     @classmethod
     def of_weight(cls, path: str, shape: tuple[int, ...]) -> "View":
@@ -98,12 +125,39 @@ class View:
 
     def taken_apart(self, depth: int) -> "View | None":
         """Returns the view of an iteration of a loop over the first axis; None if in part."""
-        factors, rest = merged(self.axes[0]), self.with_axes(self.axes[1:])
+        factors, start = merged(self.axes[0]), 0
+        rest = self.with_axes(self.axes[1:])
         if not factors or all(f.axis == NO_AXIS for f in factors):
             return rest
-        if any(not 0 <= f.axis < len(self.shape) for f in factors):
+        if self.join is not None and factors == self.join.whole:
+            rest = dataclasses.replace(rest, join=None)
+            factors, start = self.join.factors, self.join.start
+        if any(not 0 <= f.axis < len(self.shape) or f.is_reversed for f in factors):
             return None
-        return dataclasses.replace(rest, scanned=(*self.scanned, (depth, factors)))
+        return dataclasses.replace(rest, scanned=(*self.scanned, Scan(depth, factors, start)))
+
+    def joined(self, axis: int, start: int, total: int) -> "View | None":
+        """Returns the view after others were put before and behind it; None if that was done."""
+        if self.join is not None or self.sizes[axis] == total:
+            return None if self.join is not None else self
+        join = Join(self.axes[axis], start, total)
+        return dataclasses.replace(
+            self.with_axes(_replaced(self.axes, axis, join.whole)), join=join
+        )
+
+    def apart(self, axis: int) -> "View":
+        """Returns the view of the weight alone along the axis where it is joined with others."""
+        assert self.join is not None
+        axes = _replaced(self.axes, axis, self.join.factors)
+        return dataclasses.replace(self.with_axes(axes), join=None)
+
+    def reversed(self, dimensions: Sequence[int]) -> "View":
+        """Returns the view with some axes back to front: so are all digits of their indices."""
+
+        def turned(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+            return tuple(f._replace(is_reversed=not f.is_reversed) for f in factors)
+
+        return self.with_axes(turned(a) if i in dimensions else a for i, a in enumerate(self.axes))
 
     def transposed(self, order: Sequence[int]) -> "View":
         """Returns the view after a transpose."""
@@ -128,7 +182,7 @@ class View:
     def sliced(self, axis: int, start: Any, width: int) -> "View | None":
         """Returns the view of a slice of an axis; None if the axis is not one factor."""
         factors = merged(self.axes[axis])
-        if len(factors) != 1:
+        if len(factors) != 1 or factors[0].axis == JOINED or factors[0].is_reversed:
             return None
         if factors[0].axis == NO_AXIS:
             new = factors[0]._replace(size=width)
@@ -153,6 +207,7 @@ def merged(factors: Iterable[Factor]) -> tuple[Factor, ...]:
             last is not None
             and last.axis == factor.axis
             and last.stride == factor.stride * factor.size
+            and last.is_reversed == factor.is_reversed
         ):
             result[-1] = factor._replace(size=last.size * factor.size)
         else:

@@ -139,6 +139,52 @@ def test_parts_of_the_outputs_count_by_their_size():
     np.testing.assert_allclose(c.moments[""].count, [0.25 * 7 + 0.75 * 9])
 
 
+def test_weights_that_are_joined_along_the_outputs_see_the_same_inputs():
+    params = {name: draw(5, n) for n, name in ((3, "q"), (2, "k"), (3, "v"))}
+    x = draw(7, 5)
+
+    def apply(p, x):
+        return jnp.split(x @ jnp.concatenate([p["q"], p["k"], p["v"]], axis=1), (3, 5), axis=1)
+
+    c = measured(apply, params, x)
+    assert c.missing == ()
+    for name, w in params.items():
+        check(c.moments[name], x, shape=w.shape, inputs=(0,), outputs=(1,))
+
+
+def test_weights_that_are_joined_along_the_inputs_see_their_own():
+    params = {"w": draw(5, 3), "u": draw(4, 3)}
+    x, h = draw(7, 5), draw(7, 4)
+
+    def apply(p, batch):
+        joined = jnp.concatenate([p["u"], p["w"], jnp.ones((1, 3))])
+        return jnp.concatenate([*batch, jnp.ones((7, 1))], axis=1) @ joined
+
+    c = measured(apply, params, (h, x))
+    check(c.moments["u"], h)
+    check(c.moments["w"], x)
+
+
+def test_layers_that_are_stacked_by_the_model_see_their_own_inputs():
+    w, x = [draw(4, 4), draw(1, 4, 4)[0], -draw(4, 4)], draw(6, 4)
+
+    def apply(layers, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack(layers))[0]
+
+    c = measured(apply, w, x)
+    captured = [x, np.tanh(x @ w[0]), np.tanh(np.tanh(x @ w[0]) @ w[1])]
+    for i, inputs in enumerate(captured):
+        check(c.moments[str(i)], inputs, stack=(), inputs=(0,), outputs=(1,))
+
+
+def test_axes_may_be_back_to_front():
+    w, x = draw(2, 3, 4), draw(7, 6)
+    c = measured(lambda w, x: x @ w[::-1].reshape(6, 4)[:, ::-1], w, x)
+    check(c.moments[""], x.reshape(7, 2, 3)[:, ::-1].reshape(7, 6), inputs=(0, 1), outputs=(2,))
+    stacked = measured(lambda w, x: jnp.einsum("sni,sio->sno", x, w[::-1]), w, draw(2, 7, 3))
+    check(stacked.moments[""], draw(2, 7, 3)[::-1], stack=(0,))
+
+
 def test_layers_of_a_scan_have_a_matrix_each():
     w, x = draw(3, 4, 4), draw(6, 4)
 
@@ -304,7 +350,8 @@ NOT_FOLLOWED = {
     "div": lambda w, x: x @ (w / jnp.max(jnp.abs(w))),
     "dot_general": lambda w, x: x @ (w @ jnp.ones((4, 4))),
     "slice": lambda w, x: x[:, :2] @ w[:2] + x[:, 2:] @ w[2:],
-    "concatenate": lambda w, x: x @ jnp.concatenate([w, w]).reshape(2, 4, 4).sum(0),
+    "reduce_sum": lambda w, x: x @ jnp.concatenate([w, w]).reshape(2, 4, 4).sum(0),
+    "a row": lambda w, x: x[:, :1] @ w[:1],
     "add": lambda w, x: x + w[:1],
     "scan": lambda w, x: lax.scan(lambda c, _: ((c[0] @ c[1], c[1] * 2.0), None), (x, w), None, 2),
 }
