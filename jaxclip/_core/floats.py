@@ -46,7 +46,25 @@ def select(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns `jnp.where(condition, x, y)` for arrays of one dtype."""
     # `jnp.where` is a call in the program, and a few calls for each leaf are slow to compile.
     is_plain = x.shape == y.shape and condition.shape in ((), x.shape)
-    return lax.select_n(condition, y, x) if is_plain else jnp.where(condition, x, y)
+    if not is_plain:
+        return jnp.where(condition, x, y)
+    return (_select_bfloat16 if x.dtype == jnp.bfloat16 else _select)(condition, x, y)
+
+
+def _select(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    return lax.select_n(condition, y, x)
+
+
+@jax.custom_jvp
+def _select_bfloat16(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    # Of bits: XLA on CPU selects among bfloat16 in float32, and casts the result.
+    bits = (lax.bitcast_convert_type(a, jnp.uint16) for a in (x, y))
+    return lax.bitcast_convert_type(_select(condition, *bits), jnp.bfloat16)
+
+
+@_select_bfloat16.defjvp
+def _select_bfloat16_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _select_bfloat16(*primals), _select(primals[0], *tangents[1:])
 
 
 def is_normal(bound: jax.Array | np.ndarray) -> bool:
@@ -234,8 +252,13 @@ def _truncate(value: jax.Array, dtype: np.dtype) -> jax.Array:
     # comparing afterwards can see a difference of zero.
     value = value.astype(jnp.float32)
     info = jnp.finfo(dtype)
-    mask = np.uint32(0xFFFFFFFF & ~((1 << (23 - info.nmant)) - 1))
     bits = lax.bitcast_convert_type(value, jnp.uint32)
+    if dtype == jnp.bfloat16:  # by its own bits: XLA on CPU computes no cast to it twice, but
+        # writes its result to memory for a second kernel.
+        bits = jnp.where(jnp.isnan(value), bits | np.uint32(0x00400000), bits)
+        upper = (bits >> np.uint32(16)).astype(jnp.uint16)
+        return lax.bitcast_convert_type(upper, jnp.bfloat16)
+    mask = np.uint32(0xFFFFFFFF & ~((1 << (23 - info.nmant)) - 1))
     cut = lax.bitcast_convert_type(bits & mask, jnp.float32)
     if info.nexp < 8:
         ulp = np.float32(info.smallest_subnormal)

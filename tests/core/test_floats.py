@@ -211,3 +211,16 @@ def test_computation_is_in_float32_or_wider():
     assert floats.compute_dtype(jnp.float16, jnp.complex64) == jnp.complex64
     assert floats.compute_dtype(np.float64, jnp.bfloat16) == np.float64
     assert floats.compute_dtype(np.float64, jnp.complex64) == np.complex128
+
+
+def test_select_keeps_the_bits_of_bfloat16_and_has_derivatives():
+    bits = np.arange(2**16, dtype=np.uint16)  # every number, NaN payloads and subnormals too
+    x, y = bits.view(jnp.bfloat16), bits[::-1].view(jnp.bfloat16)
+    condition = bits % 3 == 0
+    chosen = jax.jit(floats.select)(condition, x, y)
+    assert np.array_equal(np.asarray(chosen).view(np.uint16), np.where(condition, bits, bits[::-1]))
+    ones = jnp.ones(2, jnp.bfloat16)
+    slopes = jax.grad(
+        lambda x, y: jnp.sum(floats.select(jnp.array([True, False]), 2 * x, 3 * y)), (0, 1)
+    )(ones, ones)
+    assert np.array_equal(slopes, [[2, 0], [0, 3]])

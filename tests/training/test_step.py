@@ -897,15 +897,20 @@ CLIPS = {
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("clip", "threshold"),
-    [*((name, 0.1) for name in CLIPS), ("none", None), ("global norm", jaxclip.fan_in(1.0))],
+    ("clip", "threshold", "dtype"),
+    [
+        *((name, 0.1, "float32") for name in CLIPS),
+        ("none", None, "float32"),
+        ("global norm", jaxclip.fan_in(1.0), "float32"),
+        ("global norm", 0.1, "bfloat16"),
+    ],
 )
-def test_a_donated_step_writes_no_array_to_memory_but_its_state(clip, threshold):
+def test_a_donated_step_writes_no_array_to_memory_but_its_state(clip, threshold, dtype):
     if jax.__version_info__ < (0, 10):
         pytest.skip("with jax 0.7.2 the program writes two arrays of its own")
     # Two leaves of one shape, for which XLA may share what it should not.
-    params = {name: jax.ShapeDtypeStruct((256, 512), jnp.float32) for name in "ab"}
-    tx = optax.chain(CLIPS[clip], jaxclip.lion(1e-3))
+    params = {name: jax.ShapeDtypeStruct((256, 512), dtype) for name in "ab"}
+    tx = optax.chain(CLIPS[clip], jaxclip.lion(1e-3, mu_dtype=jnp.float32))
     step = jaxclip.make_train_step(given_loss, tx, weight_threshold=threshold)
     state = jax.eval_shape(lambda p: jaxclip.TrainState.create(p, tx), params)
     used = step.lower(state, params).compile().memory_analysis()
