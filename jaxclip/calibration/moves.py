@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from jaxclip._core.trees import is_clippable
@@ -80,10 +81,29 @@ def _join(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value]
             view = view.with_axes((*view.axes[:axis], (), *view.axes[axis:])) if is_new else view
             views.append(view.joined(axis, start, array.shape[axis]))
         start += 1 if is_new else value.array.shape[axis]
-    if not views or None in views:
+    return _together(array, views, values)
+
+
+def _added(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
+    """Follows a sum with other weights or constants, as of a weight and its adapter."""
+    del recorder
+    has_one_shape = len({jnp.shape(value.array) for value in values}) == 1
+    if not has_one_shape or any(value.is_data or value.lookups for value in values):
         return None
+    views = [view for value in values for view in value.views]
+    return _together(evaluate(equation, values)[0], views, values)
+
+
+def _together(
+    array: Any, views: Sequence[View | None], values: Sequence[Value]
+) -> list[Value] | None:
+    """Returns an array that holds several weights, each of them once; None if that is not so."""
+    followed = [view for view in views if view is not None]
     lost = dict(pair for value in values for pair in value.lost)
-    return [Value(array, views=tuple(views), lost=tuple(lost.items()))]
+    paths = [*(view.path for view in followed), *lost]
+    if not followed or len(followed) < len(views) or len(set(paths)) < len(paths):
+        return None
+    return [Value(array, views=tuple(followed), lost=tuple(lost.items()))]
 
 
 def _dynamic_slice(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
@@ -146,6 +166,7 @@ MOVES: dict[str, Rule] = {
     "concatenate": _join,
     "stack": _join,
     "dynamic_slice": _dynamic_slice,
+    **dict.fromkeys(("add", "sub", "add_any"), _added),
     "mul": _scaled,
     "div": _scaled,
     "neg": _moved(_negated),

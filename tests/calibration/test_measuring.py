@@ -177,6 +177,13 @@ def test_layers_that_are_stacked_by_the_model_see_their_own_inputs():
         check(c.moments[str(i)], inputs, stack=(), inputs=(0,), outputs=(1,))
 
 
+def test_a_weight_with_an_adapter_sees_its_inputs():
+    params = {"w": draw(5, 4), "a": draw(5, 1), "b": draw(1, 4)}
+    c = measured(lambda p, x: x @ (p["w"] - 2.0 * (p["a"] @ p["b"])), params, draw(7, 5))
+    check(c.moments["w"], draw(7, 5), inputs=(0,))
+    assert c.missing == ("a", "b")
+
+
 def test_axes_may_be_back_to_front():
     w, x = draw(2, 3, 4), draw(7, 6)
     c = measured(lambda w, x: x @ w[::-1].reshape(6, 4)[:, ::-1], w, x)
@@ -350,7 +357,10 @@ NOT_FOLLOWED = {
     "div": lambda w, x: x @ (w / jnp.max(jnp.abs(w))),
     "dot_general": lambda w, x: x @ (w @ jnp.ones((4, 4))),
     "slice": lambda w, x: x[:, :2] @ w[:2] + x[:, 2:] @ w[2:],
-    "reduce_sum": lambda w, x: x @ jnp.concatenate([w, w]).reshape(2, 4, 4).sum(0),
+    "concatenate": lambda w, x: x @ jnp.concatenate([w, w]).reshape(2, 4, 4).sum(0),
+    "symmetric": lambda w, x: x @ (w + w.T),
+    "centred": lambda w, x: x @ (w - jnp.mean(w, 0, keepdims=True)),
+    "straight through": lambda w, x: x @ (w + lax.stop_gradient(jnp.round(w) - w)),
     "a row": lambda w, x: x[:, :1] @ w[:1],
     "add": lambda w, x: x + w[:1],
     "scan": lambda w, x: lax.scan(lambda c, _: ((c[0] @ c[1], c[1] * 2.0), None), (x, w), None, 2),
