@@ -50,15 +50,16 @@ def _gather(recorder: Recorder, equation: Any, values: list[Value]) -> list[Valu
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     if len(rows.views) != 1 or rows.lost or numbers.operand_batching_dims:
         return None
-    is_clipped = str(equation.params["mode"]).endswith("CLIP")
+    mode = str(equation.params["mode"])
     cut = [i for i, size in enumerate(sizes) if size != rows.array.shape[i]]
     # Along whole axes a clipped index is 0, as where vmap makes a lookup of a dynamic slice.
     if len(cut) != 1 or sizes[cut[0]] != 1 or cut[0] not in numbers.start_index_map:
         return None
-    if not is_clipped and len(numbers.start_index_map) > 1:
+    # Elsewhere an index into a whole axis may read nothing.
+    if mode.endswith("FILL_OR_DROP") and len(numbers.start_index_map) > 1:
         return None
     place = numbers.start_index_map.index(cut[0])
-    found = of_lookup(rows.views[0], cut[0], indices.array[..., place], is_clipped)
+    found = of_lookup(rows.views[0], cut[0], indices.array[..., place], mode.endswith("CLIP"))
     if found is None:
         return None
     array = evaluate(equation, values)[0]
