@@ -29,6 +29,7 @@ class ClipByGlobalNormState(NamedTuple):
     """
 
     transform_name = "clip_by_global_norm"
+    keeps_finite = True
 
     step: jax.Array
     stats: ClipStats

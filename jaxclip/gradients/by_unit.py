@@ -50,6 +50,8 @@ class UnitClipState(NamedTuple):
       leaves: A `LeafReport`.
     """
 
+    keeps_finite = True
+
     step: jax.Array
     stats: ClipStats
     leaves: LeafReport

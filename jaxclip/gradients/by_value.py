@@ -36,6 +36,7 @@ class ClipByValueState(NamedTuple):
     """
 
     transform_name = "clip_by_value"
+    keeps_finite = True
 
     step: jax.Array
     stats: ClipStats

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, increment, keep_weak_type
 from jaxclip._core.trees import floating_leaves, is_clippable, map_clippable
-from jaxclip.gradients.state import ClipStats, LeafReport
+from jaxclip.gradients.state import ClipStats, LeafReport, keeps_finite
 from jaxclip.norms.of_trees import is_nonfinite
 from jaxclip.norms.scaling import NormClip, bound_at, clip_to_norm, norm_of
 from jaxclip.thresholds.values import check_number_or_schedule
@@ -96,7 +96,8 @@ def skip_nonfinite(
         array of the state become non-finite: a second moment that overflows, a learning rate
         of NaN. They count only in `num_skipped`. Scalars of the state are not checked, because
         an infinite threshold is legitimate. The inner transform is then computed twice, so
-        that no second copy of its state is kept.
+        that no second copy of its state is kept; but not if it is a chain of jaxclip's sign
+        optimizers and clips, which make finite updates of finite gradients and weights.
       axis_name: Mapped axis over which all devices skip together, inside `shard_map` or
         `pmap`. Under `jit` on sharded arrays leave it None: the decision is global already.
 
@@ -129,7 +130,7 @@ def skip_nonfinite(
     def update_fn(updates, state, params=None, **extra_args):
         is_bad = _on_any_device(is_nonfinite(updates, extra_args.get("pre_norm")), axis_name)
         is_skipped = is_bad
-        if check_inner:
+        if check_inner and not keeps_finite(state.inner_state):
             # Behind barriers, or XLA would merge the two updates and keep the first one's results.
             g, old = map_clippable(lax.optimization_barrier, (updates, state.inner_state))
             trial = inner.update(g, old, params, **extra_args)

@@ -38,6 +38,8 @@ class LearningState(NamedTuple):
       leaves: A `LeafReport`.
     """
 
+    keeps_finite = True
+
     step: jax.Array
     stats: ClipStats
     threshold: jax.Array

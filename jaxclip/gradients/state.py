@@ -1,7 +1,8 @@
 """Statistics that transforms keep in their states, for `clip_stats` and `explain` to read.
 
 A clip keeps a `ClipStats` in the field `stats` of its state, and a `LeafReport` in `leaves` if it
-takes norms. The state's class names its transform as `transform_name`.
+takes norms. The state's class names its transform as `transform_name`, and has `keeps_finite` if
+updates and state are finite whenever gradients and weights are.
 """
 
 from collections.abc import Sequence
@@ -83,6 +84,15 @@ def _if_good(
     if number is None or otherwise is None:
         return None
     return jnp.where(is_bad, otherwise, number)
+
+
+def keeps_finite(state: optax.OptState) -> bool:
+    """Returns True if a transform with this state is known to make finite updates and states."""
+    if isinstance(state, optax.MaskedState):
+        return keeps_finite(state.inner_state)
+    if type(state) is tuple:  # of a chain
+        return all(map(keeps_finite, state))
+    return getattr(type(state), "keeps_finite", False)
 
 
 class LeafReport(NamedTuple):

@@ -33,6 +33,7 @@ class ScaleBySignState(NamedTuple):
     """
 
     transform_name = "scale_by_sign"
+    keeps_finite = True
 
     num_nonfinite: jax.Array
     sign_state: PyTree = ()
@@ -48,6 +49,7 @@ class ScaleBySignumState(NamedTuple):
     """
 
     transform_name = "scale_by_signum"
+    keeps_finite = True
 
     mu: optax.Updates
     num_nonfinite: jax.Array
@@ -58,6 +60,7 @@ class ScaleByLionState(NamedTuple):
     """State of `scale_by_lion`, with the fields of `ScaleBySignumState`."""
 
     transform_name = "scale_by_lion"
+    keeps_finite = True
 
     mu: optax.Updates
     num_nonfinite: jax.Array

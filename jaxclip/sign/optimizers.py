@@ -185,14 +185,24 @@ def lion(
 # --- Decay and step size --------------------------------------------------------------
 
 
+class _NoState(NamedTuple):
+    """State of a link without one."""
+
+    keeps_finite = True
+
+
 class _StepState(NamedTuple):
     """State of a link with a schedule: a scalar int32 step count."""
+
+    keeps_finite = True
 
     step: jax.Array
 
 
 class _StepSizeState(NamedTuple):
     """State of the step size: a scalar int32 step count, and the last learning rate."""
+
+    keeps_finite = True  # it saturates
 
     step: jax.Array
     learning_rate: jax.Array  # float32, for reports; 0 if it was not finite
@@ -209,9 +219,7 @@ def _decay_weights(
 
     def init_fn(params):
         del params
-        return (
-            _StepState(jnp.zeros((), jnp.int32)) if callable(weight_decay) else optax.EmptyState()
-        )
+        return _StepState(jnp.zeros((), jnp.int32)) if callable(weight_decay) else _NoState()
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args

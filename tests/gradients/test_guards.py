@@ -172,6 +172,53 @@ def test_extra_arguments_and_parameters_reach_the_inner_transform(wrap: Callable
     assert all(s == ("params", {"value": 3}) for s in seen)
 
 
+@pytest.mark.parametrize(
+    ("clip", "is_checked"),
+    [
+        (jaxclip.clip_by_global_norm(1.0), False),
+        (jaxclip.gradients.autoclip(), False),
+        (optax.scale(2.0), True),
+    ],
+    ids=["global norm", "autoclip", "scale"],
+)
+def test_an_inner_transform_is_computed_twice_only_if_it_may_overflow(clip: Any, is_checked: bool):
+    num_updates = 0
+
+    def counted(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        nonlocal num_updates
+        num_updates += 1
+        return tx.update(updates, state, params, **extra_args)
+
+    lion = jaxclip.lion(1e-3, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+    tx = optax.with_extra_args_support(optax.chain(clip, lion))
+    guarded = skip_nonfinite(optax.GradientTransformationExtraArgs(tx.init, counted))
+    w = jnp.ones(3)
+    guarded.update(w, guarded.init(w), w)
+    assert num_updates == 1 + is_checked
+
+
+KEEP_FINITE = {
+    "sign_sgd": jaxclip.sign_sgd(1e38),
+    "lion": jaxclip.lion(1e38, weight_decay=1e38),
+    "signum": jaxclip.signum(2.0, weight_decay=0.5, sign=jaxclip.sign.scaled_sign("rms")),
+    "clip, lion": optax.chain(jaxclip.clip_by_global_norm(1e-30), jaxclip.lion(1.0)),
+}
+
+
+@pytest.mark.parametrize("inner", KEEP_FINITE.values(), ids=KEEP_FINITE)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_sign_optimizers_make_finite_updates_of_finite_gradients_and_weights(inner, dtype):
+    largest = jnp.finfo(dtype).max
+    w, grads = jnp.array([largest, -largest, 0.0], dtype), jnp.array([largest, largest, 0.0], dtype)
+    tx = skip_nonfinite(inner)
+    state = tx.init(w)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, w)
+        assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in jax.tree.leaves(updates))
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.inner_state))
+    assert int(state.num_skipped) == 0
+
+
 # --- Spikes ---------------------------------------------------------------------------
 
 
