@@ -334,7 +334,10 @@ def test_errors_are_one_line_on_standard_error(words, message):
             "compress NET x.safetensors --target-bpw 0.1 --rule max_abs",
             "--target-bpw=0.1 is out of reach",
         ),
-        ("compress NET x.safetensors --target-bytes 9", "--target-bytes=9 is out of reach"),
+        (
+            "compress NET x.safetensors --target-bytes 9 --rule max_abs",
+            "--target-bytes=9 is out of reach",
+        ),
         ("compress NET x.safetensors --rate -1", "--rate: must be a number above 0"),
         ("compress NET x.safetensors --rate 99", "--rate must be in (0, "),
         ("compress NET x.safetensors --bit-price .1", "--bit-price needs a coding"),

@@ -46,7 +46,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["ascii", "cp1252", pytest.param("latin-1", marks=pytest.mark.thorough), "utf-8"],
+)
 def test_every_command_shows_every_name_in_every_encoding(encoding: str):
     # One process for all commands: starting one takes a second.
     script = (

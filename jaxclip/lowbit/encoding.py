@@ -30,7 +30,6 @@ from jaxclip.lowbit.encoding_programs import (
 from jaxclip.lowbit.parts import Parts, Place, parts_of
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 from jaxclip.thresholds.search.candidates import is_hard
-from jaxclip.thresholds.search.scale import is_one_pass
 
 # How scales are chosen: for the least squared error, or for the largest weight.
 Choice: TypeAlias = Literal["mse_optimal", "max_abs"]
@@ -64,6 +63,7 @@ class _Part(NamedTuple):
     lengths: np.ndarray  # entries of each piece without padding
     row_pieces: np.int32
     num_used: np.int32
+    is_hard: np.bool_  # rows of this length need more passes of a search
 
 
 def encode_concrete(array: np.ndarray, grid: Grid, choice: Choice) -> Encoded:
@@ -112,13 +112,12 @@ def _search_for(parts: Parts, grid: Grid, choice: Choice) -> Search | None:
     """Returns the search for the scales of an array; None if they follow from the largest."""
     low, high = grid.code_range
     if choice == "max_abs":
-        return Search(parts.part_shape, "range", low, high, False) if grid.zero_point else None
+        return Search(parts.part_shape, "range", low, high) if grid.zero_point else None
     if grid.bits == 1:
-        return Search(parts.part_shape, "mean", low, high, False)
+        return Search(parts.part_shape, "mean", low, high)
     if grid.zero_point:
         return Search(parts.part_shape, "scale_and_zero", low, high, is_hard(parts.size))
-    is_refined = not is_one_pass(low, high, parts.size)
-    return Search(parts.part_shape, "scale", low, high, is_refined)
+    return Search(parts.part_shape, "scale", low, high)
 
 
 def _largest_scale(
@@ -182,7 +181,8 @@ def _part(parts: Parts, matrix: np.ndarray, places: Sequence[Place]) -> _Part:
                 target[...] = source
     cut = parts.part_shape.cut()
     used = -(-places[0].num_rows // cut.num_pieces) if cut.is_row else len(places)
-    return _Part(pieces, counts, lengths, np.int32(parts.row_pieces), np.int32(used))
+    numbers = np.int32(parts.row_pieces), np.int32(used), np.bool_(is_hard(parts.size))
+    return _Part(pieces, counts, lengths, *numbers)
 
 
 def _aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:

@@ -22,7 +22,7 @@ from jaxclip.lowbit.parts import PartShape
 from jaxclip.lowbit.scale_formats import round_scale
 from jaxclip.thresholds.search.candidates import BlockStats, Evaluate
 from jaxclip.thresholds.search.rows import Rows, search_rows, sum_entries
-from jaxclip.thresholds.search.scale import search_scale
+from jaxclip.thresholds.search.scale import may_be_one_pass, search_scale
 from jaxclip.thresholds.search.scale_and_zero import search_scale_and_zero
 
 # Scales are rounded to float32 or less; entries beyond a level by only that are not clipped.
@@ -39,7 +39,7 @@ class Search(NamedTuple):
     rule: Literal["scale", "scale_and_zero", "range", "mean"]
     low: int
     high: int
-    is_hard: bool
+    is_hard: bool = False  # of a scale and a zero; with a scale alone it is a number
 
 
 class Rounding(NamedTuple):
@@ -103,7 +103,7 @@ def compiled(plan: Search | Rounding) -> Program:
     pieces = jax.ShapeDtypeStruct((num_slabs, num_pieces, piece), jnp.float32)
     per_piece = jax.ShapeDtypeStruct((num_slabs, num_pieces), jnp.float32)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    part = pieces, per_piece, per_piece, count, count
+    part = pieces, per_piece, per_piece, count, count, jax.ShapeDtypeStruct((), bool)
     if isinstance(plan, Search):
         function, inputs = _search_part, part
     else:
@@ -121,12 +121,12 @@ def compiled(plan: Search | Rounding) -> Program:
 
 def _search_part(plan: Search, *part: jax.Array) -> Found:
     """Returns what a search finds for the rows of a part."""
-    *arrays, row_pieces, num_used = part
+    *arrays, row_pieces, num_used, is_hard = part
 
     def search_slab(x: jax.Array, counts: jax.Array, lengths: jax.Array) -> Found:
         del lengths
         rows = Rows(x, counts, None if plan.shape.is_row else row_pieces)
-        return jax.tree.map(rows.spread, _search_rows(plan, rows))
+        return jax.tree.map(rows.spread, _search_rows(plan, rows, is_hard))
 
     found = _of_slabs(search_slab, plan.shape, num_used, *arrays)
     return jax.tree.map(lambda a: a.reshape(plan.shape[:2]), found)
@@ -134,7 +134,7 @@ def _search_part(plan: Search, *part: jax.Array) -> Found:
 
 def _round_part(plan: Rounding, *arguments: Any) -> tuple[jax.Array, Statistics]:
     """Returns the codes of a part, and statistics."""
-    *arrays, row_pieces, num_used, found, numbers = arguments
+    *arrays, row_pieces, num_used, _, found, numbers = arguments
 
     def round_slab(
         x: jax.Array, counts: jax.Array, lengths: jax.Array, found: Found
@@ -238,7 +238,7 @@ def mirror_error(ratio: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array
     return (mirrored - own) * (mirrored + own)
 
 
-def _search_rows(plan: Search, rows: Rows) -> Found:
+def _search_rows(plan: Search, rows: Rows, is_hard: jax.Array) -> Found:
     """Returns the threshold (or the scale and the zero) of each row."""
     low, high = plan.low, plan.high
     if plan.rule == "mean":
@@ -250,7 +250,8 @@ def _search_rows(plan: Search, rows: Rows) -> Found:
             return range_scale(stats.lowest, stats.highest, low, high)
         if plan.rule == "scale_and_zero":
             return search_scale_and_zero(low, high, plan.is_hard, evaluate, stats)
-        scale = high * search_scale(low, high, plan.is_hard, False, evaluate, stats)
+        is_refined = is_hard if may_be_one_pass(low, high) else True
+        scale = high * search_scale(low, high, is_refined, False, evaluate, stats)
         return scale, jnp.zeros_like(scale)
 
     (scale, zero), factor = search_rows(rows, search)

@@ -22,7 +22,9 @@ import jaxclip
 
 
 @every_dtype
-@pytest.mark.parametrize("alpha", [0.25, 0.1, 1e-3, 0.0, -0.5])
+@pytest.mark.parametrize(
+    "alpha", [0.25, 0.1, 0.0, *(pytest.param(a, marks=pytest.mark.thorough) for a in (1e-3, -0.5))]
+)
 @pytest.mark.parametrize("kind", ["number", "array", "schedule"])
 def test_sign_sgd_is_exactly_the_weight_minus_alpha_times_the_sign(dtype, alpha, kind):
     rng = np.random.default_rng(0)

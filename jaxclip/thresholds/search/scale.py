@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxclip._core.compiling import WideJit
 from jaxclip.thresholds.search.candidates import (
@@ -44,7 +45,7 @@ def best_scale(
     """Returns the scale of least squared error for each block, dims kept; 0 for zeros."""
     # It is negative where the level `low < -high` helps on the positive side, and NaN for NaN.
     length = math.prod(blocks.shape[a] for a in axes)
-    is_refined = importance is not None or not is_one_pass(low, high, length)
+    is_refined = importance is not None or is_hard(length) or not may_be_one_pass(low, high)
     search = functools.partial(search_scale, low, high, is_refined, importance is not None)
     scale, factor = search_blocks(blocks, axes, counts, search, importance)
     return scale / factor
@@ -53,51 +54,78 @@ def best_scale(
 def best_common_scale(arrays: Sequence[jax.Array], low: int, high: int) -> jax.Array:
     """Returns the scale of least squared error for all entries of some arrays together."""
     length = sum(x.size for x in arrays)
-    search = functools.partial(search_scale, low, high, not is_one_pass(low, high, length), False)
+    is_refined = is_hard(length) or not may_be_one_pass(low, high)
+    search = functools.partial(search_scale, low, high, is_refined, False)
     scale, factor = search_arrays(arrays, search)
     return scale / factor
 
 
-def is_one_pass(low: int, high: int, length: int) -> bool:
-    """Returns True if one pass of candidates is enough for blocks of a length."""
-    return (high == 7 or (high < 7 and low == -high)) and not is_hard(length)
+def may_be_one_pass(low: int, high: int) -> bool:
+    """Returns True for grids for which one pass is enough, but in blocks that are hard."""
+    return high == 7 or (high < 7 and low == -high)
 
 
 def search_scale(
-    low: int, high: int, is_refined: bool, is_weighted: bool, evaluate: Evaluate, stats: BlockStats
+    low: int,
+    high: int,
+    is_refined: bool | jax.Array,
+    is_weighted: bool,
+    evaluate: Evaluate,
+    stats: BlockStats,
 ) -> jax.Array:
     """Searches for the scale of least error, in one pass or in two that refine it."""
     stats = stats._replace(largest=jnp.where(stats.largest > 0, stats.largest, 1))
-    is_full = low < -high
-    if not is_refined:
-        num_centers, places = 0, np.append(np.linspace(0, 1, BATCH - 1), 0)
-        starts, width = _coarse(stats, low, high, high, is_weighted, places)
-        # Weights piled on a bound may sit on the level below the highest.
-        starts = with_last(starts, stats.largest / max(high - 1, 1))
-    else:
-        num_centers, places = 4 if high > 7 else 2, np.linspace(0, 1, BATCH)
-        if is_full and high <= 7:
-            places = np.tile(np.linspace(0, 1, BATCH // 2), 2)
-        num_levels = max(high, -low)
-        least_levels = num_levels + 1 - 1.3 * num_levels**0.5 if high > 3 else max(high - 1, 1)
-        starts, width = _coarse(stats, low, high, least_levels, is_weighted, places)
-    if is_full and num_centers == 2:
+    num_passes, num_centers = 2, 4 if high > 7 else 2
+    starts, width = _refined_starts(low, high, is_weighted, stats)
+    if is_refined is not True:
+        once = _only_starts(low, high, stats)
+        starts = once if is_refined is False else jnp.where(is_refined, starts, once)
+        num_passes = 1 + jnp.asarray(is_refined).astype(jnp.int32)
+
+    # A loop, so that what all passes have in common is compiled once.
+    def one_pass(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        error, best, starts = state
+        errors, scales = evaluate(Candidates(starts, low, high))
+        found = lowest(errors, (scales, starts), num_centers)
+        is_better = (found[0][0] < error) | (i == 0)
+        error, best = (
+            jnp.where(is_better, new, old)
+            for new, old in zip(found[0][:2], (error, best), strict=True)
+        )
+        starts = _around([start for _, _, start in found], width)
+        # The scale of max_abs is among the last, so that the result is never worse.
+        return error, best, with_last(starts, stats.largest / high)
+
+    unknown = jnp.full_like(stats.energy, jnp.inf)
+    _, best, _ = lax.fori_loop(0, num_passes, one_pass, (unknown, unknown, starts))
+    # 0 for blocks of zeros; NaN, which bounds nothing, for blocks with a NaN.
+    return jnp.where(stats.energy > 0, best, 0 * stats.energy)
+
+
+def _only_starts(low: int, high: int, stats: BlockStats) -> jax.Array:
+    """Returns the scales to try if there is one pass."""
+    places = np.append(np.linspace(0, 1, BATCH - 1), 0)
+    starts, _ = _coarse(stats, low, high, high, False, places)
+    # Weights piled on a bound may sit on the level below the highest.
+    starts = with_last(starts, stats.largest / max(high - 1, 1))
+    return starts * _sign(stats, high)[..., None] if low < -high else starts
+
+
+def _refined_starts(
+    low: int, high: int, is_weighted: bool, stats: BlockStats
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the scales to try in the first of two passes, and the logarithm of their ratio."""
+    is_full, num_levels = low < -high, max(high, -low)
+    places = np.linspace(0, 1, BATCH)
+    if is_full and high <= 7:
+        places = np.tile(np.linspace(0, 1, BATCH // 2), 2)
+    least_levels = num_levels + 1 - 1.3 * num_levels**0.5 if high > 3 else max(high - 1, 1)
+    starts, width = _coarse(stats, low, high, least_levels, is_weighted, places)
+    if is_full and high <= 7:
         starts = starts * along_last(starts, np.repeat([1, -1], BATCH // 2))
     elif is_full:
         starts = starts * _sign(stats, high)[..., None]
-
-    errors, scales = evaluate(Candidates(starts, low, high))
-    found = lowest(errors, (scales, starts), max(num_centers, 1))
-    error, best, _ = found[0]
-    if num_centers:
-        starts = _around([start for _, _, start in found], width)
-        # The scale of max_abs is among the last, so that the result is never worse.
-        starts = with_last(starts, stats.largest / high)
-        errors, scales = evaluate(Candidates(starts, low, high))
-        new_error, new_best = lowest(errors, (scales,))[0]
-        best = jnp.where(new_error < error, new_best, best)
-    # 0 for blocks of zeros; NaN, which bounds nothing, for blocks with a NaN.
-    return jnp.where(stats.energy > 0, best, 0 * stats.energy)
+    return starts, width
 
 
 def _sign(stats: BlockStats, high: int) -> jax.Array:

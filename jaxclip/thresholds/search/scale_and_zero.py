@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxclip._core.compiling import WideJit
 from jaxclip.thresholds.search.candidates import (
@@ -61,16 +62,9 @@ def search_scale_and_zero(
     centers = lowest(errors, values, 4)
     error, scale, zero, _ = centers[0]
 
-    starts = in_lanes([start for *_, start in centers])
-    zeros = in_lanes([zero for _, _, zero, _ in centers])
-    places = np.tile(places_between_neighbors(4), 4)
-    for i in range(3 if is_hard else 1):
-        if i > 0:  # both neighbors of the best zero point, and twice as near at itself
-            starts = jnp.broadcast_to(scale[..., None], starts.shape)
-            zeros = jnp.clip(in_lanes([zero - 1, zero, zero, zero + 1]), low, high)
-            own, other = places_between_neighbors(8) / 2, places_between_neighbors(4) * 1.5
-            places = np.concatenate([other, own, other])
-        starts = starts * geometric(width, places)
+    # A loop, so that what all passes have in common is compiled once.
+    def one_pass(_: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        error, scale, zero, starts, zeros = state
         # The grid over the whole range is among the last, so that the result is never worse. It
         # wins a tie, because it is exact for weights on the grid.
         starts, zeros = with_last(starts, full), with_last(zeros, zero_of_full)
@@ -80,6 +74,17 @@ def search_scale_and_zero(
         is_better = least < error
         scale, zero = jnp.where(is_better, new_scale, scale), jnp.where(is_better, new_zero, zero)
         error = jnp.minimum(least, error)
+        # Both neighbors of the best zero point, and twice as near at itself.
+        zeros = jnp.clip(in_lanes([zero - 1, zero, zero, zero + 1]), low, high)
+        return error, scale, zero, scale[..., None] * geometric(width, nearer), zeros
+
+    own, other = places_between_neighbors(8) / 2, places_between_neighbors(4) * 1.5
+    nearer = np.concatenate([other, own, other])
+    starts = in_lanes([start for *_, start in centers])
+    starts = starts * geometric(width, np.tile(places_between_neighbors(4), 4))
+    zeros = in_lanes([zero for _, _, zero, _ in centers])
+    first = error, scale, zero, starts, zeros
+    _, scale, zero, *_ = lax.fori_loop(0, 3 if is_hard else 1, one_pass, first)
     # A scale of NaN, which bounds nothing, for blocks with a NaN.
     nearest = jnp.full_like(zero, min(max(0, low), high))
     has_error = stats.energy > 0
