@@ -47,53 +47,33 @@ def _cond(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value]
 
 
 class _Body(NamedTuple):
-    """The program of a loop; `is_fixed` says which carried values are weights that never change."""
+    """The program of a loop."""
 
     recorder: Recorder
     program: Any
     consts: list[Value]
-    carry: list[Value]
-    is_fixed: list[bool]
     name: str
 
     @classmethod
     def of(
         cls, recorder: Recorder, program: Any, consts: list[Value], carry: list[Value], name: str
-    ):
-        inputs, outputs = program.jaxpr.invars[len(consts) :], program.jaxpr.outvars
-        triples = zip(carry, inputs, outputs, strict=False)
-        is_fixed = [value.is_weight and start is end for value, start, end in triples]
-        for value, is_kept in zip(carry, is_fixed, strict=True):
-            if not is_kept:
-                recorder.lose(value, name)
-        return cls(recorder, program, consts, carry, is_fixed, name)
+    ) -> "_Body":
+        """Returns a body after noting the weights in its carry."""
+        # The body changes them: jax makes constants of what a loop only carries along.
+        for value in carry:
+            recorder.lose(value, name)
+        return cls(recorder, program, consts, name)
 
     def __call__(
         self, carried: Sequence[Any], others: Sequence[Value] = ()
     ) -> tuple[list[Any], list[Any], AllSums]:
         """Returns what is carried on, other outputs, and the sums of one iteration."""
-        given = [
-            value if is_kept else Value(x, is_data=True)
-            for value, x, is_kept in zip(self.carry, carried, self.is_fixed, strict=True)
-        ]
-        recorder = self.recorder
-        recorder.depth += 1
-        values, sums = recorder.scope(
-            lambda: recorder.run(self.program, [*self.consts, *given, *others])
-        )
-        recorder.depth -= 1
-        num = len(self.carry)
-        new = [
-            Value(x, is_data=True) if is_kept else value
-            for value, x, is_kept in zip(values, carried, self.is_fixed, strict=False)
-        ]
-        arrays = _left(recorder, [*new, *values[num:]], self.name)
-        return arrays[:num], arrays[num:], sums
-
-    def outputs(self, carried: Sequence[Any]) -> list[Value]:
-        """Returns the values that the loop carries at its end."""
-        triples = zip(self.carry, carried, self.is_fixed, strict=True)
-        return [value if is_kept else Value(x, is_data=True) for value, x, is_kept in triples]
+        given = [*self.consts, *(Value(x, is_data=True) for x in carried), *others]
+        self.recorder.depth += 1
+        values, sums = self.recorder.scope(lambda: self.recorder.run(self.program, given))
+        self.recorder.depth -= 1
+        arrays = _left(self.recorder, values, self.name)
+        return arrays[: len(carried)], arrays[len(carried) :], sums
 
 
 def _scan(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
@@ -124,7 +104,7 @@ def _scan(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value]
         recorder.record(*found)
     for found in stacked.items():
         recorder.record(*with_scan_axis(*found))
-    return [*body.outputs(last), *(Value(x, is_data=True) for x in ys)]
+    return [Value(x, is_data=True) for x in (*last, *ys)]
 
 
 def _while(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
@@ -149,7 +129,7 @@ def _while(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value
     last, total = lax.while_loop(goes_on, step, (first, _zeros(shapes)))
     for found in total.items():
         recorder.record(*found)
-    return body.outputs(last)
+    return [Value(x, is_data=True) for x in last]
 
 
 def _iteration(value: Value, array: Any, depth: int) -> Value:

@@ -10,6 +10,8 @@ from jax import lax
 
 from jaxclip.calibration import Calibration, InputMoments, measure
 
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
 
 def draw(*shape: int) -> np.ndarray:
     return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
@@ -488,3 +490,11 @@ def test_a_model_is_traced_once_for_each_shape():
 
     measured(apply, draw(5, 3), *[draw(4, 5)] * 4, draw(2, 5), draw(2, 5))
     assert traced == [(4, 5), (2, 5)]
+
+
+def test_sums_are_in_float64_for_inputs_in_float64():
+    x = np.full((1000, 1), 0.1)
+    with enable_x64(True):
+        c = measured(lambda w, x: x @ w, np.ones((1, 2)), x)
+        assert c.moments[""].second.dtype == jnp.float64
+        np.testing.assert_allclose(c.moments[""].second, 10.0, rtol=1e-13)
