@@ -30,7 +30,7 @@ def read_file(path):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     ours = json.loads(header.pop("__metadata__")["jaxclip"])
-    if ours["version"] not in (1, 2, 3):
+    if ours["version"] not in (1, 2, 3, 4):
         raise ValueError(f"version {ours['version']} of the format is not known here")
     tensors = {}
     for name, entry in header.items():
@@ -82,7 +82,8 @@ def decode(stored, info, count):
     """Codes, whether packed or entropy coded."""
     bits = info["bits"]
     if info.get("coding") is not None:
-        return {"huffman": huffman, "ans": ans}[info["coding"]](stored.tobytes(), count)
+        decoders = {"huffman": huffman, "ans": ans, "lanes": lanes}
+        return decoders[info["coding"]](stored.tobytes(), count)
     if bits == "ternary":  # five digits a byte
         return (stored[:, None] // 3 ** np.arange(5) % 3).reshape(-1)[:count] - 1
     stream = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(-1, bits)
@@ -114,6 +115,79 @@ def ans(data, count):
     model = constriction.stream.model.Categorical(np.array(shares), perfect=False)
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(data[8 + size :], "<u4"))
     return coder.decode(model, count) + lowest
+
+
+NEXT_STATES = {
+    1: [(0, 0)],
+    4: [(0, 1), (2, 3), (1, 0), (3, 2)],
+    8: [(0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)],
+}
+MAGNITUDES = [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+
+
+def lanes(data, count):
+    """Asymmetric numeral systems in lanes; codes may be on a path of a trellis."""
+    num_states, num_classes, num_lanes, chain, size, num_escaped = struct.unpack(
+        "<BBHIII", data[:16]
+    )
+    at, tables = 16, []
+    for _ in range(num_classes * min(num_states, 2)):
+        tables.append(frequencies(data[at + 2 : at + 2 + data[at]], data[at + 1]))
+        at += 2 + data[at] if data[at] else 1
+    side, num_chains = zlib.decompress(data[at : at + size], -15), -(-count // chain)
+    classes = np.zeros(num_chains + chain, np.int8)
+    if num_classes > 1:
+        classes = np.frombuffer(side, np.int8, num_chains + chain)
+    escaped = iter(np.frombuffer(side[len(side) - 4 * num_escaped :], "<i4").tolist())
+    numbers = np.frombuffer(data, "<u4", num_lanes, at + size).tolist()
+    words = iter(np.frombuffer(data[at + size + 4 * num_lanes :], "<u2").tolist())
+    indices, states = np.zeros((2, num_chains, chain), np.int64)
+    is_escaped = np.zeros((num_chains, chain), bool)
+    for first in range(0, num_chains, num_lanes):
+        rows = range(first, min(first + num_lanes, num_chains))
+        state = [0] * len(rows)
+        for i, (lane, row) in ((i, pair) for i in range(chain) for pair in enumerate(rows)):
+            kind = min(max(int(classes[row]) + int(classes[num_chains + i]), 0), num_classes - 1)
+            table = tables[kind * min(num_states, 2) + state[lane] % 2]
+            slot, x = numbers[lane] % 2**13, numbers[lane] // 2**13
+            symbol = int(np.searchsorted(np.cumsum(table), slot, "right"))
+            numbers[lane] = x * table[symbol] + slot - sum(table[:symbol])
+            most = len(table) // 2 - 1
+            is_escaped[row, i] = symbol > 2 * most
+            indices[row, i] = symbol - (2 * most + 1 if is_escaped[row, i] else most)
+            states[row, i] = state[lane]
+            state[lane] = NEXT_STATES[num_states][state[lane]][indices[row, i] % 2]
+            if lane + 1 == len(rows):  # the end of a step
+                for j in (j for j in range(len(rows)) if numbers[j] < 2**16):
+                    numbers[j] = numbers[j] * 2**16 + next(words)
+    indices[is_escaped] = list(escaped)
+    codes = indices if num_states == 1 else 2 * indices - np.sign(indices) * (states % 2)
+    return codes.reshape(-1)[:count]
+
+
+def frequencies(lengths, escape):
+    """How often of 2**13 times each index occurs, and an even and an odd escaped one."""
+    if not lengths:
+        return []
+    weights = []
+    for magnitude in range(MAGNITUDES[len(lengths) - 1] + 1):
+        right = next(i for i, m in enumerate(MAGNITUDES) if m >= magnitude)
+        left = max(right - 1, 0)
+        distance = max(MAGNITUDES[right] - MAGNITUDES[left], 1)
+        fall = 32 * (lengths[right] - lengths[left]) * (MAGNITUDES[right] - magnitude) // distance
+        weights.append(weight(32 * lengths[right] - fall))
+    escapes = [0 if escape == 255 else weight(32 * escape)] * 2
+    weights = weights[:0:-1] + weights + escapes
+    num_used = len(weights) - 2 * (escape == 255)
+    found = [1 + w * (2**13 - num_used) // max(sum(weights), 1) for w in weights[:num_used]]
+    found += [0] * (len(weights) - num_used)
+    found[weights.index(max(weights))] += 2**13 - sum(found)
+    return found
+
+
+def weight(length):
+    """2**(30 - length / 256), rounded down in two steps."""
+    return int(2 ** (30 - length % 256 / 256)) >> length // 256
 
 
 if __name__ == "__main__":

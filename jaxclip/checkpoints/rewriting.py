@@ -85,7 +85,8 @@ def compress_checkpoint(
         folder of another library is "out_in", all else "in_out". The report has the layouts and
         the axes. In "out_in" a leaf of three dimensions whose last axis is 32 or longer is a stack
         of matrices, with a scale for each of their outputs.
-      coding: Entropy coding of the codes: None, "huffman", "ans" or "smallest", as for `save`.
+      coding: Entropy coding of the codes: None, "huffman", "ans", "lanes" or "smallest", as
+        for `save`.
       overwrite: True to replace an existing file.
       dry_run: True to write nothing and only return the sizes. Without `coding` they follow from
         shapes, and no weight is read unless a target needs it.

@@ -116,7 +116,7 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     complete_files(
         add("--policy", metavar="FILE.json", help="other settings for some tensors, as above")
     )
-    add("--coding", choices=["huffman", "ans", "smallest"],
+    add("--coding", choices=["huffman", "ans", "lanes", "smallest"],
         help="entropy-code tensors that get smaller; ans needs the extra coding")  # fmt: skip
     add("--dry-run", action="store_true", help="write nothing, print the sizes")
 

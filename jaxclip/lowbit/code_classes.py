@@ -20,6 +20,7 @@ _SAMPLE = 2**18  # entries on which kinds of classes are compared
 _PER_OCTAVE = 4
 _RANGE = 16  # classes of rows, and of columns, are this far from their median at most
 _TABLE_BYTES = 10  # about
+_LEAST = 32  # entries that have a class of their own; of few entries a class would be their code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,13 @@ def choose_classes(codes: np.ndarray, is_odd: np.ndarray) -> Classes:
         row_sums[block] = squares.sum(1)
         column_sums += squares.sum(0)
     rows, columns = _octaves(row_sums), _octaves(column_sums)
-    candidates = [(rows, none.columns), (none.rows, columns), (rows, columns)]
+    candidates = []
+    if codes.shape[1] >= _LEAST:
+        candidates.append((rows, none.columns))
+    if codes.shape[0] >= _LEAST:
+        candidates.append((none.rows, columns))
+    if len(candidates) == 2:
+        candidates.append((rows, columns))
     kept = slice(None, None, max(codes.size // _SAMPLE, 1))
     sampled, sampled_odd = np.ascontiguousarray(codes[kept]), is_odd[kept]
 

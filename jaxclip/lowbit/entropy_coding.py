@@ -2,10 +2,12 @@
 
     huffman   zlib's Huffman coder over bytes of whole codes, in every Python
     ans       asymmetric numeral systems by the package constriction, at the entropy
-    smallest  the smaller of the two for each array
+    lanes     the same in NumPy, .4 % above; classes of rows and columns; paths of a trellis
+    smallest  the smallest of them for each array
 
 "ans" has one table for all codes. Huffman has a new table for every stretch of the data, so it is
-smaller where the codes' distribution differs from place to place.
+smaller where the codes' distribution differs from place to place; "lanes" is where it differs from
+row to row or column to column, or the codes are on a path of a trellis.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from jaxclip._core import checks, extras
+from jaxclip.lowbit import level_coding
 
 # Codes processed at a time: a multiple of every number of digits in a byte, so only the very last
 # byte is padded.
@@ -24,15 +27,16 @@ _CHUNK = 120 * 2**13
 _MAX_GROWTH = 64
 # Codes that any data may decode to in asymmetric numeral systems, where constants take no bits.
 _ALWAYS_ALLOWED = 2**26
+_MAX_LANES_CODES = 2**30
 # zlib's window bits for a stream with neither header nor checksum.
 _RAW_DEFLATE = -15
 
-Coding: TypeAlias = Literal["huffman", "ans", "smallest"]
+Coding: TypeAlias = Literal["huffman", "ans", "lanes", "smallest"]
 
 
 def check_coding(coding: str | None) -> None:
     """Raises unless `coding` is a known one, or None, and its package is installed."""
-    checks.check_choice("coding", coding, (None, "huffman", "ans", "smallest"))
+    checks.check_choice("coding", coding, (None, "huffman", "ans", "lanes", "smallest"))
     if coding == "ans":
         extras.import_extra("constriction", "coding")
 
@@ -44,20 +48,29 @@ def codings_tried(coding: str | None) -> tuple[str, ...]:
     try:
         check_coding("ans")
     except ImportError:
-        return ("huffman",)
-    return ("huffman", "ans")
+        return ("huffman", "lanes")
+    return ("huffman", "ans", "lanes")
 
 
-def encode_codes(codes: np.ndarray, coding: str) -> bytes | None:
-    """Returns flat int8 codes entropy-coded; None if a reader would refuse them as a bomb."""
+def encode_codes(codes: np.ndarray, coding: str, *, chain: int = 4096) -> bytes | None:
+    """Returns flat int8 codes entropy-coded; None if a reader would refuse them as a bomb.
+
+    Args:
+      codes: Of an array in row-major order.
+      coding: "huffman", "ans" or "lanes".
+      chain: For "lanes", the length of a row or of a chain of a trellis, at most 2**15.
+    """
     # Equal codes give equal bytes, for Huffman with one version of zlib.
+    if coding == "lanes":
+        return _lanes_encode(codes, chain)
     return (_huffman_encode if coding == "huffman" else _ans_encode)(codes)
 
 
 def decode_codes(data: bytes, coding: str, count: int) -> np.ndarray:
     """Returns the int8 codes that `encode_codes` coded; raises ValueError if data are damaged."""
     # Memory is bounded by `count` and the size of the data, even if they are malicious.
-    return (_huffman_decode if coding == "huffman" else _ans_decode)(data, count)
+    decoders = {"huffman": _huffman_decode, "ans": _ans_decode, "lanes": _lanes_decode}
+    return decoders[coding](data, count)
 
 
 def _counts(codes: np.ndarray) -> tuple[int, np.ndarray]:
@@ -218,8 +231,7 @@ def _ans_decode(data: bytes, count: int) -> np.ndarray:
     counts = _inflate(table, 8 * num_levels).view("<u8").astype(np.uint64)
     if sum(counts.tolist()) != count:
         raise ValueError("its coded data are damaged: their counts do not add up.")
-    if _is_bomb(data, count):
-        raise ValueError(f"its {count:,} codes in {len(data):,} bytes are refused as a bomb.")
+    _check_bomb(data, count)
     try:
         coder = _ans_coder(np.frombuffer(words, "<u4").astype(np.uint32))
     except ValueError as error:
@@ -238,6 +250,11 @@ def _is_bomb(data: bytes, count: int) -> bool:
     return count > _ALWAYS_ALLOWED + _MAX_GROWTH * len(data)
 
 
+def _check_bomb(data: bytes, count: int) -> None:
+    if _is_bomb(data, count):
+        raise ValueError(f"its {count:,} codes in {len(data):,} bytes are refused as a bomb.")
+
+
 def _ans_coder(compressed: np.ndarray | None) -> Any:
     stream = extras.import_extra("constriction", "coding").stream
     return stream.stack.AnsCoder(*([] if compressed is None else [compressed]))
@@ -250,3 +267,16 @@ def _ans_model(counts: np.ndarray) -> Any:
         probabilities = np.append(probabilities, 0.0)
     model = extras.import_extra("constriction", "coding").stream.model
     return model.Categorical(probabilities, perfect=False)
+
+
+# --- Lanes --------------------------------------------------------------------------------
+
+
+def _lanes_encode(codes: np.ndarray, chain: int) -> bytes | None:
+    data = level_coding.encode_levels(codes, chain=chain) if codes.size < _MAX_LANES_CODES else b""
+    return None if not data or _is_bomb(data, codes.size) else data
+
+
+def _lanes_decode(data: bytes, count: int) -> np.ndarray:
+    _check_bomb(data, count)
+    return level_coding.decode_levels(data, count, np.int8)

@@ -11,6 +11,7 @@ import itertools
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -26,12 +27,15 @@ from jaxclip.lowbit.code_classes import (
 )
 from jaxclip.lowbit.trellis import NEXT_STATES, path_of
 
-# Number of states, classes, lanes, length of a chain, deflated bytes, escaped codes.
 _HEADER = struct.Struct("<BBHIII")
 _RAW_DEFLATE = -15
 # A lane costs three bytes, here 0.4 %. Fewer lanes would take fewer bytes and more time.
 _BYTES_PER_LANE = 800
 _MAX_LANES = 4096
+# Steps that a reader takes at most; a writer takes half as many and one chain. So there are more
+# lanes where codes take hardly any bytes.
+_MAX_STEPS = 2**16
+_MAX_CHAIN = 2**15
 _TILE = 64  # columns
 # Values that stand for an escaped code, plus 2 in an odd state, plus 1 for an odd code.
 _ESCAPED = -(2**15)
@@ -39,27 +43,55 @@ _MAX_CODE = 2**30
 _NEXT_STATES = {1: np.zeros((1, 2), np.int64), **NEXT_STATES}
 
 
-def encode_levels(levels: np.ndarray, *, chain: int, num_states: int = 8) -> bytes:
+class _Header(NamedTuple):
+    """The first 16 bytes."""
+
+    num_states: int
+    num_classes: int
+    num_lanes: int
+    chain: int
+    side_size: int  # of classes and escaped codes, deflated
+    num_escaped: int
+
+    def check(self, count: int) -> None:
+        """Raises unless a writer makes such a header for `count` levels."""
+        num_chains = -(-count // max(self.chain, 1))
+        num_rounds = -(-num_chains // max(self.num_lanes, 1))
+        if not (
+            self.num_states in _NEXT_STATES
+            and 1 <= self.num_classes <= MAX_CLASSES
+            and 1 <= self.num_lanes <= max(num_chains, 1)
+            and 1 <= self.chain <= max(count, 1)
+            and num_rounds * self.chain <= _MAX_STEPS
+            and self.num_escaped <= count
+        ):
+            raise _damaged("their header is not valid")
+
+
+def encode_levels(levels: np.ndarray, *, chain: int, num_states: int | None = None) -> bytes:
     """Returns levels as bytes; `decode_levels` gives them back.
 
     Args:
-      levels: Integers below 2**30 in magnitude, taken in row-major order.
-      chain: Entries after which the trellis begins anew, at least 1.
-      num_states: 4 or 8; 1 for any integers, without a trellis.
+      levels: Integers below 2**30 in magnitude, 2**30 at most, taken in row-major order.
+      chain: Entries after which the trellis begins anew, from 1 to 2**15.
+      num_states: 4 or 8; 1 for any integers, without a trellis; None for a trellis with a path of
+        these levels, if there is one.
 
     Raises:
-      ValueError: If the levels are too large, or on no path of the trellis.
+      ValueError: If levels or chains are too large, or the levels on no path of the trellis.
     """
     flat = np.asarray(levels).reshape(-1)
-    if flat.size and max(int(flat.max()), -int(flat.min())) >= _MAX_CODE:
-        raise ValueError(f"levels must be below {_MAX_CODE} in magnitude.")
+    if flat.size and max(int(flat.max()), -int(flat.min()), flat.size - 1) >= _MAX_CODE:
+        raise ValueError(f"levels must be below {_MAX_CODE} in number and magnitude.")
     chain = max(min(chain, flat.size), 1)
+    if chain > _MAX_CHAIN:
+        raise ValueError(f"chain must be at most {_MAX_CHAIN}, got {chain}.")
     rows = np.pad(flat, (0, -flat.size % chain)).reshape(-1, chain)  # 0 is a level of all states
-    if num_states == 1:
-        codes, is_odd = rows, np.zeros(rows.shape, np.uint8)
-    else:
-        codes, is_odd = path_of(rows, num_states)
-    return _encode(flat.size, codes, is_odd, num_states)
+    for tried in (8, 4, 1) if num_states is None else (num_states,):
+        found = (rows, np.zeros(rows.shape, np.uint8)) if tried == 1 else path_of(rows, tried)
+        if found is not None:
+            return _encode(flat.size, *found, tried)
+    raise ValueError(f"levels must be on a path of the trellis of {num_states} states.")
 
 
 def _encode(count: int, codes: np.ndarray, is_odd: np.ndarray, num_states: int) -> bytes:
@@ -69,12 +101,12 @@ def _encode(count: int, codes: np.ndarray, is_odd: np.ndarray, num_states: int) 
     fitted = [code_lengths.fit_lengths(row) if row.any() else None for row in counts]
     tables = [None if pair is None else code_lengths.frequencies(*pair) for pair in fitted]
     num_bytes = sum(_bits(*pair) for pair in zip(counts, tables, strict=True)) / 8
-    num_lanes = _num_lanes(len(codes), num_bytes)
+    num_lanes = _num_lanes(codes.shape, num_bytes)
     places, escaped = _places(codes, is_odd, classes, tables)
     numbers, words = rans.encode(_steps(places, tables, num_lanes), num_lanes)
     deflate = zlib.compressobj(9, zlib.DEFLATED, _RAW_DEFLATE)
     side = deflate.compress(classes.stored() + escaped.astype("<i4").tobytes()) + deflate.flush()
-    header = (num_states, classes.number, num_lanes, codes.shape[1], len(side), escaped.size)
+    header = _Header(num_states, classes.number, num_lanes, codes.shape[1], len(side), escaped.size)
     stored = [_table_bytes(pair) for pair in fitted]
     parts = [_HEADER.pack(*header), *(stored if num_states > 1 else stored[::2]), side]
     return b"".join([*parts, numbers.astype("<u4").tobytes(), words.astype("<u2").tobytes()])
@@ -95,9 +127,11 @@ def _limit(frequencies: np.ndarray | None) -> int:
     return 0 if frequencies is None else len(frequencies) // 2 - 1
 
 
-def _num_lanes(num_chains: int, num_bytes: float) -> int:
+def _num_lanes(shape: tuple[int, int], num_bytes: float) -> int:
     """Returns how many chains are coded side by side; all rounds have about as many."""
+    num_chains, length = shape
     most = min(max(int(num_bytes / _BYTES_PER_LANE), 1), _MAX_LANES)
+    most = max(most, -(-2 * num_chains * length // _MAX_STEPS))
     num_rounds = max(-(-num_chains // most), 1)
     return max(-(-num_chains // num_rounds), 1)
 
@@ -162,33 +196,25 @@ def decode_levels(data: bytes, count: int, dtype: DTypeLike = np.int8) -> np.nda
     """
     if len(data) < _HEADER.size:
         raise _damaged("they are cut short")
-    num_states, num_classes, num_lanes, chain, side_size, num_escaped = _HEADER.unpack_from(data)
-    if not (
-        num_states in _NEXT_STATES
-        and 1 <= num_classes <= MAX_CLASSES
-        and 1 <= chain <= max(count, 1)
-        and 1 <= num_lanes <= max(-(-count // chain), 1)
-        and num_escaped <= count
-    ):
-        raise _damaged("their header is not valid")
-    num_chains = -(-count // chain)
-    tables, start = _read_tables(data, num_states, num_classes)
-    end = start + side_size + 4 * num_lanes
+    header = _Header(*_HEADER.unpack_from(data))
+    header.check(count)
+    num_chains = -(-count // header.chain)
+    tables, start = _read_tables(data, header)
+    end = start + header.side_size + 4 * header.num_lanes
     if end > len(data) or (len(data) - end) % 2:
         raise _damaged("their length is wrong")
-    side = data[start : start + side_size]
-    classes, escaped = _read_side(side, num_chains, chain, num_classes, num_escaped)
-    numbers = np.frombuffer(data, "<u4", num_lanes, start + side_size)
+    classes, escaped = _read_side(data[start : start + header.side_size], header, num_chains)
+    numbers = np.frombuffer(data, "<u4", header.num_lanes, start + header.side_size)
     words = np.frombuffer(data, "<u2", -1, end)
-    decoder = rans.Decoder(_decoding_tables(tables, num_states), numbers, words)
-    values, first_places = np.empty((num_chains, chain), np.int16), []
-    for rows, columns in _tiles(values.shape, num_lanes):
+    decoder = rans.Decoder(_decoding_tables(tables, header.num_states), numbers, words)
+    values, first_places = np.empty((num_chains, header.chain), np.int16), []
+    for rows, columns in _tiles(values.shape, header.num_lanes):
         if not columns.start:
             decoder.begin(rows.stop - rows.start)
             first_places = _first_places(classes, rows)
         values[rows, columns] = decoder.decode(first_places[columns]).T
     decoder.check_end()
-    levels = _with_escaped(values.reshape(-1), escaped, num_states, np.dtype(dtype))
+    levels = _with_escaped(values.reshape(-1), escaped, header.num_states, np.dtype(dtype))
     if levels[count:].any():
         raise _damaged("entries follow the last one")
     return levels[:count]
@@ -198,13 +224,11 @@ def _damaged(reason: str) -> ValueError:
     return ValueError(f"its coded data are damaged: {reason}.")
 
 
-def _read_tables(
-    data: bytes, num_states: int, num_classes: int
-) -> tuple[list[np.ndarray | None], int]:
+def _read_tables(data: bytes, header: _Header) -> tuple[list[np.ndarray | None], int]:
     """Returns the frequencies of each context, and where the tables end."""
-    tables: list[np.ndarray | None] = [None] * (2 * num_classes)
+    tables: list[np.ndarray | None] = [None] * (2 * header.num_classes)
     start = _HEADER.size
-    for context in range(0, len(tables), 1 if num_states > 1 else 2):
+    for context in range(0, len(tables), 1 if header.num_states > 1 else 2):
         num_lengths = data[start] if start < len(data) else 0
         end = start + (2 + num_lengths if num_lengths else 1)
         if num_lengths > len(code_lengths.NODES) or end > len(data):
@@ -216,10 +240,9 @@ def _read_tables(
     return tables, start
 
 
-def _read_side(
-    side: bytes, num_chains: int, chain: int, num_classes: int, num_escaped: int
-) -> tuple[Classes, np.ndarray]:
+def _read_side(side: bytes, header: _Header, num_chains: int) -> tuple[Classes, np.ndarray]:
     """Returns the classes and the escaped codes."""
+    chain, num_classes, num_escaped = header.chain, header.num_classes, header.num_escaped
     sizes = (num_chains, chain) if num_classes > 1 else (0, 0)
     expected = sum(sizes) + 4 * num_escaped
     decoder = zlib.decompressobj(_RAW_DEFLATE)

@@ -13,6 +13,7 @@ References:
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,27 @@ NEXT_STATES = {
     4: np.array([[0, 1], [2, 3], [1, 0], [3, 2]]),
     8: np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]]),
 }
+_MIN_CHAIN = 256
+_MAX_CHAIN = 4096
 
 
 def check_num_states(num_states: int) -> None:
     """Raises unless there is a trellis of so many states."""
     checks.check_choice("num_states", num_states, tuple(NEXT_STATES))
+
+
+def chain_length(shape: tuple[int, ...]) -> int:
+    """Returns the length of the chains into which arrays of a shape are cut, in row-major order.
+
+    It is the last axis; several rows where that is short, because a chain loses about half a bit by
+    its known first state, and parts of a row where it is long, because chains are decoded in step.
+    """
+    last = max(shape[-1], 1) if shape else 1
+    if last < _MIN_CHAIN:
+        last *= -(-_MIN_CHAIN // last)
+    if last > _MAX_CHAIN:
+        last = -(-last // -(-last // _MAX_CHAIN))
+    return max(min(last, math.prod(shape)), 1)
 
 
 # --- Codes and levels -----------------------------------------------------------------------
@@ -112,16 +129,14 @@ def levels_of(codes: ArrayLike, num_states: int = 8) -> jax.Array | np.ndarray:
     return 2 * array.astype(dtype) - sign.astype(dtype)
 
 
-def path_of(levels: np.ndarray, num_states: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def path_of(levels: np.ndarray, num_states: int = 8) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns the codes of levels, in their dtype, and 1 where their state is odd, else 0 (uint8).
 
-    Raises:
-      ValueError: If the levels are on no path of the trellis.
+    None if the levels are on no path of the trellis.
     """
     # Odd levels are of odd states, others but 0 of even ones: the states need not be known.
     is_odd = (levels & 1).astype(np.uint8)
     codes = (levels >> 1) + (is_odd & (levels > 0))
     found = np.asarray(odd_states(codes, num_states))
-    if ((is_odd != found) & (levels != 0)).any():
-        raise ValueError(f"levels must be on a path of the trellis of {num_states} states.")
-    return codes.astype(levels.dtype, copy=False), found
+    is_wrong = (is_odd != found) & (levels != 0)
+    return None if is_wrong.any() else (codes.astype(levels.dtype, copy=False), found)

@@ -75,8 +75,8 @@ def sweep(
       bits: Widths at which each row is evaluated; None for the weights as they were trained.
       compress: `compress(params, bits)`; for other rules or groups, a function around
         `jaxclip.compress`. It is compiled.
-      coding: Entropy coding of the files whose bytes are counted: None, "huffman", "ans" or
-        "smallest".
+      coding: Entropy coding of the files whose bytes are counted: None, "huffman", "ans",
+        "lanes" or "smallest".
       record_every: Steps between two records of the history; by default a fiftieth of all.
       loop: "compiled" for a loop over the steps inside the compiled program, "host" for one
         outside. None is "host" if the loss has convolutions and runs on CPU, where XLA's loops

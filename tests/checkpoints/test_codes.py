@@ -19,6 +19,7 @@ from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.packing import num_packed_bytes
 from jaxclip.lowbit.scale_formats import decode_log8, encode_log8
 from jaxclip.lowbit.trees import compress
+from jaxclip.lowbit.trellis import levels_of
 
 
 def drawn_params() -> dict:
@@ -31,7 +32,7 @@ def drawn_params() -> dict:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("coding", [None, "huffman", "ans"])
+@pytest.mark.parametrize("coding", [None, "huffman", "ans", "lanes"])
 @pytest.mark.parametrize("bits", [1, "ternary", 3, 4, 8])
 def test_coded_codes_come_back_and_the_reported_size_is_the_files(coding, bits, path):
     small = compress(drawn_params(), bits)
@@ -57,9 +58,11 @@ def test_coding_makes_files_smaller_and_is_left_out_where_it_would_not(path, tmp
 
 
 @pytest.mark.thorough
-def test_every_flipped_bit_of_a_coded_file_is_refused(path):
-    small = compress({"kernel": drawn_params()["a"]["kernel"][:20, :8]}, 8)
-    checkpoints.save(path, small, coding="huffman")
+@pytest.mark.parametrize("coding", ["huffman", "lanes"])
+def test_every_flipped_bit_of_a_coded_file_is_refused(coding, path):
+    small = compress({"kernel": drawn_params()["a"]["kernel"][:20, :8]}, 8, rule=20.0)
+    checkpoints.save(path, small, coding=coding)
+    assert codings_in(path) == {"kernel": coding}
     data = path.read_bytes()
     assert len(data) < 1000
     for position in range(len(data)):
@@ -73,10 +76,13 @@ def test_every_flipped_bit_of_a_coded_file_is_refused(path):
 def codes_that_favour_each_coding() -> dict[str, QuantizedArray]:
     rng = np.random.default_rng(0)
     count = 60_000
-    spread = np.where(np.arange(count) < count // 2, 0.3, 8.0)  # which differs from place to place
+    # Of few values that are far apart; of stretches that end within a chain; of rows that differ.
+    stretches = np.where(np.arange(count) % 9000 < 4500, 0.3, 8.0)
+    rows = np.where(np.arange(count) // 4000 % 2, 0.3, 8.0)
     codes = {
-        "even": rng.standard_normal(count) * 3,
-        "uneven": rng.standard_normal(count) * spread,
+        "even": rng.choice([-90, 7, 20, 77], count),
+        "uneven": rng.standard_normal(count) * stretches,
+        "rows": rng.standard_normal(count) * rows,
         "uniform": rng.integers(-128, 128, count),
     }
     return {
@@ -90,6 +96,13 @@ def codes_that_favour_each_coding() -> dict[str, QuantizedArray]:
     }
 
 
+def codes_on_a_path() -> QuantizedArray:
+    codes = np.round(2 * np.random.default_rng(1).standard_normal((60, 300))).astype(np.int8)
+    levels = np.asarray(levels_of(codes)).astype(np.int8)
+    scale = np.ones((1, 1), np.float32)
+    return QuantizedArray(levels, scale, Grid(8, axis=None), np.dtype(np.float32))
+
+
 def codings_in(path: pathlib.Path) -> dict[str, str | None]:
     inner = json.loads(safetensors.safe_open(path, "np").metadata()["jaxclip"])
     return {name: info["coding"] for name, info in inner["leaves"].items()}
@@ -100,15 +113,16 @@ def sizes_of_codes(path: pathlib.Path) -> dict[str, int]:
         return {n: file.get_tensor(n).size for n in file.keys() if n.endswith(":codes")}  # noqa: SIM118
 
 
-def test_smallest_takes_the_smaller_of_both_codings_and_packed_for_each_leaf(tmp_path):
-    tree, paths = codes_that_favour_each_coding(), {}
-    for coding in (None, "huffman", "ans", "smallest"):
+def test_smallest_takes_the_smallest_of_all_codings_and_packed_for_each_leaf(tmp_path):
+    tree, paths = codes_that_favour_each_coding() | {"path": codes_on_a_path()}, {}
+    for coding in (None, "huffman", "ans", "lanes", "smallest"):
         paths[coding] = tmp_path / f"{coding}.safetensors"
         checkpoints.save(paths[coding], tree, coding=coding)
         loaded = checkpoints.load(paths[coding])
         assert jax.tree.all(jax.tree.map(np.array_equal, loaded, tree))
     smallest = paths.pop("smallest")
-    assert codings_in(smallest) == {"even": "ans", "uneven": "huffman", "uniform": None}
+    expected = {"even": "ans", "uneven": "huffman", "rows": "lanes", "path": "lanes"}
+    assert codings_in(smallest) == expected | {"uniform": None}
     sizes = [sizes_of_codes(path) for path in paths.values()]
     assert sizes_of_codes(smallest) == {n: min(each[n] for each in sizes) for n in sizes[0]}
     assert size_report(tree, "smallest").total_bytes == smallest.stat().st_size
@@ -122,14 +136,21 @@ def test_the_header_of_smallest_takes_at_most_4_bytes_a_leaf_more_than_that_of_a
     assert smallest.total_bytes < huffman.total_bytes
 
 
-def test_smallest_is_huffman_or_packed_where_the_package_of_ans_is_missing(tmp_path, monkeypatch):
+def test_smallest_does_without_ans_where_its_package_is_missing(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
-    tree = codes_that_favour_each_coding()
-    for coding in ("huffman", "smallest"):
-        checkpoints.save(tmp_path / f"{coding}.safetensors", tree, coding=coding)
-    huffman, smallest = ((tmp_path / f"{n}.safetensors") for n in ("huffman", "smallest"))
-    assert smallest.read_bytes() == huffman.read_bytes()
-    assert codings_in(smallest) == {"even": "huffman", "uneven": "huffman", "uniform": None}
+    checkpoints.save(path, codes_that_favour_each_coding(), coding="smallest")
+    expected = {"even": "huffman", "uneven": "huffman", "rows": "lanes", "uniform": None}
+    assert codings_in(path) == expected
+
+
+def test_a_path_of_a_trellis_takes_fewer_bits_in_lanes(tmp_path):
+    for coding in ("ans", "lanes"):
+        checkpoints.save(tmp_path / f"{coding}.safetensors", codes_on_a_path(), coding=coding)
+    ans, lanes = (
+        8 * sum(sizes_of_codes(tmp_path / f"{n}.safetensors").values()) / (60 * 300)
+        for n in ("ans", "lanes")
+    )
+    assert lanes < ans - 0.75
 
 
 def test_an_unknown_coding_is_refused_before_the_work(path):

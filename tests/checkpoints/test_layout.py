@@ -282,9 +282,10 @@ def test_the_hand_made_header_is_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 4}, "use a jaxclip that reads version 4"),
+        ({"version": 5}, "use a jaxclip that reads version 5"),
         ({"version": 2}, "description in the header"),
         ({"version": 3}, "description in the header"),
+        ({"version": 4}, "description in the header"),
         ({"version": True}, "version"),
         ({"version": "1"}, "version"),
         ({"tree": {"v": 0}}, "missing"),

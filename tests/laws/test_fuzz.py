@@ -256,6 +256,14 @@ def damage_coded(data: bytes, kind: str, rng: random.Random) -> bytes:
         if choice == 2:  # the codes are kept
             changed = data[:8] + changed[8:]
         return changed + (rng.choice(BOMBS) if choice == 3 else data[16:])
+    if kind == "lanes":
+        header = list(struct.unpack("<BBHIII", data[:16]))
+        place = rng.randrange(len(header))
+        header[place] = rng.choice(numbers) % 2 ** (8 * (1, 1, 2, 4, 4, 4)[place])
+        tables = bytearray(data[16:60])
+        for _ in range(choice):
+            tables[rng.randrange(len(tables))] = rng.choice([0, 1, 14, 15, 16, 254, 255])
+        return (struct.pack("<BBHIII", *header) if choice < 3 else data[:16]) + tables + data[60:]
     lowest, num_levels, size = struct.unpack("<bxHI", data[:8])
     counts = zlib.decompress(data[8 : 8 + size], -15)
     if choice == 2:
@@ -273,7 +281,7 @@ def damage_coded(data: bytes, kind: str, rng: random.Random) -> bytes:
     return struct.pack("<bxHI", lowest, num_levels, len(table)) + table + data[8 + size :]
 
 
-@pytest.mark.parametrize("kind", ["huffman", "ans"])
+@pytest.mark.parametrize("kind", ["huffman", "ans", "lanes"])
 def test_any_coded_bytes_give_as_many_codes_or_are_refused(kind, allocations):
     if kind == "ans":
         pytest.importorskip("constriction")
@@ -295,10 +303,11 @@ def test_any_coded_bytes_give_as_many_codes_or_are_refused(kind, allocations):
             assert (codes.shape, codes.dtype) == ((count,), np.int8)
         num_read += codes is not None
         assert max(allocations, default=0) <= GROWTH * len(data) + ALLOWANCE
-    assert num_read > 30 * TIMES
+    # Lanes must end as they began, so that nearly all damage is found.
+    assert num_read > (0 if kind == "lanes" else 30 * TIMES)
 
 
-@pytest.mark.parametrize("kind", ["huffman", "ans"])
+@pytest.mark.parametrize("kind", ["huffman", "ans", "lanes"])
 def test_any_coded_bytes_in_a_file_are_read_or_refused(kind, allocations):
     if kind == "ans":
         pytest.importorskip("constriction")
@@ -312,7 +321,7 @@ def test_any_coded_bytes_in_a_file_are_read_or_refused(kind, allocations):
         parts = {"array:codes": data, "array:scale": scale.tobytes()}
         shorter = plan.resized({"array:codes": len(data)})
         num_read += read(file_of(shorter, parts, {"array": kind}), allocations) is not None
-    assert num_read > 0
+    assert num_read > 0 or kind == "lanes"
 
 
 # --- Indices ----------------------------------------------------------------------------------

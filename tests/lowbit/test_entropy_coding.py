@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxclip.lowbit import entropy_coding
 from jaxclip.lowbit.entropy_coding import check_coding, decode_codes, encode_codes
 
-every_coding = pytest.mark.parametrize("kind", ["huffman", "ans"])
+every_coding = pytest.mark.parametrize("kind", ["huffman", "ans", "lanes"])
 
 
 def entropy(codes: np.ndarray) -> float:
@@ -211,7 +211,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     coded = encode_codes(np.zeros(10, np.int8), "ans")
     monkeypatch.setitem(sys.modules, "constriction", None)
     check_coding("smallest")
-    assert entropy_coding.codings_tried("smallest") == ("huffman",)
+    assert entropy_coding.codings_tried("smallest") == ("huffman", "lanes")
     with pytest.raises(ImportError, match=r"jaxclip\[coding\]"):
         check_coding("ans")
     with pytest.raises(ImportError, match=r"jaxclip\[coding\]"):

@@ -128,9 +128,29 @@ def test_another_count_or_dtype_is_an_error():
 
 def test_levels_that_cannot_be_coded_are_refused():
     with pytest.raises(ValueError, match="path of the trellis of 8 states"):
-        encode_levels(np.array([1, 0, 0]), chain=3)
+        encode_levels(np.array([1, 0, 0]), chain=3, num_states=8)
+    with pytest.raises(ValueError, match="chain must be at most 32768, got 40000"):
+        encode_levels(np.zeros(50_000, np.int8), chain=40_000)
     with pytest.raises(ValueError, match="below"):
         encode_levels(np.array([2**30]), chain=1, num_states=1)
+
+
+@states
+def test_the_trellis_is_found(num_states):
+    codes = np.round(NORMAL).astype(np.int8)
+    levels = on_path(codes, num_states, 300)
+    coded = encode_levels(levels, chain=300)
+    assert coded == encode_levels(levels, chain=300, num_states=num_states)
+    assert coded[0] == num_states
+
+
+def test_codes_of_no_bytes_take_few_steps():
+    levels = np.zeros(2**24, np.int8)
+    coded = encode_levels(levels, chain=256)
+    assert len(coded) < 2**24 / 8 / 500
+    np.testing.assert_array_equal(decode_levels(coded, levels.size), levels)
+    with pytest.raises(ValueError, match="damaged"):
+        decode_levels(encode_levels(levels[: 2**17], chain=1), 2**22)
 
 
 def test_frequencies_sum_to_the_total_for_any_bytes():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclip.lowbit.trellis import NEXT_STATES, levels_of, path_of
+from jaxclip.lowbit.trellis import NEXT_STATES, chain_length, levels_of, path_of
 
 RNG = np.random.default_rng(0)
 SHAPES = [(1,), (7,), (3, 8), (5, 9), (2, 3, 64), (1, 1001), (0, 4), (4, 0)]
@@ -43,17 +43,18 @@ def test_levels_are_those_of_the_definition(num_states, shape, dtype):
 def test_codes_of_levels_come_back(num_states):
     codes = RNG.integers(-63, 64, (6, 250)).astype(np.int8)
     levels = levels_of(codes, num_states).astype(np.int8)
-    found, is_odd = path_of(levels, num_states)
+    path = path_of(levels, num_states)
+    assert path is not None
+    found, is_odd = path
     np.testing.assert_array_equal(found, codes)
     np.testing.assert_array_equal(levels, 2 * codes - np.sign(codes) * is_odd)
     assert found.dtype == np.int8
 
 
 @states
-def test_levels_on_no_path_are_refused(num_states):
-    for levels in (np.array([[1, 0, 0]], np.int8), RNG.integers(-4, 5, (4, 100))):
-        with pytest.raises(ValueError, match=f"path of the trellis of {num_states} states"):
-            path_of(levels, num_states)
+def test_levels_on_no_path_have_no_codes(num_states):
+    assert path_of(np.array([[1, 0, 0]]), num_states) is None  # state 0 has even levels
+    assert path_of(RNG.integers(-4, 5, (4, 100)), num_states) is None
 
 
 @states
@@ -66,3 +67,14 @@ def test_each_state_is_reached_from_two_others(num_states):
 def test_other_numbers_of_states_are_refused():
     with pytest.raises(ValueError, match="num_states must be"):
         levels_of(np.zeros((1, 3), np.int8), 16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((384, 1536), 1536), ((784, 10), 260), ((3, 3, 64, 64), 256), ((50, 10_000), 3334),
+        ((7,), 7), ((5, 3), 15), ((), 1), ((0, 4), 1), ((4, 0), 1),
+    ],
+)  # fmt: skip
+def test_chains_are_rows_or_several_or_parts_of_them(shape, expected):
+    assert chain_length(shape) == expected

@@ -13,6 +13,7 @@ import numpy as np
 from jaxclip import checkpoints
 from jaxclip._core.grids import Grid, code_range
 from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.trellis import levels_of
 
 RECORDED = pathlib.Path(__file__).parents[1] / "peers" / "recorded"
 
@@ -103,5 +104,27 @@ def version_3() -> dict:
     }
 
 
+def version_4() -> dict:
+    """Codes coded in lanes: on paths of both trellises and on none, with rare large ones."""
+    places = np.arange(40 * 300)
+    noise = places * 7919 % 31 + places * 104729 % 29 + places * 1299709 % 23 - 40
+    size = np.where(places // 300 % 2, 0.02, 0.15)  # rows of two classes
+    indices = np.round(noise * size).astype(np.int8).reshape(40, 300)
+
+    def low_bit(codes):
+        scale = np.arange(1, len(codes) + 1, dtype=np.float32)[:, None] * np.float32(0.01)
+        return QuantizedArray(codes.astype(np.int8), scale, Grid(8, axis=0), np.dtype(np.float32))
+
+    rare = indices.reshape(4, 3000)[:1].copy()
+    rare[0, 1000] = 100
+    return {
+        "8 states": low_bit(np.asarray(levels_of(indices, 8))),
+        "4 states": low_bit(np.asarray(levels_of(indices, 4))),
+        "1 state": low_bit(indices),
+        "escaped": low_bit(rare),
+        "packed": low_bit(codes_of((40, 2), -128, 127)),
+    }
+
+
 if __name__ == "__main__":
-    checkpoints.save(sys.argv[1], version_3())
+    checkpoints.save(sys.argv[1], version_4(), coding="lanes")

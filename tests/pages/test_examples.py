@@ -270,7 +270,7 @@ def assert_read_alike(reader, path: pathlib.Path) -> None:
         np.testing.assert_array_equal(found[name], wanted, err_msg=name)
 
 
-@pytest.mark.parametrize("version", [1, "1_convolutions", 2, 3])
+@pytest.mark.parametrize("version", [1, "1_convolutions", 2, 3, 4])
 def test_the_reader_reads_recorded_files(reader, version):
     assert_read_alike(reader, recorded_trees.RECORDED / f"version_{version}.safetensors")
 
@@ -305,7 +305,7 @@ def every_kind_of_leaf() -> dict:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("coding", [None, "huffman", "ans"])
+@pytest.mark.parametrize("coding", [None, "huffman", "ans", "lanes"])
 def test_the_reader_reads_every_kind_of_leaf(reader, coding, tmp_path):
     bytes_of_float8 = np.arange(256, dtype=np.uint8)
     plain = [bytes_of_float8.view(jnp.float8_e4m3fn), bytes_of_float8.view(jnp.float8_e5m2)]

@@ -14,6 +14,7 @@ from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.entropy_coding import codings_tried, decode_codes, encode_codes
 from jaxclip.lowbit.packing import unpack_codes
 from jaxclip.lowbit.scale_formats import decode_log8, largest_log8
+from jaxclip.lowbit.trellis import chain_length
 
 
 class Allowance:
@@ -48,7 +49,7 @@ def coded_tensor(
     num_bytes, smallest = tensor.num_bytes, None
     for tried in codings_tried(coding):
         # None where the data are so small that a reader would refuse them.
-        coded = encode_codes(codes, tried)
+        coded = encode_codes(codes, tried, chain=chain_length(leaf.shape))
         if coded is not None and len(coded) < num_bytes:
             num_bytes, smallest = len(coded), (tried, np.frombuffer(coded, np.uint8))
     if smallest is None or not allowance.takes(codes.size, num_bytes):

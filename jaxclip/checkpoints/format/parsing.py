@@ -183,7 +183,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
             raise ValueError(f"tensor {name!r}: it is missing.")
         return tensors[name].outline
 
-    codings = {name: _coding_of(name, info) for name, info in infos.items()}
+    codings = {name: _coding_of(name, info, inner["version"]) for name, info in infos.items()}
     tree = _abstract_node(inner["tree"], (), shapes_of)
     # Laid out again, the tree must give the tensors of the file. Coded codes take the bytes that
     # the header says, but never more than packed ones.
@@ -239,10 +239,10 @@ def _split_node(node: Any) -> tuple[str, Any]:
     raise ValueError("the tree in the header is not valid.")
 
 
-def _coding_of(name: str, info: Any) -> str | None:
+def _coding_of(name: str, info: Any, version: int) -> str | None:
     """Returns the coding of a leaf's codes; None in version 1, which has only packed codes."""
     coding = info.get("coding") if type(info) is dict else None
-    if coding not in (None, "huffman", "ans"):
+    if coding not in (None, "huffman", "ans", *(["lanes"] if version >= 4 else [])):
         raise ValueError(f"tensor {name!r}: its coding {coding!r} is not known.")
     return coding
 
