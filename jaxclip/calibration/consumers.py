@@ -7,7 +7,7 @@ import jax
 from jax import lax
 
 from jaxclip.calibration.recorder import Recorder, Rule, Value, evaluate
-from jaxclip.calibration.sums import Operand, of_lookup, of_product
+from jaxclip.calibration.sums import Operand, of_groups, of_lookup, of_product
 from jaxclip.calibration.views import View
 
 
@@ -100,8 +100,30 @@ def _convolve(recorder: Recorder, equation: Any, values: list[Value]) -> list[Va
     return _recorded(recorder, equation, values, kernel, followed, operand)
 
 
+def _ragged_dot(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:
+    """Sums over the rows that each expert meets."""
+    rows, weight, group_sizes, *_ = values
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (of_rows, of_weight), batched = numbers.dot_dimension_numbers
+    is_plain = (
+        not batched[0]
+        and tuple(of_rows) == (1,)
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and rows.array.ndim == 2
+    )
+    if len(weight.views) != 1 or weight.lost or not rows.is_data or not is_plain:
+        return None
+    axes = (numbers.rhs_group_dimensions[0], of_weight[0])
+    found = of_groups(weight.views[0], rows.array, group_sizes.array, axes, recorder.max_dim)
+    if found is None:
+        return None
+    recorder.record(*found)
+    return [Value(evaluate(equation, values)[0], is_data=True)]
+
+
 CONSUMERS: dict[str, Rule] = {
     "conv_general_dilated": _convolve,
     "dot_general": _dot,
     "gather": _gather,
+    "ragged_dot_general": _ragged_dot,
 }

@@ -118,14 +118,44 @@ def _apart(view: View, operand: Operand) -> tuple[View, Operand] | None:
     return view.apart(axis), operand._replace(expand=expand)
 
 
+def of_groups(
+    view: View, x: jax.Array, group_sizes: jax.Array, axes: tuple[int, int], max_dim: int
+) -> tuple[Key, Sums] | None:
+    """Returns the sums for a weight of experts, each of which meets so many rows after the others.
+
+    `axes` are those of the experts and of the inputs.
+    """
+    stack, inputs = (view.axes[axis] for axis in axes)
+    if not (_is_plain(view) and _is_of_weight(stack) and _is_of_weight(inputs)):
+        return None
+    is_diagonal = size_of(inputs) > max_dim
+    x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+
+    def summed(left: jax.Array, right: jax.Array) -> jax.Array:
+        """Returns left^T right over the rows of each group."""
+        highest = lax.Precision.HIGHEST
+        return lax.ragged_dot_general(left, right, group_sizes, numbers, precision=highest)
+
+    ones = jnp.ones((len(x), 1), x.dtype)
+    second = summed(x * x, ones)[..., 0] if is_diagonal else summed(x, x)
+    raw = Sums(second, summed(x, ones)[..., 0], group_sizes.astype(x.dtype))
+    key = Key(view.path, view.shape, stack, inputs, is_diagonal, False, view.scanned)
+    return _sorted(key, raw)
+
+
+def _is_plain(view: View) -> bool:
+    """Returns True for whole weights that were not scaled."""
+    return not view.parts and view.scale is None and view.join is None
+
+
 def of_lookup(
     view: View, axis: int, indices: jax.Array, is_clipped: bool
 ) -> tuple[Key, Sums] | None:
     """Returns counts for rows of a weight along an axis, which are looked up by index."""
     inputs = view.axes[axis]
     size = size_of(inputs)
-    is_whole = not view.parts and view.scale is None and view.join is None
-    if not inputs or not _is_of_weight(inputs) or not is_whole:
+    if not inputs or not _is_of_weight(inputs) or not _is_plain(view):
         return None
     if is_clipped:
         indices = jnp.clip(indices, 0, size - 1)

@@ -297,6 +297,23 @@ def test_experts_have_a_matrix_each():
     check(both.moments[""], x.reshape(21, 5), stack=(), inputs=(1,), outputs=(0, 2))
 
 
+def test_experts_with_rows_of_their_own():
+    w, x, sizes = draw(3, 5, 2), draw(9, 5), np.array([2, 0, 6], np.int32)
+
+    def apply(w, batch):
+        return lax.ragged_dot(batch[0], w, batch[1])
+
+    groups = (x[:2], x[:0], x[2:8])  # the last row is of none
+    for max_dim in (8192, 4):
+        m = measured(apply, w, (x, sizes), max_dim=max_dim).moments[""]
+        assert (m.view.stack, m.view.inputs, m.view.outputs) == ((0,), (1,), (2,))
+        np.testing.assert_array_equal(m.count, sizes)
+        for i, rows in enumerate(groups):
+            second = np.sum(rows**2, 0) if max_dim == 4 else rows.T @ rows
+            np.testing.assert_allclose(m.second[i], second, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(m.first[i], rows.sum(0), rtol=1e-5, atol=1e-5)
+
+
 LOOKUPS = {
     "indexed": lambda w, t: w[t],
     "taken": lambda w, t: jnp.take(w, t, axis=0),
