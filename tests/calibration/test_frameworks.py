@@ -146,3 +146,18 @@ def test_arrays_may_be_split_over_devices(kind: AxisType):
     for name, m in plain.moments.items():
         np.testing.assert_allclose(c.moments[name].second, m.second, rtol=1e-5, atol=1e-4)
         assert c.moments[name].view == m.view
+
+
+def test_what_is_done_on_each_device_by_itself_is_not_followed():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    params = {"a": np.eye(4, dtype=np.float32), "b": np.ones((4, 3), np.float32)}
+    x = np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32)
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        specs = {"in_specs": (P("data"), P()), "out_specs": P("data")}
+        return jax.shard_map(lambda x, w: jnp.tanh(x @ w), mesh=mesh, **specs)(x, p["a"]) @ p["b"]
+
+    c = measure(apply, params, [x], progress=False)
+    assert c.missing == ("a",)
+    assert dict(c.notes) == {"a": "not followed: shard_map"}
+    check(c.moments["b"], np.tanh(x))
