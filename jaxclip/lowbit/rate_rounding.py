@@ -15,7 +15,9 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks, trees
 from jaxclip._core.floats import quotient
 from jaxclip._core.trees import PyTree
-from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
+from jaxclip.lowbit.trellis import chain_length, check_num_states, levels_of
+from jaxclip.lowbit.trellis_rounding import lengths_of, measured_path
 from jaxclip.thresholds.by_rate import code_counts
 
 _NUM_ROUNDS = 3  # the bits of a code depend on the codes chosen
@@ -70,6 +72,83 @@ def cheaper_codes(small: PyTree, original: PyTree, *, price: ArrayLike = 0.12) -
         return dataclasses.replace(q, qvalue=codes)
 
     return jax.tree_util.tree_map_with_path(rounded, small, original, is_leaf=is_quantized)
+
+
+def dependent_codes(
+    small: PyTree, original: PyTree, *, price: ArrayLike = 0.4, num_states: int = 8
+) -> PyTree:
+    """Rounds anew at half the step, to a path of a trellis: less error in fewer bytes.
+
+    Dependent quantization, for files with `coding="lanes"` or `"smallest"`. There codes do not take
+    more bytes than those of `small` did, although the step is half as large: at each entry only
+    every second level may follow. The path is found by the algorithm of Viterbi, with
+    `error + price * bits` as its cost. The reader does not change.
+
+    Args:
+      small: A `QuantizedArray` of 8 bits, best with a threshold of `rate_optimal`, or a tree with
+        some; other leaves stay as they are.
+      original: The arrays that were quantized, in the same structure.
+      price: Error that a bit is worth, in squares of the halved step; at least 0. May be traced.
+      num_states: States of the trellis, 4 or 8.
+
+    Returns:
+      The same tree with other codes and half the scales. An array stays as it is where the cost
+      would not fall: codes end at 126 halved steps, so large outliers would be clipped.
+
+    Raises:
+      ValueError: If `price` or `num_states` is not valid, an array does not have 8 bits or has a
+        zero point, or the trees do not fit.
+
+    Example:
+      >>> import jax
+      >>> from jaxclip import quantize, dequantize
+      >>> from jaxclip.thresholds import rate_optimal
+      >>> w = jax.random.normal(jax.random.key(0), (64, 256))
+      >>> q = quantize(w, 8, threshold=rate_optimal(2.5))
+      >>> errors = [jnp.mean((w - dequantize(x)) ** 2) for x in (q, dependent_codes(q, w))]
+      >>> bool(errors[1] < 0.9 * errors[0])
+      True
+
+    References:
+      Schwarz et al., Hybrid video coding with trellis-coded quantization, 2019
+    """
+    checks.check_nonnegative("price", price)
+    check_num_states(num_states)
+
+    def rounded(path: tuple, q: PyTree, w: ArrayLike) -> PyTree:
+        if not is_quantized(q):
+            return q
+        name = f" at {trees.path_name(path)!r}" if path else ""
+        if q.bits != 8 or q.zero is not None:
+            got = f"bits={q.bits!r}" if q.bits != 8 else "a zero point"
+            raise ValueError(f"small{name} must have 8 bits and no zero point, got {got}.")
+        if jnp.shape(w) != q.shape:
+            raise ValueError(f"original{name} must have shape {q.shape}, got {jnp.shape(w)}.")
+        return _on_path(jnp.asarray(w).astype(jnp.float32), q, price, num_states)
+
+    return jax.tree_util.tree_map_with_path(rounded, small, original, is_leaf=is_quantized)
+
+
+def _on_path(w: jax.Array, q: QuantizedArray, price: ArrayLike, num_states: int) -> QuantizedArray:
+    """Returns the array on a path of the trellis, or as it is if that has less error."""
+    if not q.size:
+        return q
+    scale = jnp.asarray(q.scale)
+    step = q.grid.expand(scale.astype(jnp.float32), q.shape) / 2
+    x = quotient(w, jnp.broadcast_to(step, q.shape)).reshape(-1)
+    chain = chain_length(q.shape)
+    chains = jnp.pad(x, (0, -q.size % chain)).reshape(-1, chain)
+    codes = measured_path(chains, price=price, num_states=num_states)
+    levels = jnp.asarray(levels_of(codes, num_states)).reshape(-1)[: q.size].reshape(q.shape)
+    found = dataclasses.replace(q, qvalue=levels.astype(jnp.int8), scale=scale / 2)
+    price = price * jnp.mean(jnp.square(step))
+
+    def cost(array: QuantizedArray, codes: jax.Array) -> jax.Array:
+        bits = jnp.sum(lengths_of(codes, num_codes=129, num_states=num_states))
+        return jnp.sum(jnp.square(w - dequantize(array, jnp.float32))) + price * bits
+
+    is_cheaper = cost(found, codes) < cost(q, jnp.asarray(q.qvalue).reshape(1, -1))
+    return jax.tree.map(lambda new, old: jnp.where(is_cheaper, new, old), found, q)
 
 
 @jax.jit

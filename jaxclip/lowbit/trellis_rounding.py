@@ -173,6 +173,13 @@ def measured_lengths(codes: ArrayLike, num_codes: int, *, num_states: int = 8) -
     return jnp.log2(total / of_one_sign)
 
 
+def lengths_of(codes: jax.Array, *, num_codes: int, num_states: int) -> jax.Array:
+    """Returns the bits of each code by lengths that are measured on all of them."""
+    lengths = measured_lengths(codes, num_codes, num_states=num_states)
+    is_odd = jnp.asarray(odd_states(codes, num_states)).astype(jnp.int32)
+    return lengths[is_odd, jnp.abs(codes.astype(jnp.int32))]
+
+
 def measured_path(
     x: ArrayLike,
     *,
@@ -207,9 +214,8 @@ def measured_path(
             codes = cheapest_path(x, lengths, price=price, num_states=num_states)
             lengths = measured_lengths(codes, num_codes, num_states=num_states)
         levels = jnp.asarray(levels_of(codes, num_states)).astype(jnp.float32)
-        is_odd = jnp.asarray(odd_states(codes, num_states)).astype(jnp.int32)
-        bits = lengths[is_odd, jnp.abs(codes.astype(jnp.int32))]
-        return codes, jnp.sum(jnp.square(x - levels)) + price * jnp.sum(bits)
+        bits = jnp.sum(lengths_of(codes, num_codes=num_codes, num_states=num_states))
+        return codes, jnp.sum(jnp.square(x - levels)) + price * bits
 
     codes, cost = path_from(False)
     others, other_cost = path_from(True)

@@ -346,11 +346,11 @@ def test_pickles_are_never_run(suffix, tmp_path):
 
 def test_a_newer_version_is_refused_by_its_number(path, monkeypatch):
     monkeypatch.setattr(
-        "jaxclip.checkpoints.format.headers._version_for", lambda quantized, codings: 4
+        "jaxclip.checkpoints.format.headers._version_for", lambda quantized, codings: 5
     )
     checkpoints.save(path, small_tree())
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"use a jaxclip that reads version 4"):
+    with pytest.raises(CheckpointError, match=r"use a jaxclip that reads version 5"):
         checkpoints.load(path)
 
 
