@@ -379,9 +379,7 @@ NUM_ALL_REDUCES = {
     "clip, lion": 2,
     "clip, adamw": 2,
     "clip, lion, bfloat16": 2,
-    "skip(autoclip, lion)": 3
-    if _HAS_FLOAT64
-    else 4,  # whether the update or the momentum ceased to be finite
+    "skip(autoclip, lion)": 2,
     "skip_or_clip(lion)": 2,
     "agc, lion": 2 if _HAS_FLOAT64 else 4,
     "rms, lion": 2 if _HAS_FLOAT64 else 4,
