@@ -290,7 +290,7 @@ def test_any_coded_bytes_give_as_many_codes_or_are_refused(kind, allocations):
     bases = [np.zeros(0, np.int8), np.full(900, 3, np.int8)]
     bases += [draws.normal(0, s, n).round().astype(np.int8) for s, n in ((0.5, 700), (20, 300))]
     coded = [(codes.size, entropy_coding.encode_codes(codes, kind)) for codes in bases]
-    for _ in range(3000 * TIMES):
+    for _ in range((1000 if kind == "lanes" else 3000) * TIMES):  # lanes take longer
         count, data = rng.choice(coded)
         data = damage_coded(data, kind, rng)
         count = rng.choice([count] * 6 + [0, 1, count + 1, 2**20, 2**20, 2**31, 2**40, 2**62])

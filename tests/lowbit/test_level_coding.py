@@ -145,12 +145,12 @@ def test_the_trellis_is_found(num_states):
 
 
 def test_codes_of_no_bytes_take_few_steps():
-    levels = np.zeros(2**24, np.int8)
+    levels = np.zeros(2**22, np.int8)
     coded = encode_levels(levels, chain=256)
-    assert len(coded) < 2**24 / 8 / 500
+    assert len(coded) < 2**22 / 8 / 500
     np.testing.assert_array_equal(decode_levels(coded, levels.size), levels)
     with pytest.raises(ValueError, match="damaged"):
-        decode_levels(encode_levels(levels[: 2**17], chain=1), 2**22)
+        decode_levels(encode_levels(levels[: 2**16], chain=1), 2**21)
 
 
 def test_frequencies_sum_to_the_total_for_any_bytes():
