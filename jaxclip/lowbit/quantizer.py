@@ -142,7 +142,7 @@ def quantize_with_moments(
 def quantize_on_host(
     array: ArrayLike, bits: Bits | Grid, *, threshold: Threshold, name: str
 ) -> tuple[QuantizedArray, QuantizationError] | None:
-    """Returns a low-bit array in NumPy and its error, by one program for arrays of all shapes.
+    """Returns a low-bit array in NumPy and its error, by the programs for arrays of all shapes.
 
     None if it takes a program for just this array: a traced or sharded one, or by another rule
     than `mse_optimal` without importance and `max_abs`.

@@ -1,4 +1,4 @@
-"""Tests of `lowbit.encoding`: one program for all shapes, with the results of the traced path."""
+"""Tests of `lowbit.encoding`: two programs for all shapes, with the results of the traced path."""
 
 import jax
 import jax.numpy as jnp
