@@ -8,6 +8,7 @@ first, each is rounded to where its r_i is small, given the errors e_j before it
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,16 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.moments import InputMoments, MatrixView
+from jaxclip.lowbit.trellis import chain_length, levels_of
+from jaxclip.lowbit.trellis_rounding import cheapest_levels, cheapest_path, model_lengths
 
 # Added to the diagonals, as a fraction of their mean: it bounds errors where the data had no input.
 _DAMPING = 0.01
 _BLOCK = 64  # inputs whose errors are fed back one by one; between blocks by one product
 _WIDTH = 512  # outputs of a program: compiled once for all widths
+_NUM_CODES = 64  # magnitudes on a path: levels are below 127
+# Squared steps, about the error of rounding: rows of zeros would have codes without end.
+_LEAST_VARIANCE = 0.2
 
 
 class InputFactor(NamedTuple):
@@ -182,25 +188,45 @@ def _round_matrix(
     if factor.unit is None:
         nearest = np.round(w / scale * shrinkage) + (0 if zero is None else zero)
         return np.clip(nearest, *levels).astype(np.int8)
-    num_inputs, num_outputs = w.shape
-    # Padded to few different shapes, because each takes a program of its own. What is added comes
-    # first, is 0, and so has no errors to feed back.
+    unit, of_rows = _padded_rows(factor.unit, {"shrinkage": (shrinkage, 1)})
+
+    def round_piece(**of_entries: jax.Array) -> jax.Array:
+        return _round_rows(**of_entries, **of_rows, unit=unit, levels=levels, is_binary=is_binary)
+
+    zeros = np.zeros((1, 1), np.float32) if zero is None else zero
+    entries = {"w": (w, 0), "scale": (scale, 1), "zero": (np.broadcast_to(zeros, w.shape), 0)}
+    return _in_pieces(round_piece, entries, _WIDTH)
+
+
+def _padded_rows(unit: np.ndarray, of_rows: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Returns U without its diagonal, and values of inputs, padded to whole blocks."""
+    # Few different shapes, because each takes a program of its own. Inputs that are added come
+    # first, have weights of 0, and so no errors to feed back.
+    more = -len(unit) % _BLOCK
+    padded = np.pad(unit - np.eye(len(unit), dtype=np.float32), (0, more))
+    return padded, {name: _padded(x, more, 0, fill) for name, (x, fill) in of_rows.items()}
+
+
+def _padded(x: np.ndarray, rows: int, columns: int, fill: float) -> np.ndarray:
+    """Returns an array with more rows and columns at the end."""
+    widths = [(0, rows), (0, columns)] + [(0, 0)] * (x.ndim - 2)
+    return np.pad(x, widths, constant_values=fill)
+
+
+def _in_pieces(
+    round_piece: Callable[..., jax.Array], entries: dict[str, Any], width: int
+) -> np.ndarray:
+    """Returns the codes of a matrix, rounded some outputs at a time, each piece padded."""
+    num_inputs, num_outputs = entries["w"][0].shape
     more = -num_inputs % _BLOCK
-    unit = np.pad(factor.unit - np.eye(num_inputs, dtype=np.float32), (0, more))
-    shrinkage = np.pad(shrinkage, ((0, more), (0, 0)), constant_values=1)
-    codes = np.empty(w.shape, np.int8)
-    for start in range(0, num_outputs, _WIDTH):
-        piece = slice(start, start + _WIDTH)
-        sides = ((0, more), (0, _WIDTH - codes[:, piece].shape[1]))
-        padded = [
-            np.pad(w[:, piece], sides),
-            np.pad(scale[:, piece], sides, constant_values=1),
-            None if zero is None else np.pad(zero[:, piece], sides),
-        ]
-        found = np.asarray(
-            _round_rows(*padded, unit, shrinkage, levels=levels, is_binary=is_binary)
-        )
-        codes[:, piece] = found[:num_inputs, : codes[:, piece].shape[1]]
+    codes = np.empty((num_inputs, num_outputs), np.int8)
+    for start in range(0, num_outputs, width):
+        stop = min(start + width, num_outputs)
+        padded = {
+            name: _padded(x[:, start:stop], more, _WIDTH - (stop - start), fill)
+            for name, (x, fill) in entries.items()
+        }
+        codes[:, start:stop] = np.asarray(round_piece(**padded))[:num_inputs, : stop - start]
     return codes
 
 
@@ -212,46 +238,114 @@ def _shrinkage(w: np.ndarray, scale: np.ndarray, price: float) -> np.ndarray:
     return (1 / (1 + price / (2 * np.log(2) * variance))).astype(np.float32)
 
 
+def path_with_feedback(
+    w: np.ndarray, scale: np.ndarray, factor: InputFactor, price: float
+) -> np.ndarray:
+    """Returns the levels (inputs, outputs) of one matrix, each row a path through the trellis.
+
+    Args:
+      w: The matrix, float32.
+      scale: Steps of the inputs, (inputs, 1), float32.
+      factor: The factored moments of the inputs.
+      price: Squared steps that a bit is worth.
+    """
+    deviation = np.sqrt(np.mean(np.square(w / scale), axis=1) + _LEAST_VARIANCE)
+    lengths = np.asarray(model_lengths(deviation, _NUM_CODES))
+    length = chain_length(w.shape[1])
+    if factor.unit is None:
+        pieces = [slice(i, i + length) for i in range(0, w.shape[1], length)]
+        codes = [cheapest_path(w[:, p] / scale, lengths, price=price) for p in pieces]
+        return np.concatenate([np.asarray(levels_of(np.asarray(c))) for c in codes], axis=1)
+    order = factor.order
+    unit, of_rows = _padded_rows(
+        factor.unit, {"scale": (scale[order], 1), "lengths": (lengths[order], 0)}
+    )
+
+    def round_piece(**of_entries: jax.Array) -> jax.Array:
+        return _round_rows_on_trellis(
+            **of_entries, **of_rows, unit=unit, price=jnp.asarray(price, jnp.float32)
+        )
+
+    levels = np.empty(w.shape, np.int8)
+    is_output = np.ones(w.shape, bool)
+    entries = {"w": (w[order], 0), "is_output": (is_output, False)}
+    levels[order] = _in_pieces(round_piece, entries, length)
+    return levels
+
+
+# --- Programs -------------------------------------------------------------------------------
+
+
 @functools.partial(jax.jit, static_argnames=("levels", "is_binary"))
 def _round_rows(
     w: jax.Array,
     scale: jax.Array,
-    zero: jax.Array | None,
-    unit: jax.Array,
+    zero: jax.Array,
     shrinkage: jax.Array,
+    unit: jax.Array,
     *,
     levels: tuple[int, int],
     is_binary: bool,
 ) -> jax.Array:
-    """Returns the codes of a matrix, from its last row to its first; `unit` has a diagonal of 0."""
-    num_rows, width = w.shape
-    zero = jnp.zeros((num_rows, 1)) if zero is None else zero
+    """Returns the codes of a matrix, each the nearest to what feedback makes of its entry."""
 
-    def round_row(x: jax.Array, zero: jax.Array) -> jax.Array:
+    def round_row(x: jax.Array, row: jax.Array) -> jax.Array:
         if is_binary:
             return jnp.where(x < 0, -1.0, 1.0)
-        return jnp.clip(jnp.round(x) + zero, *levels)
+        nearest = jnp.round(x * shrinkage[row]) + zero[row]
+        return jnp.clip(nearest, *levels) - zero[row]
+
+    return (_feed_back(w, scale, unit, round_row) + zero).astype(jnp.int8)
+
+
+@jax.jit
+def _round_rows_on_trellis(
+    w: jax.Array,
+    is_output: jax.Array,
+    scale: jax.Array,
+    lengths: jax.Array,
+    unit: jax.Array,
+    price: jax.Array,
+) -> jax.Array:
+    """Returns the levels of a matrix, each row on the cheapest path of a trellis."""
+
+    def round_row(x: jax.Array, row: jax.Array) -> jax.Array:
+        return cheapest_levels(x[None], lengths[row], price, is_output[:1])[0]
+
+    return _feed_back(w, scale, unit, round_row).astype(jnp.int8)
+
+
+def _feed_back(
+    w: jax.Array,
+    scale: jax.Array,
+    unit: jax.Array,
+    round_row: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Returns the rounded rows of a matrix, from the last to the first, over their scales.
+
+    Args:
+      w: Shape (inputs, outputs), whole blocks of inputs.
+      scale: Steps, shape (inputs, outputs) or (inputs, 1).
+      unit: U with a diagonal of 0.
+      round_row: Function of a row over its scales, and its place, that returns it rounded.
+    """
+    num_rows, width = w.shape
 
     def round_block(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
-        errors = state[0]
         start = num_rows - _BLOCK * (k + 1)
-
-        def block(x: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(x, start, _BLOCK)
-
-        own, steps, zeros, shrinkages = block(w), block(scale), block(zero), block(shrinkage)
+        own, steps = (lax.dynamic_slice_in_dim(x, start, _BLOCK) for x in (w, scale))
         feedback = lax.dynamic_slice_in_dim(unit, start, _BLOCK, axis=1)
-        inside = block(feedback)
+        inside = lax.dynamic_slice_in_dim(feedback, start, _BLOCK)
         # Errors of rows that are still to come are 0.
-        wanted = own + jnp.matmul(feedback.T, errors, precision=lax.Precision.HIGHEST)
+        wanted = own + jnp.matmul(feedback.T, state[0], precision=lax.Precision.HIGHEST)
 
         def one_row(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
-            errors, codes = state
+            errors, rounded = state
             row = _BLOCK - 1 - i
             x = wanted[row] + jnp.matmul(inside[:, row], errors, precision=lax.Precision.HIGHEST)
-            code = round_row(x / steps[row] * shrinkages[row], zeros[row])
-            error = own[row] - (code - zeros[row]) * steps[row]
-            return errors.at[row].set(error), codes.at[row].set(code)
+            found = round_row(x / steps[row], start + row)
+            error = own[row] - found * steps[row]
+            return errors.at[row].set(error), rounded.at[row].set(found)
 
         nothing = jnp.zeros((_BLOCK, width))
         found = lax.fori_loop(0, _BLOCK, one_row, (nothing, nothing))
@@ -260,5 +354,5 @@ def _round_rows(
             for whole, part in zip(state, found, strict=True)
         )
 
-    start = (jnp.zeros_like(w), jnp.zeros_like(w))
-    return lax.fori_loop(0, num_rows // _BLOCK, round_block, start)[1].astype(jnp.int8)
+    nothing = jnp.zeros_like(w)
+    return lax.fori_loop(0, num_rows // _BLOCK, round_block, (nothing, nothing))[1]

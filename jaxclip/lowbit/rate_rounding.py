@@ -16,7 +16,7 @@ from jaxclip._core import checks, trees
 from jaxclip._core.floats import quotient
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
-from jaxclip.lowbit.trellis import chain_length, check_num_states, levels_of
+from jaxclip.lowbit.trellis import as_chains, check_num_states, from_chains, levels_of
 from jaxclip.lowbit.trellis_rounding import lengths_of, measured_path
 from jaxclip.thresholds.by_rate import code_counts
 
@@ -135,11 +135,10 @@ def _on_path(w: jax.Array, q: QuantizedArray, price: ArrayLike, num_states: int)
         return q
     scale = jnp.asarray(q.scale)
     step = q.grid.expand(scale.astype(jnp.float32), q.shape) / 2
-    x = quotient(w, jnp.broadcast_to(step, q.shape)).reshape(-1)
-    chain = chain_length(q.shape)
-    chains = jnp.pad(x, (0, -q.size % chain)).reshape(-1, chain)
+    channels = q.grid.channel_axes(q.ndim)
+    chains = as_chains(quotient(w, jnp.broadcast_to(step, q.shape)), channels)
     codes = measured_path(chains, price=price, num_states=num_states)
-    levels = jnp.asarray(levels_of(codes, num_states)).reshape(-1)[: q.size].reshape(q.shape)
+    levels = from_chains(jnp.asarray(levels_of(codes, num_states)), q.shape, channels)
     found = dataclasses.replace(q, qvalue=levels.astype(jnp.int8), scale=scale / 2)
     price = price * jnp.mean(jnp.square(step))
 

@@ -14,6 +14,7 @@ References:
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,7 @@ NEXT_STATES = {
     4: np.array([[0, 1], [2, 3], [1, 0], [3, 2]]),
     8: np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]]),
 }
-_MIN_CHAIN = 256
-_MAX_CHAIN = 4096
+_LONGEST_CHAIN = 512
 
 
 def check_num_states(num_states: int) -> None:
@@ -38,18 +38,46 @@ def check_num_states(num_states: int) -> None:
     checks.check_choice("num_states", num_states, tuple(NEXT_STATES))
 
 
-def chain_length(shape: tuple[int, ...]) -> int:
-    """Returns the length of the chains into which arrays of a shape are cut, in row-major order.
+def chain_length(row: int) -> int:
+    """Returns the length of the chains into which a row of entries is cut, at most 512."""
+    # A chain loses about half a bit by its known first state; shorter ones are decoded side by side.
+    return max(-(-row // max(-(-row // _LONGEST_CHAIN), 1)), 1)
 
-    It is the last axis; several rows where that is short, because a chain loses about half a bit by
-    its known first state, and parts of a row where it is long, because chains are decoded in step.
+
+def as_chains(array: Any, channel_axes: tuple[int, ...]) -> Any:
+    """Returns an array, of jax or NumPy, as chains (chains, length), and zeros after each row.
+
+    A row is a channel, or without channel axes all entries along the last axis.
     """
-    last = max(shape[-1], 1) if shape else 1
-    if last < _MIN_CHAIN:
-        last *= -(-_MIN_CHAIN // last)
-    if last > _MAX_CHAIN:
-        last = -(-last // -(-last // _MAX_CHAIN))
-    return max(min(last, math.prod(shape)), 1)
+    num_rows, row, order = _rows_of(array.shape, channel_axes)
+    rows = array.transpose(order).reshape(num_rows, row)
+    length = chain_length(row)
+    xp = np if isinstance(array, np.ndarray) else jnp
+    return xp.pad(rows, ((0, 0), (0, -row % length))).reshape(-1, length)
+
+
+def from_chains(chains: Any, shape: tuple[int, ...], channel_axes: tuple[int, ...]) -> Any:
+    """Returns the array of that shape whose chains are given."""
+    num_rows, row, order = _rows_of(shape, channel_axes)
+    rows = chains.reshape(num_rows, row + -row % chain_length(row))[:, :row]
+    return rows.reshape([shape[a] for a in order]).transpose(np.argsort(order))
+
+
+def chains_shape(shape: tuple[int, ...], channel_axes: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the number of chains of an array, and their length."""
+    num_rows, row, _ = _rows_of(shape, channel_axes)
+    length = chain_length(row)
+    return num_rows * -(-row // length), length
+
+
+def _rows_of(
+    shape: tuple[int, ...], channel_axes: tuple[int, ...]
+) -> tuple[int, int, tuple[int, ...]]:
+    """Returns the number of rows, the entries of one, and the order of axes that joins them."""
+    first = channel_axes or tuple(range(len(shape) - 1))
+    order = (*first, *(a for a in range(len(shape)) if a not in first))
+    num_rows = math.prod(shape[a] for a in first)
+    return num_rows, math.prod(shape[a] for a in order[len(first) :]), order
 
 
 # --- Codes and levels -----------------------------------------------------------------------

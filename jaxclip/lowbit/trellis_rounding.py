@@ -90,6 +90,20 @@ def _cheapest_path(
     return jnp.where(x < 0, -codes, codes)
 
 
+def cheapest_levels(
+    x: jax.Array, lengths: jax.Array, price: jax.Array, is_entry: jax.Array, num_states: int = 8
+) -> jax.Array:
+    """Returns the levels of the codes of `cheapest_path`, float32; for use inside a program.
+
+    Entries at the end of chains that are padding are not `is_entry`.
+    """
+    costs, codes = _candidates(x, lengths, jnp.ones(()), price)
+    costs = jnp.where(is_entry, costs, 0)  # no state is a worse end than another
+    is_odd = jnp.array([0.0, 0.0, 1.0, 1.0])[:, None, None]
+    levels = _best_candidates(costs, 2 * codes - is_odd * jnp.minimum(codes, 1), num_states)
+    return jnp.where(x < 0, -levels, levels)
+
+
 def _candidates(
     x: jax.Array, lengths: jax.Array, weights: jax.Array, price: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -9,12 +9,16 @@ import pytest
 from jaxclip import Grid, dequantize, max_abs, mse_optimal, quantize
 from jaxclip.lowbit import feedback
 from jaxclip.lowbit.feedback import (
+    InputFactor,
     importance_of,
     output_energy,
     output_error,
+    path_with_feedback,
     round_with_feedback,
 )
 from jaxclip.lowbit.moments import InputMoments, MatrixView
+from jaxclip.lowbit.trellis import chain_length, levels_of, path_of
+from jaxclip.lowbit.trellis_rounding import cheapest_path, model_lengths
 
 
 def inputs(num, size, seed=0):
@@ -200,3 +204,45 @@ def test_moments_of_another_array_and_those_that_are_not_finite_are_refused():
         feedback.factor_moments(moments, (6, 4), "params at 'a'")
     with pytest.raises(ValueError, match="moments of w must be finite"):
         factor_moments(dense(np.full((10, 4), np.nan, np.float32), 6))
+
+
+@pytest.mark.parametrize("num_outputs", [10, 512, 700])
+def test_a_path_with_feedback_is_on_the_trellis_and_nearer_than_nearest_codes(num_outputs):
+    x, w = inputs(2000, 70), weights(70, num_outputs)
+    factor = factor_moments(dense(x, num_outputs)).factors[0]
+    scale = np.full((70, 1), 0.5, np.float32)
+    levels = path_with_feedback(w, scale, factor, price=0.0)
+    length = chain_length(num_outputs)
+    for start in range(0, num_outputs, length):
+        assert path_of(levels[:, start : start + length]) is not None
+
+    def error(levels):
+        return np.square(x @ (w - levels * scale)).sum()
+
+    # As many bits as codes of twice the step.
+    assert error(levels) < 0.5 * error(2 * np.round(w / (2 * scale)))
+
+
+def test_a_path_with_feedback_is_the_path_of_what_feedback_makes_of_each_row():
+    x, w = inputs(2000, 5), weights(5, 40)
+    factor = factor_moments(dense(x, 40)).factors[0]
+    scale = np.linspace(0.3, 0.7, 5, dtype=np.float32)[:, None]
+    levels = path_with_feedback(w, scale, factor, price=0.3)
+    lengths = model_lengths(np.sqrt(np.mean(np.square(w / scale), axis=1) + 0.2), 64)
+    errors = np.zeros((5, 40))
+    for i in reversed(range(5)):  # in the factor's order
+        row = factor.order[i]
+        wanted = w[row] + factor.unit[i + 1 :, i] @ errors[i + 1 :]
+        codes = cheapest_path(wanted / scale[row], lengths[row], price=0.3)
+        np.testing.assert_array_equal(levels[row], levels_of(codes))
+        errors[i] = w[row] - levels[row] * scale[row]
+
+
+def test_a_path_without_feedback_is_the_cheapest_of_each_row():
+    w = weights(6, 30)
+    factor = InputFactor(np.arange(6), None, np.ones(6))
+    scale = np.full((6, 1), 0.4, np.float32)
+    levels = path_with_feedback(w, scale, factor, price=0.3)
+    lengths = model_lengths(np.sqrt(np.mean(np.square(w / scale), axis=1) + 0.2), 64)
+    codes = cheapest_path(w / scale, lengths, price=0.3)
+    np.testing.assert_array_equal(levels, levels_of(codes))

@@ -10,7 +10,7 @@ import pytest
 import jaxclip
 from jaxclip.lowbit.entropy_coding import decode_codes, encode_codes
 from jaxclip.lowbit.rate_rounding import cheaper_codes, dependent_codes
-from jaxclip.lowbit.trellis import chain_length
+from jaxclip.lowbit.trellis import as_chains
 from jaxclip.thresholds.by_rate import code_entropy
 
 encode = functools.partial(jaxclip.quantize, threshold=jaxclip.max_abs)  # which compiles fast
@@ -136,11 +136,12 @@ def test_bad_input_is_named():
 
 def coded_bits(q: jaxclip.QuantizedArray) -> float:
     """Bits an entry in a file."""
-    codes = np.asarray(q.qvalue).astype(np.int8).reshape(-1)
-    coded = encode_codes(codes, "lanes", chain=chain_length(q.shape))
+    chains = as_chains(np.asarray(q.qvalue).astype(np.int8), q.grid.channel_axes(q.ndim))
+    codes = chains.reshape(-1)
+    coded = encode_codes(codes, "lanes", chain=chains.shape[1])
     assert coded is not None
     np.testing.assert_array_equal(decode_codes(coded, "lanes", codes.size), codes)
-    return 8 * len(coded) / codes.size
+    return 8 * len(coded) / q.size
 
 
 @pytest.mark.parametrize("num_states", [4, 8])

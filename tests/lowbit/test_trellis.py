@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclip.lowbit.trellis import NEXT_STATES, chain_length, levels_of, path_of
+from jaxclip.lowbit.trellis import (
+    NEXT_STATES,
+    as_chains,
+    chains_shape,
+    from_chains,
+    levels_of,
+    path_of,
+)
 
 RNG = np.random.default_rng(0)
 SHAPES = [(1,), (7,), (3, 8), (5, 9), (2, 3, 64), (1, 1001), (0, 4), (4, 0)]
@@ -70,11 +77,23 @@ def test_other_numbers_of_states_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"),
+    ("shape", "channels", "expected"),
     [
-        ((384, 1536), 1536), ((784, 10), 260), ((3, 3, 64, 64), 256), ((50, 10_000), 3334),
-        ((7,), 7), ((5, 3), 15), ((), 1), ((0, 4), 1), ((4, 0), 1),
+        ((384, 1536), (), (1152, 512)), ((784, 10), (0,), (784, 10)), ((784, 10), (1,), (20, 392)),
+        ((3, 3, 64, 100), (0, 1, 2), (576, 100)), ((5, 1000), (0,), (10, 500)),
+        ((5, 1001), (0,), (10, 501)), ((2, 6, 4), (0, 2), (8, 6)), ((7,), (), (1, 7)),
+        ((), (), (1, 1)), ((0, 4), (0,), (0, 4)), ((4, 0), (0,), (0, 1)),
     ],
 )  # fmt: skip
-def test_chains_are_rows_or_several_or_parts_of_them(shape, expected):
-    assert chain_length(shape) == expected
+def test_chains_are_channels_or_equal_parts_of_them(shape, channels, expected):
+    array = np.arange(1, 1 + np.prod(shape, dtype=int)).reshape(shape)
+    chains = as_chains(array, channels)
+    assert chains.shape == chains_shape(shape, channels) == expected
+    assert np.count_nonzero(chains) == array.size
+    np.testing.assert_array_equal(from_chains(chains, shape, channels), array)
+    np.testing.assert_array_equal(as_chains(jnp.asarray(array), channels), chains)
+
+
+def test_a_chain_is_a_channel():
+    array = np.arange(24).reshape(2, 3, 4)
+    np.testing.assert_array_equal(as_chains(array, (1,))[2], [8, 9, 10, 11, 20, 21, 22, 23])

@@ -14,7 +14,7 @@ from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.entropy_coding import codings_tried, decode_codes, encode_codes
 from jaxclip.lowbit.packing import unpack_codes
 from jaxclip.lowbit.scale_formats import decode_log8, largest_log8
-from jaxclip.lowbit.trellis import chain_length
+from jaxclip.lowbit.trellis import as_chains, chains_shape, from_chains
 
 
 class Allowance:
@@ -49,7 +49,11 @@ def coded_tensor(
     num_bytes, smallest = tensor.num_bytes, None
     for tried in codings_tried(coding):
         # None where the data are so small that a reader would refuse them.
-        coded = encode_codes(codes, tried, chain=chain_length(leaf.shape))
+        if tried == "lanes":
+            chains = as_chains(codes.reshape(leaf.shape), _channel_axes(leaf))
+            coded = encode_codes(chains.reshape(-1), tried, chain=chains.shape[1])
+        else:
+            coded = encode_codes(codes, tried)
         if coded is not None and len(coded) < num_bytes:
             num_bytes, smallest = len(coded), (tried, np.frombuffer(coded, np.uint8))
     if smallest is None or not allowance.takes(codes.size, num_bytes):
@@ -90,12 +94,26 @@ def _decoded_log8(name: str, codes: np.ndarray, largest_scale: np.ndarray) -> np
 
 
 def _decoded(name: str, stored: np.ndarray, like: QuantizedArray, coding: str) -> np.ndarray:
+    axes = _channel_axes(like)
+    count = math.prod(like.shape)
+    if coding == "lanes":
+        count = math.prod(chains_shape(like.shape, axes))
     try:
-        codes = decode_codes(stored.tobytes(), coding, math.prod(like.shape))
+        codes = decode_codes(stored.tobytes(), coding, count)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from error
+    if coding == "lanes":
+        chains, codes = codes, from_chains(codes, like.shape, axes).reshape(-1)
+        if np.count_nonzero(chains) != np.count_nonzero(codes):
+            raise ValueError(
+                f"{name!r}: its coded data are damaged: entries follow those of a row."
+            )
     like.check_codes(codes, name)
     return codes
+
+
+def _channel_axes(leaf: QuantizedArray) -> tuple[int, ...]:
+    return leaf.fitted_grid.channel_axes(leaf.ndim)
 
 
 def _unpacked(name: str, packed: np.ndarray, like: QuantizedArray) -> np.ndarray:
