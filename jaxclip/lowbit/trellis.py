@@ -40,7 +40,7 @@ def check_num_states(num_states: int) -> None:
 
 def chain_length(row: int) -> int:
     """Returns the length of the chains into which a row of entries is cut, at most 512."""
-    # A chain loses about half a bit by its known first state; shorter ones are decoded side by side.
+    # A chain loses half a bit by its known first state; more chains are decoded side by side.
     return max(-(-row // max(-(-row // _LONGEST_CHAIN), 1)), 1)
 
 

@@ -76,12 +76,12 @@ def test_every_flipped_bit_of_a_coded_file_is_refused(coding, path):
 def codes_that_favour_each_coding() -> dict[str, QuantizedArray]:
     rng = np.random.default_rng(0)
     count = 60_000
-    # Of few values that are far apart; of stretches that end within a chain; of rows that differ.
-    stretches = np.where(np.arange(count) % 9000 < 4500, 0.3, 8.0)
+    # Of few values that are far apart; of stretches as large but not alike; of rows that differ.
+    stretches = 2 * rng.integers(-4, 4, count) + np.arange(count) // 15_000 % 2
     rows = np.where(np.arange(count) // 4000 % 2, 0.3, 8.0)
     codes = {
         "even": rng.choice([-90, 7, 20, 77], count),
-        "uneven": rng.standard_normal(count) * stretches,
+        "uneven": stretches,
         "rows": rng.standard_normal(count) * rows,
         "uniform": rng.integers(-128, 128, count),
     }
