@@ -1,5 +1,6 @@
 """The most used names, which the root offers in addition to the subpackages."""
 
+from jaxclip.checkpoints import compress as compress
 from jaxclip.checkpoints import size_report as size_report
 from jaxclip.gradients import adaptive_grad_clip as adaptive_grad_clip
 from jaxclip.gradients import clip_by_block_rms as clip_by_block_rms
@@ -9,7 +10,6 @@ from jaxclip.gradients import clip_by_value as clip_by_value
 from jaxclip.gradients import skip_nonfinite as skip_nonfinite
 from jaxclip.lowbit import Grid as Grid
 from jaxclip.lowbit import QuantizedArray as QuantizedArray
-from jaxclip.lowbit import compress as compress
 from jaxclip.lowbit import decompress as decompress
 from jaxclip.lowbit import dequantize as dequantize
 from jaxclip.lowbit import fake_quantize as fake_quantize

@@ -16,3 +16,4 @@ from jaxclip.checkpoints.sizes import size_report as size_report
 from jaxclip.checkpoints.store import inspect as inspect
 from jaxclip.checkpoints.store import load as load
 from jaxclip.checkpoints.store import save as save
+from jaxclip.checkpoints.trees import compress as compress

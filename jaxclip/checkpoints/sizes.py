@@ -181,7 +181,7 @@ def size_report(
       ValueError: If `original` has other leaves or shapes.
 
     Example:
-      >>> from jaxclip.lowbit.trees import compress
+      >>> from jaxclip import compress
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
       >>> report = size_report(compress(params, bits="ternary"), original=params)
       >>> report.leaves[0].raw_bytes, report.leaves[0].stored_bytes

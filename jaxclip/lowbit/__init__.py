@@ -14,5 +14,4 @@ from jaxclip.lowbit.rate_rounding import cheaper_codes as cheaper_codes
 from jaxclip.lowbit.rate_rounding import dependent_codes as dependent_codes
 from jaxclip.lowbit.scale_training import trainable_parts as trainable_parts
 from jaxclip.lowbit.straight_through import fake_quantize as fake_quantize
-from jaxclip.lowbit.trees import compress as compress
 from jaxclip.lowbit.trees import decompress as decompress

@@ -11,7 +11,9 @@ Reference: WaterSIC, 2026, https://arxiv.org/abs/2603.04956
 
 import dataclasses
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -25,14 +27,20 @@ from jaxclip.lowbit.feedback import (
     round_with_feedback,
 )
 from jaxclip.lowbit.moments import MatrixView
+from jaxclip.lowbit.quantizer import check_finite
 from jaxclip.lowbit.scale_formats import round_scale
 
-_PRICE = 0.3  # squared steps that a bit is worth; see `benchmarks/lowbit/calibrated.py`
+_PRICE = 0.4  # squared steps that a bit is worth
 _LARGEST_LEVEL = 120  # of 126: log8 may round a step down by 4.4 %
 
 
 def quantize_by_inputs(
-    array: ArrayLike, moments: FactoredMoments | None, step: float, *, price: float = _PRICE
+    array: ArrayLike,
+    moments: FactoredMoments | None,
+    step: float,
+    *,
+    price: float = _PRICE,
+    name: str = "array",
 ) -> QuantizedArray:
     """Returns an array whose levels are on a path of the trellis, for an entropy-coded file.
 
@@ -41,14 +49,13 @@ def quantize_by_inputs(
       moments: Factored moments of its inputs; None for one step without data.
       step: c, in units of the square root of the outputs' squared error.
       price: Squared steps that a bit is worth.
+      name: Name of the array in errors.
     """
     w = np.asarray(array).astype(np.float32)
-    dtype = jnp.asarray(array).dtype
-    if moments is None:
-        moments = _without_data(w.shape)
-        axes: tuple[int, ...] | None = ()
-    else:
-        axes = _channel_axes(moments.view, w.shape)
+    check_finite(name, w)
+    dtype = np.asarray(array).dtype
+    axes = () if moments is None else _channel_axes(moments.view, w.shape)
+    moments = _without_data(w.shape) if moments is None else moments
     if axes is None:  # no grid has a step for each of these inputs
         return _with_one_step(w, moments, step, price, dtype)
     view = dataclasses.replace(moments.view, outputs=tuple(sorted(moments.view.outputs)))
@@ -64,14 +71,27 @@ def quantize_by_inputs(
     ]
     wide = view.fold(np.broadcast_to(scale, matrices.shape), w.shape)
     kept = tuple(slice(None) if a in axes else slice(0, 1) for a in range(w.ndim))
-    grid = Grid(
-        8,
-        levels="narrow",
-        axis=tuple(a - w.ndim for a in axes) or None,
-        scale_dtype="log8" if axes else "float32",
-    )
     codes = view.fold(np.stack(levels).astype(np.int8), w.shape)
+    grid = _coded_grid(axes, w.ndim)
     return QuantizedArray(jnp.asarray(codes), jnp.asarray(wide[kept]), grid, dtype)
+
+
+def coded_outline(
+    view: MatrixView | None, shape: tuple[int, ...], dtype: np.dtype
+) -> QuantizedArray:
+    """Returns the result of `quantize_by_inputs` with shapes for arrays."""
+    grid = _coded_grid(() if view is None else _channel_axes(view, shape), len(shape))
+    codes: Any = jax.ShapeDtypeStruct(shape, jnp.int8)
+    scale: Any = jax.ShapeDtypeStruct(grid.scale_shape(shape), jnp.float32)
+    return QuantizedArray(codes, scale, grid, dtype)
+
+
+def _coded_grid(channel_axes: tuple[int, ...] | None, ndim: int) -> Grid:
+    """Returns the grid of a step for each index along the axes, or of one step."""
+    if not channel_axes:
+        return Grid(8, levels="narrow", axis=None)
+    axis = tuple(a - ndim for a in channel_axes)
+    return Grid(8, levels="narrow", axis=axis, scale_dtype="log8")
 
 
 def equal_rate_step(array: ArrayLike, moments: FactoredMoments | None) -> float:
@@ -121,7 +141,7 @@ def _channel_axes(view: MatrixView, shape: tuple[int, ...]) -> tuple[int, ...] |
 
 
 def _with_one_step(
-    w: np.ndarray, moments: FactoredMoments, step: float, price: float, dtype: jnp.dtype
+    w: np.ndarray, moments: FactoredMoments, step: float, price: float, dtype: np.dtype
 ) -> QuantizedArray:
     """Returns an array on a uniform grid of one step, rounded with feedback."""
     weights = np.concatenate([factor.weights for factor in moments.factors])
@@ -130,6 +150,5 @@ def _with_one_step(
     common = max(common, float(np.abs(w).max(initial=0)) / _LARGEST_LEVEL)
     codes = np.clip(np.round(w / common), -_LARGEST_LEVEL, _LARGEST_LEVEL).astype(np.int8)
     scale = jnp.full((1,) * w.ndim, common, jnp.float32)
-    grid = Grid(8, levels="narrow", axis=None)
-    nearest = QuantizedArray(jnp.asarray(codes), scale, grid, dtype)
+    nearest = QuantizedArray(jnp.asarray(codes), scale, _coded_grid(None, w.ndim), dtype)
     return round_with_feedback(w, nearest, moments, price=price / 4)

@@ -21,7 +21,7 @@ from jaxclip._core.updates import rounded_sum, update_between
 from jaxclip.lowbit.arrays import is_quantized
 from jaxclip.lowbit.policies import Policy
 from jaxclip.lowbit.quantizer import Threshold
-from jaxclip.lowbit.trees import compress, decompress
+from jaxclip.lowbit.trees import compress_tree, decompress
 from jaxclip.thresholds.by_error import least_squares
 
 
@@ -104,7 +104,9 @@ def keep_on_grid(
     # Jitted, so that outside of jit, too, no step waits for the check that all values are finite.
     @jax.jit
     def compressed(params):
-        return compress(params, grid, rule=least_squares if rule is None else rule, policy=policy)
+        return compress_tree(
+            params, grid, rule=least_squares if rule is None else rule, policy=policy
+        )
 
     # Made once: outside of jit a `cond` compiles functions that it has not seen.
     def rounded(unrounded):

@@ -29,6 +29,11 @@ from jaxclip.lowbit.feedback import (
     output_energy,
     output_error,
 )
+from jaxclip.lowbit.input_steps import (
+    coded_outline,
+    equal_rate_step,
+    quantize_by_inputs,
+)
 from jaxclip.lowbit.moments import Calibration, InputMoments
 from jaxclip.lowbit.quantizer import (
     Threshold,
@@ -58,6 +63,7 @@ class LeafSpec:
       moments: Moments of the leaf's inputs, factored or not; None to round without data.
       is_calibrated: True for errors of outputs in budgets, False for those of weights.
       sensitivity: Error of the model's outputs for a unit of the leaf's; None if not measured.
+      step: For an entropy-coded file, the step of `quantize_by_inputs`; None for the grid.
       origin: The policy's entry that it comes from, for messages.
     """
 
@@ -67,6 +73,7 @@ class LeafSpec:
     moments: InputMoments | FactoredMoments | None = None
     is_calibrated: bool = False
     sensitivity: float | None = None
+    step: float | None = None
     origin: str = ""
 
     def __post_init__(self) -> None:
@@ -103,8 +110,12 @@ class LeafSpec:
 
     def quantize(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns the low-bit array of a leaf; `bits` is its width if the grid has none."""
-        grid, rule = self._for_leaf(leaf, path, bits)
         name = f"params at {path!r}"
+        if self.step is not None:
+            factored = self.factored(leaf, path).moments
+            assert not isinstance(factored, InputMoments)
+            return quantize_by_inputs(leaf, factored, self.step, name=name)
+        grid, rule = self._for_leaf(leaf, path, bits)
         if self.moments is not None:
             moments, price = factor_moments(self.moments, np.shape(leaf), name), self.bit_price
             return quantize_with_moments(
@@ -119,6 +130,28 @@ class LeafSpec:
             return self
         moments = factor_moments(self.moments, np.shape(leaf), f"params at {path!r}")
         return dataclasses.replace(self, moments=moments)
+
+    def equal_rate_step(self, leaf: ArrayLike) -> float:
+        """Returns the step at which, at high rates, leaves take equal bits, by a factored spec."""
+        assert not isinstance(self.moments, InputMoments)
+        return equal_rate_step(leaf, self.moments)
+
+    def unit_step(self, leaf: ArrayLike) -> float:
+        """Returns the leaf's part in a step that all leaves share, by a factored spec.
+
+        Errors of outputs are then as large as they should be: by sensitivities, or for equal
+        rates of all leaves, or without a calibration for equal errors of all weights.
+        """
+        if not self.is_calibrated:
+            return 1.0
+        if self.sensitivity is None:
+            return self.equal_rate_step(leaf)
+        # Outputs that do not depend on a leaf leave it no bits.
+        return 1 / math.sqrt(max(self.sensitivity, 1e-30))
+
+    def with_step(self, step: float, leaf: ArrayLike) -> "LeafSpec":
+        """Returns this factored spec for an entropy-coded file, with a step that leaves share."""
+        return dataclasses.replace(self, step=step * self.unit_step(leaf))
 
     def error_of(self, leaf: np.ndarray | jax.Array, small: QuantizedArray) -> float:
         """Returns the error of a low-bit leaf that budgets make small, by a factored spec."""
@@ -141,7 +174,7 @@ class LeafSpec:
         self, leaf: ArrayLike, path: str, bits: Bits | None = None
     ) -> tuple[QuantizedArray, QuantizationError] | None:
         """Returns what `quantize` does, in NumPy, and its error; None if that takes other ways."""
-        if self.has_price or self.moments is not None:
+        if self.has_price or self.moments is not None or self.step is not None:
             return None
         grid, rule = self._for_leaf(leaf, path, bits)
         return quantize_on_host(leaf, grid, threshold=rule, name=f"params at {path!r}")
@@ -149,6 +182,9 @@ class LeafSpec:
     def outline(self, leaf: Any, path: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns the low-bit array of a leaf with shapes for arrays; `leaf` may be a shape."""
         dtype = jnp.dtype(leaf.dtype)
+        if self.step is not None:
+            view = None if self.moments is None else self.moments.view
+            return coded_outline(view, np.shape(leaf), dtype)
         grid, rule = self._for_leaf(leaf, path, bits)
         if self.has_price or shared_choice(rule) is None:  # the rule may not suit the leaf
             without = dataclasses.replace(self, moments=None)  # which change no shape

@@ -199,6 +199,12 @@ def _check_all_finite(name: str, array: jax.Array) -> None:
         _raise_not_finite(name, np.asarray(array))
 
 
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raises with the first entry that is not finite in float32."""
+    if not np.isfinite(array).all():
+        _raise_not_finite(name, array)
+
+
 def _raise_not_finite(name: str, array: np.ndarray) -> None:
     """Raises with the first entry that is not finite in float32, or in a wider `array`'s dtype."""
     with np.errstate(over="ignore"):

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from jaxclip import checkpoints
+from jaxclip import checkpoints, compress
 from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError
 from jaxclip.checkpoints.format.codes import restore_leaf
@@ -18,7 +18,6 @@ from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.packing import num_packed_bytes
 from jaxclip.lowbit.scale_formats import decode_log8, encode_log8
-from jaxclip.lowbit.trees import compress
 from jaxclip.lowbit.trellis import levels_of
 
 

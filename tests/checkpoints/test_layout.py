@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclip import checkpoints
+from jaxclip import checkpoints, compress
 from jaxclip._core.grids import Grid
 from jaxclip.checkpoints.format import headers, layout, parsing
 from jaxclip.checkpoints.format.codes import restore_leaf
@@ -21,7 +21,6 @@ from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.packing import num_packed_bytes
 from jaxclip.lowbit.quantizer import quantize
-from jaxclip.lowbit.trees import compress
 from oracles.made_up_files import header_of
 
 WIDTHS = [1, "ternary", 2, 3, 4, 5, 6, 8]

@@ -16,13 +16,12 @@ import safetensors.numpy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxclip import checkpoints
+from jaxclip import checkpoints, compress, decompress
 from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError
 from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.quantizer import quantize
-from jaxclip.lowbit.trees import compress, decompress
 from jaxclip.thresholds.by_magnitude import max_abs
 from oracles.saved_trees import assert_same, new_tree, random_weights, small_tree
 

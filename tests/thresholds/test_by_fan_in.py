@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+from jaxclip import compress
 from jaxclip._core.trees import path_name
-from jaxclip.lowbit.trees import compress
 from jaxclip.thresholds.by_fan_in import fan_in
 from jaxclip.thresholds.values import resolve_threshold
 

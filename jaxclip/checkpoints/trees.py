@@ -1,0 +1,213 @@
+"""Compressing a tree in memory: fixed widths, an average of bits, or the size of a file."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxclip._core import checks, threads
+from jaxclip._core.grids import Bits, Grid
+from jaxclip._core.layouts import Layout
+from jaxclip._core.trees import PyTree
+from jaxclip.checkpoints.sizes import size_report
+from jaxclip.lowbit.budgets import check_budget
+from jaxclip.lowbit.moments import Calibration
+from jaxclip.lowbit.policies import LeafSpec, Policy
+from jaxclip.lowbit.quantizer import Threshold
+from jaxclip.lowbit.trees import compress_tree, flat_tree, specs_of_tree
+from jaxclip.thresholds.by_error import mse_optimal
+
+_MOST_TRIES = 10
+_TOLERANCE = 0.002  # of the bytes of codes, that may be left
+
+
+def compress(
+    params: PyTree,
+    bits: Bits | Grid | None = None,
+    *,
+    target_bits_per_weight: float | None = None,
+    target_bytes: int | None = None,
+    rule: Threshold = mse_optimal,
+    bit_price: float | jax.Array = 0.0,
+    policy: Policy = (),
+    layout: Layout | None = None,
+    calibration: Calibration | None = None,
+) -> PyTree:
+    """Replaces leaves of two or more dimensions by low-bit arrays.
+
+    A leaf whose codes and scales would take no fewer bytes than the leaf stays as it is.
+
+    With a target, each leaf gets a width of "ternary", 2, 3, 4, 5, 6 or 8 bits. They make the
+    squared error `sum |W - Q|^2` over all leaves small: bytes are spent where they lower it most.
+    The error is in the weights' own units, so leaves of large weights get more bits. `policy` can
+    fix the width of a leaf.
+
+    `target_bytes` plans the whole file that `checkpoints.save(path, small, coding="lanes")` writes,
+    for entropy-coded weights: each input of a leaf has a step of its own by the calibration, and
+    codes are on a path of a trellis. Without a calibration each leaf has one step, the same for
+    all, and the sum of squared errors of the weights is small.
+
+    With a calibration, leaves are rounded so that their products with the inputs are right. A
+    target then makes the error of the model's outputs small, by the sensitivities of the
+    calibration; without these, the sum over leaves of the relative errors of their products.
+
+    Args:
+      params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
+        stay as they are, and so do low-bit leaves, and without a `policy` for them leaves under
+        names of optimizer states: `optimizer`, `opt_state`, `exp_avg`, `moment`.
+      bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each output.
+        None (also in a `Grid`) is 4, or the width that a target chooses. The grid's axis applies
+        to leaves of two or more dimensions.
+      target_bits_per_weight: Largest average number of bits of an entry of a low-bit leaf, in
+        (0, inf): codes and scales, including leaves of fixed width. Not traced.
+      target_bytes: Largest size of the file in bytes, coded. `rule` and `bit_price` are then for
+        leaves of fixed width alone.
+      rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
+        `max_abs`), bound here to the grid; `per_tree` of a rule, measured on all leaves that
+        become low-bit by it; or a number.
+      bit_price: For entropy-coded files: error that a bit is worth, in squared steps, the `price`
+        of `cheaper_codes`, such as 0.12; at 0 every code is the nearest. Files get smaller and
+        the error larger, more so with coarse steps. At least 0; not for 1 bit or zero points.
+      policy: Pairs `(regex, spec)`; the first whose regex matches a leaf's path decides. A spec
+        is a width, a `Grid`, None to leave a leaf as it is, or a dict of any of a grid's fields,
+        `rule` and `bit_price`, which replace the arguments for those leaves. Leaves without a
+        match, and specs without a width, follow `bits` or the target. Leaves of fewer than two
+        dimensions become low-bit only by a spec with a width.
+      layout: Where the outputs are: "in_out" (flax: the last axis) or "out_in" (PyTorch, equinox:
+        the first). None takes it from the names of the leaves: "in_out" for `kernel` and
+        `embedding`, "out_in" for `weight`; other names follow most of these, or else "in_out".
+        The output axes are (heads, head_dim) for query, key and value kernels of flax, and
+        (expert, output) for leaves of three dimensions with "expert" or "moe" in their path. In
+        "out_in" a leaf of three dimensions whose last axis is 32 or longer is a stack of
+        matrices, not a convolution: give `axis` for a kernel that long.
+      calibration: Moments of the inputs of leaves, from `calibration.measure` with the same
+        parameters. Leaves that it lacks are rounded without data.
+
+    Returns:
+      A tree of the same structure with `QuantizedArray` leaves, for `decompress`,
+      `size_report` and `checkpoints.save`. A target is never exceeded, and the error within it
+      is no larger than that of any one width for all leaves that fits.
+
+    Raises:
+      TypeError: If an argument is of a wrong type, both a width and a target are given, or a
+        target comes with traced weights.
+      ValueError: If `bits` is not allowed, `bit_price` is negative or comes with 1 bit or a zero
+        point, a regex matches no leaf, a spec has an unknown field or a value that is not
+        allowed (the message names regex and field), a weight is NaN or infinite (the message
+        names leaf and index), a target is out of reach (the message has the least), or the
+        calibration is of other parameters.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxclip import max_abs
+      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
+      >>> small = compress(params, bits="ternary", rule=max_abs)
+      >>> small["kernel"].bits, small["bias"].dtype
+      ('ternary', dtype('float32'))
+      >>> compress(params, Grid(4, group_size=2), rule=max_abs)["kernel"].scale.shape
+      (4, 4)
+      >>> policy = [("kernel", {"bits": 8, "group_size": 4, "axis": 0})]
+      >>> compress(params, 2, rule=max_abs, policy=policy)["kernel"].scale.shape
+      (8, 1)
+      >>> params = {"a": jnp.ones((64, 64)), "b": jax.random.normal(jax.random.key(0), (64, 64))}
+      >>> small = compress(params, target_bits_per_weight=3.5, rule=max_abs)
+      >>> small["a"].bits, small["b"].bits
+      ('ternary', 4)
+
+    References:
+      Shoham and Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988,
+      https://doi.org/10.1109/29.90373
+    """
+    if target_bytes is None:
+        return compress_tree(
+            params,
+            bits,
+            target_bits_per_weight=target_bits_per_weight,
+            rule=rule,
+            bit_price=bit_price,
+            policy=policy,
+            layout=layout,
+            calibration=calibration,
+        )
+    grid = bits if isinstance(bits, Grid) else Grid(bits)
+    check_budget(grid.bits, target_bits_per_weight, target_bytes)
+    default = LeafSpec(grid, rule, bit_price)
+    names, leaves, structure = flat_tree(params)
+    specs = specs_of_tree(params, default, policy, layout, calibration)
+    small, coded = list(leaves), {}
+    for i, spec in enumerate(specs):
+        if spec is None:
+            continue
+        if not checks.is_concrete(leaves[i]):
+            raise TypeError("target_bytes needs the weights' values: compress outside of jit.")
+        if spec.grid.bits is None:
+            coded[i] = spec.factored(leaves[i], names[i])
+        else:
+            small[i] = spec.quantize(leaves[i], names[i])
+
+    def with_step(step: float) -> PyTree:
+        def quantize(i: int, _: object) -> PyTree:
+            return coded[i].with_step(step, leaves[i]).quantize(leaves[i], names[i])
+
+        found = threads.in_threads(quantize, coded, threads.num_cores())
+        of_all = dict(zip(coded, found, strict=True))
+        return structure.unflatten([of_all.get(i, leaf) for i, leaf in enumerate(small)])
+
+    def num_bytes(tree: PyTree) -> int:
+        return size_report(tree, "lanes").total_bytes
+
+    whole = structure.unflatten(small)
+    num_weights = sum(np.size(leaves[i]) for i in coded)
+    kept_bytes = num_bytes(whole) - sum(_bytes_of(leaves[i]) for i in coded)
+    bits_left = 8 * (target_bytes - kept_bytes) / max(num_weights, 1)
+    start = _step_near(bits_left, [(coded[i], leaves[i]) for i in coded])
+    return tree_within(target_bytes, num_weights, with_step, num_bytes, start)
+
+
+def _step_near(bits: float, leaves: Sequence[tuple[LeafSpec, ArrayLike]]) -> float:
+    """Returns a step that all leaves share, for about so many bits a weight."""
+    sizes = [np.size(leaf) for _, leaf in leaves]
+    logs = [math.log2(spec.equal_rate_step(leaf) / spec.unit_step(leaf)) for spec, leaf in leaves]
+    mean = np.average(logs, weights=sizes) if sum(sizes) else 0.0
+    return 2.0 ** (mean + 1 - max(bits, 0.0))
+
+
+def _bytes_of(leaf: ArrayLike) -> int:
+    return np.size(leaf) * np.asarray(leaf).dtype.itemsize
+
+
+def tree_within(
+    target_bytes: int,
+    num_weights: int,
+    with_step: Callable[[float], PyTree],
+    num_bytes: Callable[[PyTree], int],
+    start: float,
+) -> PyTree:
+    """Returns the tree of about the finest step whose file has at most `target_bytes`."""
+    log_step, best = math.log2(start), None
+    over: tuple[float, int] | None = None  # log2 of the step, and bytes
+    within: tuple[float, int] | None = None
+    for _ in range(_MOST_TRIES):
+        tree = with_step(2.0**log_step)
+        size = num_bytes(tree)
+        if size > target_bytes:
+            over = (log_step, size)
+        elif within is None or size >= within[1]:
+            within, best = (log_step, size), tree
+            if size >= (1 - _TOLERANCE) * target_bytes:
+                break
+        wanted = (1 - _TOLERANCE / 2) * target_bytes
+        if over and within:
+            # Sizes fall about linearly with the logarithm of the step.
+            fraction = (over[1] - wanted) / max(over[1] - within[1], 1)
+            log_step = over[0] + (within[0] - over[0]) * min(max(fraction, 0.05), 0.95)
+        else:  # a bit a weight for each doubling, less where most codes are 0
+            change = 8 * (size - wanted) / max(num_weights, 1)
+            log_step += change + math.copysign(0.05, change)
+    if best is None:
+        assert over is not None
+        raise ValueError(f"target_bytes={target_bytes} is out of reach: {over[1]} was the least.")
+    return best

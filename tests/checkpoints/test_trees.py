@@ -1,0 +1,84 @@
+"""`compress` with the size of the file as its target."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxclip import Grid, calibration, checkpoints, compress, decompress, size_report
+
+
+def apply(params, x):
+    hidden = jax.nn.relu(x @ params["one"]["kernel"] + params["one"]["bias"][None])
+    return hidden @ params["two"]["kernel"]
+
+
+@pytest.fixture(scope="module")
+def network():
+    rng = np.random.default_rng(0)
+    params = {
+        "one": {"kernel": rng.normal(size=(96, 128)) / 10, "bias": rng.normal(size=128)},
+        "two": {"kernel": rng.normal(size=(128, 100)) / 11},
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    mix = rng.normal(size=(96, 96)) * rng.lognormal(size=96)
+    x = (rng.normal(size=(1000, 96)) @ mix / 10).astype(np.float32)
+    c = calibration.measure(apply, params, [x[:400], x[400:800]], progress=False)
+    return params, c, x
+
+
+def output_error(params, small, x):
+    """Relative squared error of the outputs on inputs that the calibration did not see."""
+    wanted, found = (np.asarray(apply(p, x[800:])) for p in (params, decompress(small)))
+    return np.square(wanted - found).sum() / np.square(wanted).sum()
+
+
+@pytest.mark.parametrize("target", [5000, 9000, 16_000])
+def test_the_file_has_the_target_size_and_the_tree_comes_back(network, target, tmp_path):
+    params, c, _ = network
+    small = compress(params, target_bytes=target, calibration=c)
+    file = tmp_path / "net.safetensors"
+    checkpoints.save(file, small, coding="lanes")
+    assert 0.96 * target < file.stat().st_size <= target
+    loaded = checkpoints.load(file)
+    jax.tree.map(np.testing.assert_array_equal, decompress(loaded), decompress(small))
+
+
+def test_a_calibration_lowers_the_error_at_equal_bytes_and_sensitivities_lower_it_more(network):
+    params, c, x = network
+    measured = calibration.sensitivities(apply, params, [x[:200]], c, progress=False)
+    errors = [
+        output_error(params, compress(params, target_bytes=7000, calibration=data), x)
+        for data in (None, c, measured)
+    ]
+    assert errors[1] < 0.6 * errors[0]
+    assert errors[2] < 1.05 * errors[1]
+
+
+def test_leaves_of_fixed_width_count_and_keep_their_grid(network):
+    params, c, _ = network
+    policy = [("two", Grid(4))]
+    small = compress(params, target_bytes=12_000, calibration=c, policy=policy)
+    assert small["two"]["kernel"].bits == 4
+    assert size_report(small, "lanes").total_bytes <= 12_000
+
+
+def test_equal_arguments_give_equal_trees(network):
+    params, c, _ = network
+    first, second = (compress(params, target_bytes=7000, calibration=c) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_targets_that_cannot_be_met_or_are_not_alone_are_refused(network):
+    params, c, _ = network
+    with pytest.raises(ValueError, match="target_bytes=500 is out of reach"):
+        compress(params, target_bytes=500, calibration=c)
+    with pytest.raises(TypeError, match="only one of bits and the targets"):
+        compress(params, 4, target_bytes=5000)
+    with pytest.raises(ValueError, match="target_bytes"):
+        compress(params, target_bytes=0)
+    with pytest.raises(TypeError, match="compress outside of jit"):
+        jax.jit(lambda p: compress(p, target_bytes=5000))(params)
+    bad = {"kernel": params["two"]["kernel"].at[3, 4].set(jnp.nan)}
+    with pytest.raises(ValueError, match=r"params at 'kernel' must be finite .* at \(3, 4\)"):
+        compress(bad, target_bytes=5000)
