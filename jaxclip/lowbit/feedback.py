@@ -77,11 +77,15 @@ def factor_moments(
         raise TypeError(f"moments of {name} must be concrete: round weights outside of jit.")
     if not np.isfinite(moments.second).all():
         raise ValueError(f"moments of {name} must be finite.")
-    factors = tuple(_factor(np.asarray(h, np.float64)) for h in np.asarray(moments.second))
+    sums = (np.asarray(x, np.float64) for x in (moments.second, moments.first))
+    factors = tuple(_factor(*pair) for pair in zip(*sums, strict=True))
     return FactoredMoments(moments.view, factors)
 
 
-def _factor(second: np.ndarray) -> InputFactor:
+def _factor(second: np.ndarray, first: np.ndarray) -> InputFactor:
+    if second.ndim == 1 and np.array_equal(second, first):
+        # Counts of rows that were looked up. A row that was not may well be, by other data.
+        return InputFactor(np.arange(second.size), None, second + 1)
     diagonal = second if second.ndim == 1 else np.diagonal(second)
     mean = diagonal.mean() if diagonal.size else 0.0
     if not mean > 0:  # inputs that are all 0 say nothing

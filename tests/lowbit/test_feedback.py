@@ -171,12 +171,15 @@ def test_diagonal_moments_and_inputs_that_are_all_zero_change_no_code():
     q = quantize(w, Grid(4, axis=-1))
     view = MatrixView((20, 6), (), (0,), (1,))
     counts = InputMoments(jnp.arange(20.0)[None], jnp.arange(20.0)[None], jnp.full(1, 190), view)
+    diagonal = InputMoments(counts.second, counts.first / 2, counts.count, view)
     zeros = dense(np.zeros((10, 20), np.float32), 6)
-    for moments in (counts, zeros):
+    for moments in (counts, diagonal, zeros):
         found = round_with_feedback(w, q, factor_moments(moments))
         np.testing.assert_array_equal(found.qvalue, q.qvalue)
-    importance = importance_of(factor_moments(counts), (20, 6))
+    importance = importance_of(factor_moments(diagonal), (20, 6))
     np.testing.assert_allclose(importance[:, 2], np.arange(20) + 0.095, rtol=1e-6)
+    importance = importance_of(factor_moments(counts), (20, 6))
+    np.testing.assert_allclose(importance[:, 2], np.arange(20) + 1, rtol=1e-6)
 
 
 def test_a_price_makes_more_zeros():
