@@ -1,6 +1,7 @@
 """Sensitivity of a model's outputs to each weight, one weight rounded at a time."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,14 +14,13 @@ import optax
 from jaxclip._core.trees import PyTree, floating_leaves
 from jaxclip.calibration.measuring import numbered, on_device, weight_paths
 from jaxclip.calibration.sums import anywhere
+from jaxclip.lowbit.arrays import dequantize
+from jaxclip.lowbit.feedback import factor_moments
+from jaxclip.lowbit.input_steps import equal_rate_step, quantize_by_inputs
 from jaxclip.lowbit.moments import Calibration, InputMoments
 
-
-def round_to_half_rms(leaf: jax.Array, path: str) -> jax.Array:
-    """Returns a weight on multiples of half its root mean square, about 3 bits an entry."""
-    del path
-    step = 0.5 * jnp.sqrt(jnp.mean(jnp.square(leaf)))
-    return jnp.where(step > 0, jnp.round(leaf / step) * step, leaf)
+# Of the step of equal rates: about two and a half bits, where sensitivities matter most.
+_STEP = 2.0**-1.5
 
 
 def sensitivities(
@@ -29,7 +29,7 @@ def sensitivities(
     batches: Iterable[PyTree],
     calibration: Calibration,
     *,
-    round_leaf: Callable[[jax.Array, str], jax.Array] = round_to_half_rms,
+    round_leaf: Callable[[jax.Array, str], jax.Array] | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Measures how much the outputs of a model suffer from the error of each weight.
@@ -51,7 +51,8 @@ def sensitivities(
       batches: Iterable of batches, as in `measure`. A few are enough, and may be fewer.
       calibration: What `measure` returned for these parameters.
       round_leaf: Function of a weight and its path that returns it with an error, which should be
-        small and of the kind that is to come.
+        small and of the kind that is to come. None rounds as `compress(target_bytes=)` does, by the
+        moments, to about two and a half bits.
       progress: True to show a bar in a terminal or a notebook, if rich is installed.
 
     Returns:
@@ -80,7 +81,10 @@ def sensitivities(
     params = on_device(params)
     leaves = jax.tree.leaves(params)
     weights = {path: leaves[places[path]] for path in paths}
-    round_one = jax.jit(round_leaf, static_argnums=1)
+    if round_leaf is None:
+        round_one = functools.partial(_rounded_by_moments, calibration)
+    else:
+        round_one = jax.jit(round_leaf, static_argnums=1)
     rounded = {path: _rounded(weight, path, round_one) for path, weight in weights.items()}
     changed = [(places[path], weight) for path, weight in rounded.items()]
     errors = _relative_errors(apply_fn, params, changed, numbered(batches, progress))
@@ -118,6 +122,15 @@ def _relative_errors(
     if not energy > 0:
         raise ValueError("the outputs of apply_fn must be floating and not all 0.")
     return errors / energy
+
+
+def _rounded_by_moments(calibration: Calibration, leaf: jax.Array, path: str) -> jax.Array:
+    """Returns a weight as it comes from an entropy-coded file."""
+    given = calibration.moments.get(path)
+    moments = None if given is None else factor_moments(given, leaf.shape, repr(path))
+    step = _STEP * equal_rate_step(leaf, moments)
+    rounded = dequantize(quantize_by_inputs(leaf, moments, step, name=repr(path)))
+    return jax.device_put(rounded, leaf.sharding)
 
 
 def _rounded(leaf: Any, path: str, round_leaf: Callable) -> jax.Array:

@@ -5,6 +5,7 @@
 .npy           one array
 """
 
+from jaxclip.checkpoints.compressing import compress as compress
 from jaxclip.checkpoints.inspection import describe_file as describe_file
 from jaxclip.checkpoints.inspection import verify_file as verify_file
 from jaxclip.checkpoints.reading import CheckpointError as CheckpointError
@@ -16,4 +17,3 @@ from jaxclip.checkpoints.sizes import size_report as size_report
 from jaxclip.checkpoints.store import inspect as inspect
 from jaxclip.checkpoints.store import load as load
 from jaxclip.checkpoints.store import save as save
-from jaxclip.checkpoints.trees import compress as compress
