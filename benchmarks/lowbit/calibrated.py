@@ -1,14 +1,14 @@
 """What calibration buys, in files of MiniLM: error of the embeddings against bits a weight.
 
     pip install -e ".[examples]" tokenizers
-    python benchmarks/lowbit/calibrated.py MODEL_FOLDER [--rates 4.4 3.3 2.45] [--prices]
+    python benchmarks/lowbit/calibrated.py MODEL_FOLDER [--parts whole coded fixed] [--save FILE]
 
-MODEL_FOLDER is that of `examples/minilm.py`, whose network is measured: the whole model, then the
-36 matrices of its encoder. "error" is 1 - the mean cosine of 300 sentences of Python's manual to
-the embeddings of the original. Moments are from 512 other sentences of the manual, in batches
-without padding. Every row is a file that is written and loaded again; bits are its bytes over its
-weights, with header, scales and tables. The rate of a coded row is searched for. Seconds are CPU
-time of rounding and writing the file once.
+MODEL_FOLDER is that of `examples/minilm.py`, whose network is measured: the whole model in 6.5 MB,
+then the 36 matrices of its encoder. "error" is 1 - the mean cosine of 300 sentences of Python's
+manual to the embeddings of the original. Moments are from 512 other sentences of the manual, in
+batches without padding, and sensitivities from four of these batches. Every row is a file that is
+written and loaded again; bits are its bytes over its weights, with header, scales and tables.
+Seconds are CPU time of `compress`, its search for the size included.
 """
 
 import argparse
@@ -26,89 +26,16 @@ import numpy as np
 
 from jaxclip import Grid, calibration, checkpoints, compress, decompress
 from jaxclip.lowbit import dependent_codes
-from jaxclip.lowbit.feedback import factor_moments
-from jaxclip.lowbit.input_steps import equal_rate_step, quantize_by_inputs
 from jaxclip.thresholds import rate_optimal
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 import minilm
 
-PRICES = (0.1, 0.2, 0.3, 0.4, 0.5)  # squared steps that a bit is worth
 NUM_SENTENCES = 512
-UNIFORM = "coded, a step a leaf, without data"
-DEPENDENT = "  dependent_codes, without data"
-BY_INPUTS = "  steps by input, rates by sensitivity"
+WHOLE_BYTES = 6_500_000
 
 
-# --- Rounding --------------------------------------------------------------------------
-
-
-class Rounder:
-    """The weights of a model with two or more axes, and what a calibration says of them."""
-
-    def __init__(self, params, measured):
-        names = [n for n, leaf in params.items() if leaf.ndim >= 2 and leaf.dtype.kind == "f"]
-        self.weights = {name: np.asarray(params[name]) for name in names}
-        self.rest = {name: leaf for name, leaf in params.items() if name not in names}
-        moments = {name: m for name, m in measured.moments.items() if name in names}
-        self.measured = dataclasses.replace(measured, moments=moments)
-        self.factors = {
-            name: factor_moments(moments[name], w.shape, name) if name in moments else None
-            for name, w in self.weights.items()
-        }
-        # The step of each leaf that takes about 0 bits, if all leaves take the same.
-        self.equal = {n: equal_rate_step(w, self.factors[n]) for n, w in self.weights.items()}
-
-    def with_sensitivities(self, sensitivities):
-        """Steps in proportion to the roots of sensitivities; the mean rate is that of `equal`."""
-        found = {n: np.sqrt(max(float(sensitivities[n]), 1e-30)) for n in self.weights}
-        sizes = np.array([w.size for w in self.weights.values()])
-        logs = [np.log(self.equal[n] * found[n]) for n in self.weights]
-        common = np.exp(np.average(logs, weights=sizes))
-        return {n: common / found[n] for n in self.weights}
-
-    def fixed(self, bits, is_calibrated):
-        grid = Grid(bits, group_size=64, scale_dtype="float16")
-        return compress(self.weights, grid, calibration=self.measured if is_calibrated else None)
-
-    def uniform(self, rate):
-        return compress(self.weights, Grid(8, axis=None), rule=rate_optimal(rate))
-
-    def dependent(self, rate):
-        return dependent_codes(self.uniform(rate), self.weights)
-
-    def by_inputs(self, rate, steps, price=None):
-        """Steps by input on the trellis, with feedback; `steps` of the leaves at a rate of 0."""
-        options = {} if price is None else {"price": price}
-        return {
-            n: quantize_by_inputs(w, self.factors[n], steps[n] * 2.0**-rate, **options)
-            for n, w in self.weights.items()
-        }
-
-
-def written(make, rest=None, coding="lanes"):
-    """Writes what `make()` returns: the file's bytes, its arrays, CPU seconds."""
-    start = time.process_time()
-    small = make() | (rest or {})
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "small.safetensors")
-        checkpoints.save(path, small, coding=coding)
-        seconds = time.process_time() - start
-        return path.stat().st_size, decompress(checkpoints.load(path)), seconds
-
-
-def at_bytes(make, num_bytes, num_weights, rest=None, rounds=5):
-    """The file of `make(rate)` whose bytes come within half a per cent of a number."""
-    rate, found = 8 * num_bytes / num_weights, None
-    for _ in range(rounds):
-        found = written(lambda rate=rate: make(rate), rest)
-        if abs(found[0] / num_bytes - 1) < 0.005:
-            break
-        rate += 8 * (num_bytes - found[0]) / num_weights
-    return found
-
-
-# --- MiniLM ----------------------------------------------------------------------------
+# --- Data ------------------------------------------------------------------------------
 
 
 def other_sentences(held_out):
@@ -132,13 +59,12 @@ def token_batches(encoder, texts):
             yield np.stack(rows[i : i + 64])
 
 
-class MiniLM:
+class Model:
     def __init__(self, folder):
         loaded = checkpoints.load(folder / "model.safetensors")
         self.params = {name: np.asarray(leaf) for name, leaf in loaded.items()}
         self.encoder, self.texts = minilm.Encoder(folder), minilm.sentences(300)
         self.reference = self.encoder(self.params, self.texts)
-        self.batches = list(token_batches(self.encoder, other_sentences(self.texts)))
 
     def apply(self, params, tokens):
         return minilm.embed(params, tokens, jnp.ones(tokens.shape, bool), *self.encoder.sizes)
@@ -147,89 +73,114 @@ class MiniLM:
         found = self.encoder({**self.params, **changed}, self.texts)
         return 1 - (found * self.reference).sum(1).mean()
 
+    def measure(self):
+        """Returns the calibration; prints CPU seconds."""
+        batches = list(token_batches(self.encoder, other_sentences(self.texts)))
+        print(f"{sum(b.size for b in batches):,} tokens in {len(batches)} batches")
+        times = [time.process_time()]
+        found = calibration.measure(self.apply, self.params, batches, progress=False)
+        times.append(time.process_time())
+        found = calibration.sensitivities(
+            self.apply, self.params, batches[1:8:2], found, progress=False
+        )
+        times.append(time.process_time())
+        seconds = np.diff(times)
+        print(f"moments {seconds[0]:.0f} CPU s, sensitivities {seconds[1]:.0f} CPU s", flush=True)
+        return found
 
-def timed(title, function):
+
+# --- Files -----------------------------------------------------------------------------
+
+
+def uniform(params, bits):
+    return compress(params, Grid(8, axis=None), rule=rate_optimal(bits))
+
+
+def written(make, coding="lanes"):
+    """Writes what `make()` returns: the file's bytes, its arrays, CPU seconds of making it."""
     start = time.process_time()
-    result = function()
-    print(f"{title}: {time.process_time() - start:.0f} CPU s", flush=True)
-    return result
+    small = make()
+    seconds = time.process_time() - start
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "small.safetensors")
+        checkpoints.save(path, small, coding=coding)
+        return path.stat().st_size, decompress_floats(checkpoints.load(path)), seconds
 
 
-def measured_by(apply, params, batches, some):
-    """Moments on all batches; sensitivities on some, with every leaf rounded with its data."""
-    found = timed("moments", lambda: calibration.measure(apply, params, batches, progress=False))
-    rounder = Rounder(params, found)
-    rounded = decompress(rounder.by_inputs(3, rounder.equal))
+def decompress_floats(small):
+    return {name: np.asarray(leaf) for name, leaf in decompress(small).items()}
 
-    def round_leaf(leaf, path):
-        return jnp.asarray(rounded[path])
 
-    return timed(
-        "sensitivities",
-        lambda: calibration.sensitivities(
-            apply, params, some, found, round_leaf=round_leaf, progress=False
-        ),
+class Table:
+    """Prints a row for each file of some parameters."""
+
+    def __init__(self, title, model, params):
+        self.model = model
+        weights = [w for w in params.values() if w.ndim >= 2 and w.dtype.kind == "f"]
+        self.size = sum(w.size for w in weights)
+        self.kept_bytes = sum(w.nbytes for w in params.values()) - sum(w.nbytes for w in weights)
+        title = f"{title}, {self.size:,} weights"
+        print(f"\n{title:44}{'bytes':>12}{'bits':>7}{'error':>9}{'CPU s':>7}")
+
+    def row(self, title, make, coding="lanes"):
+        num_bytes, loaded, seconds = written(make, coding)
+        bits, error = 8 * num_bytes / self.size, self.model.error(loaded)
+        print(f"{title:44}{num_bytes:12,}{bits:7.3f}{error:9.5f}{seconds:7.0f}", flush=True)
+
+
+def print_targets(table, params, measured, num_bytes):
+    """Rows of files of one size."""
+    equal = dataclasses.replace(measured, sensitivities={})
+    methods = {
+        "target_bytes, rates by sensitivity": measured,
+        "target_bytes, equal rates": equal,
+        "target_bytes, without data": None,
+    }
+    for title, given in methods.items():
+        table.row(title, lambda c=given: compress(params, target_bytes=num_bytes, calibration=c))
+    # Headers, scales and tables take about .01 bit.
+    bits = 8 * (num_bytes - table.kept_bytes) / table.size - 0.01
+    table.row("a uniform step a leaf, without data", lambda: uniform(params, bits))
+    table.row(
+        "dependent_codes, without data", lambda: dependent_codes(uniform(params, bits), params)
     )
 
 
-def print_row(title, model, size, found):
-    num_bytes, params, seconds = found
-    bits, error = 8 * num_bytes / size, model.error(params)
-    print(f"{title:44}{bits:7.3f}{error:9.5f}{seconds:7.1f}", flush=True)
-
-
-def print_encoder(model, measured, rates, prices):
-    params = {n: w for n, w in model.params.items() if n.startswith("encoder")}
-    encoder = Rounder(params, measured)
-    size = sum(w.size for w in encoder.weights.values())
-    print(f"\n{f'{len(encoder.weights)} matrices, {size:,} weights':44}   bits    error  CPU s")
+def print_fixed(table, params, measured):
     for bits in (4, 3, 2):
-        for title, has_data in (("without data", False), ("calibrated", True)):
-            make = functools.partial(encoder.fixed, bits, has_data)
-            found = written(make, coding=None)
-            print_row(f"{bits} bits, groups of 64, {title}", model, size, found)
-    weighted = encoder.with_sensitivities(measured.sensitivities)
-    methods = {
-        UNIFORM: encoder.uniform,
-        DEPENDENT: encoder.dependent,
-        "  steps by input, equal rates": lambda r: encoder.by_inputs(r, encoder.equal),
-        BY_INPUTS: lambda r: encoder.by_inputs(r, weighted),
-    }
-    for rate in rates:
-        for title, make in methods.items():
-            print_row(title, model, size, at_bytes(make, rate * size / 8, size))
-    for price in prices:
-        make = functools.partial(encoder.by_inputs, steps=weighted, price=price)
-        found = at_bytes(make, rates[-1] * size / 8, size)
-        print_row(f"  rates by sensitivity, price {price}", model, size, found)
-
-
-def print_whole(model, measured):
-    whole = Rounder(model.params, measured)
-    size = sum(w.size for w in whole.weights.values())
-    weighted = whole.with_sensitivities(measured.sensitivities)
-    print(f"\n{f'whole model in 6.5 MB, {size:,} weights':44}   bits    error  CPU s")
-    methods = {
-        UNIFORM: whole.uniform,
-        DEPENDENT: whole.dependent,
-        BY_INPUTS: lambda r: whole.by_inputs(r, weighted),
-    }
-    for title, make in methods.items():
-        print_row(title, model, size, at_bytes(make, 6_480_000, size, whole.rest))
+        grid = Grid(bits, group_size=64, scale_dtype="float16")
+        for title, given in (("without data", None), ("calibrated", measured)):
+            make = functools.partial(compress, params, grid, calibration=given)
+            table.row(f"{bits} bits, groups of 64, {title}", make, coding=None)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--rates", type=float, nargs="*", default=(4.4, 3.3, 2.45))
-    parser.add_argument("--prices", action="store_true", help="several, at the last rate")
+    parts = ("whole", "coded", "fixed")
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    parser.add_argument("--rates", type=float, nargs="*", default=(2.45, 3.3, 4.4))
+    parser.add_argument("--save", type=pathlib.Path, help="keeps the calibration, or takes it")
     args = parser.parse_args()
-    model = MiniLM(args.folder)
-    tokens = sum(batch.size for batch in model.batches)
-    print(f"{tokens:,} tokens in {len(model.batches)} batches")
-    measured = measured_by(model.apply, model.params, model.batches, model.batches[1:8:2])
-    print_whole(model, measured)
-    print_encoder(model, measured, args.rates, PRICES if args.prices else ())
+    model = Model(args.folder)
+    if args.save and args.save.exists():
+        measured = calibration.Calibration.from_tree(checkpoints.load(args.save))
+    else:
+        measured = model.measure()
+        if args.save:
+            checkpoints.save(args.save, measured.to_tree())
+    if "whole" in args.parts:
+        table = Table("whole model", model, model.params)
+        print_targets(table, model.params, measured, WHOLE_BYTES)
+    names = [n for n, w in model.params.items() if n.startswith("encoder") and w.ndim == 2]
+    params = {name: model.params[name] for name in names}
+    measured = dataclasses.replace(measured, moments={n: measured.moments[n] for n in names})
+    if "coded" in args.parts:
+        table = Table(f"{len(names)} matrices", model, params)
+        for rate in args.rates:
+            print_targets(table, params, measured, int(rate * table.size / 8))
+    if "fixed" in args.parts:
+        print_fixed(Table(f"{len(names)} matrices", model, params), params, measured)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,17 @@ set, without labels.
 import argparse
 import itertools
 import math
+import os
 import pathlib
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from calibrated import Rounder, at_bytes, measured_by, written
+
+from jaxclip import calibration, checkpoints, compress, decompress
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 import fashion
@@ -51,26 +54,25 @@ def trained(data, seed, num_steps, weight_decay):
     state, batches = tx.init(params), fashion.batches(data, 128, seed * num_steps)
     for _ in range(num_steps):
         params, state = step(params, state, *next(batches))
-    return jax.tree.map(np.asarray, params)
+    return params
 
 
 def files_of(params, images, targets):
     """Yields a title, loaded parameters and bytes for each way to round."""
-    measured = measured_by(logits, params, [images], [images])
-    model = Rounder(params, measured)
-    size = sum(w.size for w in model.weights.values())
-    weighted = model.with_sensitivities(measured.sensitivities)
-    num_bytes, loaded, _ = written(lambda: params, coding=None)
-    yield "float32", loaded, num_bytes
-    methods = {
-        "a step a leaf, without data": model.uniform,
-        "dependent_codes, without data": model.dependent,
-        "calibrated": lambda rate: model.by_inputs(rate, weighted),
-    }
-    for target in targets:
-        for title, make in methods.items():
-            num_bytes, loaded, _ = at_bytes(make, target, size, model.rest, rounds=12)
-            yield f"{title}, {target:,}", loaded, num_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "small.safetensors")
+
+        def written(small, coding=None):
+            checkpoints.save(path, small, coding=coding, overwrite=True)
+            return decompress(checkpoints.load(path)), os.path.getsize(path)
+
+        yield "float32", *written(params)
+        found = calibration.measure(logits, params, [images], progress=False)
+        found = calibration.sensitivities(logits, params, [images], found, progress=False)
+        for target, given in itertools.product(targets, (None, found)):
+            title = f"{target:,} bytes, {'calibrated' if given else 'without data'}"
+            small = compress(params, target_bytes=target, calibration=given)
+            yield title, *written(small, "lanes")
 
 
 def main():
@@ -83,7 +85,7 @@ def main():
     parser.add_argument("--targets", type=int, nargs="*", default=(59_600, 40_900, 29_300, 20_000))
     args = parser.parse_args()
     source, train, _, (images, labels) = fashion.load(args.data)
-    print(source)
+    print(source, flush=True)
     table = {}
     for seed in range(args.seeds):
         params = trained(train, seed, args.steps, args.weight_decay)
@@ -91,10 +93,10 @@ def main():
         for title, loaded, num_bytes in files_of(params, train[0][picks], args.targets):
             found = np.asarray(logits(loaded, images)).argmax(1)
             table.setdefault(title, []).append((100 * np.mean(found == labels), num_bytes))
-    print(f"\n{'':44}{'bytes':>10}{'accuracy':>10}{'sd':>6}   {args.seeds} seeds")
+    print(f"{'':34}{'bytes':>10}{'accuracy':>10}{'sd':>6}   {args.seeds} seeds")
     for title, rows in table.items():
         accuracy, num_bytes = np.array(rows).T
-        print(f"{title:44}{num_bytes.mean():10,.0f}{accuracy.mean():10.2f}{accuracy.std():6.2f}")
+        print(f"{title:34}{num_bytes.mean():10,.0f}{accuracy.mean():10.2f}{accuracy.std():6.2f}")
 
 
 if __name__ == "__main__":
