@@ -136,7 +136,7 @@ def _largest_scale(
 def _no_search(pieces: np.ndarray, *_: Any) -> Found:
     """Returns what is found where the largest weight decides."""
     nothing = np.zeros(pieces.shape[:2], np.float32)
-    return Found(nothing, nothing)
+    return Found(*[nothing] * len(Found._fields))
 
 
 def _rows_of(per_piece: np.ndarray, parts: Parts, places: Sequence[Place]) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from jaxclip._core.grids import Grid
 from jaxclip.lowbit.parts import PartShape
 from jaxclip.lowbit.scale_formats import round_scale
 from jaxclip.thresholds.search.candidates import BlockStats, Evaluate
-from jaxclip.thresholds.search.rows import Rows, search_rows, sum_entries
+from jaxclip.thresholds.search.rows import Rows, scaled, search_rows, sum_entries
 from jaxclip.thresholds.search.scale import may_be_one_pass, search_scale
 from jaxclip.thresholds.search.scale_and_zero import search_scale_and_zero
 
@@ -63,10 +63,12 @@ class Numbers(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Result of a search for the row of each piece, in the units of the weights."""
+    """Result of a search for the row of each piece, and statistics that it needed."""
 
     size: _Array  # the threshold, or with a zero point the scale; without a sign
     zero: _Array
+    norm: _Array  # sum of squares of the row, times the factor squared; 0 but at its first piece
+    factor: _Array  # a power of two, near the inverse of the largest magnitude
 
 
 class Statistics(NamedTuple):
@@ -110,7 +112,7 @@ def compiled(plan: Search | Rounding) -> Program:
         numbers = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((), x.dtype), numbers_of(Grid(4), True)
         )
-        function, inputs = _round_part, (*part, Found(per_piece, per_piece), numbers)
+        function, inputs = _round_part, (*part, Found(*[per_piece] * len(Found._fields)), numbers)
     options = cpu_options(WIDE_VECTORS) or None
     program = jax.jit(functools.partial(function, plan), compiler_options=options)
     return program.lower(*inputs).compile()
@@ -126,7 +128,8 @@ def _search_part(plan: Search, *part: jax.Array) -> Found:
     def search_slab(x: jax.Array, counts: jax.Array, lengths: jax.Array) -> Found:
         del lengths
         rows = Rows(x, counts, None if plan.shape.is_row else row_pieces)
-        return jax.tree.map(rows.spread, _search_rows(plan, rows, is_hard))
+        found = jax.tree.map(rows.spread, _search_rows(plan, rows, is_hard))
+        return found._replace(norm=jnp.where(rows.is_first(), found.norm, 0))
 
     found = _of_slabs(search_slab, plan.shape, num_used, *arrays)
     return jax.tree.map(lambda a: a.reshape(plan.shape[:2]), found)
@@ -176,8 +179,16 @@ def _round_rows(
 ) -> tuple[jax.Array, Statistics]:
     """Returns codes and statistics of the pieces of some rows."""
     x, (low, high, *_) = rows.pieces, numbers
-    largest = jnp.max(jnp.abs(x), axis=1)
-    threshold = jnp.where(numbers.is_searched, found.size, rows.spread(rows.largest(largest)))
+
+    def measured() -> tuple[jax.Array, jax.Array, jax.Array]:
+        largest = jnp.max(jnp.abs(x), axis=1)
+        factor = inverse_size(largest)
+        norm = sum_entries(jnp.square(x * factor[:, None]))
+        return rows.spread(rows.largest(largest)), norm, factor
+
+    threshold, norm, factor = lax.cond(
+        numbers.is_searched, lambda: (found.size, found.norm, found.factor), measured
+    )
     scale = round_scale(scale_of(threshold, numbers, jnp), plan.scale_dtype, numbers.largest)
     scale = scale.astype(jnp.float32)
 
@@ -185,7 +196,9 @@ def _round_rows(
         added = mirror_error(quotient(x, scale[:, None]), low, high)
         return rows.spread(rows.total(sum_entries(added)))
 
-    added = lax.cond(numbers.is_signed, added_error, lambda: jnp.zeros_like(scale))
+    # If no weight of a row is beyond its highest level, the sign makes no difference.
+    may_clip = numbers.is_searched | jnp.any(jnp.round(quotient(threshold, scale)) > high)
+    added = lax.cond(numbers.is_signed & may_clip, added_error, lambda: jnp.zeros_like(scale))
     scale = jnp.where(added < 0, -scale, scale)
     step, zero = scale[:, None], found.zero[:, None]
     levels = jnp.clip(jnp.round(quotient(x, step)), low - zero, high - zero)
@@ -197,14 +210,13 @@ def _round_rows(
     is_clipped = (x < jnp.minimum(*ends)) | (x > jnp.maximum(*ends))
     # Squares of numbers near 1 at most: they do not overflow.
     largest_level = jnp.minimum(jnp.abs(scale) * jnp.maximum(high, -low), FLOAT32_MAX)
-    error_factor = inverse_size(jnp.maximum(largest, largest_level))
-    norm_factor = inverse_size(largest)
+    error_factor = jnp.minimum(factor, inverse_size(largest_level))
     statistics = Statistics(
         scale=scale,
         error=sum_entries(jnp.square((x - value) * error_factor[:, None])),
         error_unit=1 / error_factor,
-        norm=sum_entries(jnp.square(x * norm_factor[:, None])),
-        norm_unit=1 / norm_factor,
+        norm=norm,
+        norm_unit=1 / factor,
         num_clipped=sum_entries(is_clipped.astype(jnp.float32)),
     )
     return (levels + zero).astype(jnp.int8), statistics
@@ -230,32 +242,34 @@ def _rounded_to(dtype: str, x: jax.Array, positive: jax.Array) -> jax.Array:
 def mirror_error(ratio: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
     """Returns what each entry adds to the error, in squared steps, if its scale is negated."""
 
-    def residual(ratio: jax.Array) -> jax.Array:
-        return ratio - jnp.clip(jnp.round(ratio), low, high)
-
-    mirrored, own = residual(-ratio), residual(ratio)
+    size = jnp.abs(ratio)
+    level = jnp.round(size)
+    below, above = size - jnp.minimum(level, jnp.negative(low)), size - jnp.minimum(level, high)
     # Exactly 0 if neither is clipped. Of two squares XLA would round only one.
-    return (mirrored - own) * (mirrored + own)
+    added = (below - above) * (below + above)
+    return jnp.where(ratio < 0, -added, added)
 
 
 def _search_rows(plan: Search, rows: Rows, is_hard: jax.Array) -> Found:
     """Returns the threshold (or the scale and the zero) of each row."""
     low, high = plan.low, plan.high
     if plan.rule == "mean":
+        _, _, factor, norm = scaled(rows)
         mean = rows.total(sum_entries(jnp.abs(rows.pieces) / rows.spread(rows.counts)[:, None]))
-        return Found(mean, jnp.zeros_like(mean))
+        return Found(mean, jnp.zeros_like(mean), norm, factor)
 
-    def search(evaluate: Evaluate, stats: BlockStats) -> tuple[jax.Array, jax.Array]:
+    def search(evaluate: Evaluate, stats: BlockStats) -> tuple[jax.Array, jax.Array, jax.Array]:
         if plan.rule == "range":
-            return range_scale(stats.lowest, stats.highest, low, high)
+            return *range_scale(stats.lowest, stats.highest, low, high), stats.energy
         if plan.rule == "scale_and_zero":
-            return search_scale_and_zero(low, high, plan.is_hard, evaluate, stats)
+            found = search_scale_and_zero(low, high, plan.is_hard, evaluate, stats)
+            return *found, stats.energy
         is_refined = is_hard if may_be_one_pass(low, high) else True
         scale = high * search_scale(low, high, is_refined, False, evaluate, stats)
-        return scale, jnp.zeros_like(scale)
+        return scale, jnp.zeros_like(scale), stats.energy
 
-    (scale, zero), factor = search_rows(rows, search)
-    return Found(jnp.abs(scale / factor), zero)
+    (scale, zero, norm), factor = search_rows(rows, search)
+    return Found(jnp.abs(scale / factor), zero, norm, factor)
 
 
 def range_scale(

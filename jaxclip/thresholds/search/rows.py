@@ -43,6 +43,11 @@ class Rows(NamedTuple):
         position = jnp.arange(self.pieces.shape[0], dtype=jnp.int32)
         return position if self.row_pieces is None else position // self.row_pieces
 
+    def is_first(self) -> jax.Array:
+        """Returns True for the first piece of each row."""
+        position = jnp.arange(self.pieces.shape[0], dtype=jnp.int32)
+        return position % (1 if self.row_pieces is None else self.row_pieces) == 0
+
     def spread(self, per_row: jax.Array) -> jax.Array:
         """Returns one value for each piece."""
         return per_row if self.row_pieces is None else per_row[self.row_of_piece()]
