@@ -1,7 +1,9 @@
 """Compressing a tree in memory: fixed widths, an average of bits, or the size of a file."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -147,10 +149,13 @@ def compress(
             coded[i] = spec.factored(leaves[i], names[i])
         else:
             small[i] = spec.quantize(leaves[i], names[i])
+    sizes = [SharedStep.of(spec, leaves[i]) for i, spec in coded.items()]
+    units = dict(zip(coded, sizes, strict=True))
 
     def with_step(step: float) -> PyTree:
         def quantize(i: int, _: object) -> PyTree:
-            return coded[i].with_step(step, leaves[i]).quantize(leaves[i], names[i])
+            spec = dataclasses.replace(coded[i], step=step * units[i].unit)
+            return spec.quantize(leaves[i], names[i])
 
         found = threads.in_threads(quantize, coded, threads.num_cores())
         of_all = dict(zip(coded, found, strict=True))
@@ -159,35 +164,55 @@ def compress(
     def num_bytes(tree: PyTree) -> int:
         return size_report(tree, "lanes").total_bytes
 
-    whole = structure.unflatten(small)
-    num_weights = sum(np.size(leaves[i]) for i in coded)
-    kept_bytes = num_bytes(whole) - sum(_bytes_of(leaves[i]) for i in coded)
-    bits_left = 8 * (target_bytes - kept_bytes) / max(num_weights, 1)
-    start = _step_near(bits_left, [(coded[i], leaves[i]) for i in coded])
-    return tree_within(target_bytes, num_weights, with_step, num_bytes, start)
+    without_codes = [None if i in coded else leaf for i, leaf in enumerate(small)]
+    bytes_left = target_bytes - num_bytes(structure.unflatten(without_codes))
+    return best_within(target_bytes, with_step, num_bytes, bytes_left, sizes)
 
 
-def _step_near(bits: float, leaves: Sequence[tuple[LeafSpec, ArrayLike]]) -> float:
-    """Returns a step that all leaves share, for about so many bits a weight."""
-    sizes = [np.size(leaf) for _, leaf in leaves]
-    logs = [math.log2(spec.equal_rate_step(leaf) / spec.unit_step(leaf)) for spec, leaf in leaves]
-    mean = np.average(logs, weights=sizes) if sum(sizes) else 0.0
-    return 2.0 ** (mean + 1 - max(bits, 0.0))
+class SharedStep(NamedTuple):
+    """A leaf's part in a step that all entropy-coded leaves share.
+
+    Attributes:
+      num_weights: Its entries.
+      unit: The leaf's step over the shared one.
+      equal_rate: The leaf's step at which all leaves would take equal bits.
+    """
+
+    num_weights: int
+    unit: float
+    equal_rate: float
+
+    @classmethod
+    def of(cls, spec: LeafSpec, leaf: ArrayLike) -> "SharedStep":
+        """Returns the part of a leaf, by its factored spec."""
+        return cls(np.size(leaf), spec.unit_step(leaf), spec.equal_rate_step(leaf))
 
 
-def _bytes_of(leaf: ArrayLike) -> int:
-    return np.size(leaf) * np.asarray(leaf).dtype.itemsize
+def _step_near(num_bytes: int, leaves: Sequence[SharedStep]) -> float:
+    """Returns the log2 of a shared step for about so many bytes of codes."""
+    num_weights = max(sum(leaf.num_weights for leaf in leaves), 1)
+    logs = (leaf.num_weights * math.log2(leaf.equal_rate / leaf.unit) for leaf in leaves)
+    return sum(logs) / num_weights + 1 - max(8 * num_bytes / num_weights, 0.0)
 
 
-def tree_within(
+def best_within(
     target_bytes: int,
-    num_weights: int,
     with_step: Callable[[float], PyTree],
     num_bytes: Callable[[PyTree], int],
-    start: float,
+    bytes_left: int,
+    leaves: Sequence[SharedStep],
 ) -> PyTree:
-    """Returns the tree of about the finest step whose file has at most `target_bytes`."""
-    log_step, best = math.log2(start), None
+    """Returns `with_step` of about the finest shared step for a file of at most `target_bytes`.
+
+    Args:
+      target_bytes: Largest size of the file.
+      with_step: Function of a shared step that returns a compressed tree.
+      num_bytes: Function of that tree that returns the size of its file.
+      bytes_left: About how many of them are for the codes.
+      leaves: The leaves whose codes these are.
+    """
+    num_weights = max(sum(leaf.num_weights for leaf in leaves), 1)
+    log_step, best = _step_near(bytes_left, leaves), None
     over: tuple[float, int] | None = None  # log2 of the step, and bytes
     within: tuple[float, int] | None = None
     for _ in range(_MOST_TRIES):
@@ -205,7 +230,7 @@ def tree_within(
             fraction = (over[1] - wanted) / max(over[1] - within[1], 1)
             log_step = over[0] + (within[0] - over[0]) * min(max(fraction, 0.05), 0.95)
         else:  # a bit a weight for each doubling, less where most codes are 0
-            change = 8 * (size - wanted) / max(num_weights, 1)
+            change = 8 * (size - wanted) / num_weights
             log_step += change + math.copysign(0.05, change)
     if best is None:
         assert over is not None

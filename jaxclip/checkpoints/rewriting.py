@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 
 from jaxclip._core.grids import Bits, Grid
 from jaxclip._core.layouts import LAYOUTS, Layout, layouts_of
+from jaxclip.checkpoints.compressing import SharedStep, best_within
+from jaxclip.checkpoints.format.codes import Allowance, coded_tensor
 from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
 from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, is_copied, leaf_name, plan_file
 from jaxclip.checkpoints.leaf_by_leaf import LeafWithError, Output, rewrite
@@ -33,7 +35,14 @@ from jaxclip.lowbit.budgets import (
 )
 from jaxclip.lowbit.distortion import quantization_error
 from jaxclip.lowbit.entropy_coding import Coding
-from jaxclip.lowbit.policies import LeafSpec, Policy, is_optimizer_state, leaf_specs
+from jaxclip.lowbit.moments import Calibration
+from jaxclip.lowbit.policies import (
+    LeafSpec,
+    Policy,
+    is_optimizer_state,
+    leaf_specs,
+    with_calibration,
+)
 from jaxclip.thresholds.by_error import mse_optimal
 from jaxclip.thresholds.values import check_one_threshold, resolve_threshold
 from jaxclip.weights.clipping import clip_weights
@@ -51,6 +60,7 @@ def compress_checkpoint(
     policy: Policy = (),
     layout: Layout | None = None,
     coding: Coding | None = None,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     max_ratio: float = MAX_RATIO,
@@ -72,8 +82,9 @@ def compress_checkpoint(
       target_bits_per_weight: Largest average number of bits of an entry of a low-bit leaf, codes
         and scales included, in (0, inf). With a target the weights are read twice: first to
         measure their errors at every width.
-      target_bytes: Largest size of the file in bytes, at least 1; with a `coding`, that of packed
-        codes.
+      target_bytes: Largest size of the file in bytes, at least 1. With `coding="lanes"` or
+        "smallest" that of the coded file, with steps as in `compress`: the weights are then read
+        up to eleven times. With other codings that of packed codes.
       rule: Rule that chooses clip thresholds, its factory, or a number; not `per_tree`, which
         measures several leaves.
       bit_price: Error that an entropy-coded bit is worth, in squared steps, at least 0, such as
@@ -87,6 +98,7 @@ def compress_checkpoint(
         of matrices, with a scale for each of their outputs.
       coding: Entropy coding of the codes: None, "huffman", "ans", "lanes" or "smallest", as
         for `save`.
+      calibration: Moments of the inputs of leaves, as in `compress`, by the names in the source.
       overwrite: True to replace an existing file.
       dry_run: True to write nothing and only return the sizes. Without `coding` they follow from
         shapes, and no weight is read unless a target needs it.
@@ -135,7 +147,10 @@ def compress_checkpoint(
         facts["kept"] = tuple(sorted(paths[name] for name in found.kept))
         facts["optimizer_state"] = tuple(sorted(paths[name] for name in found.optimizer_state))
         facts["layouts"] = tuple(x for x in LAYOUTS if x in found.layouts)
-        specs.update({name: spec for name, spec in zip(names, found.specs, strict=True) if spec})
+        of_leaves = found.specs
+        if calibration is not None:
+            of_leaves = with_calibration(of_leaves, names, calibration)
+        specs.update({name: spec for name, spec in zip(names, of_leaves, strict=True) if spec})
         priced = [name for name, spec in specs.items() if spec.has_price]
         if coding is None and priced:
             raise ValueError(
@@ -162,14 +177,18 @@ def _specs_within(
 ) -> dict[str, LeafSpec]:
     """Returns the specs without a width, given widths that fit the budget; reads their leaves."""
     free = [name for name, spec in specs.items() if spec.grid.bits is None]
+    if budget.num_bytes is not None and coding in ("lanes", "smallest"):
+        return _coded_specs_within(budget.num_bytes, source, specs, free, coding)
     small = {n: s.outline(source.leaves[n], n) for n, s in specs.items() if n not in free}
     small = source.leaves | small
     measured = []
     for name in free:
-        leaf, options = source.read(name), []
+        leaf, options = np.asarray(source.read(name)), []
+        spec = specs[name].factored(leaf, name)
         for width in ALL_WIDTHS:
-            q, error = compress_leaf(np.asarray(leaf), specs[name], name, width)
-            options.append(option_of(q, error.squared_error))
+            q, error = compress_leaf(leaf, spec, name, width)
+            is_own = not spec.is_calibrated
+            options.append(option_of(q, error.squared_error if is_own else spec.error_of(leaf, q)))
         measured.append(options)
 
     def file_bytes(outlines: list[QuantizedArray]) -> int:
@@ -185,6 +204,38 @@ def _specs_within(
         assert budget.num_bytes is not None
         widths = widths_within_file(budget.num_bytes, measured, file_bytes)
     return {name: specs[name].with_bits(w) for name, w in zip(free, widths, strict=True)}
+
+
+def _coded_specs_within(
+    target_bytes: int, source: Source, specs: dict[str, LeafSpec], free: list[str], coding: str
+) -> dict[str, LeafSpec]:
+    """Returns the specs without a width, given steps with which the coded file fits."""
+    parts = {}
+    for name in free:
+        leaf = np.asarray(source.read(name))
+        parts[name] = SharedStep.of(specs[name].factored(leaf, name), leaf)
+
+    is_flat = source.structure is None
+    names = {leaf_name((name,)) if is_flat else name: name for name in source.leaves}
+
+    def with_step(step: float) -> dict[str, LeafSpec]:
+        return {n: dataclasses.replace(specs[n], step=step * parts[n].unit) for n in free}
+
+    def num_bytes(stepped: dict[str, LeafSpec]) -> int:
+        found = specs | stepped
+        outlined = source.leaves | {n: s.outline(source.leaves[n], n) for n, s in found.items()}
+        tree = source.restore(outlined.__getitem__)
+        plan = plan_file(tree, is_copy=True, metadata=source.metadata)
+        sizes, allowance = {}, Allowance()
+        for tensor in plan.tensors:
+            name = names[tensor.leaf]
+            if name in found and tensor.name.endswith(":codes"):
+                q, _ = compress_leaf(np.asarray(source.read(name)), found[name], name)
+                coded = coded_tensor(tensor, q, coding, allowance)
+                sizes |= {} if coded is None else {tensor.name: coded[1].size}
+        return header_size(plan, coding) + plan.resized(sizes).data_bytes
+
+    return best_within(target_bytes, with_step, num_bytes, target_bytes, list(parts.values()))
 
 
 def decompress_checkpoint(

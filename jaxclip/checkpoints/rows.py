@@ -45,8 +45,8 @@ def _has_separate_rows(like: QuantizedArray, spec: LeafSpec) -> bool:
     """Returns True if rows compressed in parts equal those of the array compressed at once."""
     importance: Any = getattr(spec.rule, "importance", None)
     factors = np.shape(importance)
-    # An importance may have a factor for each row, log8 measures all scales of the array, and
-    # prices count all codes.
+    # An importance may have a factor for each row, log8 measures all scales of the array, prices
+    # count all codes, and with moments rows make up for each other's errors.
     has_factor_for_each_row = len(factors) == like.ndim and factors[0] > 1
     return (
         like.scale.shape[:1] == like.shape[:1]
@@ -54,6 +54,8 @@ def _has_separate_rows(like: QuantizedArray, spec: LeafSpec) -> bool:
         and not has_factor_for_each_row
         and like.grid.scale_dtype != "log8"
         and not spec.has_price
+        and spec.moments is None
+        and spec.step is None
     )
 
 

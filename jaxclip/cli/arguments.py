@@ -118,6 +118,9 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--coding", choices=["huffman", "ans", "lanes", "smallest"],
         help="entropy-code tensors that get smaller; ans needs the extra coding")  # fmt: skip
+    complete_files(
+        add("--calibration", metavar="FILE", help="what calibration.measure found, to round by")
+    )
     add("--dry-run", action="store_true", help="write nothing, print the sizes")
 
 
@@ -259,9 +262,9 @@ def _key_and_value(text: str) -> tuple[str, Any]:
 _FLAGS = {"overwrite": "--force", "target_bits_per_weight": "--target-bpw"}
 _FLAGS |= {"bits_per_weight": "--rate", "src": "SRC", "dst": "DST", "path": "FILE"}
 _SAME_NAMES = """
-    architecture axis bit_price bits coding dry_run dtype group_size include layout max_ratio
-    max_shard_bytes metadata model_files outlier rename rule scale_dtype target_bytes threshold
-    to zero_point
+    architecture axis bit_price bits calibration coding dry_run dtype group_size include layout
+    max_ratio max_shard_bytes metadata model_files outlier rename rule scale_dtype target_bytes
+    threshold to zero_point
 """
 _FLAGS |= {name: f"--{name.replace('_', '-')}" for name in _SAME_NAMES.split()}
 _NAMES = "|".join(sorted(_FLAGS, key=len, reverse=True))

@@ -97,10 +97,25 @@ def run_compress(args: argparse.Namespace) -> Any:
         policy=read_policy(args.policy),
         layout=args.layout,
         coding=coding,
+        calibration=_read_calibration(args.calibration),
         overwrite=args.force,
         dry_run=args.dry_run,
         **_limits(args),
     )
+
+
+def _read_calibration(path: str | None) -> Any:
+    """Returns the calibration in a file that `checkpoints.save` wrote; None without a file."""
+    if path is None:
+        return None
+    from jaxclip import calibration, checkpoints
+
+    try:
+        return calibration.Calibration.from_tree(checkpoints.load(path))
+    except checkpoints.CheckpointError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def run_decompress(args: argparse.Namespace) -> Any:

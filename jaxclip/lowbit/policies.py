@@ -149,10 +149,6 @@ class LeafSpec:
         # Outputs that do not depend on a leaf leave it no bits.
         return 1 / math.sqrt(max(self.sensitivity, 1e-30))
 
-    def with_step(self, step: float, leaf: ArrayLike) -> "LeafSpec":
-        """Returns this factored spec for an entropy-coded file, with a step that leaves share."""
-        return dataclasses.replace(self, step=step * self.unit_step(leaf))
-
     def error_of(self, leaf: np.ndarray | jax.Array, small: QuantizedArray) -> float:
         """Returns the error of a low-bit leaf that budgets make small, by a factored spec."""
         if not self.is_calibrated:

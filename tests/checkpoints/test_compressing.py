@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
-from jaxclip import Grid, calibration, checkpoints, compress, decompress, size_report
+from jaxclip import Grid, calibration, checkpoints, cli, compress, decompress, max_abs, size_report
 
 
 def apply(params, x):
@@ -82,3 +83,69 @@ def test_targets_that_cannot_be_met_or_are_not_alone_are_refused(network):
     bad = {"kernel": params["two"]["kernel"].at[3, 4].set(jnp.nan)}
     with pytest.raises(ValueError, match=r"params at 'kernel' must be finite .* at \(3, 4\)"):
         compress(bad, target_bytes=5000)
+
+
+def test_a_file_is_compressed_to_the_same_error_as_a_tree(network, tmp_path):
+    params, c, x = network
+    source, target = tmp_path / "net.safetensors", tmp_path / "small.safetensors"
+    checkpoints.save(source, params)
+    report = checkpoints.compress_checkpoint(
+        source, target, target_bytes=7000, calibration=c, coding="lanes", progress=False
+    )
+    assert report.total_bytes == target.stat().st_size
+    assert 0.96 * 7000 < report.total_bytes <= 7000
+    small = checkpoints.load(target)
+    found = output_error(params, small, x)
+    of_tree = output_error(params, compress(params, target_bytes=7000, calibration=c), x)
+    assert abs(found / of_tree - 1) < 0.1
+
+
+def test_flat_files_with_names_to_be_escaped_are_compressed_to_a_size(network, tmp_path):
+    params, c, _ = network
+    flat = {"one/kernel": params["one"]["kernel"], "two/kernel": params["two"]["kernel"]}
+    safetensors_numpy.save_file(
+        {name: np.asarray(x) for name, x in flat.items()}, tmp_path / "net.safetensors"
+    )
+    report = checkpoints.compress_checkpoint(
+        tmp_path / "net.safetensors",
+        tmp_path / "small.safetensors",
+        target_bytes=7000,
+        calibration=c,
+        coding="lanes",
+        progress=False,
+    )
+    assert 0.96 * 7000 < report.total_bytes <= 7000
+
+
+@pytest.mark.parametrize("target", [{"bits": 3}, {"target_bits_per_weight": 3.0}], ids=str)
+def test_files_of_fixed_widths_are_rounded_with_a_calibration(network, target, tmp_path):
+    params, c, x = network
+    source = tmp_path / "net.safetensors"
+    checkpoints.save(source, params)
+    errors = []
+    for data in (None, c):
+        checkpoints.compress_checkpoint(
+            source,
+            tmp_path / "small.safetensors",
+            **target,
+            calibration=data,
+            rule=max_abs,
+            overwrite=True,
+            progress=False,
+        )
+        errors.append(output_error(params, checkpoints.load(tmp_path / "small.safetensors"), x))
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_the_command_line_reads_a_calibration(network, tmp_path, capsys):
+    params, c, _ = network
+    checkpoints.save(tmp_path / "net.safetensors", params)
+    checkpoints.save(tmp_path / "c.safetensors", c.to_tree())
+    words = ["compress", "net.safetensors", "small.safetensors", "--target-bytes", "7000"]
+    words = [str(tmp_path / w) if w.endswith("tensors") else w for w in words]
+    words += ["--coding", "lanes", "--calibration"]
+    assert cli.main([*words, str(tmp_path / "c.safetensors"), "--no-cache"]) == 0
+    assert (tmp_path / "small.safetensors").stat().st_size <= 7000
+    capsys.readouterr()
+    assert cli.main([*words, str(tmp_path / "net.safetensors"), "--force", "--no-cache"]) != 0
+    assert "net.safetensors: tree must be what Calibration.to_tree" in capsys.readouterr().err

@@ -348,8 +348,9 @@ from jaxclip import checkpoints
 path, rng = sys.argv[1], random.Random(0)
 tree = lambda i: {"w": np.full(300_000, i, np.float32), "i": np.int64(i)}
 checkpoints.save(path, tree(0))
-num_leftovers = 0
-for round in range(int(sys.argv[2])):
+num_leftovers = num_kills = 0
+while num_kills < int(sys.argv[2]) or (not num_leftovers and num_kills < 100):
+    num_kills += 1
     child = os.fork()
     if child == 0:
         for i in range(1, 10_000):
