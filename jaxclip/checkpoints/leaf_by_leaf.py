@@ -21,8 +21,8 @@ from jaxclip.checkpoints.format.writing import write_plain, write_tree
 from jaxclip.checkpoints.reading import Source, open_source
 from jaxclip.checkpoints.sizes import SizeReport, report_plan, with_errors
 from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.coding.entropy_coding import Coding, check_coding
 from jaxclip.lowbit.distortion import QuantizationError
-from jaxclip.lowbit.entropy_coding import Coding, check_coding
 
 LeafWithError: TypeAlias = tuple[Leaf, QuantizationError | None]
 

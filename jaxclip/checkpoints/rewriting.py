@@ -33,8 +33,8 @@ from jaxclip.lowbit.budgets import (
     widths_within_average,
     widths_within_file,
 )
+from jaxclip.lowbit.coding.entropy_coding import Coding
 from jaxclip.lowbit.distortion import quantization_error
-from jaxclip.lowbit.entropy_coding import Coding
 from jaxclip.lowbit.moments import Calibration
 from jaxclip.lowbit.policies import (
     LeafSpec,

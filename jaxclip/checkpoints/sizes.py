@@ -28,8 +28,8 @@ from jaxclip.checkpoints.format.layout import (
 )
 from jaxclip.checkpoints.reading import Source
 from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.coding.entropy_coding import Coding, check_coding
 from jaxclip.lowbit.distortion import QuantizationError, quantization_error
-from jaxclip.lowbit.entropy_coding import Coding, check_coding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ from jaxclip.checkpoints.reading import (
 )
 from jaxclip.checkpoints.sizes import SizeReport, report_source
 from jaxclip.lowbit.arrays import is_quantized
-from jaxclip.lowbit.entropy_coding import Coding, check_coding
+from jaxclip.lowbit.coding.entropy_coding import Coding, check_coding
 
 
 def save(

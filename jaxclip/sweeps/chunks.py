@@ -21,7 +21,7 @@ from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import store
 from jaxclip.checkpoints.reading import checkpoint_errors
 from jaxclip.checkpoints.sizes import size_report
-from jaxclip.lowbit.entropy_coding import Coding, check_coding
+from jaxclip.lowbit.coding.entropy_coding import Coding, check_coding
 from jaxclip.lowbit.trees import decompress
 from jaxclip.sweeps.compiled import fingerprint, remembered
 from jaxclip.sweeps.programs import Program

@@ -23,7 +23,7 @@ from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.compressing import compress as compress_tree
-from jaxclip.lowbit.entropy_coding import Coding
+from jaxclip.lowbit.coding.entropy_coding import Coding
 from jaxclip.sweeps.chunks import ChunkStore, Compressor, Trainer
 from jaxclip.sweeps.results import SweepResult
 from jaxclip.sweeps.tasks import Task, checked_task

@@ -16,9 +16,9 @@ from jaxclip.checkpoints import CheckpointError
 from jaxclip.checkpoints.format.codes import restore_leaf
 from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.coding.trellis import levels_of
 from jaxclip.lowbit.packing import num_packed_bytes
 from jaxclip.lowbit.scale_formats import decode_log8, encode_log8
-from jaxclip.lowbit.trellis import levels_of
 
 
 def drawn_params() -> dict:

@@ -31,8 +31,8 @@ from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError, numpy_files, reading
 from jaxclip.checkpoints.format import headers, layout
 from jaxclip.checkpoints.format.writing import write_tree
-from jaxclip.lowbit import entropy_coding
 from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.coding import entropy_coding
 from oracles import recorded_trees
 from oracles.made_up_files import damage_text, damage_value, header_of, nested
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxclip.lowbit import entropy_coding
-from jaxclip.lowbit.entropy_coding import check_coding, decode_codes, encode_codes
+from jaxclip.lowbit.coding import entropy_coding
+from jaxclip.lowbit.coding.entropy_coding import check_coding, decode_codes, encode_codes
 
 every_coding = pytest.mark.parametrize("kind", ["huffman", "ans", "lanes"])
 

@@ -8,6 +8,8 @@ import pytest
 
 from jaxclip import Grid, dequantize, max_abs, mse_optimal, quantize
 from jaxclip.lowbit import feedback
+from jaxclip.lowbit.coding.trellis import chain_length, levels_of, path_of
+from jaxclip.lowbit.coding.trellis_rounding import cheapest_path, model_lengths
 from jaxclip.lowbit.feedback import (
     InputFactor,
     importance_of,
@@ -17,8 +19,6 @@ from jaxclip.lowbit.feedback import (
     round_with_feedback,
 )
 from jaxclip.lowbit.moments import InputMoments, MatrixView
-from jaxclip.lowbit.trellis import chain_length, levels_of, path_of
-from jaxclip.lowbit.trellis_rounding import cheapest_path, model_lengths
 
 
 def inputs(num, size, seed=0):

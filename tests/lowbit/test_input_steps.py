@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxclip.lowbit.coding.level_coding import encode_levels
+from jaxclip.lowbit.coding.trellis import as_chains
 from jaxclip.lowbit.feedback import FactoredMoments, factor_moments, output_error
 from jaxclip.lowbit.input_steps import equal_rate_step, quantize_by_inputs
-from jaxclip.lowbit.level_coding import encode_levels
 from jaxclip.lowbit.moments import InputMoments, MatrixView
-from jaxclip.lowbit.trellis import as_chains
 
 
 def factored(view, seed=0):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxclip.lowbit import code_lengths
-from jaxclip.lowbit.level_coding import decode_levels, encode_levels
-from jaxclip.lowbit.trellis import levels_of, odd_states
+from jaxclip.lowbit.coding import code_lengths
+from jaxclip.lowbit.coding.level_coding import decode_levels, encode_levels
+from jaxclip.lowbit.coding.trellis import levels_of, odd_states
 
 states = pytest.mark.parametrize("num_states", [1, 4, 8])
 NORMAL = np.random.default_rng(0).normal(size=(64, 300))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import jaxclip
-from jaxclip.lowbit.entropy_coding import decode_codes, encode_codes
+from jaxclip.lowbit.coding.entropy_coding import decode_codes, encode_codes
+from jaxclip.lowbit.coding.trellis import as_chains
 from jaxclip.lowbit.rate_rounding import cheaper_codes, dependent_codes
-from jaxclip.lowbit.trellis import as_chains
 from jaxclip.thresholds.by_rate import code_entropy
 
 encode = functools.partial(jaxclip.quantize, threshold=jaxclip.max_abs)  # which compiles fast

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclip.lowbit.trellis import (
+from jaxclip.lowbit.coding.trellis import (
     NEXT_STATES,
     as_chains,
     chains_shape,

@@ -13,7 +13,7 @@ import numpy as np
 from jaxclip import checkpoints
 from jaxclip._core.grids import Grid, code_range
 from jaxclip.lowbit.arrays import QuantizedArray
-from jaxclip.lowbit.trellis import levels_of
+from jaxclip.lowbit.coding.trellis import levels_of
 
 RECORDED = pathlib.Path(__file__).parents[1] / "peers" / "recorded"
 

@@ -11,10 +11,10 @@ import numpy as np
 from jaxclip.checkpoints.format.headers import ALWAYS_ALLOWED_BYTES, MAX_RATIO
 from jaxclip.checkpoints.format.layout import Leaf, Tensor
 from jaxclip.lowbit.arrays import QuantizedArray
-from jaxclip.lowbit.entropy_coding import codings_tried, decode_codes, encode_codes
+from jaxclip.lowbit.coding.entropy_coding import codings_tried, decode_codes, encode_codes
+from jaxclip.lowbit.coding.trellis import as_chains, chains_shape, from_chains
 from jaxclip.lowbit.packing import unpack_codes
 from jaxclip.lowbit.scale_formats import decode_log8, largest_log8
-from jaxclip.lowbit.trellis import as_chains, chains_shape, from_chains
 
 
 class Allowance:

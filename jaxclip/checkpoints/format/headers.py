@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxclip.checkpoints.format.layout import DTYPE_CODES, FilePlan
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
-from jaxclip.lowbit.entropy_coding import codings_tried
+from jaxclip.lowbit.coding.entropy_coding import codings_tried
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
 # Bytes of arrays that a byte of a file may stand for, unless the reader allows more: those of

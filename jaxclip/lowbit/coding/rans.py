@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxclip.lowbit.code_lengths import TOTAL, TOTAL_BITS
+from jaxclip.lowbit.coding.code_lengths import TOTAL, TOTAL_BITS
 
 _LOWEST = 2**16
 # An entry of a decoding table is an int64: slot - start in bits 0-12, the next state in bits 13-15,

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from jaxclip._core import checks, extras
-from jaxclip.lowbit import level_coding
+from jaxclip.lowbit.coding import level_coding
 
 # Codes processed at a time: a multiple of every number of digits in a byte, so only the very last
 # byte is padded.

@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip.lowbit.trellis import NEXT_STATES, check_num_states, levels_of, odd_states
+from jaxclip.lowbit.coding.trellis import NEXT_STATES, check_num_states, levels_of, odd_states
 
 _UNREACHABLE = np.float32(1e30)
 _NEVER = np.float32(40)  # bits of a code that does not occur

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from jaxclip.lowbit import code_lengths
+from jaxclip.lowbit.coding import code_lengths
 
 MAX_CLASSES = 16
 NUM_MAGNITUDES = code_lengths.LARGEST + 2  # those beyond are one

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jaxclip.lowbit import code_lengths, rans
-from jaxclip.lowbit.code_classes import (
+from jaxclip.lowbit.coding import code_lengths, rans
+from jaxclip.lowbit.coding.code_classes import (
     MAX_CLASSES,
     Classes,
     blocks,
@@ -25,7 +25,7 @@ from jaxclip.lowbit.code_classes import (
     count_codes,
     one_class,
 )
-from jaxclip.lowbit.trellis import NEXT_STATES, path_of
+from jaxclip.lowbit.coding.trellis import NEXT_STATES, path_of
 
 _HEADER = struct.Struct("<BBHIII")
 _RAW_DEFLATE = -15

@@ -1,0 +1,1 @@
+"""Entropy coding of codes, and the trellis whose paths make them worth more."""
