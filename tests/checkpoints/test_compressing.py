@@ -7,6 +7,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from jaxclip import Grid, calibration, checkpoints, cli, compress, decompress, max_abs, size_report
+from oracles.quick import quick_first
 
 
 def apply(params, x):
@@ -34,7 +35,7 @@ def output_error(params, small, x):
     return np.square(wanted - found).sum() / np.square(wanted).sum()
 
 
-@pytest.mark.parametrize("target", [5000, 9000, 16_000])
+@pytest.mark.parametrize("target", quick_first([9000, 5000, 16_000]))
 def test_the_file_has_the_target_size_and_the_tree_comes_back(network, target, tmp_path):
     params, c, _ = network
     small = compress(params, target_bytes=target, calibration=c)
@@ -64,6 +65,7 @@ def test_leaves_of_fixed_width_count_and_keep_their_grid(network):
     assert size_report(small, "lanes").total_bytes <= 12_000
 
 
+@pytest.mark.thorough
 def test_equal_arguments_give_equal_trees(network):
     params, c, _ = network
     first, second = (compress(params, target_bytes=7000, calibration=c) for _ in range(2))
@@ -100,6 +102,7 @@ def test_a_file_is_compressed_to_the_same_error_as_a_tree(network, tmp_path):
     assert abs(found / of_tree - 1) < 0.1
 
 
+@pytest.mark.thorough
 def test_flat_files_with_names_to_be_escaped_are_compressed_to_a_size(network, tmp_path):
     params, c, _ = network
     flat = {"one/kernel": params["one"]["kernel"], "two/kernel": params["two"]["kernel"]}
@@ -117,7 +120,9 @@ def test_flat_files_with_names_to_be_escaped_are_compressed_to_a_size(network, t
     assert 0.96 * 7000 < report.total_bytes <= 7000
 
 
-@pytest.mark.parametrize("target", [{"bits": 3}, {"target_bits_per_weight": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "target", quick_first([{"bits": 3}, {"target_bits_per_weight": 3.0}]), ids=str
+)
 def test_files_of_fixed_widths_are_rounded_with_a_calibration(network, target, tmp_path):
     params, c, x = network
     source = tmp_path / "net.safetensors"
