@@ -48,8 +48,8 @@ def compress(
 
     `target_bytes` plans the whole file that `checkpoints.save(path, small, coding="lanes")` writes,
     for entropy-coded weights: each input of a leaf has a step of its own by the calibration, and
-    codes are on a path of a trellis. Without a calibration each leaf has one step, and all
-    leaves take about equal bits a weight.
+    codes are on a path of a trellis. Without a calibration each leaf has one step, the same for
+    all, and the sum of squared errors of the weights is small.
 
     With a calibration, leaves are rounded so that their products with the inputs are right. A
     target then makes the error of the model's outputs small, by the sensitivities of the

@@ -139,9 +139,11 @@ class LeafSpec:
     def unit_step(self, leaf: ArrayLike) -> float:
         """Returns the leaf's part in a step that all leaves share, by a factored spec.
 
-        Errors of outputs are then as large as they should be by the sensitivities, or without them
-        all leaves take about equal bits.
+        Errors of outputs are then as large as they should be: by sensitivities, or for equal
+        rates of all leaves, or without a calibration for equal errors of all weights.
         """
+        if not self.is_calibrated:
+            return 1.0
         if self.sensitivity is None:
             return self.equal_rate_step(leaf)
         # Outputs that do not depend on a leaf leave it no bits.
