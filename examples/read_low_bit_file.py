@@ -82,13 +82,27 @@ def decode(stored, info, count):
     """Codes, whether packed or entropy coded."""
     bits = info["bits"]
     if info.get("coding") is not None:
-        decoders = {"huffman": huffman, "ans": ans, "lanes": lanes}
-        return decoders[info["coding"]](stored.tobytes(), count)
+        if info["coding"] == "lanes":
+            return from_rows(stored.tobytes(), info)
+        return (huffman if info["coding"] == "huffman" else ans)(stored.tobytes(), count)
     if bits == "ternary":  # five digits a byte
         return (stored[:, None] // 3 ** np.arange(5) % 3).reshape(-1)[:count] - 1
     stream = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(-1, bits)
     unsigned = stream.astype(np.int64) @ (1 << np.arange(bits))
     return 2 * unsigned - 1 if bits == 1 else unsigned - 2 ** (bits - 1) + (not info["full_signed"])
+
+
+def from_rows(data, info):
+    """Codes that were coded in lanes, channel by channel in chains of at most 512."""
+    shape, ndim = info["shape"], len(info["shape"])
+    first = sorted({a % ndim for a in np.atleast_1d([] if info["axis"] is None else info["axis"])})
+    first = first or list(range(ndim - 1))
+    order = [*first, *(a for a in range(ndim) if a not in first)]
+    num_rows, row = (math.prod(shape[a] for a in o) for o in (first, order[len(first) :]))
+    chain = max(-(-row // max(-(-row // 512), 1)), 1)
+    filled = row + -row % chain
+    codes = lanes(data, num_rows * filled).reshape(num_rows, filled)[:, :row]
+    return codes.reshape([shape[a] for a in order]).transpose(np.argsort(order))
 
 
 def huffman(data, count):

@@ -272,9 +272,9 @@ def test_a_price_of_bits_makes_a_smaller_file_of_a_larger_error():
 
 
 @pytest.mark.thorough
-def test_smallest_is_the_smaller_coding_of_each_tensor():
+def test_smallest_is_the_smallest_coding_of_each_tensor():
     stored = {}
-    for coding in ("huffman", "ans", "smallest"):
+    for coding in ("huffman", "ans", "lanes", "smallest"):
         words = ["compress", "net.safetensors", f"{coding}.safetensors", "--rate", "2"]
         report = run_json(*words, "--coding", coding)
         assert os.path.getsize(f"{coding}.safetensors") == report["total_bytes"]
