@@ -28,7 +28,7 @@ _DAMPING = 0.01
 _BLOCK = 64  # inputs whose errors are fed back one by one; between blocks by one product
 _WIDTH = 512  # outputs of a program: compiled once for all widths
 _NUM_CODES = 64  # magnitudes on a path: levels are below 127
-# Squared steps, about the error of rounding: rows of zeros would have codes without end.
+# Squared steps, about the error of rounding; keeps lengths of codes finite for rows of zeros.
 _LEAST_VARIANCE = 0.2
 
 

@@ -2,9 +2,9 @@
 
     step_i = c / sqrt(d_i),    d_i from the factored moments,    error of the outputs ~ c^2
 
-With such steps every input adds about as much to the error of the outputs, which is the least error
-at high rates. One number c for all leaves, over the root of each leaf's sensitivity, then shares
-out bits where they lower the error of the model's outputs most.
+With such steps every input adds about as much to the error of the outputs; at high rates that is
+the least error. The step c of a leaf is a number that all leaves share, divided by the square root
+of the leaf's sensitivity. So bits go where they lower the error of the model's outputs most.
 
 Reference: WaterSIC, 2026, https://arxiv.org/abs/2603.04956
 """
@@ -102,9 +102,9 @@ def equal_rate_step(array: ArrayLike, moments: FactoredMoments | None) -> float:
         0.5 * np.log(np.square(rows[f.order], dtype=np.float64).mean(axis=1) * f.weights + 1e-300)
         for rows, f in zip(moments.view.unfold(w), moments.factors, strict=True)
     ]
-    finite = np.concatenate(logs)
-    finite = finite[finite > -300]  # rows of zeros take no bits at any step
-    return float(np.exp(finite.mean())) if finite.size else 1.0
+    of_rows = np.concatenate(logs)
+    of_rows = of_rows[of_rows > -300]  # rows of zeros take no bits at any step
+    return float(np.exp(of_rows.mean())) if of_rows.size else 1.0
 
 
 def _without_data(shape: tuple[int, ...]) -> FactoredMoments:
