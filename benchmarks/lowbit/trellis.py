@@ -24,7 +24,7 @@ import numpy as np
 from jaxclip.lowbit.coding.entropy_coding import encode_codes
 from jaxclip.lowbit.coding.level_coding import decode_levels, encode_levels
 from jaxclip.lowbit.coding.trellis import levels_of
-from jaxclip.lowbit.coding.trellis_rounding import cheapest_path, measured_path, model_lengths
+from jaxclip.lowbit.rounding.paths import cheapest_path, measured_path, model_lengths
 
 PRICES = (0.3, 0.4)  # squared fine steps; a uniform grid's step is two of them
 NUM_CODES = 1024

@@ -20,10 +20,10 @@ from jaxclip.calibration.recorder import Recorder, Value, constant
 from jaxclip.calibration.sums import AllSums, moments_of
 from jaxclip.calibration.views import View
 from jaxclip.lowbit.arrays import is_quantized
-from jaxclip.lowbit.moments import Calibration as Calibration
-from jaxclip.lowbit.moments import InputMoments as InputMoments
-from jaxclip.lowbit.moments import MatrixView as MatrixView
 from jaxclip.lowbit.policies import Policy
+from jaxclip.lowbit.rounding.moments import Calibration as Calibration
+from jaxclip.lowbit.rounding.moments import InputMoments as InputMoments
+from jaxclip.lowbit.rounding.moments import MatrixView as MatrixView
 
 Moments: TypeAlias = "OrderedDict[str, InputMoments]"  # by path, in the order of the program
 

@@ -14,9 +14,9 @@ import optax
 from jaxclip._core.trees import PyTree, floating_leaves
 from jaxclip.calibration.measuring import numbered, on_device, weight_paths
 from jaxclip.lowbit.arrays import dequantize
-from jaxclip.lowbit.feedback import factor_moments, output_energy
-from jaxclip.lowbit.input_steps import equal_rate_step, quantize_by_inputs
-from jaxclip.lowbit.moments import Calibration, InputMoments
+from jaxclip.lowbit.rounding.feedback import factor_moments, output_energy
+from jaxclip.lowbit.rounding.input_steps import equal_rate_step, quantize_by_inputs
+from jaxclip.lowbit.rounding.moments import Calibration, InputMoments
 
 # Of the step of equal rates: about two and a half bits, where sensitivities matter most.
 _STEP = 2.0**-1.5

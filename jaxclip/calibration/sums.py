@@ -20,7 +20,7 @@ from jaxclip.calibration.views import (
     merged,
     size_of,
 )
-from jaxclip.lowbit.moments import InputMoments
+from jaxclip.lowbit.rounding.moments import InputMoments
 
 
 class Key(NamedTuple):

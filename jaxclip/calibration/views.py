@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxclip.lowbit.moments import MatrixView
+from jaxclip.lowbit.rounding.moments import MatrixView
 
 NO_AXIS, JOINED = -1, -2
 

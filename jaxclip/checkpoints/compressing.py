@@ -15,9 +15,9 @@ from jaxclip._core.layouts import Layout
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.budgets import check_budget
-from jaxclip.lowbit.moments import Calibration
 from jaxclip.lowbit.policies import LeafSpec, Policy
 from jaxclip.lowbit.quantizer import Threshold
+from jaxclip.lowbit.rounding.moments import Calibration
 from jaxclip.lowbit.trees import compress_tree, flat_tree, specs_of_tree
 from jaxclip.thresholds.by_error import mse_optimal
 

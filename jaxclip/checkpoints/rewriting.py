@@ -35,7 +35,6 @@ from jaxclip.lowbit.budgets import (
 )
 from jaxclip.lowbit.coding.entropy_coding import Coding
 from jaxclip.lowbit.distortion import quantization_error
-from jaxclip.lowbit.moments import Calibration
 from jaxclip.lowbit.policies import (
     LeafSpec,
     Policy,
@@ -43,6 +42,7 @@ from jaxclip.lowbit.policies import (
     leaf_specs,
     with_calibration,
 )
+from jaxclip.lowbit.rounding.moments import Calibration
 from jaxclip.thresholds.by_error import mse_optimal
 from jaxclip.thresholds.values import check_one_threshold, resolve_threshold
 from jaxclip.weights.clipping import clip_weights

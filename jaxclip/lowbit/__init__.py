@@ -10,8 +10,8 @@ from jaxclip.lowbit.on_grid import keep_on_grid as keep_on_grid
 from jaxclip.lowbit.packing import pack_codes as pack_codes
 from jaxclip.lowbit.packing import unpack_codes as unpack_codes
 from jaxclip.lowbit.quantizer import quantize as quantize
-from jaxclip.lowbit.rate_rounding import cheaper_codes as cheaper_codes
-from jaxclip.lowbit.rate_rounding import dependent_codes as dependent_codes
+from jaxclip.lowbit.rounding.by_rate import cheaper_codes as cheaper_codes
+from jaxclip.lowbit.rounding.by_rate import dependent_codes as dependent_codes
 from jaxclip.lowbit.scale_training import trainable_parts as trainable_parts
 from jaxclip.lowbit.straight_through import fake_quantize as fake_quantize
 from jaxclip.lowbit.trees import decompress as decompress

@@ -23,18 +23,6 @@ from jaxclip.lowbit.arrays import (
 )
 from jaxclip.lowbit.budgets import NARROWEST
 from jaxclip.lowbit.distortion import QuantizationError, squared_error, squared_norm
-from jaxclip.lowbit.feedback import (
-    FactoredMoments,
-    factor_moments,
-    output_energy,
-    output_error,
-)
-from jaxclip.lowbit.input_steps import (
-    coded_outline,
-    equal_rate_step,
-    quantize_by_inputs,
-)
-from jaxclip.lowbit.moments import Calibration, InputMoments
 from jaxclip.lowbit.quantizer import (
     Threshold,
     quantize,
@@ -42,7 +30,19 @@ from jaxclip.lowbit.quantizer import (
     quantize_with_moments,
     shared_choice,
 )
-from jaxclip.lowbit.rate_rounding import cheaper_codes
+from jaxclip.lowbit.rounding.by_rate import cheaper_codes
+from jaxclip.lowbit.rounding.feedback import (
+    FactoredMoments,
+    factor_moments,
+    output_energy,
+    output_error,
+)
+from jaxclip.lowbit.rounding.input_steps import (
+    coded_outline,
+    equal_rate_step,
+    quantize_by_inputs,
+)
+from jaxclip.lowbit.rounding.moments import Calibration, InputMoments
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.values import is_rule_factory

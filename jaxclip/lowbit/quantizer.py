@@ -23,16 +23,16 @@ from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, quotient
 from jaxclip._core.grids import Bits, Grid, as_grid
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError
-from jaxclip.lowbit.encoding import Choice, encode_concrete
-from jaxclip.lowbit.encoding_programs import mirror_error, range_scale
-from jaxclip.lowbit.feedback import (
+from jaxclip.lowbit.encoding.concrete import Choice, encode_concrete
+from jaxclip.lowbit.encoding.programs import mirror_error, range_scale
+from jaxclip.lowbit.rounding.feedback import (
     FactoredMoments,
     factor_moments,
     importance_of,
     output_error,
     round_with_feedback,
 )
-from jaxclip.lowbit.moments import InputMoments
+from jaxclip.lowbit.rounding.moments import InputMoments
 from jaxclip.lowbit.scale_formats import round_scale
 from jaxclip.thresholds.by_error import importance_for, mse_optimal
 from jaxclip.thresholds.by_magnitude import max_abs

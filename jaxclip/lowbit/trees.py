@@ -19,9 +19,9 @@ from jaxclip.lowbit.budgets import (
     option_of,
     widths_within_average,
 )
-from jaxclip.lowbit.moments import Calibration
 from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs, with_calibration
 from jaxclip.lowbit.quantizer import Threshold
+from jaxclip.lowbit.rounding.moments import Calibration
 from jaxclip.thresholds.by_error import mse_optimal
 from jaxclip.thresholds.by_tree import shared_over
 from jaxclip.thresholds.rules import ThresholdRule

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxclip import Grid, compress, decompress, dequantize, max_abs, mse_optimal, quantize
-from jaxclip.lowbit.moments import Calibration, InputMoments, MatrixView
+from jaxclip.lowbit.rounding.moments import Calibration, InputMoments, MatrixView
 from oracles.quick import quick_first
 
 

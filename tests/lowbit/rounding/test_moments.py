@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxclip import checkpoints
-from jaxclip.lowbit.moments import Calibration, InputMoments, MatrixView
+from jaxclip.lowbit.rounding.moments import Calibration, InputMoments, MatrixView
 
 CONVOLUTION = MatrixView((3, 2, 4, 5), (), (0, 1, 2), (3,))
 GROUPED = MatrixView((3, 4, 2, 5), (2,), (0, 1), (3,))  # (height, in a group, groups, out a group)

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from jaxclip import Grid, dequantize, max_abs, mse_optimal, quantize
-from jaxclip.lowbit import feedback
 from jaxclip.lowbit.coding.trellis import chain_length, levels_of, path_of
-from jaxclip.lowbit.coding.trellis_rounding import cheapest_path, model_lengths
-from jaxclip.lowbit.feedback import (
+from jaxclip.lowbit.rounding import feedback
+from jaxclip.lowbit.rounding.feedback import (
     InputFactor,
     importance_of,
     output_energy,
@@ -18,7 +17,8 @@ from jaxclip.lowbit.feedback import (
     path_with_feedback,
     round_with_feedback,
 )
-from jaxclip.lowbit.moments import InputMoments, MatrixView
+from jaxclip.lowbit.rounding.moments import InputMoments, MatrixView
+from jaxclip.lowbit.rounding.paths import cheapest_path, model_lengths
 
 
 def inputs(num, size, seed=0):

@@ -6,9 +6,9 @@ import pytest
 
 from jaxclip.lowbit.coding.level_coding import encode_levels
 from jaxclip.lowbit.coding.trellis import as_chains
-from jaxclip.lowbit.feedback import FactoredMoments, factor_moments, output_error
-from jaxclip.lowbit.input_steps import equal_rate_step, quantize_by_inputs
-from jaxclip.lowbit.moments import InputMoments, MatrixView
+from jaxclip.lowbit.rounding.feedback import FactoredMoments, factor_moments, output_error
+from jaxclip.lowbit.rounding.input_steps import equal_rate_step, quantize_by_inputs
+from jaxclip.lowbit.rounding.moments import InputMoments, MatrixView
 
 
 def factored(view, seed=0):

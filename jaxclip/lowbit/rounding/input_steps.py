@@ -20,14 +20,14 @@ from jax.typing import ArrayLike
 
 from jaxclip._core.grids import Grid
 from jaxclip.lowbit.arrays import QuantizedArray
-from jaxclip.lowbit.feedback import (
+from jaxclip.lowbit.quantizer import check_finite
+from jaxclip.lowbit.rounding.feedback import (
     FactoredMoments,
     InputFactor,
     path_with_feedback,
     round_with_feedback,
 )
-from jaxclip.lowbit.moments import MatrixView
-from jaxclip.lowbit.quantizer import check_finite
+from jaxclip.lowbit.rounding.moments import MatrixView
 from jaxclip.lowbit.scale_formats import round_scale
 
 _PRICE = 0.4  # squared steps that a bit is worth

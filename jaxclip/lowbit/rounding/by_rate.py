@@ -17,7 +17,7 @@ from jaxclip._core.floats import quotient
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 from jaxclip.lowbit.coding.trellis import as_chains, check_num_states, from_chains, levels_of
-from jaxclip.lowbit.coding.trellis_rounding import lengths_of, measured_path
+from jaxclip.lowbit.rounding.paths import lengths_of, measured_path
 from jaxclip.thresholds.by_rate import code_counts
 
 _NUM_ROUNDS = 3  # the bits of a code depend on the codes chosen

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxclip._core.compiling import WIDE_VECTORS, cpu_options
 from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, inverse_size, quotient, saturate
 from jaxclip._core.grids import Grid
-from jaxclip.lowbit.parts import PartShape
+from jaxclip.lowbit.encoding.parts import PartShape
 from jaxclip.lowbit.scale_formats import round_scale
 from jaxclip.thresholds.search.candidates import BlockStats, Evaluate
 from jaxclip.thresholds.search.rows import Rows, scaled, search_rows, sum_entries

@@ -20,8 +20,8 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.coding.trellis import chain_length, levels_of
-from jaxclip.lowbit.coding.trellis_rounding import cheapest_levels, cheapest_path, model_lengths
-from jaxclip.lowbit.moments import InputMoments, MatrixView
+from jaxclip.lowbit.rounding.moments import InputMoments, MatrixView
+from jaxclip.lowbit.rounding.paths import cheapest_levels, cheapest_path, model_lengths
 
 # Added to the diagonals, as a fraction of their mean: it bounds errors where the data had no input.
 _DAMPING = 0.01

@@ -10,7 +10,7 @@ import pytest
 import jaxclip
 from jaxclip.lowbit.coding.entropy_coding import decode_codes, encode_codes
 from jaxclip.lowbit.coding.trellis import as_chains
-from jaxclip.lowbit.rate_rounding import cheaper_codes, dependent_codes
+from jaxclip.lowbit.rounding.by_rate import cheaper_codes, dependent_codes
 from jaxclip.thresholds.by_rate import code_entropy
 from oracles.quick import quick_first
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from jaxclip import Grid
-from jaxclip.lowbit.parts import parts_of
+from jaxclip.lowbit.encoding.parts import parts_of
 
 SHAPES = [(), (1,), (200,), (3, 70), (70, 3), (5, 4, 65), (3, 3, 2, 8), (1, 300), (130, 130)]
 

@@ -16,7 +16,8 @@ import numpy as np
 from jaxclip._core import signals
 from jaxclip._core.grids import Grid
 from jaxclip._core.threads import in_threads, num_cores
-from jaxclip.lowbit.encoding_programs import (
+from jaxclip.lowbit.encoding.parts import Parts, Place, parts_of
+from jaxclip.lowbit.encoding.programs import (
     Found,
     Numbers,
     Program,
@@ -27,7 +28,6 @@ from jaxclip.lowbit.encoding_programs import (
     numbers_of,
     scale_of,
 )
-from jaxclip.lowbit.parts import Parts, Place, parts_of
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 from jaxclip.thresholds.search.candidates import is_hard
 

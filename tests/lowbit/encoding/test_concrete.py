@@ -7,8 +7,8 @@ import pytest
 
 import jaxclip
 from jaxclip import Grid
-from jaxclip.lowbit import encoding_programs
 from jaxclip.lowbit.distortion import quantization_error
+from jaxclip.lowbit.encoding import programs as encoding_programs
 from jaxclip.lowbit.quantizer import quantize_on_host
 from oracles import compilations
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxclip.lowbit.coding.trellis import levels_of, odd_states
-from jaxclip.lowbit.coding.trellis_rounding import (
+from jaxclip.lowbit.rounding.paths import (
     cheapest_path,
     measured_lengths,
     measured_path,
@@ -59,7 +59,7 @@ def test_blocks_of_chains_join(monkeypatch):
     x = (3 * RNG.normal(size=(11, 33))).astype(np.float32)
     lengths = model_lengths(3.0, 12)
     whole = cheapest_path(x, lengths)
-    monkeypatch.setattr("jaxclip.lowbit.coding.trellis_rounding._BLOCK", 4 * 33)
+    monkeypatch.setattr("jaxclip.lowbit.rounding.paths._BLOCK", 4 * 33)
     jax.clear_caches()
     np.testing.assert_array_equal(cheapest_path(x, lengths), whole)
 
