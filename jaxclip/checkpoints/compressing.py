@@ -17,8 +17,9 @@ from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.budgets import check_budget
 from jaxclip.lowbit.policies import LeafSpec, Policy
 from jaxclip.lowbit.quantizer import Threshold
+from jaxclip.lowbit.rounding.allocation import LeafCalibration
 from jaxclip.lowbit.rounding.moments import Calibration
-from jaxclip.lowbit.trees import compress_tree, flat_tree, specs_of_tree
+from jaxclip.lowbit.trees import FlatTree, compress_tree, specs_of_tree
 from jaxclip.thresholds.by_error import mse_optimal
 
 _MOST_TRIES = 10
@@ -32,7 +33,7 @@ def compress(
     target_bits_per_weight: float | None = None,
     target_bytes: int | None = None,
     rule: Threshold = mse_optimal,
-    bit_price: float | jax.Array = 0.0,
+    bit_price: float | jax.Array | None = None,
     policy: Policy = (),
     layout: Layout | None = None,
     calibration: Calibration | None = None,
@@ -64,14 +65,15 @@ def compress(
         to leaves of two or more dimensions.
       target_bits_per_weight: Largest average number of bits of an entry of a low-bit leaf, in
         (0, inf): codes and scales, including leaves of fixed width. Not traced.
-      target_bytes: Largest size of the file in bytes, coded. `rule` and `bit_price` are then for
-        leaves of fixed width alone.
+      target_bytes: Largest size of the file in bytes, coded. A rule and a grid's fields are then
+        only for the specs of a `policy` that have a width.
       rule: How clip thresholds are chosen: a rule or a rule's factory (`mse_optimal`,
         `max_abs`), bound here to the grid; `per_tree` of a rule, measured on all leaves that
         become low-bit by it; or a number.
       bit_price: For entropy-coded files: error that a bit is worth, in squared steps, the `price`
         of `cheaper_codes`, such as 0.12; at 0 every code is the nearest. Files get smaller and
         the error larger, more so with coarse steps. At least 0; not for 1 bit or zero points.
+        None is 0.4 with `target_bytes`, else 0.
       policy: Pairs `(regex, spec)`; the first whose regex matches a leaf's path decides. A spec
         is a width, a `Grid`, None to leave a leaf as it is, or a dict of any of a grid's fields,
         `rule` and `bit_price`, which replace the arguments for those leaves. Leaves without a
@@ -123,22 +125,18 @@ def compress(
       Shoham and Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988,
       https://doi.org/10.1109/29.90373
     """
-    if target_bytes is None:
-        return compress_tree(
-            params,
-            bits,
-            target_bits_per_weight=target_bits_per_weight,
-            rule=rule,
-            bit_price=bit_price,
-            policy=policy,
-            layout=layout,
-            calibration=calibration,
-        )
     grid = bits if isinstance(bits, Grid) else Grid(bits)
-    check_budget(grid.bits, target_bits_per_weight, target_bytes)
+    budget = check_budget(grid.bits, target_bits_per_weight, target_bytes)
     default = LeafSpec(grid, rule, bit_price)
-    names, leaves, structure = flat_tree(params)
     specs = specs_of_tree(params, default, policy, layout, calibration)
+    if budget is None or budget.num_bytes is None:
+        return compress_tree(params, specs, target_bits_per_weight)
+    return _compress_within(budget.num_bytes, params, specs)
+
+
+def _compress_within(target_bytes: int, params: PyTree, specs: Sequence[LeafSpec | None]) -> PyTree:
+    """Returns a tree whose entropy-coded file has at most so many bytes."""
+    names, leaves, structure = FlatTree.of(params)
     small, coded = list(leaves), {}
     for i, spec in enumerate(specs):
         if spec is None:
@@ -146,6 +144,7 @@ def compress(
         if not checks.is_concrete(leaves[i]):
             raise TypeError("target_bytes needs the weights' values: compress outside of jit.")
         if spec.grid.bits is None:
+            spec.check_coded(names[i])
             coded[i] = spec.factored(leaves[i], names[i])
         else:
             small[i] = spec.quantize(leaves[i], names[i])
@@ -185,7 +184,11 @@ class SharedStep(NamedTuple):
     @classmethod
     def of(cls, spec: LeafSpec, leaf: ArrayLike) -> "SharedStep":
         """Returns the part of a leaf, by its factored spec."""
-        return cls(np.size(leaf), spec.unit_step(leaf), spec.equal_rate_step(leaf))
+        known = spec.calibration or LeafCalibration(None)
+        equal_rate = known.equal_rate_step(leaf)
+        # Without a calibration all weights get the same error.
+        unit = 1.0 if spec.calibration is None else known.unit_step(leaf)
+        return cls(np.size(leaf), unit, equal_rate)
 
 
 def _step_near(num_bytes: int, leaves: Sequence[SharedStep]) -> float:

@@ -56,7 +56,7 @@ def compress_checkpoint(
     target_bits_per_weight: float | None = None,
     target_bytes: int | None = None,
     rule: Any = mse_optimal,
-    bit_price: float = 0.0,
+    bit_price: float | None = None,
     policy: Policy = (),
     layout: Layout | None = None,
     coding: Coding | None = None,
@@ -88,7 +88,8 @@ def compress_checkpoint(
       rule: Rule that chooses clip thresholds, its factory, or a number; not `per_tree`, which
         measures several leaves.
       bit_price: Error that an entropy-coded bit is worth, in squared steps, at least 0, such as
-        0.12; needs a `coding`, and leaves are then compressed whole.
+        0.12; needs a `coding`, and leaves are then compressed whole. None is 0, or 0.4 where
+        `target_bytes` is that of a coded file.
       policy: Pairs `(regex, spec)`, as in `compress`, for the names in the source.
       layout: Where the outputs are: "in_out" (flax: the last axis) or "out_in" (PyTorch: the
         first). None takes it from the names, as in `compress`. Where no name says it, the file's
@@ -187,7 +188,7 @@ def _specs_within(
         spec = specs[name].factored(leaf, name)
         for width in ALL_WIDTHS:
             q, error = compress_leaf(leaf, spec, name, width)
-            is_own = not spec.is_calibrated
+            is_own = spec.calibration is None
             options.append(option_of(q, error.squared_error if is_own else spec.error_of(leaf, q)))
         measured.append(options)
 
@@ -212,6 +213,7 @@ def _coded_specs_within(
     """Returns the specs without a width, given steps with which the coded file fits."""
     parts = {}
     for name in free:
+        specs[name].check_coded(name)
         leaf = np.asarray(source.read(name))
         parts[name] = SharedStep.of(specs[name].factored(leaf, name), leaf)
 

@@ -110,7 +110,7 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     add("--zero-point", action="store_true", help="allow ranges that are uneven around 0")
     add("--scale-dtype", choices=_SCALES, default="float32",
         help="format that scales are stored in (float32)")  # fmt: skip
-    add("--bit-price", type=_number(at_least=0, below=math.inf), default=0.0, metavar="P",
+    add("--bit-price", type=_number(at_least=0, below=math.inf), metavar="P",
         help="error that a coded bit is worth, in squared steps, such as .12 (0); with --rate or "
         "--coding")  # fmt: skip
     complete_files(

@@ -19,9 +19,9 @@ from jaxclip._core.grids import Bits, Grid, as_grid
 from jaxclip._core.trees import PyTree, is_clippable, map_clippable
 from jaxclip._core.updates import rounded_sum, update_between
 from jaxclip.lowbit.arrays import is_quantized
-from jaxclip.lowbit.policies import Policy
+from jaxclip.lowbit.policies import LeafSpec, Policy
 from jaxclip.lowbit.quantizer import Threshold
-from jaxclip.lowbit.trees import compress_tree, decompress
+from jaxclip.lowbit.trees import compress_tree, decompress, specs_of_tree
 from jaxclip.thresholds.by_error import least_squares
 
 
@@ -104,9 +104,8 @@ def keep_on_grid(
     # Jitted, so that outside of jit, too, no step waits for the check that all values are finite.
     @jax.jit
     def compressed(params):
-        return compress_tree(
-            params, grid, rule=least_squares if rule is None else rule, policy=policy
-        )
+        default = LeafSpec(grid, least_squares if rule is None else rule)
+        return compress_tree(params, specs_of_tree(params, default, policy))
 
     # Made once: outside of jit a `cond` compiles functions that it has not seen.
     def rounded(unrounded):

@@ -22,7 +22,7 @@ from jaxclip.lowbit.arrays import (
     num_stored_bytes,
 )
 from jaxclip.lowbit.budgets import NARROWEST
-from jaxclip.lowbit.distortion import QuantizationError, squared_error, squared_norm
+from jaxclip.lowbit.distortion import QuantizationError, squared_error
 from jaxclip.lowbit.quantizer import (
     Threshold,
     quantize,
@@ -30,16 +30,12 @@ from jaxclip.lowbit.quantizer import (
     quantize_with_moments,
     shared_choice,
 )
+from jaxclip.lowbit.rounding.allocation import LeafCalibration
 from jaxclip.lowbit.rounding.by_rate import cheaper_codes
-from jaxclip.lowbit.rounding.feedback import (
-    FactoredMoments,
-    factor_moments,
-    output_energy,
-    output_error,
-)
+from jaxclip.lowbit.rounding.feedback import FactoredMoments, factor_moments
 from jaxclip.lowbit.rounding.input_steps import (
+    PRICE,
     coded_outline,
-    equal_rate_step,
     quantize_by_inputs,
 )
 from jaxclip.lowbit.rounding.moments import Calibration, InputMoments
@@ -60,24 +56,21 @@ class LeafSpec:
       grid: Its grid; `bits` is None where a budget chooses the width.
       rule: A threshold rule, its factory or a number, as in `compress`.
       bit_price: Error that a bit is worth, as in `compress`.
-      moments: Moments of the leaf's inputs, factored or not; None to round without data.
-      is_calibrated: True for errors of outputs in budgets, False for those of weights.
-      sensitivity: Error of the model's outputs for a unit of the leaf's; None if not measured.
+      calibration: What data say of the leaf; None to round without data.
       step: For an entropy-coded file, the step of `quantize_by_inputs`; None for the grid.
       origin: The policy's entry that it comes from, for messages.
     """
 
     grid: Grid
     rule: Threshold
-    bit_price: float | jax.Array = 0.0
-    moments: InputMoments | FactoredMoments | None = None
-    is_calibrated: bool = False
-    sensitivity: float | None = None
+    bit_price: float | jax.Array | None = None
+    calibration: LeafCalibration | None = None
     step: float | None = None
     origin: str = ""
 
     def __post_init__(self) -> None:
-        checks.check_nonnegative("bit_price", self.bit_price)
+        if self.bit_price is not None:
+            checks.check_nonnegative("bit_price", self.bit_price)
         if not callable(self.rule):
             checks.check_threshold_array("rule", self.rule)
             if np.ndim(self.rule) == 0:
@@ -93,7 +86,32 @@ class LeafSpec:
     @property
     def has_price(self) -> bool:
         """True if a code need not be the nearest."""
+        if self.bit_price is None:
+            return False
         return not checks.is_concrete(self.bit_price) or bool(self.bit_price > 0)
+
+    @property
+    def moments(self) -> InputMoments | FactoredMoments | None:
+        """Moments of the leaf's inputs, or None."""
+        return None if self.calibration is None else self.calibration.moments
+
+    def check_coded(self, path: str) -> None:
+        """Raises if the spec asks for something that steps of `quantize_by_inputs` cannot have."""
+        plain = Grid(None, axis=self.grid.axis)
+        given = {
+            name: getattr(self.grid, name)
+            for name in _GRID_FIELDS
+            if getattr(self.grid, name) != getattr(plain, name)
+        }
+        rule = self.rule() if is_rule_factory(self.rule) else self.rule  # pyright: ignore
+        if shared_choice(rule) != "mse_optimal":
+            given["rule"] = self.rule
+        if given:
+            name, value = next(iter(given.items()))
+            raise ValueError(
+                f"{self._name(path)}: target_bytes of an entropy-coded file chooses steps and "
+                f"widths itself, so {name} must not be given without bits, got {value!r}."
+            )
 
     def with_bits(self, bits: Bits) -> "LeafSpec":
         """Returns this spec with a width for its grid."""
@@ -111,60 +129,33 @@ class LeafSpec:
     def quantize(self, leaf: ArrayLike, path: str, bits: Bits | None = None) -> QuantizedArray:
         """Returns the low-bit array of a leaf; `bits` is its width if the grid has none."""
         name = f"params at {path!r}"
+        moments = self.moments
+        if moments is not None:
+            moments = factor_moments(moments, np.shape(leaf), name)
         if self.step is not None:
-            factored = self.factored(leaf, path).moments
-            assert not isinstance(factored, InputMoments)
-            return quantize_by_inputs(leaf, factored, self.step, name=name)
+            price = PRICE if self.bit_price is None else float(self.bit_price)
+            return quantize_by_inputs(leaf, moments, self.step, price=price, name=name)
         grid, rule = self._for_leaf(leaf, path, bits)
-        if self.moments is not None:
-            moments, price = factor_moments(self.moments, np.shape(leaf), name), self.bit_price
+        price = 0.0 if self.bit_price is None else self.bit_price
+        if moments is not None:
             return quantize_with_moments(
                 leaf, grid, moments, threshold=rule, price=float(price), name=name
             )
         small = quantize(leaf, grid, threshold=rule, name=name)
-        return cheaper_codes(small, leaf, price=self.bit_price) if self.has_price else small
+        return cheaper_codes(small, leaf, price=price) if self.has_price else small
 
     def factored(self, leaf: ArrayLike, path: str) -> "LeafSpec":
         """Returns this spec with its moments factored, to be used several times."""
-        if self.moments is None:
+        if self.calibration is None:
             return self
-        moments = factor_moments(self.moments, np.shape(leaf), f"params at {path!r}")
-        return dataclasses.replace(self, moments=moments)
-
-    def equal_rate_step(self, leaf: ArrayLike) -> float:
-        """Returns the step at which, at high rates, leaves take equal bits, by a factored spec."""
-        assert not isinstance(self.moments, InputMoments)
-        return equal_rate_step(leaf, self.moments)
-
-    def unit_step(self, leaf: ArrayLike) -> float:
-        """Returns the leaf's part in a step that all leaves share, by a factored spec.
-
-        Errors of outputs are then as large as they should be: by sensitivities, or for equal
-        rates of all leaves, or without a calibration for equal errors of all weights.
-        """
-        if not self.is_calibrated:
-            return 1.0
-        if self.sensitivity is None:
-            return self.equal_rate_step(leaf)
-        # Outputs that do not depend on a leaf leave it no bits.
-        return 1 / math.sqrt(max(self.sensitivity, 1e-30))
+        factored = self.calibration.factored(np.shape(leaf), f"params at {path!r}")
+        return dataclasses.replace(self, calibration=factored)
 
     def error_of(self, leaf: np.ndarray | jax.Array, small: QuantizedArray) -> float:
         """Returns the error of a low-bit leaf that budgets make small, by a factored spec."""
-        if not self.is_calibrated:
+        if self.calibration is None:
             return squared_error(leaf, small)
-        if isinstance(self.moments, FactoredMoments):
-            error = output_error(leaf, small, self.moments)
-        else:
-            error = squared_error(leaf, small)
-        if self.sensitivity is not None:
-            return self.sensitivity * error
-        # Else a unit of relative error costs the same in every leaf.
-        if isinstance(self.moments, FactoredMoments):
-            whole = output_energy(leaf, self.moments)
-        else:
-            whole = squared_norm(leaf)
-        return error / whole if whole > 0 else 0.0
+        return self.calibration.error_of(leaf, small)
 
     def quantize_on_host(
         self, leaf: ArrayLike, path: str, bits: Bits | None = None
@@ -183,7 +174,7 @@ class LeafSpec:
             return coded_outline(view, np.shape(leaf), dtype)
         grid, rule = self._for_leaf(leaf, path, bits)
         if self.has_price or shared_choice(rule) is None:  # the rule may not suit the leaf
-            without = dataclasses.replace(self, moments=None)  # which change no shape
+            without = dataclasses.replace(self, calibration=None)  # which changes no shape
             traced = jax.eval_shape(lambda w: without.quantize(w, path, bits), leaf)
             return dataclasses.replace(traced, dtype=dtype)
         grid = grid.from_the_end(np.ndim(leaf))
@@ -314,7 +305,7 @@ def leaf_specs(
 def with_calibration(
     specs: Sequence[LeafSpec | None], paths: Sequence[str], calibration: Calibration
 ) -> list[LeafSpec | None]:
-    """Returns the specs with the moments and sensitivities of their leaves."""
+    """Returns the specs with what a calibration says of their leaves."""
     unknown = sorted(calibration.moments.keys() - set(paths))
     if unknown:
         raise ValueError(
@@ -322,20 +313,15 @@ def with_calibration(
             "none of their paths."
         )
     return [
-        spec
-        if spec is None
-        else dataclasses.replace(
-            spec,
-            moments=calibration.moments.get(path),
-            is_calibrated=True,
-            sensitivity=_float_or_none(calibration.sensitivities.get(path)),
-        )
+        spec if spec is None else dataclasses.replace(spec, calibration=_of_leaf(calibration, path))
         for spec, path in zip(specs, paths, strict=True)
     ]
 
 
-def _float_or_none(value: ArrayLike | None) -> float | None:
-    return None if value is None else float(np.asarray(value))
+def _of_leaf(calibration: Calibration, path: str) -> LeafCalibration:
+    sensitivity = calibration.sensitivities.get(path)
+    known = None if sensitivity is None else float(np.asarray(sensitivity))
+    return LeafCalibration(calibration.moments.get(path), known)
 
 
 _OPTIMIZER_STATE = re.compile(

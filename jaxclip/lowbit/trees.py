@@ -2,50 +2,50 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks, trees
-from jaxclip._core.grids import Bits, Grid
+from jaxclip._core.grids import Bits
 from jaxclip._core.layouts import Layout, layouts_of
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import dequantize, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
     Option,
-    check_budget,
     option_of,
     widths_within_average,
 )
 from jaxclip.lowbit.policies import LeafSpec, Policy, leaf_specs, with_calibration
-from jaxclip.lowbit.quantizer import Threshold
 from jaxclip.lowbit.rounding.moments import Calibration
-from jaxclip.thresholds.by_error import mse_optimal
 from jaxclip.thresholds.by_tree import shared_over
 from jaxclip.thresholds.rules import ThresholdRule
 
 
+class FlatTree(NamedTuple):
+    """The leaves of a tree, low-bit arrays whole, with their paths and what takes them back."""
+
+    names: list[str]
+    leaves: list[PyTree]
+    structure: Any
+
+    @classmethod
+    def of(cls, params: PyTree) -> "FlatTree":
+        """Returns the leaves of a tree."""
+        flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+        return cls([trees.path_name(p) for p, _ in flat], [leaf for _, leaf in flat], structure)
+
+
 def compress_tree(
-    params: PyTree,
-    bits: Bits | Grid | None = None,
-    *,
-    target_bits_per_weight: float | None = None,
-    rule: Threshold = mse_optimal,
-    bit_price: float | jax.Array = 0.0,
-    policy: Policy = (),
-    layout: Layout | None = None,
-    calibration: Calibration | None = None,
+    params: PyTree, specs: Sequence[LeafSpec | None], bits_per_weight: float | None = None
 ) -> PyTree:
-    """Returns what `compress` does for these arguments: fixed widths or a target of bits."""
-    grid = bits if isinstance(bits, Grid) else Grid(bits)
-    budget = check_budget(grid.bits, target_bits_per_weight)
-    if budget is None and grid.bits is None:
-        grid = dataclasses.replace(grid, bits=4)
-    default = LeafSpec(grid, rule, bit_price)
-    names, leaves, structure = flat_tree(params)
-    specs = specs_of_tree(params, default, policy, layout, calibration)
+    """Returns a tree with leaves quantized by their specs, of `specs_of_tree`.
+
+    Specs without a width get those that fit an average of bits, or 4 bits.
+    """
+    names, leaves, structure = FlatTree.of(params)
     small = list(leaves)
     open_specs: dict[int, LeafSpec] = {}
     for i, spec in enumerate(specs):
@@ -53,30 +53,25 @@ def compress_tree(
             open_specs[i] = spec
         elif spec is not None:
             small[i] = spec.quantize(leaves[i], names[i])
-    if budget is not None and budget.bits_per_weight is not None:
+    widths: list[Bits] = [4] * len(open_specs)
+    if bits_per_weight is not None:
         fixed = [leaf for leaf in small if is_quantized(leaf)]
         measured = [_measured(spec, leaves[i], names[i]) for i, spec in open_specs.items()]
-        widths = widths_within_average(budget.bits_per_weight, measured, fixed)
-        for (i, spec), width in zip(open_specs.items(), widths, strict=True):
-            small[i] = spec.quantize(leaves[i], names[i], width)
+        widths = widths_within_average(bits_per_weight, measured, fixed)
+    for (i, spec), width in zip(open_specs.items(), widths, strict=True):
+        small[i] = spec.quantize(leaves[i], names[i], width)
     return structure.unflatten(small)
-
-
-def flat_tree(params: PyTree) -> tuple[list[str], list[PyTree], Any]:
-    """Returns the paths of leaves, the leaves, and the structure that takes them back."""
-    flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
-    return [trees.path_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
 
 
 def specs_of_tree(
     params: PyTree,
     default: LeafSpec,
-    policy: Policy,
-    layout: Layout | None,
-    calibration: Calibration | None,
+    policy: Policy = (),
+    layout: Layout | None = None,
+    calibration: Calibration | None = None,
 ) -> list[LeafSpec | None]:
     """Returns the spec of each leaf of a tree; None to leave it as it is."""
-    names, leaves, _ = flat_tree(params)
+    names, leaves, _ = FlatTree.of(params)
     specs = leaf_specs(names, leaves, policy, default, layouts_of(names, layout)).specs
     specs = _with_shared_rules(specs, leaves)
     if calibration is None:
@@ -90,7 +85,7 @@ def _measured(spec: LeafSpec, leaf: jax.Array, name: str) -> list[Option]:
     options = []
     spec = spec.factored(leaf, name)
     for width in ALL_WIDTHS:
-        on_host = spec.quantize_on_host(leaf, name, width)
+        on_host = None if spec.calibration else spec.quantize_on_host(leaf, name, width)
         if on_host is not None:
             options.append(option_of(on_host[0], on_host[1].squared_error))
             continue
@@ -136,7 +131,8 @@ def decompress(small: PyTree, dtype: DTypeLike | None = None) -> PyTree:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> decompress(compress_tree({"kernel": jnp.ones((2, 2))}, bits="ternary"))
+      >>> from jaxclip import compress
+      >>> decompress(compress({"kernel": jnp.ones((2, 2))}, "ternary"))
       {'kernel': Array([[1., 1.],
              [1., 1.]], dtype=float32)}
     """

@@ -22,7 +22,7 @@ from jaxclip._core import checks
 from jaxclip._core.extras import progress_bar
 from jaxclip._core.grids import Bits
 from jaxclip._core.trees import PyTree
-from jaxclip.checkpoints.compressing import compress as compress_tree
+from jaxclip.checkpoints.compressing import compress as default_compress
 from jaxclip.lowbit.coding.entropy_coding import Coding
 from jaxclip.sweeps.chunks import ChunkStore, Compressor, Trainer
 from jaxclip.sweeps.results import SweepResult
@@ -46,7 +46,7 @@ def sweep(
     thresholds: Sequence[float] = (math.inf,),
     seeds: int | Sequence[int] = 5,
     bits: Sequence[Bits | None] = (None, 4, 3, 2, "ternary", 1),
-    compress: Callable[[optax.Params, Bits], PyTree] = compress_tree,
+    compress: Callable[[optax.Params, Bits], PyTree] = default_compress,
     coding: Coding | None = None,
     record_every: int | None = None,
     loop: Literal["compiled", "host"] | None = None,

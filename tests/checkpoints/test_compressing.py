@@ -87,6 +87,33 @@ def test_targets_that_cannot_be_met_or_are_not_alone_are_refused(network):
         compress(bad, target_bytes=5000)
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"bits": Grid(None, group_size=64)}, "group_size"),
+        ({"bits": Grid(None, zero_point=True)}, "zero_point"),
+        ({"rule": max_abs}, "rule"),
+        ({"policy": [("two", {"scale_dtype": "float16"})]}, "scale_dtype"),
+    ],
+)
+def test_fields_that_coded_steps_cannot_have_are_refused_by_name(network, given, name):
+    params, c, _ = network
+    with pytest.raises(ValueError, match=rf"kernel.*chooses steps.* so {name} must not be given"):
+        compress(params, target_bytes=7000, calibration=c, **given)
+
+
+def test_a_higher_price_takes_coarser_codes_for_finer_steps(network):
+    params, c, _ = network
+    steps = [
+        np.median(
+            compress(params, target_bytes=7000, calibration=c, bit_price=p)["two"]["kernel"].scale
+        )
+        for p in (0.0, 0.4, None)
+    ]
+    assert steps[1] < 0.98 * steps[0]
+    assert steps[1] == steps[2]
+
+
 def test_a_file_is_compressed_to_the_same_error_as_a_tree(network, tmp_path):
     params, c, x = network
     source, target = tmp_path / "net.safetensors", tmp_path / "small.safetensors"

@@ -30,7 +30,7 @@ from jaxclip.lowbit.rounding.feedback import (
 from jaxclip.lowbit.rounding.moments import MatrixView
 from jaxclip.lowbit.scale_formats import round_scale
 
-_PRICE = 0.4  # squared steps that a bit is worth
+PRICE = 0.4  # squared steps that a bit is worth
 _LARGEST_LEVEL = 120  # of 126: log8 may round a step down by 4.4 %
 
 
@@ -39,7 +39,7 @@ def quantize_by_inputs(
     moments: FactoredMoments | None,
     step: float,
     *,
-    price: float = _PRICE,
+    price: float = PRICE,
     name: str = "array",
 ) -> QuantizedArray:
     """Returns an array whose levels are on a path of the trellis, for an entropy-coded file.
