@@ -30,7 +30,7 @@ def read_file(path):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     ours = json.loads(header.pop("__metadata__")["jaxclip"])
-    if ours["version"] not in (1, 2, 3, 4):
+    if ours["version"] not in (1, 2, 3, 4, 5):
         raise ValueError(f"version {ours['version']} of the format is not known here")
     tensors = {}
     for name, entry in header.items():
@@ -89,7 +89,10 @@ def decode(stored, info, count):
         return (stored[:, None] // 3 ** np.arange(5) % 3).reshape(-1)[:count] - 1
     stream = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(-1, bits)
     unsigned = stream.astype(np.int64) @ (1 << np.arange(bits))
-    return 2 * unsigned - 1 if bits == 1 else unsigned - 2 ** (bits - 1) + (not info["full_signed"])
+    if bits == 1 or info.get("levels") == "balanced":  # odd numbers
+        return 2 * unsigned - 2**bits + 1
+    is_full = info.get("full_signed", info.get("levels") == "full")
+    return unsigned - 2 ** (bits - 1) + (not is_full)
 
 
 def from_rows(data, info):

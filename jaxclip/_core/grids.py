@@ -12,23 +12,31 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 
 # A code width: 1, 2, 3, 4, 5, 6 or 8 bits, or "ternary" (three levels, 1.58 bits).
 Bits: TypeAlias = Literal[1, 2, 3, 4, 5, 6, 8, "ternary"]
-Levels: TypeAlias = Literal["full", "narrow"]
+Levels: TypeAlias = Literal["full", "narrow", "balanced"]
 Axis: TypeAlias = int | tuple[int, ...] | Literal["outputs"] | None
 ScaleDtype: TypeAlias = Literal["float32", "float16", "bfloat16", "log8"]
 _ALLOWED_BITS = (1, "ternary", 2, 3, 4, 5, 6, 8)
 _LEVELS = get_args(Levels)
+_BALANCED_BITS = (1, 2, 3, 4)
 _SCALE_DTYPES = get_args(ScaleDtype)
+_Array: TypeAlias = Any  # of NumPy or of jax; results are of the same kind
 
 
 def code_range(bits: Bits | None, levels: Levels = "full") -> tuple[int, int]:
     """Returns the lowest and highest code; 1 bit is -1 and 1, ternary also has 0."""
     checks.check_choice("bits", bits, _ALLOWED_BITS)
     checks.check_choice("levels", levels, _LEVELS)
+    if levels == "balanced":
+        if bits not in _BALANCED_BITS:
+            raise ValueError(f"levels='balanced' needs bits to be 1, 2, 3 or 4, got {bits!r}.")
+        highest = 2 ** int(bits) - 1
+        return -highest, highest
     if bits in (1, "ternary"):
         return -1, 1
     assert bits is not None
@@ -47,7 +55,9 @@ class Grid:
     | "ternary"        | -1, 0, 1                  | the same                  |
     | b = 2, 3 ... 8   | -2**(b-1) ... 2**(b-1)-1  | 1-2**(b-1) ... 2**(b-1)-1 |
 
-    On a full grid the sign of the scale puts the longer side where it lowers the error.
+    On a full grid the sign of the scale puts the longer side where it lowers the error. A balanced
+    grid, `levels="balanced"` with 1 to 4 bits, has the odd codes from 1-2**b to 2**b-1: as many
+    levels on both sides of 0, and none at 0. One bit is its smallest case.
 
     | `axis`, `group_size`      | one scale for                                             |
     |---------------------------|-----------------------------------------------------------|
@@ -61,12 +71,12 @@ class Grid:
 
     Attributes:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary"; None where a budget chooses the width.
-      levels: "full" or "narrow"; the narrow grid is symmetric.
+      levels: "full", "narrow" or "balanced"; narrow and balanced grids are symmetric.
       axis: Channel axis or axes, or None; or "outputs": in a tree or a file the output axes of
         each leaf by its layout, for a single array the last axis, as flax has it.
       group_size: Entries of a channel that share a scale, at least 1; None for no groups.
       zero_point: True to shift each block's grid by whole codes, so that its range may lie
-        unevenly around 0. Not for 1 bit.
+        unevenly around 0. Not for 1 bit or balanced levels.
       scale_dtype: Format of the scales: float32, float16, bfloat16 (names or dtypes), or "log8",
         one byte per scale in steps of 9 %.
 
@@ -77,6 +87,8 @@ class Grid:
     Example:
       >>> Grid(4).code_range, Grid(4, levels="narrow").code_range, Grid("ternary").code_range
       ((-8, 7), (-7, 7), (-1, 1))
+      >>> Grid(2, levels="balanced").code_range
+      (-3, 3)
       >>> Grid(4, group_size=64).scale_shape((128, 10))
       (2, 10)
     """
@@ -90,9 +102,9 @@ class Grid:
     scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
-        if self.bits is not None:
-            checks.check_choice("bits", self.bits, _ALLOWED_BITS)
         checks.check_choice("levels", self.levels, _LEVELS)
+        if self.bits is not None:
+            code_range(self.bits, self.levels)
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
         for a in axes if self.axis not in (None, "outputs") else ():
             if isinstance(a, bool) or not isinstance(a, (int, np.integer)):
@@ -112,12 +124,33 @@ class Grid:
                 "zero_point needs a code for 0, but a 1-bit grid has only -1 and 1: "
                 "use bits='ternary' or 2."
             )
+        if self.zero_point and self.levels == "balanced":
+            raise ValueError("zero_point needs a code for 0, which levels='balanced' lacks.")
         object.__setattr__(self, "scale_dtype", _name_of_scale_dtype(self.scale_dtype))
 
     @property
     def code_range(self) -> tuple[int, int]:
         """The lowest and the highest code."""
         return code_range(self.bits, self.levels)
+
+    @property
+    def is_odd(self) -> bool:
+        """True if the codes are odd numbers, so that none of them stands for 0."""
+        return self.bits == 1 or self.levels == "balanced"
+
+    @property
+    def level_range(self) -> tuple[float, float]:
+        """The lowest and the highest level, in units of the distance between two levels."""
+        low, high = self.code_range
+        return (low / 2, high / 2) if self.is_odd else (low, high)
+
+    def nearest(self, ratio: _Array, zero: ArrayLike = 0) -> _Array:
+        """Returns the nearest codes, as floats, for weights over their scales, of NumPy or jax."""
+        xp = np if isinstance(ratio, np.ndarray) else jnp
+        low, high = self.code_range
+        if self.is_odd:
+            return xp.clip(2 * xp.floor(ratio / 2) + 1, low, high)
+        return xp.clip(xp.round(ratio) + zero, low, high)
 
     def channel_axes(self, ndim: int) -> tuple[int, ...]:
         """Returns the channel axes of an array of `ndim` dimensions, counted from 0."""

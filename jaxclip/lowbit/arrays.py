@@ -212,7 +212,7 @@ class QuantizedArray(DenseMethods):
         low, high = self.grid.code_range
         codes = codes.astype(np.int8, copy=False)
         inside = low <= codes.min(initial=high) and codes.max(initial=low) <= high
-        if not inside or (self.bits == 1 and not codes.all()):
+        if not inside or (self.grid.is_odd and not (codes & 1).all()):
             raise ValueError(f"{name!r}: codes are not in the range of bits={self.bits!r}.")
 
 

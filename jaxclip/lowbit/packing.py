@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxclip._core.grids import Bits, Levels, code_range
+from jaxclip._core.grids import Bits, Grid, Levels, code_range
 
 _Array: TypeAlias = Any  # of NumPy or of jax; results are of the same kind
 # Codes that NumPy processes at a time, so that intermediate arrays stay in the cache. A multiple
@@ -41,15 +41,16 @@ def _num_bytes(count: int, bits: Bits) -> int:
 def pack_codes(codes: _Array, bits: Bits, *, levels: Levels = "full") -> _Array:
     """Packs integer codes densely into bytes.
 
-    Code i becomes the unsigned `u = code - low`; one bit is 0 for -1 and 1 for 1. A width of b
-    bits takes the bits [i * b, (i + 1) * b) of a little-endian stream. Ternary codes are base-3
-    digits, five per byte, the first the least significant. The last byte is padded with zeros.
+    Code i becomes the unsigned `u = code - low`, halved where codes are odd, so that one bit is 0
+    for -1 and 1 for 1. A width of b bits takes the bits [i * b, (i + 1) * b) of a little-endian
+    stream. Ternary codes are base-3 digits, five per byte, the first the least significant. The
+    last byte is padded with zeros.
 
     Args:
       codes: Integer array of any shape, entries on the grid; taken in row-major order. NumPy
         arrays stay NumPy; jax arrays may be traced.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
-      levels: "full", or "narrow" for a grid without the level -2**(bits-1).
+      levels: "full", "narrow" for a grid without the level -2**(bits-1), or "balanced".
 
     Returns:
       A flat uint8 array.
@@ -62,14 +63,14 @@ def pack_codes(codes: _Array, bits: Bits, *, levels: Levels = "full") -> _Array:
       >>> pack_codes(np.array([1, -1, 0, 1, 1]), "ternary")
       array([227], dtype=uint8)
     """
-    low, _ = code_range(bits, levels)
+    code_range(bits, levels)
     if not isinstance(codes, np.ndarray):
-        return _pack(jnp.reshape(codes, (-1,)), bits, low)
+        return _pack(jnp.reshape(codes, (-1,)), bits, levels)
     flat, size = codes.reshape(-1), codes.size
     packed = np.empty(_num_bytes(size, bits), np.uint8)
     for start in range(0, size, CODES_PER_CHUNK):
         place = _bytes_of_piece(start, size, bits)
-        packed[place] = _pack(flat[start : start + CODES_PER_CHUNK], bits, low)
+        packed[place] = _pack(flat[start : start + CODES_PER_CHUNK], bits, levels)
     return packed
 
 
@@ -80,7 +81,7 @@ def unpack_codes(packed: _Array, bits: Bits, count: int, *, levels: Levels = "fu
       packed: Flat uint8 array, NumPy or jax.
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary".
       count: Number of codes that were packed.
-      levels: "full", or "narrow" for a grid without the level -2**(bits-1).
+      levels: "full", "narrow" for a grid without the level -2**(bits-1), or "balanced".
 
     Returns:
       A flat int8 array of `count` codes.
@@ -93,19 +94,19 @@ def unpack_codes(packed: _Array, bits: Bits, count: int, *, levels: Levels = "fu
       >>> unpack_codes(np.array([227], np.uint8), "ternary", 5)
       array([ 1, -1,  0,  1,  1], dtype=int8)
     """
-    low, _ = code_range(bits, levels)
+    code_range(bits, levels)
     if packed.shape != (_num_bytes(count, bits),):
         raise ValueError(
             f"packed must have {_num_bytes(count, bits)} bytes for {count} codes at "
             f"bits={bits!r}, got shape {packed.shape}."
         )
     if not isinstance(packed, np.ndarray) or count <= CODES_PER_CHUNK:
-        return _unpack(packed, bits, count, low)
+        return _unpack(packed, bits, count, levels)
     codes = np.empty(count, np.int8)
     for start in range(0, count, CODES_PER_CHUNK):
         stop = min(start + CODES_PER_CHUNK, count)
         piece = packed[_bytes_of_piece(start, count, bits)]
-        codes[start:stop] = _unpack(piece, bits, stop - start, low)
+        codes[start:stop] = _unpack(piece, bits, stop - start, levels)
     return codes
 
 
@@ -117,11 +118,14 @@ def _bytes_of_piece(start: int, count: int, bits: Bits) -> slice:
 # --- A piece, in NumPy or jax ---------------------------------------------------------
 
 
-def _pack(codes: _Array, bits: Bits, low: int) -> _Array:
+def _pack(codes: _Array, bits: Bits, levels: Levels) -> _Array:
     xp = np if isinstance(codes, np.ndarray) else jnp
     size = codes.size
     codes = codes if codes.dtype == np.int8 else codes.astype(np.int8)
-    unsigned = (codes + np.int8(1)) >> np.int8(1) if bits == 1 else codes - np.int8(low)
+    grid = Grid(bits, levels=levels)
+    unsigned = codes - np.int8(grid.code_range[0])
+    if grid.is_odd:
+        unsigned = unsigned >> np.int8(1)
     unsigned = _reinterpret(unsigned, np.uint8)  # wraps around, so 8 bits fit too
     if bits == 8:
         return unsigned
@@ -138,7 +142,7 @@ def _pack(codes: _Array, bits: Bits, low: int) -> _Array:
     return packed.reshape(-1)[: _num_bytes(size, bits)]
 
 
-def _unpack(packed: _Array, bits: Bits, count: int, low: int) -> _Array:
+def _unpack(packed: _Array, bits: Bits, count: int, levels: Levels) -> _Array:
     xp = np if isinstance(packed, np.ndarray) else jnp
     if bits == "ternary":
         unsigned = _digits(packed).reshape(-1)[:count]
@@ -150,7 +154,10 @@ def _unpack(packed: _Array, bits: Bits, count: int, low: int) -> _Array:
             packed = xp.pad(packed, (0, num_bytes - packed.size))
         unsigned = _split(packed, int(bits)).reshape(-1)[:count]
     codes = _reinterpret(unsigned, np.int8)
-    return codes * np.int8(2) - np.int8(1) if bits == 1 else codes + np.int8(low)
+    grid = Grid(bits, levels=levels)
+    if grid.is_odd:
+        codes = codes * np.int8(2)
+    return codes + np.int8(grid.code_range[0])
 
 
 def _digits(packed: _Array) -> _Array:

@@ -77,8 +77,9 @@ class LeafSpec:
                 checks.check_positive("rule", self.rule)
         if self.grid.bits is None:
             return
-        if self.has_price and (self.grid.bits == 1 or self.grid.zero_point):
+        if self.has_price and (self.grid.is_odd or self.grid.zero_point):
             lacking = "bits=1" if self.grid.bits == 1 else "zero_point"
+            lacking = "levels='balanced'" if self.grid.levels == "balanced" else lacking
             raise ValueError(f"bit_price needs a code for the value 0, which {lacking} lacks.")
         if isinstance(self.rule, ThresholdRule):
             self.rule.bind(self.grid)  # raises if the rule does not support the grid

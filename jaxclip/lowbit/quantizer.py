@@ -275,8 +275,6 @@ def _encode(
     x = array.astype(jnp.float32)
     # Rounded first, so the codes and the bound of half a step are those of the stored scale.
     stored = round_scale(jnp.clip(t / high, FLOAT32_TINY, FLOAT32_MAX), grid.scale_dtype)
-    if grid.bits == 1:
-        return jnp.where(x < 0, -1, 1).astype(jnp.int8), stored
     scale = stored.astype(jnp.float32)
 
     if low < -high:  # the sign of the scale puts the longer side where the error is lower
@@ -285,7 +283,7 @@ def _encode(
         is_mirrored = grid.compact(jnp.sum(blocks, axis=axes, keepdims=True), x.ndim) < 0
         # As a product, because a selection needs scales that are sharded like the errors.
         scale = scale * (1 - 2 * is_mirrored.astype(jnp.float32))
-    codes = jnp.clip(jnp.round(_ratio(x, scale, grid)), low, high).astype(jnp.int8)
+    codes = grid.nearest(_ratio(x, scale, grid)).astype(jnp.int8)
     return codes, scale.astype(stored.dtype)
 
 
@@ -304,8 +302,7 @@ def _encode_with_zero(
     counts = jnp.asarray(grid.block_counts(x.shape))
     scale, zero = (grid.compact(part, x.ndim) for part in search(blocks, axes, counts, low, high))
     stored = round_scale(jnp.clip(scale, FLOAT32_TINY, FLOAT32_MAX), grid.scale_dtype)
-    codes = jnp.round(_ratio(x, stored.astype(jnp.float32), grid))
-    codes = jnp.clip(codes + grid.expand(zero, x.shape), low, high)
+    codes = grid.nearest(_ratio(x, stored.astype(jnp.float32), grid), grid.expand(zero, x.shape))
     return codes.astype(jnp.int8), stored, zero.astype(jnp.int8)
 
 

@@ -4,6 +4,7 @@ min over s of sum (w - s * clip(round(w / s), low, high))**2,        t = s * hig
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ class _MseOptimal(ThresholdRule):
         counts: np.ndarray,
         importance: jax.Array | None = None,
     ) -> jax.Array:
-        low, high = self._code_range()
+        low, high = self._level_range()
         v = importance
         if v is not None:
             largest = jnp.max(v, axis=axes, keepdims=True, initial=0)
@@ -60,19 +61,19 @@ class _MseOptimal(ThresholdRule):
         return _as_threshold(best_scale(blocks, axes, counts, low, high, v), high)
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        low, high = self._code_range()
+        low, high = self._level_range()
         if self.grid.bits == 1:
             count = count_entries(arrays)
             return add_up([jnp.sum(magnitude(x) / count) for x in arrays])
         return _as_threshold(best_common_scale(arrays, low, high), high)
 
-    def _code_range(self) -> tuple[int, int]:
+    def _level_range(self) -> tuple[float, float]:
         if self.grid.bits is None:
             raise ValueError("mse_optimal needs bits: mse_optimal(4)(array).")
-        return self.grid.code_range
+        return self.grid.level_range
 
 
-def _as_threshold(scale: jax.Array, high: int) -> jax.Array:
+def _as_threshold(scale: jax.Array, high: float) -> jax.Array:
     """Returns the threshold of a scale, at most the largest float32."""
     return jnp.minimum(jnp.abs(scale) * high, FLOAT32_MAX)
 
@@ -179,7 +180,7 @@ class _LeastSquares(ThresholdRule):
     def measure(self, blocks: jax.Array, axes: tuple[int, ...], counts: np.ndarray) -> jax.Array:
         if self.grid.bits is None:
             raise ValueError("least_squares needs bits: least_squares(4)(array).")
-        low, high = self.grid.code_range
+        _, high = self.grid.code_range
         size = magnitude(blocks)
         if self.grid.bits == 1:
             return jnp.sum(size / counts, axis=axes, keepdims=True)
@@ -187,18 +188,20 @@ class _LeastSquares(ThresholdRule):
         def total(x: jax.Array) -> jax.Array:
             return jnp.sum(x, axis=axes, keepdims=True)
 
+        # Zeros of padding have the code 1 if there is none for 0.
+        num_padded = math.prod(blocks.shape[a] for a in axes) - counts if self.grid.is_odd else 0
         largest = jnp.max(size, axis=axes, keepdims=True, initial=0)
         factor = inverse_size(largest)
         x = blocks.astype(jnp.float32) * factor
 
         def refit(step: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Returns the best scale for the codes of a step, and how much error it saves."""
-            codes = jnp.clip(jnp.round(x / jnp.where(step > 0, step, 1)), low, high)
-            squares, products = total(jnp.square(codes)), total(x * codes)
+            codes = self.grid.nearest(x / jnp.where(step > 0, step, 1))
+            squares, products = total(jnp.square(codes)) - num_padded, total(x * codes)
             refitted = products / jnp.maximum(squares, 1)
             return jnp.where(squares > 0, refitted, step), refitted * products
 
-        step = _STEPS[low, high] * jnp.sqrt(total(jnp.square(x)) / counts)
+        step = _STEPS[self.grid.level_range] * jnp.sqrt(total(jnp.square(x)) / counts)
         if self.num_refits:
             step, gain = refit(step)
             other, other_gain = refit(largest * factor / high)
@@ -208,8 +211,11 @@ class _LeastSquares(ThresholdRule):
         return jnp.minimum(step * np.float32(high) / factor, FLOAT32_MAX)
 
 
-# The best step of each grid for the normal distribution, in standard deviations.
+# The best scale of each grid for the normal distribution, in standard deviations.
 _STEPS = {
+    (-1.5, 1.5): 0.4979,
+    (-3.5, 3.5): 0.2930,
+    (-7.5, 7.5): 0.1676,
     (-1, 1): 1.224,
     (-2, 1): 1.048,
     (-3, 3): 0.651,

@@ -21,6 +21,7 @@ TREES = {
     2: recorded_trees.version_2,
     3: recorded_trees.version_3,
     4: recorded_trees.version_4,
+    5: recorded_trees.version_5,
 }
 every_version = pytest.mark.parametrize("version", TREES)
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxclip import checkpoints, compress, decompress
 from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError
+from jaxclip.checkpoints.format.headers import VERSIONS
 from jaxclip.checkpoints.sizes import size_report
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.quantizer import quantize
@@ -344,12 +345,12 @@ def test_pickles_are_never_run(suffix, tmp_path):
 
 
 def test_a_newer_version_is_refused_by_its_number(path, monkeypatch):
-    monkeypatch.setattr(
-        "jaxclip.checkpoints.format.headers._version_for", lambda quantized, codings: 5
-    )
+    newer = VERSIONS[-1] + 1
+    place = "jaxclip.checkpoints.format.headers._version_for"
+    monkeypatch.setattr(place, lambda quantized, codings: newer)
     checkpoints.save(path, small_tree())
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"use a jaxclip that reads version 5"):
+    with pytest.raises(CheckpointError, match=f"use a jaxclip that reads version {newer}"):
         checkpoints.load(path)
 
 

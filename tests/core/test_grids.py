@@ -195,7 +195,7 @@ def test_a_zero_point_that_is_no_bool_is_refused(bad):
 
 @pytest.mark.parametrize("bad", ["wide", True, None], ids=repr)
 def test_unknown_levels_are_refused_with_the_allowed_list(bad):
-    with pytest.raises(ValueError, match=r"levels must be one of \['full', 'narrow'\]"):
+    with pytest.raises(ValueError, match=r"levels must be one of \['full', 'narrow', 'balanced'\]"):
         Grid(4, levels=bad)
 
 

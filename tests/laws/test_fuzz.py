@@ -185,8 +185,9 @@ def any_low_bit(rng: random.Random) -> QuantizedArray:
     axis = rng.choice([None, None, *range(-len(shape), len(shape))])
     group_size = rng.choice([None, 1, 3]) if len(shape) > 1 else None
     bits, scale_dtype = rng.choice(BITS), rng.choice(FORMATS)
-    has_zero = bits != 1 and rng.random() < 0.5
-    levels = "full" if rng.random() < 0.7 else "narrow"
+    choices = ["full", "full", "narrow"] + ["balanced"] * (bits in (1, 2, 3, 4))
+    levels = rng.choice(choices)
+    has_zero = bits != 1 and levels != "balanced" and rng.random() < 0.5
     grid = Grid(
         bits,
         levels=levels,

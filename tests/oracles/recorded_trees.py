@@ -126,5 +126,24 @@ def version_4() -> dict:
     }
 
 
+def version_5() -> dict:
+    """Balanced levels, packed and coded, beside another grid."""
+
+    def low_bit(bits, shape, **fields):
+        grid = Grid(bits, levels="balanced", **fields)
+        low, high = grid.code_range
+        codes = 2 * codes_of(shape, 0, (high - low) // 2) + low
+        codes[: len(codes) // 2] = 1  # so that coding pays
+        scale_shape = grid.scale_shape(shape)
+        scale = np.arange(1, 1 + np.prod(scale_shape, dtype=int)).reshape(scale_shape) * 0.1
+        return QuantizedArray(
+            codes.astype(np.int8), scale.astype(np.float32), grid, np.dtype(np.float32)
+        )
+
+    full = version_1()["full"]["4"]
+    widths = {str(b): low_bit(b, (60, 50), axis=-1) for b in (1, 2, 3, 4)}
+    return widths | {"grouped": low_bit(2, (3, 10), axis=0, group_size=4), "full": full}
+
+
 if __name__ == "__main__":
-    checkpoints.save(sys.argv[1], version_4(), coding="lanes")
+    checkpoints.save(sys.argv[1], version_5(), coding="lanes")

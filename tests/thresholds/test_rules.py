@@ -129,6 +129,7 @@ def test_a_multiple_that_is_not_positive_and_finite_is_refused_when_made(k):
 
 ALL_BITS = [1, "ternary", 2, 3, 4, 5, 6, 8]
 GRIDS = [(b, "full") for b in ALL_BITS] + [(b, "narrow") for b in (2, 3, 4, 5, 6, 8)]
+GRIDS += [(b, "balanced") for b in (1, 2, 3, 4)]
 QUICK = [(1, "full"), ("ternary", "full"), (4, "full"), (3, "narrow")]
 FEW_BITS = (1, "ternary", 2, 3, 4)
 NUM_ROWS, ROW = 16, 64

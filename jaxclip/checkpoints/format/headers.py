@@ -21,7 +21,7 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
 # one-bit codes are 8, and of coded ones at most 64. So many bytes are allowed in any case.
 MAX_RATIO = 64.0
 ALWAYS_ALLOWED_BYTES = 2**28
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 5)
 # Every version begins like this, so the header's checksum has a fixed place.
 PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
 CRC_PLACE = slice(8 + len(PREFIX), 16 + len(PREFIX))
@@ -80,6 +80,8 @@ def _to_json(value: Any) -> str:
 
 def _version_for(quantized: dict[str, QuantizedArray], codings: dict[str, str | None]) -> int:
     """Returns the lowest version that holds all leaves: older readers read it if they can."""
+    if any(leaf.grid.levels == "balanced" for leaf in quantized.values()):
+        return 5
     if "lanes" in codings.values():
         return 4
     if any(_has_groups_along_many_axes(leaf) for leaf in quantized.values()):
@@ -99,9 +101,10 @@ def _has_groups_along_many_axes(leaf: QuantizedArray) -> bool:
 
 def _quantized_info(leaf: QuantizedArray, version: int, coding: str | None) -> dict[str, Any]:
     axis = leaf.fitted_grid.axis
+    levels = leaf.grid.levels
     info = {
         "bits": leaf.bits,
-        "full_signed": leaf.grid.levels == "full",
+        **({"levels": levels} if version >= 5 else {"full_signed": levels == "full"}),
         "axis": [int(a) for a in axis] if isinstance(axis, tuple) else _int_or_none(axis),
         "group_size": _int_or_none(leaf.grid.group_size),
         "shape": list(leaf.shape),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclip._core.grids import Grid, ScaleDtype, code_range
+from jaxclip._core.grids import Grid, Levels, ScaleDtype, code_range
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format.codes import restore_leaf
 from jaxclip.checkpoints.format.headers import (
@@ -248,7 +248,8 @@ def _coding_of(name: str, info: Any, version: int) -> str | None:
 
 
 def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
-    keys = {"bits", "full_signed", "axis", "group_size", "shape", "dtype"}
+    keys = {"bits", "axis", "group_size", "shape", "dtype"}
+    keys |= {"levels"} if version >= 5 else {"full_signed"}
     keys |= {"zero_point", "scale_dtype", "coding"} if version >= 2 else set()
     if type(info) is not dict or set(info) != keys or not _is_shape(info["shape"]):
         raise ValueError(f"tensor {name!r}: its description in the header is not valid.")
@@ -256,7 +257,10 @@ def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
     stored = DTYPES.get(dtype) if type(dtype) is str else None
     is_float = stored is not None and jnp.issubdtype(stored, jnp.floating)
     has_zero, scale_dtype = info.get("zero_point", False), info.get("scale_dtype", "float32")
-    if type(info["full_signed"]) is not bool or type(has_zero) is not bool or not is_float:
+    levels = info.get("levels")
+    if version < 5 and type(info["full_signed"]) is bool:
+        levels = "full" if info["full_signed"] else "narrow"
+    if type(levels) is not str or type(has_zero) is not bool or not is_float:
         raise ValueError(f"tensor {name!r}: its grid or dtype is not valid.")
     try:
         if type(scale_dtype) is not str:
@@ -264,7 +268,7 @@ def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:
         code_range(info["bits"])  # raises for None, which a Grid allows but a file does not
         grid = Grid(
             info["bits"],
-            levels="full" if info["full_signed"] else "narrow",
+            levels=cast(Levels, levels),
             axis=tuple(axis) if type(axis) is list else axis,
             group_size=info["group_size"],
             zero_point=has_zero,

@@ -110,7 +110,7 @@ def encode_concrete(array: np.ndarray, grid: Grid, choice: Choice) -> Encoded:
 
 def _search_for(parts: Parts, grid: Grid, choice: Choice) -> Search | None:
     """Returns the search for the scales of an array; None if they follow from the largest."""
-    low, high = grid.code_range
+    low, high = grid.level_range
     if choice == "max_abs":
         return Search(parts.part_shape, "range", low, high) if grid.zero_point else None
     if grid.bits == 1:

@@ -37,8 +37,8 @@ class Search(NamedTuple):
 
     shape: PartShape
     rule: Literal["scale", "scale_and_zero", "range", "mean"]
-    low: int
-    high: int
+    low: float  # of levels, in distances between two
+    high: float
     is_hard: bool = False  # of a scale and a zero; with a scale alone it is a number
 
 
@@ -59,7 +59,7 @@ class Numbers(NamedTuple):
     largest: _Array  # of all scales, for log8
     is_searched: _Array
     is_signed: _Array
-    is_one_bit: _Array
+    is_odd: _Array
 
 
 class Found(NamedTuple):
@@ -93,7 +93,7 @@ def numbers_of(grid: Grid, is_searched: bool) -> Numbers:
         largest=one,
         is_searched=np.bool_(is_searched),
         is_signed=np.bool_(low < -high and not grid.zero_point),
-        is_one_bit=np.bool_(grid.bits == 1),
+        is_odd=np.bool_(grid.is_odd),
     )
 
 
@@ -201,10 +201,11 @@ def _round_rows(
     added = lax.cond(numbers.is_signed & may_clip, added_error, lambda: jnp.zeros_like(scale))
     scale = jnp.where(added < 0, -scale, scale)
     step, zero = scale[:, None], found.zero[:, None]
-    levels = jnp.clip(jnp.round(quotient(x, step)), low - zero, high - zero)
+    ratio = quotient(x, step)
+    levels = jnp.clip(jnp.round(ratio), low - zero, high - zero)
     is_entry = jnp.arange(x.shape[1], dtype=jnp.float32)[None] < lengths[:, None]
-    signs = jnp.where(x < 0, -1, 1).astype(jnp.float32)
-    levels = jnp.where(numbers.is_one_bit & is_entry, signs, levels)
+    odd = jnp.clip(2 * jnp.floor(ratio / 2) + 1, low, high)
+    levels = jnp.where(numbers.is_odd & is_entry, odd, levels)
     value = _rounded_to(plan.dtype, saturate(step * levels, plan.dtype), numbers.largest)
     ends = [step * (end - zero) * (1 + _ROUNDING) for end in (low, high)]
     is_clipped = (x < jnp.minimum(*ends)) | (x > jnp.maximum(*ends))
@@ -273,7 +274,7 @@ def _search_rows(plan: Search, rows: Rows, is_hard: jax.Array) -> Found:
 
 
 def range_scale(
-    bottom: jax.Array, top: jax.Array, low: int, high: int
+    bottom: jax.Array, top: jax.Array, low: float, high: float
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the least scale whose grid spans a range that has 0, and the code for 0."""
     scale = jnp.maximum(top / (high - low) - bottom / (high - low), FLOAT32_TINY)

@@ -63,8 +63,9 @@ def cheaper_codes(small: PyTree, original: PyTree, *, price: ArrayLike = 0.12) -
         if not is_quantized(q):
             return q
         name = f" at {trees.path_name(path)!r}" if path else ""
-        if q.bits == 1 or q.zero is not None:
-            got = "one bit" if q.bits == 1 else "a zero point"
+        if q.grid.is_odd or q.zero is not None:
+            got = "a zero point" if q.zero is not None else "one bit"
+            got = "balanced levels" if q.grid.levels == "balanced" else got
             raise ValueError(f"small{name} must have a code 0 for the value 0, got {got}.")
         if jnp.shape(w) != q.shape:
             raise ValueError(f"original{name} must have shape {q.shape}, got {jnp.shape(w)}.")

@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
+from jaxclip._core.grids import Grid
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize
 from jaxclip.lowbit.coding.trellis import chain_length, levels_of
 from jaxclip.lowbit.rounding.moments import InputMoments, MatrixView
@@ -149,14 +150,13 @@ def round_with_feedback(
     w = np.asarray(array).astype(np.float32)
     codes = np.empty(view.matrix_shape, np.int8)
     wide = [_unfolded(quantized, part, view) for part in (quantized.scale, quantized.zero)]
-    round_matrix = functools.partial(
-        _round_matrix, levels=quantized.grid.code_range, is_binary=quantized.bits == 1
-    )
     for place, factor in enumerate(moments.factors):
         scale, zero = (x if x is None else x[place, factor.order] for x in wide)
         assert scale is not None
         matrix = view.unfold(w)[place, factor.order]
-        codes[place, factor.order] = round_matrix(matrix, scale, zero, factor, price)
+        codes[place, factor.order] = _round_matrix(
+            quantized.grid, matrix, scale, zero, factor, price
+        )
     return dataclasses.replace(quantized, qvalue=_like(quantized.qvalue, view.fold(codes, shape)))
 
 
@@ -178,24 +178,21 @@ def _like(old: jax.Array, codes: np.ndarray) -> jax.Array:
 
 
 def _round_matrix(
+    grid: Grid,
     w: np.ndarray,
     scale: np.ndarray,
     zero: np.ndarray | None,
     factor: InputFactor,
     price: float,
-    *,
-    levels: tuple[int, int],
-    is_binary: bool,
 ) -> np.ndarray:
     """Returns the codes of one matrix (inputs, outputs), whose inputs are in the factor's order."""
     shrinkage = _shrinkage(w, scale, price)
     if factor.unit is None:
-        nearest = np.round(w / scale * shrinkage) + (0 if zero is None else zero)
-        return np.clip(nearest, *levels).astype(np.int8)
+        return grid.nearest(w / scale * shrinkage, 0 if zero is None else zero).astype(np.int8)
     unit, of_rows = _padded_rows(factor.unit, {"shrinkage": (shrinkage, 1)})
 
     def round_piece(**of_entries: jax.Array) -> jax.Array:
-        return _round_rows(**of_entries, **of_rows, unit=unit, levels=levels, is_binary=is_binary)
+        return _round_rows(grid, **of_entries, **of_rows, unit=unit)
 
     zeros = np.zeros((1, 1), np.float32) if zero is None else zero
     entries = {"w": (w, 0), "scale": (scale, 1), "zero": (np.broadcast_to(zeros, w.shape), 0)}
@@ -280,24 +277,19 @@ def path_with_feedback(
 # --- Programs -------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("levels", "is_binary"))
+@functools.partial(jax.jit, static_argnums=0)
 def _round_rows(
+    grid: Grid,
     w: jax.Array,
     scale: jax.Array,
     zero: jax.Array,
     shrinkage: jax.Array,
     unit: jax.Array,
-    *,
-    levels: tuple[int, int],
-    is_binary: bool,
 ) -> jax.Array:
     """Returns the codes of a matrix, each the nearest to what feedback makes of its entry."""
 
     def round_row(x: jax.Array, row: jax.Array) -> jax.Array:
-        if is_binary:
-            return jnp.where(x < 0, -1.0, 1.0)
-        nearest = jnp.round(x * shrinkage[row]) + zero[row]
-        return jnp.clip(nearest, *levels) - zero[row]
+        return grid.nearest(x * shrinkage[row], zero[row]) - zero[row]
 
     return (_feed_back(w, scale, unit, round_row) + zero).astype(jnp.int8)
 

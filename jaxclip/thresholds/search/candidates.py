@@ -6,6 +6,7 @@ and r l gives each candidate the error of its refined scale; the least over all 
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -41,12 +42,17 @@ class Candidates(NamedTuple):
     """Grids to try on each block, along the last axis."""
 
     scale: jax.Array
-    low: int | jax.Array  # lowest code, counted from the code of 0
-    high: int | jax.Array  # highest code, likewise
+    low: float | jax.Array  # lowest level, counted from 0, in distances between two levels
+    high: float | jax.Array  # highest level, likewise; halves if no level is 0
+
+    @property
+    def has_zero(self) -> bool:
+        """True if one of the levels is 0."""
+        return isinstance(self.high, jax.Array) or self.high % 1 == 0
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> "Candidates":
         """Returns these candidates with `function` applied to every array."""
-        low, high = (v if isinstance(v, int) else function(v) for v in (self.low, self.high))
+        low, high = (function(v) if isinstance(v, jax.Array) else v for v in (self.low, self.high))
         return Candidates(function(self.scale), low, high)
 
 
@@ -153,7 +159,8 @@ def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _codes(unit: jax.Array, candidates: Candidates) -> jax.Array:
-    return jnp.clip(jnp.round(unit), candidates.low, candidates.high)
+    nearest = jnp.round(unit) if candidates.has_zero else jnp.floor(unit) + 0.5
+    return jnp.clip(nearest, candidates.low, candidates.high)
 
 
 def _evaluate_whole(
@@ -178,7 +185,9 @@ def _evaluate_whole(
 
     squares, products = lax.map(sums, jnp.arange(candidates.scale.shape[-1], dtype=jnp.int32))
     squares, products = (jnp.moveaxis(v, 0, -1) for v in (squares, products))
-    return refined((squares, products), stats.energy, candidates.scale)
+    num_slots = sum(math.prod(x.shape[a] for a in axes or range(x.ndim)) for x, _ in parts)
+    is_weighted = any(v is not None for _, v in parts)
+    return refined((squares, products), stats, candidates, None if is_weighted else num_slots)
 
 
 def sums_of_pieces(y: jax.Array, v: jax.Array | None, candidates: Candidates) -> jax.Array:
@@ -246,13 +255,14 @@ def _evaluate_at_once(
 
     y = in_pieces(x.astype(jnp.float32) * stats.factor.reshape(chunk, 1, *x.shape[2:]))
     v = None if v is None else in_pieces(v)
+    num_slots = pieces * piece if v is None else None
 
     def in_lanes() -> jax.Array:
         sums = sums_of_pieces(y, v, candidates.map(lambda c: jnp.repeat(c, pieces, axis=0)))
         if pieces > 1:
             return sums
         sums = jnp.real(sums), jnp.imag(sums)
-        return lax.complex(*refined(sums, stats.energy, candidates.scale))
+        return lax.complex(*refined(sums, stats, candidates, num_slots))
 
     # A conditional, because XLA would fuse the loop into its consumer, where it is not vectorized.
     zero = 0 * stats.factor[0, 0]
@@ -263,7 +273,7 @@ def _evaluate_at_once(
     if pieces > 1:
         both = both.reshape(chunk, pieces, *both.shape[1:])
         sums = jnp.sum(jnp.real(both), axis=1), jnp.sum(jnp.imag(both), axis=1)
-        return refined(sums, stats.energy, candidates.scale)
+        return refined(sums, stats, candidates, num_slots)
     return jnp.real(both), jnp.imag(both)
 
 
@@ -293,21 +303,34 @@ def _evaluate_in_slabs(
 
     zero = 0 * stats.factor[0, 0]
     zeros = jnp.broadcast_to(lax.complex(zero, zero), (pieces, columns, lanes))
-    total = jnp.sum(lax.fori_loop(0, -(-length // step), body, zeros), axis=0, keepdims=True)
-    return refined((jnp.real(total), jnp.imag(total)), stats.energy, candidates.scale)
+    num_slabs = -(-length // step)
+    total = jnp.sum(lax.fori_loop(0, num_slabs, body, zeros), axis=0, keepdims=True)
+    num_slots = num_slabs * step if v is None else None
+    return refined((jnp.real(total), jnp.imag(total)), stats, candidates, num_slots)
 
 
 # --- Choosing between candidates ------------------------------------------------------
 
 
 def refined(
-    sums: tuple[jax.Array, jax.Array], energy: jax.Array, starts: jax.Array
+    sums: tuple[jax.Array, jax.Array],
+    stats: BlockStats,
+    candidates: Candidates,
+    num_slots: ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the errors of the refined scales and those scales, from the sums of r^2 and r l."""
+    """Returns the errors of the refined scales and those scales, from the sums of r^2 and r l.
+
+    `num_slots` is the number of entries that were summed, with padding; None if padding counts 0.
+    """
     # Where r is small compared with w / s, these sums do not cancel. Those of the closed form
     # A^2 / B would at 8 bits.
-    squares, products = sums
-    energy = energy[..., None] / jnp.square(starts)
+    (squares, products), starts = sums, candidates.scale
+    if num_slots is not None and not candidates.has_zero:
+        # Zeros of padding are half a level away from the nearest.
+        num_padded = jnp.asarray(num_slots).astype(jnp.float32) - stats.num_entries
+        quarters = 0.25 * num_padded[..., None]
+        squares, products = squares - quarters, products + quarters
+    energy = stats.energy[..., None] / jnp.square(starts)
     code_energy = energy - 2 * products - squares
     # Below 0.1 the difference loses digits; such a candidate clips nearly everything.
     is_known = code_energy > 0.1 * energy

@@ -104,13 +104,14 @@ def _evaluate(
     rows: Rows, y: jax.Array, stats: BlockStats, candidates: Candidates
 ) -> tuple[jax.Array, jax.Array]:
     """Returns errors and refined scales of the candidates of each row."""
+    num_slots = y.shape[1] * (1 if rows.row_pieces is None else rows.row_pieces)
 
     def in_lanes() -> jax.Array:
         sums = sums_of_pieces(y, None, candidates.map(rows.spread))
         if rows.row_pieces is not None:
             return sums
         sums = jnp.real(sums), jnp.imag(sums)
-        return lax.complex(*refined(sums, stats.energy, candidates.scale))
+        return lax.complex(*refined(sums, stats, candidates, num_slots))
 
     # A conditional, because XLA would fuse the loop into its consumer, where it is not vectorized.
     zero = 0 * stats.factor[0, 0]
@@ -119,4 +120,4 @@ def _evaluate(
     if rows.row_pieces is None:
         return jnp.real(both), jnp.imag(both)
     sums = rows.total(jnp.real(both)), rows.total(jnp.imag(both))
-    return refined(sums, stats.energy, candidates.scale)
+    return refined(sums, stats, candidates, num_slots)

@@ -38,8 +38,8 @@ def best_scale(
     blocks: jax.Array,
     axes: tuple[int, ...],
     counts: jax.Array,
-    low: int,
-    high: int,
+    low: float,
+    high: float,
     importance: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the scale of least squared error for each block, dims kept; 0 for zeros."""
@@ -51,7 +51,7 @@ def best_scale(
     return scale / factor
 
 
-def best_common_scale(arrays: Sequence[jax.Array], low: int, high: int) -> jax.Array:
+def best_common_scale(arrays: Sequence[jax.Array], low: float, high: float) -> jax.Array:
     """Returns the scale of least squared error for all entries of some arrays together."""
     length = sum(x.size for x in arrays)
     is_refined = is_hard(length) or not may_be_one_pass(low, high)
@@ -60,14 +60,14 @@ def best_common_scale(arrays: Sequence[jax.Array], low: int, high: int) -> jax.A
     return scale / factor
 
 
-def may_be_one_pass(low: int, high: int) -> bool:
+def may_be_one_pass(low: float, high: float) -> bool:
     """Returns True for grids for which one pass is enough, but in blocks that are hard."""
-    return high == 7 or (high < 7 and low == -high)
+    return high == 7 or (high < 8 and low == -high)
 
 
 def search_scale(
-    low: int,
-    high: int,
+    low: float,
+    high: float,
     is_refined: bool | jax.Array,
     is_weighted: bool,
     evaluate: Evaluate,
@@ -75,7 +75,7 @@ def search_scale(
 ) -> jax.Array:
     """Searches for the scale of least error, in one pass or in two that refine it."""
     stats = stats._replace(largest=jnp.where(stats.largest > 0, stats.largest, 1))
-    num_passes, num_centers = 2, 4 if high > 7 else 2
+    num_passes, num_centers = 2, 4 if high >= 8 else 2
     starts, width = _refined_starts(low, high, is_weighted, stats)
     if is_refined is not True:
         once = _only_starts(low, high, stats)
@@ -102,7 +102,7 @@ def search_scale(
     return jnp.where(stats.energy > 0, best, 0 * stats.energy)
 
 
-def _only_starts(low: int, high: int, stats: BlockStats) -> jax.Array:
+def _only_starts(low: float, high: float, stats: BlockStats) -> jax.Array:
     """Returns the scales to try if there is one pass."""
     places = np.append(np.linspace(0, 1, BATCH - 1), 0)
     starts, _ = _coarse(stats, low, high, high, False, places)
@@ -112,26 +112,26 @@ def _only_starts(low: int, high: int, stats: BlockStats) -> jax.Array:
 
 
 def _refined_starts(
-    low: int, high: int, is_weighted: bool, stats: BlockStats
+    low: float, high: float, is_weighted: bool, stats: BlockStats
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the scales to try in the first of two passes, and the logarithm of their ratio."""
     is_full, num_levels = low < -high, max(high, -low)
     places = np.linspace(0, 1, BATCH)
-    if is_full and high <= 7:
+    if is_full and high < 8:
         places = np.tile(np.linspace(0, 1, BATCH // 2), 2)
     least_levels = num_levels + 1 - 1.3 * num_levels**0.5 if high > 3 else max(high - 1, 1)
     starts, width = _coarse(stats, low, high, least_levels, is_weighted, places)
-    if is_full and high <= 7:
+    if is_full and high < 8:
         starts = starts * along_last(starts, np.repeat([1, -1], BATCH // 2))
     elif is_full:
         starts = starts * _sign(stats, high)[..., None]
     return starts, width
 
 
-def _sign(stats: BlockStats, high: int) -> jax.Array:
+def _sign(stats: BlockStats, high: float) -> jax.Array:
     """Returns the sign of a scale that gives the largest weights the level `low < -high`."""
     is_positive = stats.lean > 0
-    if high > 7:  # so many levels that only the largest of all is on the last one
+    if high >= 8:  # so many levels that only the largest of all is on the last one
         difference = stats.highest + stats.lowest
         is_positive = jnp.where(difference == 0, is_positive, difference > 0)
     return jnp.where(is_positive, -1, 1)
@@ -145,8 +145,8 @@ def _around(centers: list[jax.Array], width: jax.Array) -> jax.Array:
 
 def _coarse(
     stats: BlockStats,
-    low: int,
-    high: int,
+    low: float,
+    high: float,
     least_levels: float,
     is_weighted: bool,
     places: np.ndarray,
@@ -165,7 +165,7 @@ def _coarse(
     least = jnp.minimum(least, 0.9 * most)
     span, num_spaces = jnp.log(least / most), np.unique(places).size - 1
     starts = most[..., None] * geometric(span, places)
-    if high > 7:
+    if high >= 8:
         # Weights piled on a bound make a minimum where the bound is on a level or halfway to one.
         # So the candidates move there, as near as their spacing allows.
         spacing = (stats.largest / least - least_levels)[..., None] / num_spaces

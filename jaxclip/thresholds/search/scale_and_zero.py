@@ -34,7 +34,7 @@ from jaxclip.thresholds.search.candidates import (
 
 @functools.partial(WideJit, static_argnums=(1, 3, 4))
 def best_scale_and_zero(
-    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, low: int, high: int
+    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, low: float, high: float
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the scale and the zero point of least squared error for each block, dims kept."""
     # For blocks of zeros the scale is 0, and the zero point the code nearest to 0.
@@ -45,7 +45,7 @@ def best_scale_and_zero(
 
 
 def search_scale_and_zero(
-    low: int, high: int, is_hard: bool, evaluate: Evaluate, stats: BlockStats
+    low: float, high: float, is_hard: bool, evaluate: Evaluate, stats: BlockStats
 ) -> tuple[jax.Array, jax.Array]:
     """Searches for the scale and zero point of least error."""
 
@@ -91,14 +91,14 @@ def search_scale_and_zero(
     return jnp.where(has_error, scale, 0 * stats.energy), jnp.where(has_error, zero, nearest)
 
 
-def _whole_range(stats: BlockStats, low: int, high: int) -> tuple[jax.Array, jax.Array]:
+def _whole_range(stats: BlockStats, low: float, high: float) -> tuple[jax.Array, jax.Array]:
     """Returns scale and zero point of the grid from the least weight to the greatest."""
     scale = (stats.highest - stats.lowest) / (high - low)
     scale = jnp.where(scale > 0, scale, 1)
     return scale, jnp.clip(low + jnp.round(-stats.lowest / scale), low, high)
 
 
-def _coarse(stats: BlockStats, low: int, high: int) -> tuple[jax.Array, jax.Array]:
+def _coarse(stats: BlockStats, low: float, high: float) -> tuple[jax.Array, jax.Array]:
     """Returns scales over a whole bracket, twice, and the logarithm of the ratio of two."""
     full, _ = _whole_range(stats, low, high)
     num_levels = high - low
@@ -114,12 +114,14 @@ def _coarse(stats: BlockStats, low: int, high: int) -> tuple[jax.Array, jax.Arra
     return starts, span / (BATCH // 2 - 1)
 
 
-def _middle(stats: BlockStats, starts: jax.Array, low: int, high: int) -> jax.Array:
+def _middle(stats: BlockStats, starts: jax.Array, low: float, high: float) -> jax.Array:
     """Returns zero points, not whole, of grids that clip both sides by the same amount."""
     return (low + high) / 2 - ((stats.highest + stats.lowest) / 2)[..., None] / starts
 
 
-def _middle_of_longer_side(stats: BlockStats, starts: jax.Array, low: int, high: int) -> jax.Array:
+def _middle_of_longer_side(
+    stats: BlockStats, starts: jax.Array, low: float, high: float
+) -> jax.Array:
     """Returns zero points, not whole, of grids that clip the longer side to the other one first."""
     highest, below = stats.highest[..., None], -stats.lowest[..., None]
     reach = (high - low) * starts
