@@ -1,14 +1,16 @@
 """What calibration buys, in files of MiniLM: error of the embeddings against bits a weight.
 
     pip install -e ".[examples]" tokenizers
-    python benchmarks/lowbit/calibrated.py MODEL_FOLDER [--parts whole coded fixed] [--save FILE]
+    python benchmarks/lowbit/calibrated.py MODEL_FOLDER [--parts whole coded fixed choices]
 
 MODEL_FOLDER is that of `examples/minilm.py`, whose network is measured: the whole model in 6.5 MB,
 then the 36 matrices of its encoder. "error" is 1 - the mean cosine of 300 sentences of Python's
 manual to the embeddings of the original. Moments are from 512 other sentences of the manual, in
 batches without padding, and sensitivities from four of these batches. Every row is a file that is
 written and loaded again; bits are its bytes over its weights, with header, scales and tables.
-Seconds are CPU time of `compress`, its search for the size included.
+Seconds are CPU time of `compress`, its search for the size included. "choices" compares the two
+constants of the rounding: its errors are geometric means at three sizes around the first rate, each
+brought to that rate by 6 dB a bit.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import numpy as np
 
 from jaxclip import Grid, calibration, checkpoints, compress, decompress
 from jaxclip.lowbit import dependent_codes
+from jaxclip.lowbit.rounding import feedback
 from jaxclip.thresholds import rate_optimal
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
@@ -154,11 +157,34 @@ def print_fixed(table, params, measured):
             table.row(f"{bits} bits, groups of 64, {title}", make, coding=None)
 
 
+def print_choices(model, params, measured, rate):
+    """Errors at one rate for some prices of a bit and dampings of the moments."""
+    size = sum(w.size for w in params.values())
+    rates = rate - 0.05, rate, rate + 0.05
+
+    def error(**arguments):
+        logs = []
+        for wanted in rates:
+            target = int(wanted * size / 8)
+            make = functools.partial(compress, params, target_bytes=target, calibration=measured)
+            num_bytes, loaded, _ = written(lambda make=make: make(**arguments))
+            logs.append(np.log(model.error(loaded)) + np.log(4) * (8 * num_bytes / size - rate))
+        return np.exp(np.mean(logs))
+
+    for price in (0.2, 0.3, 0.4, 0.5, 0.6):
+        print(f"bit_price {price:<6}{error(bit_price=price):9.5f}", flush=True)
+    own = feedback._DAMPING
+    for damping in (0.001, 0.003, 0.01, 0.03):
+        feedback._DAMPING = damping
+        print(f"damping {damping:<8}{error():9.5f}", flush=True)
+    feedback._DAMPING = own
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
-    parts = ("whole", "coded", "fixed")
-    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    parts = ("whole", "coded", "fixed", "choices")
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts[:3])
     parser.add_argument("--rates", type=float, nargs="*", default=(2.45, 3.3, 4.4))
     parser.add_argument("--save", type=pathlib.Path, help="keeps the calibration, or takes it")
     args = parser.parse_args()
@@ -181,6 +207,8 @@ def main():
             print_targets(table, params, measured, int(rate * table.size / 8))
     if "fixed" in args.parts:
         print_fixed(Table(f"{len(names)} matrices", model, params), params, measured)
+    if "choices" in args.parts:
+        print_choices(model, params, measured, args.rates[0])
 
 
 if __name__ == "__main__":
