@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxclip import norms as norms
     from jaxclip import plots as plots
     from jaxclip import sign as sign
+    from jaxclip import sparsity as sparsity
     from jaxclip import sweeps as sweeps
     from jaxclip import thresholds as thresholds
     from jaxclip import training as training

@@ -54,6 +54,7 @@ EXCEPTIONS = {
         "project_on_box": "a constraint, which does not judge: NaN weights stay NaN",
         "project_on_norm": "as project_on_box",
         "keep_on_grid": "as the optimizer inside",
+        "keep_sparse": "as the optimizer inside",
     },
 }
 # What a state says of the last step, and its counts of steps; the rest is learned.

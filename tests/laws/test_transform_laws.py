@@ -70,6 +70,10 @@ def keep_on_grid():
     return jaxclip.keep_on_grid(jaxclip.lion(0.1), 1)
 
 
+def keep_sparse(density):
+    return jaxclip.sparsity.keep_sparse(jaxclip.lion(0.1), density, grow=0.25)
+
+
 def majority_vote():
     return jaxclip.sign.majority_vote(None, ties="previous")  # of one worker
 
@@ -99,6 +103,7 @@ TRANSFORMS = [
     Row(cautious, "learning_rate", 0.01),
     Row(majority_vote),
     Row(keep_on_grid),
+    Row(keep_sparse, "density", takes_schedule=False),
     Row(skip_nonfinite),
     Row(skip_or_clip, "max_norm"),
     Row(error_feedback, "max_residual", takes_schedule=False),
@@ -181,7 +186,8 @@ ROWS_OF = {
 
 def test_every_public_transform_has_a_row():
     made = {ROWS_OF.get(r.factory.__name__, r.factory.__name__) for r in TRANSFORMS}
-    wings = (jaxclip.gradients, jaxclip.lowbit, jaxclip.sign, jaxclip.weights)
+    wings = (jaxclip.gradients, jaxclip.lowbit, jaxclip.sign, jaxclip.sparsity)
+    wings += (jaxclip.weights,)
     functions = {name: fn for wing in wings for name, fn in vars(wing).items()}
     transforms = {
         name
