@@ -42,6 +42,25 @@ def saturate(x: jax.Array, dtype: DTypeLike, fraction: float = 1.0) -> jax.Array
     return lax.min(lax.max(x, jnp.full_like(x, -largest)), jnp.full_like(x, largest))
 
 
+def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns an array in another dtype, or raises if a finite entry would become infinite."""
+    if array.dtype == dtype:
+        return array
+    result = rounded(array, dtype)
+    is_lost = np.isfinite(array) & ~np.isfinite(result)
+    if np.any(is_lost):
+        raise ValueError(
+            f"{name!r} has an entry that is not finite in {dtype}: {array[is_lost][0]}."
+        )
+    return result
+
+
+def rounded(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """Returns an array in another dtype, entries beyond it as infinity or 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        return array.astype(dtype)
+
+
 def select(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns `jnp.where(condition, x, y)` for arrays of one dtype."""
     # `jnp.where` is a call in the program, and a few calls for each leaf are slow to compile.
@@ -72,6 +91,11 @@ def is_normal(bound: jax.Array | np.ndarray) -> bool:
     return isinstance(bound, np.ndarray) and bool(np.all(bound >= jnp.finfo(bound.dtype).tiny))
 
 
+def in_whole_bytes(x: jax.Array) -> jax.Array:
+    """Returns floats of 4 or 6 bits in a format of 8 that has all their values; others as given."""
+    return x.astype(jnp.float8_e4m3fn) if jnp.finfo(x.dtype).bits < 8 else x
+
+
 def exceeds(x: jax.Array, bound: ArrayLike, is_normal: bool = False) -> jax.Array:
     """Returns True where `|x| > bound` or the bound is 0, for real `x`; False for NaN."""
     bound = jnp.asarray(bound)
@@ -79,6 +103,7 @@ def exceeds(x: jax.Array, bound: ArrayLike, is_normal: bool = False) -> jax.Arra
         return jnp.abs(x) > bound
     # Compares bits, which order like magnitudes, because XLA on CPU treats subnormals as zero.
     # A bound of 0 needs its own case: XLA turns a comparison of bits with 0 into one of numbers.
+    x, bound = in_whole_bytes(x), in_whole_bytes(bound)
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     no_sign = jnp.asarray(jnp.iinfo(unsigned).max >> 1, unsigned)
     magnitude, limit = (lax.bitcast_convert_type(a, unsigned) & no_sign for a in (x, bound))

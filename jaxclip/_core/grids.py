@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 from types import ModuleType
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,19 @@ class Grid:
     group_size: int | None = None
     zero_point: bool = False
     scale_dtype: ScaleDtype = "float32"
+
+    if TYPE_CHECKING:  # takes dtypes too, where the field is a name
+
+        def __init__(
+            self,
+            bits: Bits | None,
+            *,
+            levels: Levels = "full",
+            axis: Axis = "outputs",
+            group_size: int | None = None,
+            zero_point: bool = False,
+            scale_dtype: ScaleDtype | np.dtype | type = "float32",
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         checks.check_choice("levels", self.levels, _LEVELS)

@@ -50,7 +50,7 @@ def map_clippable(fn: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def check_mask_for_leaves(mask: Mask | None) -> None:
-    """Raises TypeError if the mask of a transform is one bool for all leaves."""
+    """Raises TypeError if the mask of a transform is one bool for all leaves, or holds no bools."""
     # That is what a function becomes under optax.inject_hyperparams, which calls it with the step
     # in place of the parameters.
     if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
@@ -58,6 +58,19 @@ def check_mask_for_leaves(mask: Mask | None) -> None:
             "mask must be a tree of bools, a function of the parameters, or None for all leaves, "
             f"got {mask!r}: under optax.inject_hyperparams name it in static_args."
         )
+    if not callable(mask):
+        _check_bools(mask)
+
+
+def _check_bools(mask: PyTree) -> None:
+    """Raises TypeError unless every entry of a mask is True or False."""
+    for path, is_in in jax.tree_util.tree_leaves_with_path(mask):
+        is_scalar = isinstance(is_in, (bool, np.bool_)) or (
+            isinstance(is_in, (np.ndarray, jax.Array)) and not is_in.ndim and is_in.dtype == bool
+        )
+        if not is_scalar:
+            where = f" at {path_name(path)!r}" if path else ""
+            raise TypeError(f"mask must be True or False{where}, got {is_in!r}.")
 
 
 def masked(mask: Mask | None, params: PyTree, tree: PyTree, otherwise: object) -> PyTree:
@@ -65,14 +78,8 @@ def masked(mask: Mask | None, params: PyTree, tree: PyTree, otherwise: object) -
     if mask is None:
         return tree
     chosen = mask(params) if callable(mask) else mask
-    entries, structure = jax.tree_util.tree_flatten_with_path(chosen)
-    for path, is_in in entries:
-        is_scalar = isinstance(is_in, (bool, np.bool_)) or (
-            isinstance(is_in, (np.ndarray, jax.Array)) and not is_in.ndim and is_in.dtype == bool
-        )
-        if not is_scalar:
-            where = f" at {path_name(path)!r}" if path else ""
-            raise TypeError(f"mask must be True or False{where}, got {is_in!r}.")
+    _check_bools(chosen)
+    entries, structure = jax.tree.flatten(chosen)
     try:
         subtrees = structure.flatten_up_to(tree)
     except ValueError as error:
@@ -81,7 +88,7 @@ def masked(mask: Mask | None, params: PyTree, tree: PyTree, otherwise: object) -
         ) from error
     kept = [
         jax.tree.map(lambda x, is_in=is_in: x if is_in else otherwise, subtree)
-        for (_, is_in), subtree in zip(entries, subtrees, strict=True)
+        for is_in, subtree in zip(entries, subtrees, strict=True)
     ]
     return structure.unflatten(kept)
 

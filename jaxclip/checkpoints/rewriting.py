@@ -270,7 +270,8 @@ def decompress_checkpoint(
       CheckpointError: If the source is damaged, foreign or of a newer version.
       FileExistsError: If `dst` exists and `overwrite` is False, or it is not a regular file, or
         it is one of the files that are read, under any name.
-      ValueError: If `dst` has another suffix, or would become a part of the folder that is read.
+      ValueError: If `dst` has another suffix, or would become a part of the folder that is read;
+        if a weight is beyond `dtype`.
 
     Example:
       >>> decompress_checkpoint("small.safetensors", "net.safetensors")
@@ -287,8 +288,7 @@ def decompress_checkpoint(
         return source.leaves | plain
 
     def decompress_leaf(name: str, leaf: StoredLeaf) -> LeafWithError:
-        del name
-        return dequantize_stored(leaf, dtype) if is_quantized(leaf) else leaf, None
+        return dequantize_stored(leaf, dtype, name) if is_quantized(leaf) else leaf, None
 
     output = Output(Path(dst), overwrite, progress, keeps_names=True, max_ratio=max_ratio)
     return rewrite(src, output, outline, decompress_leaf)

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxclip._core.floats import rounded
 from jaxclip._core.trees import PyTree
 from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
 from jaxclip.interop.leaves import (
@@ -26,7 +27,6 @@ from jaxclip.interop.leaves import (
     fits_in_4_bits,
     named_leaves,
     plain_tensor,
-    rounded,
     warn_of_floats,
 )
 from jaxclip.lowbit.arrays import QuantizedArray

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxclip._core.floats import rounded
 from jaxclip._core.grids import Grid
-from jaxclip.interop.leaves import check_held, rounded
+from jaxclip.interop.leaves import check_held
 from jaxclip.lowbit.quantizer import quantize
 
 BlockKind: TypeAlias = Literal["Q4_0", "Q4_1", "Q8_0"]

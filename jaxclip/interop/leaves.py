@@ -13,14 +13,13 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
-from jaxclip._core.floats import saturate
+from jaxclip._core.floats import cast, rounded
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format import pytrees
 from jaxclip.checkpoints.format.layout import check_has_values, check_leaf, is_random_key
 from jaxclip.checkpoints.reading import Source
-from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize_stored, is_quantized
 
 # Pairs of a regex and what replaces its matches in names, as in `re.sub`; applied in order.
 Rename: TypeAlias = Sequence[tuple[str, str]]
@@ -164,31 +163,10 @@ def plain_tensor(leaf: NamedLeaf, dtype: np.dtype | None = None) -> ExportTensor
 
     def make() -> np.ndarray:
         if leaf.is_low_bit:
-            # As `dequantize` does: a value just beyond the leaf's own dtype is its largest number.
-            values = saturate(dequantize(leaf.read(), jnp.float32), own)
-            return cast(leaf.name, np.asarray(values), target)
+            return dequantize_stored(leaf.read(), target, leaf.name)
         return cast(leaf.name, np.asarray(leaf.read()), target)
 
     return ExportTensor(tuple(leaf.outline.shape), target, make)
-
-
-def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns an array in another dtype, or raises if a finite entry would become infinite."""
-    if array.dtype == dtype:
-        return array
-    result = rounded(array, dtype)
-    is_lost = np.isfinite(array) & ~np.isfinite(result)
-    if np.any(is_lost):
-        raise ValueError(
-            f"{name!r} has an entry that is not finite in {dtype}: {array[is_lost][0]}."
-        )
-    return result
-
-
-def rounded(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
-    """Returns an array in another dtype, entries beyond it as infinity or 0."""
-    with np.errstate(over="ignore", under="ignore"):
-        return array.astype(dtype)
 
 
 def check_held(part: str, values: np.ndarray, dtype: np.dtype, is_held: np.ndarray) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core.dense_methods import DenseMethods
-from jaxclip._core.floats import saturate
+from jaxclip._core.floats import cast, saturate
 from jaxclip._core.grids import Bits, Grid
 from jaxclip.lowbit.packing import num_packed_bytes
 from jaxclip.lowbit.scale_formats import dtype_in_memory
@@ -235,7 +235,8 @@ def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax
 
     Args:
       quantized: A low-bit array, from `quantize` or from a file.
-      dtype: Floating dtype of the result; None for the dtype that was quantized.
+      dtype: Floating dtype of the result; None for the dtype that was quantized. Values beyond it
+        become its largest number.
 
     Returns:
       An array in the original shape, multiplied in float32 and cast once. Inside jit it
@@ -271,11 +272,15 @@ def _dequantize(quantized: QuantizedArray, dtype: np.dtype) -> jax.Array:
     return saturate(values, jnp.finfo(dtype).dtype).astype(dtype)
 
 
-def dequantize_stored(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> np.ndarray:
-    """Returns what `dequantize` does in NumPy, which has float64 where jax has it disabled."""
-    dtype = jnp.dtype(quantized.dtype if dtype is None else dtype)
-    values = dequantize(quantized, jnp.float32 if dtype == np.float64 else dtype)
-    return np.asarray(values).astype(dtype, copy=False)
+def dequantize_stored(quantized: QuantizedArray, dtype: DTypeLike | None, name: str) -> np.ndarray:
+    """Returns the array in NumPy, which always has float64; raises if a value is beyond `dtype`."""
+    own = jnp.dtype(quantized.dtype)
+    target = own if dtype is None else jnp.dtype(dtype)
+    if target == own and own != np.float64:
+        return np.asarray(dequantize(quantized))
+    # As `dequantize` does: a value just beyond the leaf's own dtype is its largest number.
+    values = saturate(dequantize(quantized, jnp.float32), own)
+    return cast(name, np.asarray(values), target)
 
 
 def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:

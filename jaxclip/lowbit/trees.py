@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits
 from jaxclip._core.layouts import Layout, layouts_of
 from jaxclip._core.trees import PyTree
-from jaxclip.lowbit.arrays import dequantize, is_quantized
+from jaxclip.lowbit.arrays import dequantize, dequantize_stored, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
     Option,
@@ -129,6 +130,9 @@ def decompress(small: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     Returns:
       The tree with every `QuantizedArray` dequantized; other leaves are unchanged.
 
+    Raises:
+      ValueError: If a weight is beyond `dtype`. In jit it becomes the largest number.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxclip import compress
@@ -136,8 +140,13 @@ def decompress(small: PyTree, dtype: DTypeLike | None = None) -> PyTree:
       {'kernel': Array([[1., 1.],
              [1., 1.]], dtype=float32)}
     """
-    return jax.tree.map(
-        lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf,
-        small,
-        is_leaf=is_quantized,
-    )
+
+    def restored(path: tuple, leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        is_known = all(map(checks.is_concrete, (leaf.qvalue, leaf.scale, leaf.zero)))
+        if dtype is not None and is_known and jnp.finfo(dtype).max < jnp.finfo(leaf.dtype).max:
+            dequantize_stored(leaf, dtype, trees.path_name(path))  # raises for values beyond it
+        return dequantize(leaf, dtype)
+
+    return jax.tree_util.tree_map_with_path(restored, small, is_leaf=is_quantized)

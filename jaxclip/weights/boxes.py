@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import keep_weak_type, round_toward_zero, widest_bound
+from jaxclip._core.floats import in_whole_bytes, keep_weak_type, round_toward_zero, widest_bound
 from jaxclip._core.trees import PyTree
 from jaxclip._core.updates import clip_modulus, rounded_sum, update_between, update_within
 from jaxclip.thresholds.rules import Bound, ThresholdRule
@@ -23,6 +23,7 @@ from jaxclip.thresholds.values import check_number_or_schedule, check_threshold_
 from jaxclip.weights.projections import Projection
 
 
+@checks.refuses_step
 def box(low: PyTree, high: ArrayLike | optax.Schedule | None = None) -> Projection:
     """Makes the projection onto arrays with entries in `[low, high]`, or in `[-low, low]`.
 
@@ -158,6 +159,7 @@ def _clip_between(w: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 def _order(x: jax.Array) -> jax.Array:
     """Returns integers in the order of the numbers: -0 and 0 are equal, subnormals differ."""
+    x = in_whole_bytes(x)
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
     largest = jnp.iinfo(bits.dtype).max
     # Not by comparing with 0, which XLA on CPU would do as with numbers.

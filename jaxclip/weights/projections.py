@@ -52,6 +52,7 @@ class Projection:
           array: Floating array; others are returned unchanged.
           step: Scalar integer for schedules; 0 if not given.
         """
+        checks.refuse_step("the projection", array, "an array of weights")
         array = jnp.asarray(array)
         if not trees.is_clippable(array):
             return array
@@ -77,6 +78,7 @@ class Projection:
         return keep_weak_type(jnp.where(target == moved, u, update_to(target, u, w)), u)
 
 
+@checks.refuses_step
 def max_norm(
     max_norm: ArrayLike | optax.Schedule | ThresholdRule, axis: _Axis = None
 ) -> Projection:
@@ -145,6 +147,7 @@ def unit_norm(axis: _Axis = None) -> Projection:
     return _UnitNorm(axis=axis)
 
 
+@checks.refuses_step
 def spectral_cap(
     max_singular_value: ArrayLike | optax.Schedule | ThresholdRule,
     steps: int | None = None,

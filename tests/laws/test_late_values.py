@@ -17,6 +17,7 @@ import pytest
 import jaxclip
 from jaxclip import gradients, sign, thresholds, weights
 from jaxclip.thresholds.values import is_rule_factory
+from jaxclip.weights.projections import Projection
 
 PARAMS = {"kernel": jnp.full((2, 3), 5.0), "scale": jnp.asarray(0.5)}
 UPDATES = jax.tree.map(jnp.ones_like, PARAMS)
@@ -128,6 +129,11 @@ def test_a_traced_count_is_an_integer_scalar(make, name):
 # --- Functions that are no schedules, under inject_hyperparams ------------------------
 
 RULE_FACTORIES = [name for name in dir(thresholds) if is_rule_factory(getattr(thresholds, name))]
+PROJECTION_FACTORIES = [
+    name
+    for name, made in vars(weights).items()
+    if getattr(made, "__annotations__", {}).get("return") is Projection
+]
 SIGN_FACTORIES = ("soft_sign", "stochastic_sign", "scaled_sign")
 RULES = [
     thresholds.max_abs(),
@@ -179,8 +185,11 @@ def test_a_rule_that_is_named_as_static_works_as_without_injection(name):
     ids=lambda projection: type(projection).__name__,
 )
 def test_a_projection_that_is_called_with_the_step_is_refused(projection):
-    with pytest.raises(TypeError, match=r"projection must be given a Projection.*static_args"):
+    message = "the projection must be given an array.*static_args"
+    with pytest.raises(TypeError, match=message):
         inject(jaxclip.project_weights)(projection).init(PARAMS)
+    with pytest.raises(TypeError, match=message):
+        inject(jaxclip.clip_by_value)(projection).init(PARAMS)
     update_shapes(inject(jaxclip.project_weights, static_args="projection")(projection))
 
 
@@ -211,7 +220,10 @@ def test_a_mask_that_is_called_with_the_step_is_refused(make, mask):
 
 FACTORIES = [
     *((jaxclip.clip_by_value, "max_abs", getattr(thresholds, name)) for name in RULE_FACTORIES),
-    *((jaxclip.project_weights, "projection", x) for x in (weights.nonnegative, weights.unit_norm)),
+    *(
+        (jaxclip.project_weights, "projection", getattr(weights, name))
+        for name in PROJECTION_FACTORIES
+    ),
     *((jaxclip.scale_by_sign, "sign", getattr(sign, name)) for name in SIGN_FACTORIES),
     (functools.partial(jaxclip.keep_on_grid, SGD, 4), "rule", thresholds.max_abs),
 ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxclip
-from jaxclip import Grid, QuantizedArray, checkpoints, compress, decompress
+from jaxclip import Grid, QuantizedArray, checkpoints, compress, decompress, interop
 from oracles.small_params import make_params, uneven_params
 
 squeeze = functools.partial(compress, rule=jaxclip.max_abs)  # which compiles fast
@@ -53,6 +53,29 @@ def test_decompressing_into_another_dtype_casts_only_what_was_compressed():
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn])
+def test_a_weight_beyond_the_dtype_is_refused_by_its_path_wherever_it_is_cast(dtype, tmp_path):
+    plain = {"a": {"b": jnp.array([[1.0, 7e4], [2.0, -3.0]])}}
+    small, large = compress(plain, 8), float(jnp.finfo(dtype).max)
+    path, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    checkpoints.save(path, small)
+    for cast in (
+        lambda: decompress(small, dtype),
+        lambda: checkpoints.decompress_checkpoint(path, out, dtype),
+        lambda: interop.to_safetensors(out, small, dtype=dtype),
+    ):
+        with pytest.raises(
+            ValueError, match=r"'a/b'|'a\.b' has an entry that is not finite in float"
+        ):
+            cast()
+        assert not out.exists()
+    # In jit values are not known.
+    assert (
+        float(jnp.max(jax.jit(functools.partial(decompress, dtype=dtype))(small)["a"]["b"]))
+        == large
+    )
+
+
 def test_each_leaf_equals_quantizing_it_alone():
     params = make_params()
     params = {"dense": {"kernel": params["dense"]["kernel"]}}

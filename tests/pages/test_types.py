@@ -10,6 +10,7 @@ import pytest
 SCRIPT = """
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jaxclip
@@ -29,6 +30,9 @@ numbers: int = q.size + q.nbytes
 half = q.astype(jnp.bfloat16)
 small = jaxclip.compress(state.params, "ternary", layout="in_out")
 small = jaxclip.compress(state.params, jaxclip.Grid(4, levels="narrow", group_size=2))
+dtypes = jnp.float16, np.float16, np.dtype("float16"), kernel.dtype
+grids = [jaxclip.Grid(4, scale_dtype=dtype).scale_dtype.upper() for dtype in dtypes]
+restored = [jaxclip.decompress(small, dtype) for dtype in dtypes]
 print(jaxclip.size_report(small, "huffman").total_bytes, small["kernel"].bits)
 checkpoints.save("x.safetensors", small, coding="smallest")
 interop.export_checkpoint("x.safetensors", "x.gguf", "Q4_0")

@@ -351,9 +351,17 @@ def test_a_mask_of_anything_but_bools_is_refused(mask, error, message):
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     with pytest.raises(error, match=message):
         jaxclip.clip_weights(params, 0.1, mask)
-    tx = jaxclip.project_weights(jaxclip.box(0.1), mask=mask)
     with pytest.raises(error, match=message):
-        tx.update(params, tx.init(params), params)
+        jax.eval_shape(
+            lambda p: _update(jaxclip.project_weights(jaxclip.box(0.1), mask), p), params
+        )
+    if error is TypeError and not callable(mask):
+        with pytest.raises(TypeError, match=message):
+            jaxclip.lion(0.1, mask=mask)
+
+
+def _update(tx, params):
+    return tx.update(params, tx.init(params), params)
 
 
 @pytest.mark.parametrize("yes", [True, np.True_, np.asarray(True), jnp.asarray(True)], ids=repr)

@@ -1,4 +1,4 @@
-"""8-bit floats, every number of them: bounds hold, and no format's lack of infinity makes NaN."""
+"""Floats of 8 and 4 bits, every number of them: bounds hold, no lack of infinity makes NaN."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,16 @@ FORMATS = [
     "float8_e4m3fnuz",
     *(
         pytest.param(name, marks=pytest.mark.thorough)
-        for name in ("float8_e5m2", "float8_e5m2fnuz", "float8_e4m3b11fnuz")
+        for name in ("float8_e5m2", "float8_e5m2fnuz", "float8_e4m3b11fnuz", "float4_e2m1fn")
     ),
 ]
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 
 def all_numbers(name: str) -> np.ndarray:
-    numbers = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, name))
+    numbers = np.arange(16 if "float4" in name else 256, dtype=np.uint8).view(
+        getattr(ml_dtypes, name)
+    )
     return numbers[np.isfinite(numbers.astype(np.float64))]
 
 
@@ -70,3 +72,17 @@ def test_powers_of_two_without_sign_are_refused_by_their_path():
     params = {"scale": jnp.ones(4, jnp.float8_e8m0fnu)}
     with pytest.raises(TypeError, match="'scale' is float8_e8m0fnu"):
         jaxclip.clip_weights(params, 0.5)
+
+
+def test_4_bit_floats_are_clipped_in_jit():
+    w = jnp.asarray(all_numbers("float4_e2m1fn"))
+    clipped = jax.jit(jaxclip.clip_weights)(w, jnp.float32(2.5))
+    np.testing.assert_array_equal(exact(clipped), np.clip(exact(w), -2, 2))
+
+
+@pytest.mark.thorough
+def test_4_bit_floats_are_quantized_to_their_own_numbers():
+    w = jnp.asarray(all_numbers("float4_e2m1fn")).reshape(8, 2)
+    values = jaxclip.dequantize(jaxclip.quantize(w, 8))
+    assert values.dtype == w.dtype
+    np.testing.assert_array_equal(exact(values), exact(w))

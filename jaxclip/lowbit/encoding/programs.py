@@ -16,7 +16,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core.compiling import WIDE_VECTORS, cpu_options
-from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, inverse_size, quotient, saturate
+from jaxclip._core.floats import (
+    FLOAT32_MAX,
+    FLOAT32_TINY,
+    in_whole_bytes,
+    inverse_size,
+    quotient,
+    saturate,
+)
 from jaxclip._core.grids import Grid
 from jaxclip.lowbit.encoding.parts import PartShape
 from jaxclip.lowbit.scale_formats import round_scale
@@ -235,9 +242,10 @@ def _rounded_to(dtype: str, x: jax.Array, positive: jax.Array) -> jax.Array:
     if dtype == "float32":
         return x
     # XLA would leave out a cast there and back, but does not see that `positive < 0` is False.
-    bits = jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
-    rounded = lax.bitcast_convert_type(x.astype(dtype), bits) | (positive < 0).astype(bits)
-    return lax.bitcast_convert_type(rounded, dtype).astype(jnp.float32)
+    rounded = in_whole_bytes(x.astype(dtype))
+    integers = jnp.dtype(f"uint{8 * rounded.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(rounded, integers) | (positive < 0).astype(integers)
+    return lax.bitcast_convert_type(bits, rounded.dtype).astype(jnp.float32)
 
 
 def mirror_error(ratio: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
