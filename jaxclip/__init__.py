@@ -1,7 +1,5 @@
 """Clipping and sign steps for JAX: train by sign inside a weight box, ship at low bits."""
 
-import importlib
-
 TYPE_CHECKING = False  # that of `typing`, without its import: a command starts with this file
 
 __version__ = "0.1.0.dev0"
@@ -28,19 +26,24 @@ else:
         if name == "__all__":
             return _public_names()
         if not name.startswith("_") and name in _wings():
-            return importlib.import_module(f"jaxclip.{name}")
+            return _module(f"jaxclip.{name}")
         if not name.startswith("_") and name in _public_names():
-            globals()[name] = getattr(importlib.import_module("jaxclip._names"), name)
+            globals()[name] = getattr(_module("jaxclip._names"), name)
             return globals()[name]
         raise AttributeError(f"module 'jaxclip' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *_public_names()})
 
+    def _module(name: str):
+        from importlib import import_module  # here, so that a command starts in less time
+
+        return import_module(name)
+
     def _wings() -> set[str]:
-        pkgutil = importlib.import_module("pkgutil")
+        pkgutil = _module("pkgutil")
         return {m.name for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"} - {"cli"}
 
     def _public_names() -> list[str]:
-        names = vars(importlib.import_module("jaxclip._names"))
+        names = vars(_module("jaxclip._names"))
         return sorted({*_wings(), *(name for name in names if not name.startswith("_"))})

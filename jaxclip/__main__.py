@@ -1,15 +1,16 @@
 """Runs the command line: `python -m jaxclip` is `jaxclip`."""
 
+# Not `signal`, which first imports others for 10 milliseconds: until the handler is set, Python's
+# own shows a traceback.
+import _signal  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 import os
-import signal
 import sys
 
 
 def run() -> None:
     """Runs the command of the process, which a signal ends without a traceback at any time."""
-    # Before anything else is imported, because Python's own handler shows a traceback.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _end)
     from jaxclip._core import signals
 
     signals.set_handlers(_end)  # until the work begins, and after it

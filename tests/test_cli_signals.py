@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
@@ -94,6 +95,18 @@ def test_a_second_signal_is_seen_while_the_main_thread_is_elsewhere():
     with pytest.raises(signals.Stopped):
         work()
     assert has_waited == [True, False]
+
+
+def test_nothing_is_imported_before_the_handler_is_set():
+    script = """
+        import os, sys
+        before = set(sys.modules)
+        from jaxclip.__main__ import run
+        print(*(set(sys.modules) - before - {"_signal"}))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) == {"jaxclip", "jaxclip.__main__"}
 
 
 def test_temporaries_are_removed_before_the_process_is_abandoned(tmp_path):
