@@ -109,6 +109,7 @@ def load(
     *,
     like: PyTree = None,
     device: Any = None,
+    packed: bool = False,
     max_ratio: float = MAX_RATIO,
 ) -> PyTree:
     """Reads the weights in a file or in a folder of shards, leaf by leaf.
@@ -125,6 +126,8 @@ def load(
         NumPy arrays. A `NamedSharding` must divide every leaf's shape. It splits the codes of a
         low-bit leaf. Scales and zeros are split along the axes that it divides, and replicated
         along the others.
+      packed: True to keep low-bit codes packed in memory, as `QuantizedArray.packed` does. So are
+        leaves that are packed in `like`.
       max_ratio: Bytes of arrays that a byte on disk may stand for, in [0, inf]; 256 MiB more
         are always allowed. A file that takes less place on disk was made of zeros or to exhaust
         memory; holes of a sparse file take none.
@@ -154,6 +157,8 @@ def load(
 
         def read(name: str) -> Leaf:
             leaf = source.read(name)
+            if packed and is_quantized(leaf):
+                leaf = leaf.packed()
             return leaf if device is None else _put(name, leaf, device)
 
         if names is None:
@@ -241,6 +246,7 @@ def _as_in(template: Any, leaf: Leaf) -> Any:
     """Returns a leaf of the file in the form that it has in `like`."""
     # Axes may be counted from either end: the result has the template's form of the grid.
     if is_quantized(leaf) and is_quantized(template):
+        leaf = leaf if template.packing is None else leaf.packed()
         return dataclasses.replace(leaf, grid=template.grid)
     if is_random_key(template):
         return jax.random.wrap_key_data(jnp.asarray(leaf), impl=_implementation(template))

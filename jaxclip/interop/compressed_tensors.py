@@ -225,7 +225,7 @@ def _has_weights(low_bit: QuantizedArray) -> np.ndarray:
     zero = np.asarray(0 if low_bit.zero is None else low_bit.zero)
     if low_bit.zero is not None:
         zero = low_bit.grid.expand_with(np, zero, low_bit.shape)
-    is_weight = np.asarray(low_bit.qvalue).astype(np.int8) != zero
+    is_weight = np.asarray(low_bit.unpacked().qvalue).astype(np.int8) != zero
     # The layout's groups divide the inputs, so a row is made of whole blocks.
     return is_weight.reshape(*low_bit.scale.shape, -1).any(axis=-1)
 

@@ -179,7 +179,7 @@ def check_held(part: str, values: np.ndarray, dtype: np.dtype, is_held: np.ndarr
 
 def codes_of(name: str, leaf: QuantizedArray) -> np.ndarray:
     """Returns the codes of a low-bit leaf as int8, or raises if one is outside its grid."""
-    codes = np.asarray(leaf.qvalue).astype(np.int8)
+    codes = np.asarray(leaf.unpacked().qvalue).astype(np.int8)
     leaf.check_codes(codes, name)
     return codes
 

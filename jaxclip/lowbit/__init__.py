@@ -9,6 +9,7 @@ from jaxclip.lowbit.arrays import dequantize as dequantize
 from jaxclip.lowbit.on_grid import keep_on_grid as keep_on_grid
 from jaxclip.lowbit.packing import pack_codes as pack_codes
 from jaxclip.lowbit.packing import unpack_codes as unpack_codes
+from jaxclip.lowbit.products import matmul as matmul
 from jaxclip.lowbit.quantizer import quantize as quantize
 from jaxclip.lowbit.rounding.by_rate import cheaper_codes as cheaper_codes
 from jaxclip.lowbit.rounding.by_rate import dependent_codes as dependent_codes

@@ -118,7 +118,7 @@ def _reader(array: _Array) -> Callable[[_Rows], np.ndarray]:
     """Returns a function of rows; the values of low-bit arrays are those of `dequantize`."""
     if not is_quantized(array):
         return np.asarray(array).__getitem__
-    codes, scale = np.asarray(array.qvalue), _expanded(array, np.asarray(array.scale))
+    codes, scale = np.asarray(array.unpacked().qvalue), _expanded(array, np.asarray(array.scale))
     zero = None if array.zero is None else _expanded(array, np.asarray(array.zero))
     largest = min(float(jnp.finfo(array.dtype).max), FLOAT32_MAX)
 

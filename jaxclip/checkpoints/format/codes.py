@@ -44,7 +44,7 @@ def coded_tensor(
     if tensor.name != f"{tensor.leaf}:codes":
         return None
     # A copy: coders read the codes several times, and another thread may change them.
-    codes = np.asarray(leaf.qvalue).reshape(-1).astype(np.int8)
+    codes = np.asarray(leaf.unpacked().qvalue).reshape(-1).astype(np.int8)
     leaf.check_codes(codes, tensor.leaf)
     num_bytes, smallest = tensor.num_bytes, None
     for tried in codings_tried(coding):

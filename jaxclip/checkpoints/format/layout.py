@@ -328,7 +328,7 @@ def _dtype_code(name: str, dtype: Any) -> str:
 
 
 def _packed_chunks(name: str, leaf: QuantizedArray) -> Iterator[np.ndarray]:
-    codes = np.asarray(leaf.qvalue).reshape(-1)
+    codes = np.asarray(leaf.unpacked().qvalue).reshape(-1)
     for start in range(0, codes.size, CODES_PER_CHUNK):
         chunk = codes[start : start + CODES_PER_CHUNK].astype(np.int8)
         leaf.check_codes(chunk, name)

@@ -69,6 +69,7 @@ def cheaper_codes(small: PyTree, original: PyTree, *, price: ArrayLike = 0.12) -
             raise ValueError(f"small{name} must have a code 0 for the value 0, got {got}.")
         if jnp.shape(w) != q.shape:
             raise ValueError(f"original{name} must have shape {q.shape}, got {jnp.shape(w)}.")
+        q = q.unpacked()
         codes = _choose_codes(jnp.asarray(w), q, jnp.asarray(price, jnp.float32))
         return dataclasses.replace(q, qvalue=codes)
 
