@@ -4,7 +4,6 @@ v = w + inner(g * m, w),    m <- the largest of |v|,    w <- m * v
 """
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -181,7 +180,7 @@ def check_density(name: str, value: object) -> None:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _next_masks(
     chooser: Chooser,
-    leaves: Sequence[SparseLeaf],
+    leaves: tuple[SparseLeaf, ...],
     is_due: jax.Array,
     old: list[jax.Array],
     weights: list[jax.Array],

@@ -6,6 +6,7 @@ m      every entry is a unit; it competes with the others of m consecutive input
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -101,9 +102,10 @@ class Chooser:
         sizes = [sum(self._num_units(leaves[i]) for i in part) for part in self._parts(leaves)]
         return [rounded_product(density, size) for size in sizes]
 
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     def choose(
         self,
-        leaves: Sequence[SparseLeaf],
+        leaves: tuple[SparseLeaf, ...],
         active: Sequence[jax.Array],
         scores: Sequence[jax.Array],
         counts: Sequence[jax.Array],
