@@ -55,6 +55,7 @@ EXCEPTIONS = {
         "project_on_norm": "as project_on_box",
         "keep_on_grid": "as the optimizer inside",
         "keep_sparse": "as the optimizer inside",
+        "soft_threshold": "as project_on_box",
     },
 }
 # What a state says of the last step, and its counts of steps; the rest is learned.

@@ -104,6 +104,7 @@ TRANSFORMS = [
     Row(majority_vote),
     Row(keep_on_grid),
     Row(keep_sparse, "density", takes_schedule=False),
+    Row(jaxclip.sparsity.soft_threshold, "threshold"),
     Row(skip_nonfinite),
     Row(skip_or_clip, "max_norm"),
     Row(error_feedback, "max_residual", takes_schedule=False),
