@@ -27,7 +27,7 @@ from jax import lax
 
 import jaxclip
 import peers
-from jaxclip._core.grids import code_range
+from jaxclip._core.grids import LevelRange, code_range
 from jaxclip.thresholds.search.scale_and_zero import best_scale_and_zero
 
 # --- The optimum and the error --------------------------------------------------------
@@ -285,8 +285,9 @@ def print_zero_points(leaves, group_size, bits, rounds):
         np.sum(in_parts(lambda b: exact_affine_errors(b, low, high), b, entries=2**14))
         for b in some
     )
+    levels = LevelRange(low, high, has_zero=True)
     rules = {
-        "best_scale_and_zero": lambda x: best_scale_and_zero(x, (1,), x.shape[1], low, high),
+        "best_scale_and_zero": lambda x: best_scale_and_zero(x, (1,), x.shape[1], levels),
         "whole range": jax.jit(lambda x: whole_range(x, low, high)),
     }
     unit, costs = measure_rules(rules, arrays, rounds)

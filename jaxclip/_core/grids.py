@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,14 @@ def code_range(bits: Bits | None, levels: Levels = "full") -> tuple[int, int]:
     assert bits is not None
     half = 2 ** (int(bits) - 1)
     return (-half if levels == "full" else 1 - half), half - 1
+
+
+class LevelRange(NamedTuple):
+    """The ends of a grid's levels, in units of the distance between two; they may be traced."""
+
+    low: float | jax.Array
+    high: float | jax.Array
+    has_zero: bool  # else levels are halves
 
 
 @jax.tree_util.register_static
@@ -152,10 +160,12 @@ class Grid:
         return self.bits == 1 or self.levels == "balanced"
 
     @property
-    def level_range(self) -> tuple[float, float]:
+    def level_range(self) -> LevelRange:
         """The lowest and the highest level, in units of the distance between two levels."""
         low, high = self.code_range
-        return (low / 2, high / 2) if self.is_odd else (low, high)
+        if self.is_odd:
+            return LevelRange(low / 2, high / 2, has_zero=False)
+        return LevelRange(low, high, has_zero=True)
 
     def nearest(self, ratio: _Array, zero: ArrayLike = 0) -> _Array:
         """Returns the nearest codes, as floats, for weights over their scales, of NumPy or jax."""

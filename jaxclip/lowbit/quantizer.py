@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, quotient
-from jaxclip._core.grids import Bits, Grid, as_grid
+from jaxclip._core.grids import Bits, Grid, LevelRange, as_grid
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError
 from jaxclip.lowbit.encoding.concrete import Choice, encode_concrete
@@ -292,7 +292,6 @@ def _encode_with_zero(
     array: jax.Array, t: jax.Array | None, grid: Grid
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns codes, scales and zeros; without a threshold both ends are searched for."""
-    low, high = grid.code_range
     x = array.astype(jnp.float32)
     search = best_scale_and_zero if t is None else _range_scale
     if t is not None:
@@ -300,20 +299,21 @@ def _encode_with_zero(
         x = jnp.clip(x, -bound, bound)
     blocks, axes = grid.split(x)
     counts = jnp.asarray(grid.block_counts(x.shape))
-    scale, zero = (grid.compact(part, x.ndim) for part in search(blocks, axes, counts, low, high))
+    found = search(blocks, axes, counts, grid.level_range)
+    scale, zero = (grid.compact(part, x.ndim) for part in found)
     stored = round_scale(jnp.clip(scale, FLOAT32_TINY, FLOAT32_MAX), grid.scale_dtype)
     codes = grid.nearest(_ratio(x, stored.astype(jnp.float32), grid), grid.expand(zero, x.shape))
     return codes.astype(jnp.int8), stored, zero.astype(jnp.int8)
 
 
 def _range_scale(
-    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, low: int, high: int
+    blocks: jax.Array, axes: tuple[int, ...], counts: jax.Array, levels: LevelRange
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the least scale whose grid spans each block and 0, and the code for 0."""
     del counts
     top = jnp.max(blocks, axis=axes, keepdims=True, initial=0)
     bottom = jnp.min(blocks, axis=axes, keepdims=True, initial=0)
-    return range_scale(bottom, top, low, high)
+    return range_scale(bottom, top, levels.low, levels.high)
 
 
 def _ratio(x: jax.Array, scale: jax.Array, grid: Grid) -> jax.Array:

@@ -18,7 +18,7 @@ from jaxclip._core.floats import (
     FLOAT32_MAX,
     inverse_size,
 )
-from jaxclip._core.grids import Bits, Grid, Levels
+from jaxclip._core.grids import Bits, Grid, LevelRange, Levels
 from jaxclip.thresholds.by_magnitude import add_up, count_entries, magnitude
 from jaxclip.thresholds.rules import ThresholdRule
 from jaxclip.thresholds.search.scale import best_common_scale, best_scale
@@ -46,7 +46,7 @@ class _MseOptimal(ThresholdRule):
         counts: np.ndarray,
         importance: jax.Array | None = None,
     ) -> jax.Array:
-        low, high = self._level_range()
+        levels = self._level_range()
         v = importance
         if v is not None:
             largest = jnp.max(v, axis=axes, keepdims=True, initial=0)
@@ -58,22 +58,22 @@ class _MseOptimal(ThresholdRule):
                 return jnp.sum(size / counts, axis=axes, keepdims=True)
             fraction = v / jnp.sum(v, axis=axes, keepdims=True)
             return jnp.sum(size * fraction, axis=axes, keepdims=True)
-        return _as_threshold(best_scale(blocks, axes, counts, low, high, v), high)
+        return _as_threshold(best_scale(blocks, axes, counts, levels, v), levels.high)
 
     def pool(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        low, high = self._level_range()
+        levels = self._level_range()
         if self.grid.bits == 1:
             count = count_entries(arrays)
             return add_up([jnp.sum(magnitude(x) / count) for x in arrays])
-        return _as_threshold(best_common_scale(arrays, low, high), high)
+        return _as_threshold(best_common_scale(arrays, levels), levels.high)
 
-    def _level_range(self) -> tuple[float, float]:
+    def _level_range(self) -> LevelRange:
         if self.grid.bits is None:
             raise ValueError("mse_optimal needs bits: mse_optimal(4)(array).")
         return self.grid.level_range
 
 
-def _as_threshold(scale: jax.Array, high: float) -> jax.Array:
+def _as_threshold(scale: jax.Array, high: ArrayLike) -> jax.Array:
     """Returns the threshold of a scale, at most the largest float32."""
     return jnp.minimum(jnp.abs(scale) * high, FLOAT32_MAX)
 
@@ -201,7 +201,7 @@ class _LeastSquares(ThresholdRule):
             refitted = products / jnp.maximum(squares, 1)
             return jnp.where(squares > 0, refitted, step), refitted * products
 
-        step = _STEPS[self.grid.level_range] * jnp.sqrt(total(jnp.square(x)) / counts)
+        step = _STEPS[self.grid.level_range[:2]] * jnp.sqrt(total(jnp.square(x)) / counts)
         if self.num_refits:
             step, gain = refit(step)
             other, other_gain = refit(largest * factor / high)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxclip
-from jaxclip._core.grids import code_range
+from jaxclip._core.grids import LevelRange, code_range
 from jaxclip.checkpoints import rows
 from jaxclip.thresholds.search import candidates
 from jaxclip.thresholds.search.scale import best_scale
@@ -69,7 +69,9 @@ def test_the_weighted_error_is_that_of_a_brute_force_search(bits, levels):
 @pytest.mark.parametrize("shape", [(16, 48), (6, 700), (1, candidates._SLAB + 101)])
 def test_the_search_is_near_the_optimum_in_every_layout(shape):
     x, v = draw(*shape)
-    got = best_scale(jnp.asarray(x), (1,), shape[1], -8, 7, jnp.asarray(v / v.max()))
+    got = best_scale(
+        jnp.asarray(x), (1,), shape[1], LevelRange(-8, 7, True), jnp.asarray(v / v.max())
+    )
     best = optimal_scale(x, (1,), -8, 7, v)
     got, best = (np.sum(errors_of(x, s, -8, 7, v)) for s in (got, best))
     assert best * (1 - 1e-5) <= got <= 1.01 * best

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxclip._core.grids import LevelRange
 from jaxclip.thresholds.search import candidates
 from jaxclip.thresholds.search.scale_and_zero import best_scale_and_zero
 from oracles.exact_scales import distributions, exact_affine_optimum
@@ -15,6 +16,10 @@ from oracles.quick import quick_first
 
 GRIDS = [(-2, 1), (0, 7), (-8, 7)]
 SKEWED = ("one-sided", "shifted", "exponential", "flat below")
+
+
+def between(low: int, high: int) -> LevelRange:
+    return LevelRange(low, high, has_zero=True)
 
 
 def errors_of(x, scale, zero, low: int, high: int) -> np.ndarray:
@@ -49,7 +54,7 @@ def shapes(num_rows: int, row: int) -> dict[str, np.ndarray]:
 def measured(row: int, low: int, high: int):
     """Errors of the search, the optimum and the whole range, for all shapes in one call."""
     rows = np.concatenate(list(shapes(12, row).values()))
-    found = best_scale_and_zero(jnp.asarray(rows), (1,), np.float32(row), low, high)
+    found = best_scale_and_zero(jnp.asarray(rows), (1,), np.float32(row), between(low, high))
     got = errors_of(rows, *found, low, high)
     best = np.asarray([exact_affine_optimum(r, low, high) for r in rows])
     return got, best, errors_of(rows, *whole_range(rows.astype(np.float64), low, high), low, high)
@@ -83,7 +88,9 @@ def test_the_error_is_near_the_optimum_and_never_above_that_of_the_whole_range(r
 def test_zero_points_of_wider_grids_than_the_whole_range_are_tried():
     g = np.random.default_rng(0).normal(size=(300, 4))
     rows = (np.sign(g) * g**2 + 0.5).astype(np.float32)
-    got = errors_of(rows, *best_scale_and_zero(jnp.asarray(rows), (1,), np.float32(4), 0, 7), 0, 7)
+    got = errors_of(
+        rows, *best_scale_and_zero(jnp.asarray(rows), (1,), np.float32(4), between(0, 7)), 0, 7
+    )
     best = np.asarray([exact_affine_optimum(row, 0, 7) for row in rows])
     # 2.3 %; it is 7 % if the zero points are only those that the scale of the whole range allows.
     assert np.mean(got > 1.02 * best + 1e-9) <= 0.04
@@ -92,7 +99,9 @@ def test_zero_points_of_wider_grids_than_the_whole_range_are_tried():
 @pytest.mark.thorough
 def test_eight_bits_are_never_above_the_whole_range_and_often_well_below():
     rows = np.concatenate(list(shapes(4, 64).values()))
-    got = errors_of(rows, *best_scale_and_zero(jnp.asarray(rows), (1,), 64, -128, 127), -128, 127)
+    got = errors_of(
+        rows, *best_scale_and_zero(jnp.asarray(rows), (1,), 64, between(-128, 127)), -128, 127
+    )
     whole = errors_of(rows, *whole_range(rows.astype(np.float64), -128, 127), -128, 127)
     assert np.all(got <= whole * (1 + 1e-4) + 1e-10 * np.sum(np.square(rows), 1))
     assert np.median(got / whole) < 0.9
@@ -101,7 +110,7 @@ def test_eight_bits_are_never_above_the_whole_range_and_often_well_below():
 @pytest.mark.parametrize(("low", "high"), quick_first([(-8, 7), (0, 7)]))
 def test_scales_are_positive_and_zero_points_are_codes(low, high):
     rows = np.concatenate(list(shapes(4, 64).values()))
-    scale, zero = best_scale_and_zero(jnp.asarray(rows), (1,), 64, low, high)
+    scale, zero = best_scale_and_zero(jnp.asarray(rows), (1,), 64, between(low, high))
     assert scale.dtype == zero.dtype == jnp.float32
     assert scale.shape == zero.shape == (len(rows), 1)
     assert np.all(np.asarray(scale) > 0)
@@ -112,7 +121,7 @@ def test_scales_are_positive_and_zero_points_are_codes(low, high):
 def test_rows_on_a_grid_with_a_zero_point_are_kept_to_rounding():
     codes = np.asarray([0, 15, 3, 7, 9, 1, 15, 0], np.float32)
     rows = np.stack([0.37 * (codes - zero) for zero in (0, 4, 8, 15)]).astype(np.float32)
-    scale, zero = best_scale_and_zero(jnp.asarray(rows), (1,), 8, 0, 15)
+    scale, zero = best_scale_and_zero(jnp.asarray(rows), (1,), 8, between(0, 15))
     np.testing.assert_allclose(scale, np.full((4, 1), 0.37), rtol=1e-6)
     assert np.array_equal(np.asarray(zero)[:, 0], [0, 4, 8, 15])
 
@@ -123,7 +132,7 @@ def test_degenerate_rows_have_finite_scales_and_no_needless_error():
     constant = np.full(row, -0.3)
     x = np.stack([np.zeros(row), constant, 1e-42 * constant, 1e38 * constant, -1e38 * constant])
     x = x.astype(np.float32)
-    scale, zero = map(np.asarray, best_scale_and_zero(jnp.asarray(x), (1,), row, -8, 7))
+    scale, zero = map(np.asarray, best_scale_and_zero(jnp.asarray(x), (1,), row, between(-8, 7)))
     assert np.all(np.isfinite(scale))
     assert scale[0] == zero[0] == 0
     size = np.maximum(np.abs(x[:, :1].astype(np.float64)), 1e-30)
@@ -135,9 +144,9 @@ def test_many_rows_are_searched_in_chunks_and_each_as_if_alone():
     row = 64
     num_rows = candidates._SLAB // row + 11  # a second chunk, which begins in the first
     x = np.random.default_rng(0).normal(0.5, 1, (num_rows, row)).astype(np.float32)
-    scale, zero = best_scale_and_zero(jnp.asarray(x), (1,), row, -2, 1)
+    scale, zero = best_scale_and_zero(jnp.asarray(x), (1,), row, between(-2, 1))
     few = np.r_[0:20, num_rows - 20 : num_rows]
-    alone = best_scale_and_zero(jnp.asarray(x[few]), (1,), row, -2, 1)
+    alone = best_scale_and_zero(jnp.asarray(x[few]), (1,), row, between(-2, 1))
     mine = errors_of(x[few], np.asarray(scale)[few], np.asarray(zero)[few], -2, 1)
     np.testing.assert_allclose(mine, errors_of(x[few], *alone, -2, 1), rtol=1e-4)
 
@@ -148,7 +157,7 @@ def test_sharded_weights_lose_no_more_than_the_same_weights_on_one_device():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("x", "y")))
-        got = jax.jit(lambda x: best_scale_and_zero(x, (1,), 96, -8, 7))(sharded)
-    alone = best_scale_and_zero(jnp.asarray(x), (1,), 96, -8, 7)
+        got = jax.jit(lambda x: best_scale_and_zero(x, (1,), 96, between(-8, 7)))(sharded)
+    alone = best_scale_and_zero(jnp.asarray(x), (1,), 96, between(-8, 7))
     errors = [np.sum(errors_of(x, *map(np.asarray, f), -8, 7)) for f in (got, alone)]
     np.testing.assert_allclose(errors[0], errors[1], rtol=1e-4)

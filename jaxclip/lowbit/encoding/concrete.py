@@ -86,7 +86,7 @@ def encode_concrete(array: np.ndarray, grid: Grid, choice: Choice) -> Encoded:
 
     def encode(places: Sequence[Place]) -> tuple[float, float, int]:
         part = _part(parts, matrix, places)
-        found = search_part(*part)
+        found = search_part(*part, numbers)
         rounded, statistics = jax.tree.map(np.asarray, round_part(*part, found, numbers))
         for i, place in enumerate(places):
             for target, source in parts.pairs(code_matrix, rounded[i], place):
@@ -110,14 +110,13 @@ def encode_concrete(array: np.ndarray, grid: Grid, choice: Choice) -> Encoded:
 
 def _search_for(parts: Parts, grid: Grid, choice: Choice) -> Search | None:
     """Returns the search for the scales of an array; None if they follow from the largest."""
-    low, high = grid.level_range
     if choice == "max_abs":
-        return Search(parts.part_shape, "range", low, high) if grid.zero_point else None
+        return Search(parts.part_shape, "range") if grid.zero_point else None
     if grid.bits == 1:
-        return Search(parts.part_shape, "mean", low, high)
+        return Search(parts.part_shape, "mean")
     if grid.zero_point:
-        return Search(parts.part_shape, "scale_and_zero", low, high, is_hard(parts.size))
-    return Search(parts.part_shape, "scale", low, high)
+        return Search(parts.part_shape, "scale_and_zero", is_hard=is_hard(parts.size))
+    return Search(parts.part_shape, "scale", has_zero=not grid.is_odd)
 
 
 def _largest_scale(
@@ -127,7 +126,7 @@ def _largest_scale(
 
     def largest_of(places: Sequence[Place]) -> float:
         part = _part(parts, matrix, places)
-        size = search_part(*part).size if numbers.is_searched else np.abs(part.pieces)
+        size = search_part(*part, numbers).size if numbers.is_searched else np.abs(part.pieces)
         return np.max(np.asarray(size)[: len(places)])
 
     return scale_of(np.float32(max(_in_threads(largest_of, parts))), numbers, np)

@@ -1,7 +1,7 @@
 """The two compiled programs of `encoding`: one finds scales, one rounds to codes.
 
-A program is compiled for the shape of a part. A search is compiled for each width; the rounding,
-to which levels are numbers, serves them all, and `max_abs` needs no more.
+A program is compiled for the shape of a part. Levels are numbers to it, so that it serves all
+widths. `max_abs` needs the rounding alone.
 """
 
 import functools
@@ -24,12 +24,12 @@ from jaxclip._core.floats import (
     quotient,
     saturate,
 )
-from jaxclip._core.grids import Grid
+from jaxclip._core.grids import Grid, LevelRange
 from jaxclip.lowbit.encoding.parts import PartShape
 from jaxclip.lowbit.scale_formats import round_scale
 from jaxclip.thresholds.search.candidates import BlockStats, Evaluate
 from jaxclip.thresholds.search.rows import Rows, scaled, search_rows, sum_entries
-from jaxclip.thresholds.search.scale import may_be_one_pass, search_scale
+from jaxclip.thresholds.search.scale import needs_refining, search_scale
 from jaxclip.thresholds.search.scale_and_zero import search_scale_and_zero
 
 # Scales are rounded to float32 or less; entries beyond a level by only that are not clipped.
@@ -44,8 +44,7 @@ class Search(NamedTuple):
 
     shape: PartShape
     rule: Literal["scale", "scale_and_zero", "range", "mean"]
-    low: float  # of levels, in distances between two
-    high: float
+    has_zero: bool = True  # one of the levels is 0
     is_hard: bool = False  # of a scale and a zero; with a scale alone it is a number
 
 
@@ -113,12 +112,10 @@ def compiled(plan: Search | Rounding) -> Program:
     per_piece = jax.ShapeDtypeStruct((num_slabs, num_pieces), jnp.float32)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     part = pieces, per_piece, per_piece, count, count, jax.ShapeDtypeStruct((), bool)
+    numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), numbers_of(Grid(4), True))
     if isinstance(plan, Search):
-        function, inputs = _search_part, part
+        function, inputs = _search_part, (*part, numbers)
     else:
-        numbers = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((), x.dtype), numbers_of(Grid(4), True)
-        )
         function, inputs = _round_part, (*part, Found(*[per_piece] * len(Found._fields)), numbers)
     options = cpu_options(WIDE_VECTORS) or None
     program = jax.jit(functools.partial(function, plan), compiler_options=options)
@@ -128,14 +125,16 @@ def compiled(plan: Search | Rounding) -> Program:
 # --- Inside the programs ----------------------------------------------------------------
 
 
-def _search_part(plan: Search, *part: jax.Array) -> Found:
+def _search_part(plan: Search, *arguments: Any) -> Found:
     """Returns what a search finds for the rows of a part."""
-    *arrays, row_pieces, num_used, is_hard = part
+    *arrays, row_pieces, num_used, is_hard, numbers = arguments
+    ends = (numbers.low, numbers.high) if plan.has_zero else (numbers.low / 2, numbers.high / 2)
+    levels = LevelRange(*ends, has_zero=plan.has_zero)
 
     def search_slab(x: jax.Array, counts: jax.Array, lengths: jax.Array) -> Found:
         del lengths
         rows = Rows(x, counts, None if plan.shape.is_row else row_pieces)
-        found = jax.tree.map(rows.spread, _search_rows(plan, rows, is_hard))
+        found = jax.tree.map(rows.spread, _search_rows(plan, rows, levels, is_hard))
         return found._replace(norm=jnp.where(rows.is_first(), found.norm, 0))
 
     found = _of_slabs(search_slab, plan.shape, num_used, *arrays)
@@ -259,9 +258,8 @@ def mirror_error(ratio: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array
     return jnp.where(ratio < 0, -added, added)
 
 
-def _search_rows(plan: Search, rows: Rows, is_hard: jax.Array) -> Found:
+def _search_rows(plan: Search, rows: Rows, levels: LevelRange, is_hard: jax.Array) -> Found:
     """Returns the threshold (or the scale and the zero) of each row."""
-    low, high = plan.low, plan.high
     if plan.rule == "mean":
         _, _, factor, norm = scaled(rows)
         mean = rows.total(sum_entries(jnp.abs(rows.pieces) / rows.spread(rows.counts)[:, None]))
@@ -269,12 +267,11 @@ def _search_rows(plan: Search, rows: Rows, is_hard: jax.Array) -> Found:
 
     def search(evaluate: Evaluate, stats: BlockStats) -> tuple[jax.Array, jax.Array, jax.Array]:
         if plan.rule == "range":
-            return *range_scale(stats.lowest, stats.highest, low, high), stats.energy
+            return *range_scale(stats.lowest, stats.highest, *levels[:2]), stats.energy
         if plan.rule == "scale_and_zero":
-            found = search_scale_and_zero(low, high, plan.is_hard, evaluate, stats)
-            return *found, stats.energy
-        is_refined = is_hard if may_be_one_pass(low, high) else True
-        scale = high * search_scale(low, high, is_refined, False, evaluate, stats)
+            return *search_scale_and_zero(levels, plan.is_hard, evaluate, stats), stats.energy
+        is_refined = is_hard | needs_refining(levels)
+        scale = levels.high * search_scale(levels, is_refined, False, evaluate, stats)
         return scale, jnp.zeros_like(scale), stats.energy
 
     (scale, zero, norm), factor = search_rows(rows, search)
@@ -282,7 +279,7 @@ def _search_rows(plan: Search, rows: Rows, is_hard: jax.Array) -> Found:
 
 
 def range_scale(
-    bottom: jax.Array, top: jax.Array, low: float, high: float
+    bottom: jax.Array, top: jax.Array, low: float | jax.Array, high: float | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the least scale whose grid spans a range that has 0, and the code for 0."""
     scale = jnp.maximum(top / (high - low) - bottom / (high - low), FLOAT32_TINY)

@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import floats
+from jaxclip._core.grids import LevelRange
 from jaxclip._core.trees import PyTree
 
 BATCH = 16  # candidates of a pass: one vector register of float32, or two
@@ -42,18 +43,13 @@ class Candidates(NamedTuple):
     """Grids to try on each block, along the last axis."""
 
     scale: jax.Array
-    low: float | jax.Array  # lowest level, counted from 0, in distances between two levels
-    high: float | jax.Array  # highest level, likewise; halves if no level is 0
-
-    @property
-    def has_zero(self) -> bool:
-        """True if one of the levels is 0."""
-        return isinstance(self.high, jax.Array) or self.high % 1 == 0
+    levels: LevelRange  # counted from 0; its ends are numbers, or arrays like the scale
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> "Candidates":
         """Returns these candidates with `function` applied to every array."""
-        low, high = (function(v) if isinstance(v, jax.Array) else v for v in (self.low, self.high))
-        return Candidates(function(self.scale), low, high)
+        low, high, has_zero = self.levels
+        low, high = (function(jnp.asarray(v)) if np.ndim(v) else v for v in (low, high))
+        return Candidates(function(self.scale), LevelRange(low, high, has_zero))
 
 
 # From candidates to the errors of their refined scales, and those scales.
@@ -159,8 +155,8 @@ def _in_three_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _codes(unit: jax.Array, candidates: Candidates) -> jax.Array:
-    nearest = jnp.round(unit) if candidates.has_zero else jnp.floor(unit) + 0.5
-    return jnp.clip(nearest, candidates.low, candidates.high)
+    low, high, has_zero = candidates.levels
+    return jnp.clip(jnp.round(unit) if has_zero else jnp.floor(unit) + 0.5, low, high)
 
 
 def _evaluate_whole(
@@ -325,7 +321,7 @@ def refined(
     # Where r is small compared with w / s, these sums do not cancel. Those of the closed form
     # A^2 / B would at 8 bits.
     (squares, products), starts = sums, candidates.scale
-    if num_slots is not None and not candidates.has_zero:
+    if num_slots is not None and not candidates.levels.has_zero:
         # Zeros of padding are half a level away from the nearest.
         num_padded = jnp.asarray(num_slots).astype(jnp.float32) - stats.num_entries
         quarters = 0.25 * num_padded[..., None]
@@ -388,12 +384,12 @@ def with_last(candidates: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.where(is_last, value[..., None], candidates)
 
 
-def along_last(like: jax.Array, values: np.ndarray) -> np.ndarray:
+def along_last(like: jax.Array, values: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """Returns numbers along the last axis of an array."""
     return values.astype(np.float32).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-def geometric(log_ratio: jax.Array, places: np.ndarray) -> jax.Array:
+def geometric(log_ratio: jax.Array, places: np.ndarray | jax.Array) -> jax.Array:
     """Returns nearly `exp(log_ratio * place)` along a last axis, exact at places 0 and 1."""
     # As a power, because XLA on CPU would not vectorize so many exponentials.
     less = jnp.expm1(log_ratio / 64)[..., None]
