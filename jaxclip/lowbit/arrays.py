@@ -227,9 +227,6 @@ class QuantizedArray(DenseMethods):
     def __matmul__(self, other: ArrayLike) -> jax.Array:
         return matmul(self, other)
 
-    def __rmatmul__(self, other: ArrayLike) -> jax.Array:
-        return matmul(other, self)
-
     def validate(self, name: str = "array") -> None:
         """Raises unless all equations of the class hold.
 

@@ -54,8 +54,8 @@ def matmul(x: ArrayLike, y: ArrayLike) -> jax.Array:
     The result is that of `jnp.matmul(x, dequantize(q))`, up to the order of additions. Temporary
     memory is a tile, and copies of the other factor and of the result. A tile is about 2 MB in
     float32. It is larger if the shorter side of the matrix has more than 2,048 entries, or `x` more
-    than 256 rows. `q @ y` is the same. But `x @ q` of a jax array `x` decodes all of `q`, because
-    jax evaluates it: write `matmul(x, q)`.
+    than 256 rows. `q @ y` is the same. But `x @ q` of an array `x` decodes all of `q`, because
+    jax and NumPy evaluate it: write `matmul(x, q)`.
 
     Args:
       x: Array, or a `QuantizedArray`, packed or not; of shape (..., n, k) or (k,).
@@ -91,7 +91,7 @@ def _right(x: jax.Array, q: DenseMethods) -> jax.Array:
         return _of_stack(x, stack, q.shape[0], q.ndim, _right)
     if q.ndim != 2 or _is_decoded_whole(q, x):
         return jnp.matmul(x, q)
-    product = _by_tiles(x.reshape(-1, x.shape[-1]), q, 0)
+    product = _by_tiles(x.reshape(-1, x.shape[-1]), q, False)
     return product.reshape(*x.shape[:-1], q.shape[1])
 
 
@@ -103,10 +103,10 @@ def _left(y: jax.Array, q: DenseMethods) -> jax.Array:
     if q.ndim != 2 or _is_decoded_whole(q, y):
         return jnp.matmul(q, y)
     if y.ndim == 1:
-        return _by_tiles(y[None], q, 1)[0]
-    columns = jnp.swapaxes(y, -1, -2)
-    product = _by_tiles(columns.reshape(-1, y.shape[-2]), q, 1)
-    return jnp.swapaxes(product.reshape(*columns.shape[:-1], q.shape[0]), -1, -2)
+        return _by_tiles(y[:, None], q, True)[:, 0]
+    columns = jnp.moveaxis(y, -2, 0)
+    product = _by_tiles(columns.reshape(len(columns), -1), q, True)
+    return jnp.moveaxis(product.reshape(len(product), *columns.shape[1:]), 0, -2)
 
 
 def _check_shapes(left: tuple[int, ...], right: tuple[int, ...]) -> None:
@@ -158,39 +158,45 @@ def _of_stack(
 
 # Compiled, because single operations are much slower.
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def _by_tiles(x: jax.Array, q: DenseMethods, contracted: int) -> jax.Array:
-    """Returns the product along the last axis of `x` and one axis of a low-bit matrix."""
+def _by_tiles(x: jax.Array, q: DenseMethods, is_left: bool) -> jax.Array:
+    """Returns `q @ x` if the low-bit matrix is on the left, or else `x @ q`, of a matrix `x`."""
     dtype = jnp.result_type(x, jax.dtypes.canonicalize_dtype(q.dtype))
     wide = compute_dtype(dtype)
     x, tileable = x.astype(dtype), cast(Tileable, q)
+    # The axis of `q` that is summed over; that of `x`, where the result has the other axis of `q`.
+    summed, along = int(is_left), int(not is_left)
     axis = int(4 * q.shape[0] < q.shape[1])  # rows lie together in memory; but not of long ones
-    size, length = _tile_size(tileable, axis, len(x)), q.shape[axis]
+    size, length = _tile_size(tileable, axis, x.shape[summed]), q.shape[axis]
+    count, rest = divmod(length, size)
+    starts, stop = jnp.arange(count, dtype=jnp.uint32) * np.uint32(size), count * size
 
     # Recomputed for derivatives: else the loop would keep all tiles, the whole matrix.
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
     def product(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
         tile = jnp.asarray(tileable.part(axis, start, size)).astype(dtype)
-        dimensions = (((1,), (contracted,)), ((), ()))
-        return lax.dot_general(x, tile, dimensions, preferred_element_type=wide)
+        factors = (tile, x) if is_left else (x, tile)
+        return lax.dot(*factors, preferred_element_type=wide)
 
-    count, rest = divmod(length, size)
-    starts, stop = jnp.arange(count, dtype=jnp.uint32) * np.uint32(size), count * size
-    if axis == contracted:
+    if axis == summed:
 
         def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             return total + product(*part, size), None
 
-        parts = jnp.moveaxis(x[:, :stop].reshape(len(x), count, size), 1, 0)
-        result = jnp.zeros((len(x), q.shape[1 - axis]), wide)
-        result, _ = lax.scan(add, result, (parts, starts))
+        parts = lax.slice_in_dim(x, 0, stop, axis=along)
+        parts = parts.reshape(*x.shape[:along], count, size, *x.shape[along + 1 :])
+        shape = (q.shape[0], x.shape[1]) if is_left else (x.shape[0], q.shape[1])
+        result = jnp.zeros(shape, wide)
+        result, _ = lax.scan(add, result, (jnp.moveaxis(parts, along, 0), starts))
         if rest:
-            result = result + product(x[:, stop:], jnp.uint32(stop), rest)
+            part = lax.slice_in_dim(x, stop, length, axis=along)
+            result = result + product(part, jnp.uint32(stop), rest)
         return result.astype(dtype)
     results = lax.map(lambda start: product(x, start, size).astype(dtype), starts)
-    result = jnp.moveaxis(results, 0, 1).reshape(len(x), stop)
+    shape = (stop, x.shape[1]) if is_left else (x.shape[0], stop)
+    result = jnp.moveaxis(results, 0, along).reshape(shape)
     if rest:
         last = product(x, jnp.uint32(stop), rest).astype(dtype)
-        result = jnp.concatenate([result, last], axis=1)
+        result = jnp.concatenate([result, last], axis=along)
     return result
 
 
