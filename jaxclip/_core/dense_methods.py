@@ -26,7 +26,10 @@ _OPERATORS = (
     *("bool", "int", "float", "complex"),
 )
 # What jax and NumPy arrays have in common, without places: a low-bit array has one for each part.
-_METHODS = {"at", *(set(dir(jax.Array)) & set(dir(np.ndarray)))} - {"device", "to_device"}
+_METHODS = {"at", "tobytes", "tolist", *(set(dir(jax.Array)) & set(dir(np.ndarray)))}
+_METHODS -= {"device", "to_device"}
+# Those of jax's arrays that the class `jax.Array` does not list.
+_OF_PLACES = {"block_until_ready", "delete", "devices", "is_deleted", "is_ready", "weak_type"}
 
 
 class DenseMethods(_Base):
@@ -59,7 +62,8 @@ class DenseMethods(_Base):
 
         def __getattr__(self, name: str) -> Any:  # only for names that the class lacks
             if name not in _METHODS:
-                hint = " Use `dequantize`, or its parts." if hasattr(jax.Array, name) else ""
+                is_known = hasattr(jax.Array, name) or name in _OF_PLACES
+                hint = " Use `dequantize`, or its parts." if is_known else ""
                 raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}.{hint}")
             return getattr(jnp.asarray(self), name)
 

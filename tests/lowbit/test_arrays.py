@@ -335,9 +335,20 @@ def test_sizes_need_no_values():
         assert (each.size, each.nbytes, each.num_bytes) == (24, 24 + 12 * 5, 12 + 12 * 5)
 
 
+def test_it_becomes_a_list_or_bytes_as_an_array_does():
+    q = quantize(jnp.array([[1.0, -0.5]]), 8)
+    assert q.tolist() == np.asarray(q).tolist()
+    assert q.tobytes() == np.asarray(q).tobytes()
+
+
 def test_what_it_lacks_is_said_with_what_to_call():
     q = quantize(jnp.ones(3), 4)
-    for name in ("sharding", "is_fully_addressable"):  # each part has its own
+    for name in (
+        "sharding",
+        "is_fully_addressable",
+        "devices",
+        "block_until_ready",
+    ):  # each part has its own
         with pytest.raises(AttributeError, match=f"QuantizedArray has no .*'{name}'.*dequantize"):
             getattr(q, name)
     with pytest.raises(AttributeError, match="no attribute 'sums'"):
