@@ -39,6 +39,16 @@ def folder(tmp_path: pathlib.Path, monkeypatch) -> None:
     pathlib.Path("out").mkdir()
 
 
+@pytest.fixture(autouse=True)
+def default_handlers():
+    """Handlers as in the foreground: a job in the background starts with signals ignored."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    old = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_at_its_next_part(monkeypatch, capsys, name, number):

@@ -48,9 +48,9 @@ def test_levels_come_back(num_states, codes, chain):
 
 @states
 @pytest.mark.parametrize("scale", [0.0, 0.02, 0.4, 3.0, 40.0, 1e6])
-@pytest.mark.parametrize("chain", [1, 7, 300, 19_200])
+@pytest.mark.parametrize("chain", [1, 7, 300, 4800])
 def test_codes_of_every_size_come_back(num_states, scale, chain):
-    check(np.round(scale * NORMAL).astype(np.int32), num_states, chain)
+    check(np.round(scale * NORMAL[:16]).astype(np.int32), num_states, chain)
 
 
 @states
