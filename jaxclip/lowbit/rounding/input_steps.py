@@ -30,7 +30,7 @@ from jaxclip.lowbit.rounding.feedback import (
 from jaxclip.lowbit.rounding.moments import MatrixView
 from jaxclip.lowbit.scale_formats import round_scale
 
-PRICE = 0.4  # squared steps that a bit is worth
+PRICE = 0.4  # squared steps that a bit is worth, where these are no larger than the weights
 _LARGEST_LEVEL = 120  # of 126: log8 may round a step down by 4.4 %
 
 
@@ -48,11 +48,12 @@ def quantize_by_inputs(
       array: Finite real floating array of one or more dimensions, concrete.
       moments: Factored moments of its inputs; None for one step without data.
       step: c, in units of the square root of the outputs' squared error.
-      price: Squared steps that a bit is worth.
+      price: Squared steps that a bit is worth, or squared weights where these are smaller.
       name: Name of the array in errors.
     """
     w = np.asarray(array).astype(np.float32)
     check_finite(name, w)
+    price *= _price_factor(equal_rate_step(w, moments) / step)
     dtype = np.asarray(array).dtype
     axes = () if moments is None else _channel_axes(moments.view, w.shape)
     moments = _without_data(w.shape) if moments is None else moments
@@ -105,6 +106,13 @@ def equal_rate_step(array: ArrayLike, moments: FactoredMoments | None) -> float:
     of_rows = np.concatenate(logs)
     of_rows = of_rows[of_rows > -300]  # rows of zeros take no bits at any step
     return float(np.exp(of_rows.mean())) if of_rows.size else 1.0
+
+
+def _price_factor(deviation: float) -> float:
+    """Returns the part of a price that remains for weights of a deviation in steps."""
+    # Weights below a step cannot have an error above their own variance, and a bit saves a fraction
+    # of the error. A higher price shrinks the outputs of all layers.
+    return min(deviation**2, 1.0)
 
 
 def _without_data(shape: tuple[int, ...]) -> FactoredMoments:

@@ -6,7 +6,12 @@ import pytest
 
 from jaxclip.lowbit.coding.level_coding import encode_levels
 from jaxclip.lowbit.coding.trellis import as_chains
-from jaxclip.lowbit.rounding.feedback import FactoredMoments, factor_moments, output_error
+from jaxclip.lowbit.rounding.feedback import (
+    FactoredMoments,
+    factor_moments,
+    output_error,
+    path_with_feedback,
+)
 from jaxclip.lowbit.rounding.input_steps import equal_rate_step, quantize_by_inputs
 from jaxclip.lowbit.rounding.moments import InputMoments, MatrixView
 
@@ -84,6 +89,18 @@ def test_a_finer_step_takes_more_bits_and_has_less_error():
     sizes, errors = [bits(q) for q in found], [output_error(w, q, moments) for q in found]
     assert sizes == sorted(sizes, reverse=True)
     assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize(
+    ("deviation", "part"), [(4.0, 1.0), (1.1, 1.0), (0.5, 0.25), (0.25, 0.0625)]
+)
+def test_a_bit_is_worth_a_fraction_of_the_step_or_of_coarser_weights(deviation, part):
+    w, (factor,) = normal(64, 200), factored(DENSE).factors
+    diagonal = np.square(w[factor.order], dtype=np.float64).mean(1) * factor.weights
+    step = np.exp(np.log(diagonal).mean() / 2) / deviation
+    q = quantize_by_inputs(w, factored(DENSE), step, price=0.4)
+    expected = path_with_feedback(w, np.asarray(q.scale), factor, 0.4 * part)
+    np.testing.assert_array_equal(q.qvalue, expected)
 
 
 def test_no_weight_is_clipped_however_fine_the_step():
