@@ -159,6 +159,16 @@ class Grid:
         """True if the codes are odd numbers, so that none of them stands for 0."""
         return self.bits == 1 or self.levels == "balanced"
 
+    def to_places(self, codes: _Array) -> _Array:
+        """Returns the places of int8 codes on the grid, counted from the lowest; 8 bits wrap."""
+        places = codes - np.int8(self.code_range[0])
+        return places >> np.int8(1) if self.is_odd else places
+
+    def from_places(self, places: _Array) -> _Array:
+        """Returns the codes that `to_places` was given, int8."""
+        codes = places * np.int8(2) if self.is_odd else places
+        return codes + np.int8(self.code_range[0])
+
     @property
     def level_range(self) -> LevelRange:
         """The lowest and the highest level, in units of the distance between two levels."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclip._core.grids import Bits, Levels, code_range
+from jaxclip._core.grids import Bits, Grid, Levels
 
 _Array: TypeAlias = Any  # of NumPy or of jax; results are of the same kind
 # Bits that a code takes. Widths that do not divide a byte are rounded up: XLA does not vectorize
@@ -57,9 +57,8 @@ class Packing(NamedTuple):
 def pack_along(codes: _Array, packing: Packing, bits: Bits, levels: Levels) -> _Array:
     """Returns int8 codes packed along an axis, as uint8."""
     xp = np if isinstance(codes, np.ndarray) else jnp
-    low, _ = code_range(bits, levels)
     axis, per_byte = packing.axis % codes.ndim, codes_per_byte(bits)
-    unsigned = (codes + np.int8(1)) // np.int8(2) if bits == 1 else codes - np.int8(low)
+    unsigned = Grid(bits, levels=levels).to_places(codes)
     padding = [(0, 0)] * codes.ndim
     padding[axis] = (0, -packing.length % per_byte)
     unsigned = xp.pad(unsigned.astype(np.uint8), padding)
@@ -71,7 +70,6 @@ def pack_along(codes: _Array, packing: Packing, bits: Bits, levels: Levels) -> _
 
 def unpack_along(packed: _Array, packing: Packing, bits: Bits, levels: Levels) -> _Array:
     """Returns the int8 codes that `pack_along` packed."""
-    low, _ = code_range(bits, levels)
     axis, per_byte = packing.axis % packed.ndim, codes_per_byte(bits)
     before, after = packed.shape[:axis], packed.shape[axis + 1 :]
     rows = packed.shape[axis]
@@ -80,8 +78,7 @@ def unpack_along(packed: _Array, packing: Packing, bits: Bits, levels: Levels) -
     unsigned = unsigned.reshape(*before, rows * per_byte, *after)
     if rows * per_byte != packing.length:
         unsigned = unsigned[(slice(None),) * axis + (slice(packing.length),)]
-    codes = unsigned.astype(np.int8)
-    return codes * np.int8(2) - np.int8(1) if bits == 1 else codes + np.int8(low)
+    return Grid(bits, levels=levels).from_places(unsigned.astype(np.int8))
 
 
 def _places(per_byte: int, num_before: int, num_after: int) -> np.ndarray:

@@ -122,11 +122,7 @@ def _pack(codes: _Array, bits: Bits, levels: Levels) -> _Array:
     xp = np if isinstance(codes, np.ndarray) else jnp
     size = codes.size
     codes = codes if codes.dtype == np.int8 else codes.astype(np.int8)
-    grid = Grid(bits, levels=levels)
-    unsigned = codes - np.int8(grid.code_range[0])
-    if grid.is_odd:
-        unsigned = unsigned >> np.int8(1)
-    unsigned = _reinterpret(unsigned, np.uint8)  # wraps around, so 8 bits fit too
+    unsigned = _reinterpret(Grid(bits, levels=levels).to_places(codes), np.uint8)
     if bits == 8:
         return unsigned
     per_word = 5 if bits == "ternary" else 8
@@ -153,11 +149,7 @@ def _unpack(packed: _Array, bits: Bits, count: int, levels: Levels) -> _Array:
         if packed.size < num_bytes:
             packed = xp.pad(packed, (0, num_bytes - packed.size))
         unsigned = _split(packed, int(bits)).reshape(-1)[:count]
-    codes = _reinterpret(unsigned, np.int8)
-    grid = Grid(bits, levels=levels)
-    if grid.is_odd:
-        codes = codes * np.int8(2)
-    return codes + np.int8(grid.code_range[0])
+    return Grid(bits, levels=levels).from_places(_reinterpret(unsigned, np.int8))
 
 
 def _digits(packed: _Array) -> _Array:

@@ -134,6 +134,14 @@ def test_files_give_the_same_array_back_in_the_newest_version(coding, tmp_path):
 
 
 @every_width
+def test_packed_in_memory_they_are_the_same_array(bits):
+    for q in (quantize(W, balanced(bits, axis=0)), quantize(jnp.asarray(W), balanced(bits))):
+        packed = q.packed()
+        np.testing.assert_array_equal(packed.unpacked().qvalue, q.qvalue)
+        np.testing.assert_array_equal(dequantize(packed), dequantize(q))
+
+
+@every_width
 def test_codes_are_packed_as_places_on_the_grid(bits):
     codes = RNG.choice(np.arange(1 - 2**bits, 2**bits, 2), 43).astype(np.int8)
     stream = "".join(f"{(c + 2**bits - 1) // 2:0{bits}b}"[::-1] for c in codes)
