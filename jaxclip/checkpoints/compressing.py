@@ -73,7 +73,8 @@ def compress(
       bit_price: For entropy-coded files: error that a bit is worth, in squared steps, the `price`
         of `cheaper_codes`, such as 0.12; at 0 every code is the nearest. Files get smaller and
         the error larger, more so with coarse steps. At least 0; not for 1 bit or zero points.
-        None is 0.4 with `target_bytes`, else 0.
+        With `target_bytes` the square of a leaf's step counts no more than the mean square of its
+        weights, and None is 0.4; else None is 0.
       policy: Pairs `(regex, spec)`; the first whose regex matches a leaf's path decides. A spec
         is a width, a `Grid`, None to leave a leaf as it is, or a dict of any of a grid's fields,
         `rule` and `bit_price`, which replace the arguments for those leaves. Leaves without a
