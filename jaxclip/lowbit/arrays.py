@@ -374,7 +374,7 @@ def _dequantize(quantized: QuantizedArray, dtype: np.dtype) -> jax.Array:
 def dequantize_stored(quantized: QuantizedArray, dtype: DTypeLike | None, name: str) -> np.ndarray:
     """Returns the array in NumPy, which always has float64; raises if a value is beyond `dtype`."""
     own = jnp.dtype(quantized.dtype)
-    target = own if dtype is None else jnp.dtype(dtype)
+    target = jnp.finfo(own if dtype is None else dtype).dtype  # raises unless it is floating
     if target == own and own != np.float64:
         return np.asarray(dequantize(quantized))
     # As `dequantize` does: a value just beyond the leaf's own dtype is its largest number.

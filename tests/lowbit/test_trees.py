@@ -52,7 +52,6 @@ def test_decompressing_into_another_dtype_casts_only_what_was_compressed():
     assert back["dense"]["bias"].dtype == jnp.float32
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn])
 def test_a_weight_beyond_the_dtype_is_refused_by_its_path_wherever_it_is_cast(dtype, tmp_path):
     plain = {"a": {"b": jnp.array([[1.0, 7e4], [2.0, -3.0]])}}
@@ -69,6 +68,8 @@ def test_a_weight_beyond_the_dtype_is_refused_by_its_path_wherever_it_is_cast(dt
         ):
             cast()
         assert not out.exists()
+    with pytest.raises(ValueError, match="int8"):
+        checkpoints.decompress_checkpoint(path, out, np.int8)
     # In jit values are not known.
     assert (
         float(jnp.max(jax.jit(functools.partial(decompress, dtype=dtype))(small)["a"]["b"]))
@@ -76,6 +77,7 @@ def test_a_weight_beyond_the_dtype_is_refused_by_its_path_wherever_it_is_cast(dt
     )
 
 
+@pytest.mark.thorough
 def test_each_leaf_equals_quantizing_it_alone():
     params = make_params()
     params = {"dense": {"kernel": params["dense"]["kernel"]}}
