@@ -20,6 +20,8 @@ def exact_optimum(x: np.ndarray, bits, levels: str) -> float:
     energy = float(np.sum(x * x))
     if bits == 1:
         return energy - float(np.sum(np.abs(x))) ** 2 / x.size
+    if levels == "balanced":
+        return energy - _best_balanced_gain(np.abs(x), 2 ** (bits - 1) - 1)
     low, high = code_range(bits, levels)
     gain = _best_gain(x, -low, high)
     return energy - (max(gain, _best_gain(-x, -low, high)) if low < -high else gain)
@@ -30,6 +32,17 @@ def exact_affine_optimum(x: np.ndarray, low: int, high: int) -> float:
     x = np.asarray(x, np.float64)
     gains = [_best_gain(x, zero - low, high - zero) for zero in range(low, high + 1)]
     return float(np.sum(x * x)) - max(gains)
+
+
+def _best_balanced_gain(size: np.ndarray, most: int) -> float:
+    """What the best scale saves with levels 1/2, 3/2 ... `most` + 1/2 for magnitudes."""
+    # All are on the lowest level at first; at |w| / k one moves from k - 1/2 to k + 1/2.
+    places = np.arange(1, most + 1)
+    order = np.argsort(-(size[:, None] / places), axis=None, kind="stable")
+    a = size.sum() / 2 + np.cumsum(np.repeat(size, most)[order])
+    b = size.size / 4 + np.cumsum(np.tile(2 * places, size.size)[order])
+    gains = np.append(a**2 / b, size.sum() ** 2 / size.size)
+    return float(gains.max())
 
 
 def _best_gain(x: np.ndarray, down: int, up: int) -> float:
