@@ -66,7 +66,7 @@ def best_common_scale(arrays: Sequence[jax.Array], levels: LevelRange) -> jax.Ar
 def needs_refining(levels: LevelRange) -> jax.Array | np.bool_ | bool:
     """Returns True for grids for which one pass is not enough, whatever the blocks."""
     low, high, _ = levels
-    return (high != 7) & ((high >= 8) | (low != -high))
+    return (high != 7) & ((high > 7) | (low != -high))
 
 
 def search_scale(
