@@ -168,6 +168,9 @@ def _unit_norm(
 ) -> MeasuredUnits:
     """Returns the norms of units: by sums in float64, or rescaled by their largest entries."""
     if uses_float64(x.dtype):
+        # Apart from the sum over all of the array, with which XLA would share the squares and write
+        # them out, 8 bytes an entry.
+        x = lax.optimization_barrier(x)
         with with_float64():
             total = over_devices(wide_total(x, axes, ord), ord, axis_name)
             return MeasuredUnits(root_of_wide_total(total, ord), _as_vector(total))

@@ -915,3 +915,12 @@ def test_a_donated_step_writes_no_array_to_memory_but_its_state(clip, threshold,
     state = jax.eval_shape(lambda p: jaxclip.TrainState.create(p, tx), params)
     used = step.lower(state, params).compile().memory_analysis()
     assert used.temp_size_in_bytes < 4096  # scalars; an array has 512 KiB
+
+
+def test_a_clip_by_units_writes_no_copy_of_the_gradients():
+    params = {name: jax.ShapeDtypeStruct((256, 512), "float32") for name in "ab"}
+    tx = optax.chain(jaxclip.adaptive_grad_clip(0.01), jaxclip.lion(1e-3))
+    step = jaxclip.make_train_step(given_loss, tx)
+    state = jax.eval_shape(lambda p: jaxclip.TrainState.create(p, tx), params)
+    used = step.lower(state, params).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 2**17  # sums of the units; an array has 512 KiB
