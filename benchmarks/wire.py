@@ -28,7 +28,7 @@ import jaxclip
 WIDTH, NUM_LAYERS, ROWS, BOX = 256, 4, 8, 0.1
 NUM_PARAMETERS = NUM_LAYERS * WIDTH**2
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "u8": 8, "s8": 8, "bf16": 16, "s32": 32, "u32": 32, "f32": 32}
+BITS = {"f64": 64, "pred": 8, "u8": 8, "s8": 8, "bf16": 16, "s32": 32, "u32": 32, "f32": 32}
 CLIP = jaxclip.clip_by_global_norm(1.0)
 
 
