@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    if int(importlib.metadata.version("jax").split(".")[1]) < 11
+    if [int(n) for n in importlib.metadata.version("jax").split(".")[:2]] < [0, 11]
     else "",
 )
 # The sharding tests need eight devices; one process then serves all tests.
@@ -43,15 +43,15 @@ collect_ignore = [
 ]
 
 
-# Far below that limit, because programs and what they hold take memory too.
+# Far below Linux's limit of 65,530, because programs and what they hold take memory too.
 _MOST_MAPS = 5000
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Drops compiled programs between two files, once the process has many.
 
-    Each takes several memory maps, of which Linux allows a process 65,530; thousands of
-    programs later the next one would crash the worker.
+    Each takes several memory maps; thousands of programs later the next one would crash the
+    worker.
     """
     if nextitem is None or nextitem.path == item.path:
         return

@@ -145,8 +145,11 @@ def decompress(small: PyTree, dtype: DTypeLike | None = None) -> PyTree:
         if not is_quantized(leaf):
             return leaf
         is_known = all(map(checks.is_concrete, (leaf.qvalue, leaf.scale, leaf.zero)))
-        if dtype is not None and is_known and jnp.finfo(dtype).max < jnp.finfo(leaf.dtype).max:
-            dequantize_stored(leaf, dtype, trees.path_name(path))  # raises for values beyond it
+        if dtype is not None and is_known:
+            # By the outermost levels: few leaves have to be decoded to know.
+            largest = jnp.max(leaf.threshold, initial=0)
+            if not largest <= jnp.asarray(jnp.finfo(dtype).max).astype(jnp.float32):
+                dequantize_stored(leaf, dtype, trees.path_name(path))  # raises for values beyond it
         return dequantize(leaf, dtype)
 
     return jax.tree_util.tree_map_with_path(restored, small, is_leaf=is_quantized)

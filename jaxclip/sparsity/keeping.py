@@ -195,10 +195,11 @@ def _next_masks(
 
     def choose(_: None) -> list[jax.Array]:
         growth = None if fraction is None else (fraction, list(map(_modulus, grads)))
-        return chooser.choose(leaves, old, list(map(_moved, weights, steps)), counts, growth)
+        new = chooser.choose(leaves, old, list(map(_moved, weights, steps)), counts, growth)
+        is_bad = has_nonfinite((grads, steps))
+        return [jnp.where(is_bad, before, after) for before, after in zip(old, new, strict=True)]
 
-    # A `cond`: between choices the mask costs little, unless the condition is batched.
-    is_due = is_due & ~has_nonfinite((grads, steps))
+    # A `cond`: between choices the mask costs nothing, unless the condition is batched.
     return lax.cond(is_due, choose, lambda _: old, None)
 
 

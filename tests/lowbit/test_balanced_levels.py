@@ -69,7 +69,7 @@ def test_mse_optimal_finds_the_best_scale(bits, size):
     q = quantize(w.astype(np.float32), balanced(bits, axis=0), threshold=mse_optimal)
     errors = np.square(w - np.asarray(dequantize(q), np.float64)).sum(1)
     best = np.array([least_error(row, bits) for row in w])
-    assert errors.sum() <= 1.01 * best.sum()
+    assert errors.sum() <= 1.003 * best.sum()
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -77,7 +77,7 @@ def test_least_squares_is_near_the_optimum_for_normal_weights(bits):
     w = np.random.default_rng(1).normal(size=(4, 500)).astype(np.float32)
     q = quantize(w, balanced(bits, axis=0), threshold=least_squares)
     errors = np.square(w - np.asarray(dequantize(q))).sum(1)
-    assert errors.sum() <= 1.05 * sum(least_error(row.astype(np.float64), bits) for row in w)
+    assert errors.sum() <= 1.03 * sum(least_error(row.astype(np.float64), bits) for row in w)
 
 
 def test_at_two_bits_they_have_less_error_than_the_four_levels_of_a_full_grid():
@@ -174,7 +174,7 @@ def test_exports_for_integer_codes_carry_them(bits, tmp_path):
     words = packed.view(np.uint32)[..., None] >> np.arange(0, 32, width, dtype=np.uint32)
     codes = (words & (2**width - 1)).reshape(len(packed), -1)[:, :64].astype(int) - 2 ** (width - 1)
     expected = np.asarray(decompress(tree)["layer"]["weight"])
-    np.testing.assert_allclose(codes * scale.astype(np.float32), expected, rtol=1e-2)
+    np.testing.assert_allclose(codes * scale.astype(np.float32), expected, rtol=1e-6)
 
 
 def test_rounding_with_moments_feeds_errors_back():

@@ -15,19 +15,11 @@ from jaxclip.thresholds.by_error import least_squares
 from jaxclip.thresholds.by_magnitude import max_abs
 from jaxclip.thresholds.rules import ThresholdRule
 from oracles.small_params import params_and_goal
+from oracles.walks import walk
 
 WIDTHS = [1, "ternary", 2, 4, 8]
 MOMENTUM = optax.sgd(0.02, momentum=0.9)
 every_width = pytest.mark.parametrize("bits", WIDTHS)
-
-
-def walk(tx, params, loss_fn, num_steps):
-    """Parameters and state after each step."""
-    state, update = tx.init(params), jax.jit(tx.update)
-    for _ in range(num_steps):
-        updates, state = update(jax.grad(loss_fn)(params), state, params)
-        params = optax.apply_updates(params, updates)
-        yield params, state
 
 
 def unrounded(params, state):

@@ -11,6 +11,7 @@ import jaxclip
 from jaxclip.sparsity import keep_sparse
 from oracles.quick import quick_first
 from oracles.small_params import params_and_goal
+from oracles.walks import walk
 
 STILL = optax.set_to_zero()
 
@@ -20,15 +21,6 @@ def mask_of(params, density, inner=STILL, grads=None, **options):
     tx = keep_sparse(inner, density, **options)
     grads = jax.tree.map(jnp.zeros_like, params) if grads is None else grads
     return jax.jit(tx.update)(grads, tx.init(params), params)[1].mask
-
-
-def walk(tx, params, loss_fn, num_steps):
-    """Parameters and state after each step."""
-    state, update = tx.init(params), jax.jit(tx.update)
-    for _ in range(num_steps):
-        updates, state = update(jax.grad(loss_fn)(params), state, params)
-        params = optax.apply_updates(params, updates)
-        yield params, state
 
 
 def first_largest(scores, count):

@@ -111,7 +111,7 @@ def equal_rate_step(array: ArrayLike, moments: FactoredMoments | None) -> float:
 def _price_factor(deviation: float) -> float:
     """Returns the part of a price that remains for weights of a deviation in steps."""
     # Weights below a step cannot have an error above their own variance, and a bit saves a fraction
-    # of the error. A higher price shrinks the outputs of all layers.
+    # of the error.
     return min(deviation**2, 1.0)
 
 

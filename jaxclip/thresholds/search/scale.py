@@ -1,9 +1,10 @@
 """The scale of a low-bit grid that has the least squared error: a search in one pass or a few.
 
 The error has many local minima. A first pass over a geometric bracket finds the neighborhoods of
-the best few candidates, and a second one searches between the neighbors of each. At 4 bits, short
-blocks need no second pass. If the grid has one more level on one side, the largest weights get it;
-where that may be wrong, with few bits or in long blocks, both signs of the scale are tried.
+the best few candidates, and a second one searches between the neighbors of each. Short blocks need
+none with ternary codes, narrow grids of up to 4 bits and the full one of 4. If the grid has one
+more level on one side, the largest weights get it; where that may be wrong, with few bits or in
+long blocks, both signs of the scale are tried.
 
 The ends of the levels may be traced, so that one compiled search serves all widths.
 """
