@@ -136,8 +136,9 @@ def mse_optimal(
     and 6 bits and 6 % at 8. It is closer in larger blocks, because a fine grid over a few entries
     has more local minima than a search can visit. For one bit the optimum is `t = mean |w|`. The
     rule is never worse than `max_abs`, up to rounding, because that scale is a candidate. That is
-    so before scales are rounded to a format: where they are beyond the range of float16 or log8,
-    the nearest scale that there is decides.
+    so before scales are rounded to a format. After it either may be ahead: where scales are beyond
+    the range of float16 or log8, and where log8 moves the outermost level by more than half a step,
+    from 5 bits on (from 4 with a zero point).
 
     Args:
       bits: 1, 2, 3, 4, 5, 6, 8 or "ternary", or a `Grid` instead of all fields of one; None

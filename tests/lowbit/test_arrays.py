@@ -134,6 +134,18 @@ def test_every_entry_takes_the_nearest_level_of_the_scale_as_stored(
         assert np.all(decoded[x.astype(np.float64) == 0] == 0)  # 0 is on the grid
 
 
+@pytest.mark.parametrize("scale_dtype", FORMATS)
+def test_weights_beyond_a_threshold_take_the_nearest_level_too(scale_dtype):
+    x = np.random.default_rng(4).normal(0.7, 1, size=(8, 33)).astype(np.float32)
+    grid = Grid(4, axis=0, zero_point=True, scale_dtype=scale_dtype)
+    q = quantize(jnp.asarray(x), grid, threshold=0.9)
+    assert np.mean(np.abs(x) > 0.9) > 0.3
+    assert_takes_nearest_levels(q, x)
+    # The documented formula, with the scale as stored.
+    codes = np.rint(x / np.asarray(q.scale, np.float32)) + np.asarray(q.zero)
+    assert np.array_equal(q.qvalue, np.clip(codes, *code_range(4)))
+
+
 @pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize("scale_dtype", FORMATS)
 def test_hard_rows_alone_lose_at_most_half_a_step(scale_dtype, zero_point):
