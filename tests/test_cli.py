@@ -430,6 +430,7 @@ def test_an_export_has_dtype_metadata_and_names():
 def test_two_axes_and_a_layout_do_what_python_does():
     for words, grid, layout in (
         (["--axis", "0,1"], jaxclip.Grid(4, axis=(0, 1)), None),
+        (["--axis", "-2,-1"], jaxclip.Grid(4, axis=(-2, -1)), None),
         (["--layout", "in_out"], jaxclip.Grid(4), "in_out"),
         ([], jaxclip.Grid(4), None),
     ):

@@ -41,15 +41,21 @@ def _by_name(name: str) -> Layout | None:
     return "out_in" if "weight" in last else None
 
 
+def _is_image_kernel(shape: tuple[int, ...], layout: Layout) -> bool:
+    """Returns True for a convolution over two or more dimensions, with a small kernel."""
+    # Other leaves of experts are stacks of matrices, perhaps of several layers.
+    kernel = shape[2:] if layout == "out_in" else shape[:-2]
+    return len(kernel) > 1 and len(set(kernel)) == 1 and kernel[0] % 2 == 1 and kernel[0] < 16
+
+
 def output_axes(name: str, shape: tuple[int, ...], layout: Layout) -> Axes:
     """Returns the axis or axes of the outputs of a leaf of two or more dimensions."""
-    # Experts are a stack of matrices, each with outputs of its own.
-    has_experts = len(shape) == 3 and _EXPERTS.search(name) is not None
+    has_experts = _EXPERTS.search(name) is not None and not _is_image_kernel(shape, layout)
     if layout == "out_in":
         is_stack = len(shape) == 3 and shape[-1] >= _LONGEST_KERNEL
-        return (0, 1) if has_experts or is_stack else 0
-    if has_experts:
-        return (0, -1)
+        return tuple(range(len(shape) - 1)) if len(shape) > 2 and (has_experts or is_stack) else 0
+    if has_experts and len(shape) > 2:
+        return (*range(len(shape) - 2), -1)
     words = name.split("/")
     is_attention = len(words) > 1 and words[-2] in ("query", "key", "value")
     return (1, 2) if is_attention and len(shape) == 3 else -1  # (features, heads, head_dim)

@@ -84,9 +84,10 @@ def compress(
         the first). None takes it from the names of the leaves: "in_out" for `kernel` and
         `embedding`, "out_in" for `weight`; other names follow most of these, or else "in_out".
         The output axes are (heads, head_dim) for query, key and value kernels of flax, and
-        (expert, output) for leaves of three dimensions with "expert" or "moe" in their path. In
-        "out_in" a leaf of three dimensions whose last axis is 32 or longer is a stack of
-        matrices, not a convolution: give `axis` for a kernel that long.
+        (expert, output) for leaves of three dimensions with "expert" or "moe" in their path,
+        (layer, expert, output) with four. In "out_in" a leaf of three dimensions whose last axis
+        is 32 or longer is a stack of matrices, not a convolution: give `axis` for a kernel that
+        long.
       calibration: Moments of the inputs of leaves, from `calibration.measure` with the same
         parameters. Leaves that it lacks are rounded without data.
 

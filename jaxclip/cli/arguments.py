@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -26,6 +27,15 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # To argparse "-2,-1" is an option, where it follows --axis and a space.
+        joined: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if joined[-1:] == ["--axis"] and re.match("-[0-9]", word):
+                word = f"{joined.pop()}={word}"
+            joined.append(word)
+        return super().parse_known_args(joined, namespace)
 
     def error(self, message: str) -> NoReturn:
         super().error(escaped(message))

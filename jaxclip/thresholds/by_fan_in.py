@@ -100,8 +100,8 @@ def fan_in(
     (Dense, Conv HWIO and DHWIO with their groups, DenseGeneral with one output axis, the output
     kernel of attention); the first axis for the query, key and value kernels of attention; the
     last axis for an `embedding`. In the layouts of PyTorch and equinox it is the product of all
-    axes but the first. Experts stacked in three dimensions are no inputs. Leaves with fewer than
-    two dimensions, and those named `bias` or `scale`, get `inf`: they stay free.
+    axes but the first. Experts stacked in three or four dimensions are no inputs. Leaves with
+    fewer than two dimensions, and those named `bias` or `scale`, get `inf`: they stay free.
 
     Args:
       kappa: Number in [0, inf], a traced scalar, or a schedule `step -> number`.
