@@ -39,10 +39,12 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 sampler = optuna.samplers.TPESampler(seed=0)
 study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
 for _ in range(NUM_ROUNDS):
-    trials = [study.ask() for _ in range(NUM_TRIALS)]
-    step_sizes = [trial.suggest_float("step size", 1e-4, 1e-1, log=True) for trial in trials]
-    boxes = [trial.suggest_float("box", 0.25, 4.0, log=True) for trial in trials]
+    trials = []
     try:
+        for _ in range(NUM_TRIALS):
+            trials.append(study.ask())
+        step_sizes = [trial.suggest_float("step size", 1e-4, 1e-1, log=True) for trial in trials]
+        boxes = [trial.suggest_float("box", 0.25, 4.0, log=True) for trial in trials]
         all_params = trained(jnp.array(step_sizes), jnp.array(boxes))
         for i, trial in enumerate(trials):
             bits = trial.suggest_categorical("bits", ["8", "4", "2", "ternary", "1"])

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import types
@@ -12,9 +13,11 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optuna
 import pytest
 import safetensors
 
+import jaxclip
 from jaxclip import checkpoints
 from jaxclip._core.grids import Grid, code_range
 from jaxclip.checkpoints.format import layout
@@ -53,6 +56,38 @@ def test_an_example_runs_and_its_claims_hold(example: pathlib.Path, tmp_path: pa
 
 def test_the_quickstart_is_short():
     assert len((FOLDER / "quickstart.py").read_text().splitlines()) <= 180
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("interrupted", ["ask", "compress", "tell"])
+def test_a_search_that_is_interrupted_leaves_no_trial_running(interrupted, monkeypatch):
+    calls, studies = itertools.count(), []
+
+    def interrupt_at_third(function):
+        def call(*arguments, **settings):
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return function(*arguments, **settings)
+
+        return call
+
+    def create_study(create=optuna.create_study, **settings):
+        studies.append(create(**settings))
+        if interrupted != "compress":
+            method = interrupt_at_third(getattr(studies[0], interrupted))
+            monkeypatch.setattr(studies[0], interrupted, method)
+        return studies[0]
+
+    monkeypatch.setattr(optuna, "create_study", create_study)
+    if interrupted == "compress":
+        monkeypatch.setattr(jaxclip, "compress", interrupt_at_third(jaxclip.compress))
+    monkeypatch.syspath_prepend(str(FOLDER))
+    # optax's cosine schedule needs the promotion of the default.
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(KeyboardInterrupt):
+        runpy.run_path(str(FOLDER / "optuna_search.py"))
+    states = [trial.state.name for trial in studies[0].trials]
+    finished = ["COMPLETE"] * 2 if interrupted != "ask" else []
+    assert states == finished + ["FAIL"] * ((2 if interrupted == "ask" else 8) - len(finished))
 
 
 # --- A BERT encoder -------------------------------------------------------------------
