@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
         # To argparse "-2,-1" is an option, where it follows --axis and a space.
         joined: list[str] = []
         for word in sys.argv[1:] if args is None else args:
