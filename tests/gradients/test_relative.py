@@ -60,32 +60,46 @@ def test_an_update_at_the_top_of_its_range_is_bounded_and_not_lost(absolute):
         np.testing.assert_allclose(exact(clipped[name]), exact(u) * coef, rtol=4e-6)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize(
-    "make",
-    [
-        functools.partial(jaxclip.clip_by_leaf_norm, 0.5),
-        functools.partial(jaxclip.clip_by_block_rms, 0.1),
-        functools.partial(jaxclip.adaptive_grad_clip, 0.1, axis=(0, 1)),
-        functools.partial(jaxclip.gradients.clip_update_relative, 0.3, 0.02),
-    ],
-)
-def test_leaves_that_are_split_over_an_axis_are_clipped_as_the_whole(make):
-    rng = np.random.default_rng(5)
-    params, updates = (
-        jnp.float32(rng.normal(size=(4, 2, 3))),
-        jnp.float32(rng.normal(size=(4, 2, 3))),
-    )
-    whole, expected = update(make(), updates.reshape(8, 3), params.reshape(8, 3))
+CLIPS = [
+    functools.partial(jaxclip.clip_by_leaf_norm, 0.5),
+    functools.partial(jaxclip.clip_by_block_rms, 0.1),
+    functools.partial(jaxclip.adaptive_grad_clip, 0.1, axis=(0, 1)),
+    functools.partial(jaxclip.gradients.clip_update_relative, 0.3, 0.02),
+]
+
+
+def split_update(make, updates, params):
+    """Updates and the state of a leaf whose first axis is split over devices."""
     tx = make(axis_name="devices")
-    parts, state = jax.vmap(lambda u, w: tx.update(u, tx.init(u), w), axis_name="devices")(
-        updates, params
-    )
-    assert norm(parts.reshape(8, 3) - updates.reshape(8, 3)) > 0.1
+    return jax.vmap(lambda u, w: tx.update(u, tx.init(u), w), axis_name="devices")(updates, params)
+
+
+@pytest.mark.parametrize("make", CLIPS)
+@pytest.mark.parametrize("size", [1, pytest.param(1e38, marks=pytest.mark.thorough)])
+def test_leaves_that_are_split_over_an_axis_are_clipped_as_the_whole(make, size):
+    rng = np.random.default_rng(5)
+    params, updates = rng.normal(size=(2, 4, 2, 3)).astype(np.float32)
+    updates[1] *= np.float32(size)  # on one device
+    whole, expected = update(make(), updates.reshape(8, 3), params.reshape(8, 3))
+    parts, state = split_update(make, updates, params)
+    assert np.abs(parts.reshape(8, 3) - updates.reshape(8, 3)).max() > 0.1
     np.testing.assert_allclose(parts.reshape(8, 3), whole, rtol=1e-5)
     for name in ("pre_norm", "post_norm", "clip_coef", "clip_rate"):
         for got in getattr(state.stats, name):
             np.testing.assert_allclose(got, getattr(expected.stats, name), rtol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("make", CLIPS)
+@pytest.mark.parametrize("place", ["updates", "params"])
+def test_a_bad_entry_on_one_device_gives_zeros_on_all(make, place):
+    if place == "params" and make not in CLIPS[2:]:
+        pytest.skip("it does not look at the parameters")
+    arrays = {"updates": np.ones((4, 2, 3), np.float32), "params": np.ones((4, 2, 3), np.float32)}
+    arrays[place][2, 1, 1] = np.nan
+    parts, state = split_update(make, **arrays)
+    assert not np.any(parts)
+    assert np.asarray(state.stats.num_nonfinite).tolist() == [1] * 4
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
