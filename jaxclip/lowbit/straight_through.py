@@ -73,12 +73,12 @@ def _straight_through_jvp(
     primals: tuple[jax.Array, QuantizedArray], tangents: tuple[jax.Array, QuantizedArray]
 ) -> tuple[jax.Array, jax.Array]:
     array, quantized = primals
-    inside = _is_inside(array, quantized)
+    inside = is_inside(array, quantized)
     tangent = tangents[0]
     return dequantize(quantized), jnp.where(inside, tangent, jnp.zeros_like(tangent))
 
 
-def _is_inside(array: jax.Array, quantized: QuantizedArray) -> jax.Array:
+def is_inside(array: jax.Array, quantized: QuantizedArray) -> jax.Array:
     """Returns True for entries between the outermost levels of their block."""
     low, high = quantized.grid.code_range
     zero = 0 if quantized.zero is None else quantized.zero.astype(jnp.float32)

@@ -54,6 +54,7 @@ EXCEPTIONS = {
         "project_on_box": "a constraint, which does not judge: NaN weights stay NaN",
         "project_on_norm": "as project_on_box",
         "keep_on_grid": "as the optimizer inside",
+        "keep_on_grid_that_learns_scales": "as the optimizer inside",
         "keep_sparse": "as the optimizer inside",
         "soft_threshold": "as project_on_box",
     },

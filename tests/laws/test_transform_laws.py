@@ -70,6 +70,10 @@ def keep_on_grid():
     return jaxclip.keep_on_grid(jaxclip.lion(0.1), 1)
 
 
+def keep_on_grid_that_learns_scales():
+    return jaxclip.keep_on_grid(jaxclip.lion(0.1), 1, learn_scales=jaxclip.lion(0.01))
+
+
 def keep_sparse(density):
     return jaxclip.sparsity.keep_sparse(jaxclip.lion(0.1), density, grow=0.25)
 
@@ -103,6 +107,7 @@ TRANSFORMS = [
     Row(cautious, "learning_rate", 0.01),
     Row(majority_vote),
     Row(keep_on_grid),
+    Row(keep_on_grid_that_learns_scales),
     Row(keep_sparse, "density", takes_schedule=False),
     Row(jaxclip.sparsity.soft_threshold, "threshold"),
     Row(skip_nonfinite),
@@ -220,12 +225,13 @@ def test_an_equal_transform_compiles_nothing_outside_of_jit_either(row: Row):
     with counted() as compiled:
         take_step()
     # `keep_on_grid` makes functions of its own; a second step with it compiles nothing.
-    if row.factory is not keep_on_grid:
+    if row.factory not in (keep_on_grid, keep_on_grid_that_learns_scales):
         assert not compiled
 
 
-def test_a_second_step_of_keep_on_grid_compiles_nothing_outside_of_jit():
-    params, tx = make_params(), keep_on_grid()
+@pytest.mark.parametrize("factory", [keep_on_grid, keep_on_grid_that_learns_scales])
+def test_a_second_step_of_keep_on_grid_compiles_nothing_outside_of_jit(factory):
+    params, tx = make_params(), factory()
     _, state = tx.update(make_grads(params, 0), tx.init(params), params)
     with counted() as compiled:
         tx.update(make_grads(params, 1), state, params)
