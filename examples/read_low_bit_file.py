@@ -30,7 +30,7 @@ def read_file(path):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     ours = json.loads(header.pop("__metadata__")["jaxclip"])
-    if ours["version"] not in (1, 2, 3, 4, 5):
+    if ours["version"] not in (1, 2, 3, 4, 5, 6):
         raise ValueError(f"version {ours['version']} of the format is not known here")
     tensors = {}
     for name, entry in header.items():
@@ -41,7 +41,34 @@ def read_file(path):
         tensors[name] = as_array(raw, entry["dtype"]).reshape(entry["shape"])
     arrays = {name: tensor for name, tensor in tensors.items() if ":" not in name}
     leaves = {name: i | {"version": ours["version"]} for name, i in ours["leaves"].items()}
-    return arrays | {name: weights(name, i, tensors) for name, i in leaves.items()}
+    return arrays | {name: leaf(name, i, tensors) for name, i in leaves.items()}
+
+
+def leaf(name, info, tensors):
+    """A low-bit leaf, or a float leaf whose zeros are left out."""
+    return (weights if "bits" in info else with_zeros)(name, info, tensors)
+
+
+def with_zeros(name, info, tensors):
+    """The values of a float leaf in the places that its mask says."""
+    shape, stored, values = info["shape"], tensors[f"{name}:mask"], tensors[f"{name}:values"]
+    count, axis, order = math.prod(shape), len(shape) - 1, list(range(len(shape)))
+    if info["coding"] is not None:  # the first byte is the axis along which entries follow
+        axis, data = int(stored[0]), stored[1:].tobytes()
+        order.append(order.pop(axis))
+        if info["coding"] == "lanes":
+            paired = [*(shape[a] for a in order[:-1]), -(-shape[axis] // 2)]
+            codes = from_rows(data, {"shape": paired, "axis": None})
+            mask = np.stack([codes > 0, (codes < 0) | (codes > 1)], axis=-1)
+            mask = mask.reshape(*paired[:-1], -1)[..., : shape[axis]]
+            stored = np.packbits(mask, bitorder="little")
+        else:
+            codes = (huffman if info["coding"] == "huffman" else ans)(data, -(-count // 8))
+            stored = codes.astype(np.uint8)
+    mask = np.unpackbits(stored, bitorder="little")[:count].astype(bool)
+    array = np.zeros(shape, values.dtype)
+    array[mask.reshape([shape[a] for a in order]).transpose(np.argsort(order))] = values
+    return array
 
 
 def weights(name, info, tensors):

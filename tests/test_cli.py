@@ -101,6 +101,10 @@ def test_inspect_shows_what_is_there_and_how_it_is_spread():
     headers = run_json("inspect", "low.safetensors", "--headers-only")
     assert {x["path"]: x["bits"] for x in headers["leaves"]}["embed.weight"] == 4
     assert headers["total_bytes"] == os.path.getsize("low.safetensors")
+    low = run_json("inspect", "low.safetensors")["report"]["leaves"]
+    density = {x["path"]: x["density"] for x in low}["embed.weight"]
+    assert density == np.mean(checkpoints.load("low.safetensors")["embed.weight"].qvalue != 0)
+    assert "density" in run("inspect", "low.safetensors")[1]
 
 
 def write_hole(path: str, num_tensors: int, n: int) -> None:

@@ -37,7 +37,8 @@ class WeightStatistics:
 
     Attributes:
       num_entries: Number of entries.
-      num_nonfinite: Number of NaNs and infinities, which the other numbers leave out.
+      num_nonfinite: Number of NaNs and infinities, which the numbers below leave out.
+      density: Fraction of the entries that are not 0, in [0, 1]; 1 if there are none.
       max_abs: Largest magnitude.
       rms: Root mean square.
       outlier_rate: Fraction of entries beyond `outlier` times the rms, in [0, 1].
@@ -49,6 +50,7 @@ class WeightStatistics:
 
     num_entries: int
     num_nonfinite: int
+    density: float
     max_abs: float
     rms: float
     outlier_rate: float
@@ -67,9 +69,10 @@ class WeightStatistics:
 def describe_weights(array: np.ndarray, outlier: float = 3.0) -> WeightStatistics:
     """Returns the statistics of a real array, with sums in float64 and bounded memory."""
     flat = np.asarray(array).reshape(-1)
-    num_finite, squares, largest = 0, 0.0, 0.0
+    num_finite, num_zeros, squares, largest = 0, 0, 0.0, 0.0
     for chunk in _finite_chunks(flat):
         num_finite += chunk.size
+        num_zeros += chunk.size - int(np.count_nonzero(chunk))
         largest = max(largest, float(np.abs(chunk).max(initial=0)))
     for chunk in _finite_chunks(flat):
         squares += float(np.square(chunk / (largest or 1)).sum())
@@ -82,6 +85,7 @@ def describe_weights(array: np.ndarray, outlier: float = 3.0) -> WeightStatistic
     return WeightStatistics(
         num_entries=flat.size,
         num_nonfinite=flat.size - num_finite,
+        density=1 - num_zeros / max(flat.size, 1),
         max_abs=largest,
         rms=rms,
         outlier_rate=num_beyond / max(num_finite, 1),

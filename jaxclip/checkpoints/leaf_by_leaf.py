@@ -18,8 +18,9 @@ from jaxclip._core.extras import progress_bar
 from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
 from jaxclip.checkpoints.format.layout import FilePlan, Leaf, StoredLeaf, leaf_name, plan_file
 from jaxclip.checkpoints.format.writing import write_plain, write_tree
+from jaxclip.checkpoints.format.zeros import without_zeros
 from jaxclip.checkpoints.reading import Source, open_source
-from jaxclip.checkpoints.sizes import SizeReport, report_plan, with_errors
+from jaxclip.checkpoints.sizes import SizeReport, density_of, report_plan, with_errors
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.coding.entropy_coding import Coding, check_coding
 from jaxclip.lowbit.distortion import QuantizationError
@@ -69,6 +70,7 @@ def rewrite(
         if not output.is_dry_run:
             check_destination(output.dst, output.overwrite)
         num_passes -= needs_no_weights
+        read = source.read
         source = stack.enter_context(_with_bar(source, num_passes, output.progress))
         outlined = outline(source)
         plan = plan_file(
@@ -79,10 +81,12 @@ def rewrite(
         keys = _keys_of_flat_dict(source)
         source_names = {leaf_name((key,)): name for key, name in keys.items()}
         errors: dict[str, QuantizationError | None] = {}
+        densities: dict[str, float | None] = {}
 
         def produce(name: str) -> Leaf:
             source_name = source_names.get(name, name)
             leaf, errors[name] = rewrite_leaf(source_name, source.read(source_name))
+            densities[name] = density_of(leaf)
             return leaf
 
         if output.keeps_names and any(leaf_name((key,)) != key for key in keys):
@@ -93,8 +97,11 @@ def rewrite(
             file = stack.enter_context(open(os.devnull, "wb"))
         else:
             file = stack.enter_context(replacing(output.dst, output.overwrite))
+        # Only leaves that are copied are plain where there is a coding.
+        plan = without_zeros(plan, lambda name: read(source_names.get(name, name)), output.coding)
         final = write_tree(file, plan, produce, output.coding)
-    return with_errors(report_plan(final, header_size(plan, output.coding)), errors)
+    report = report_plan(final, header_size(plan, output.coding)).with_densities(densities)
+    return with_errors(report, errors)
 
 
 @contextlib.contextmanager

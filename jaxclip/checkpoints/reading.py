@@ -32,6 +32,7 @@ from jaxclip.checkpoints import numpy_files, shards
 from jaxclip.checkpoints.format import parsing
 from jaxclip.checkpoints.format.headers import ALWAYS_ALLOWED_BYTES, MAX_RATIO
 from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, Tensor, native_dtype
+from jaxclip.checkpoints.format.masks import Mask
 from jaxclip.lowbit.arrays import is_quantized
 
 # What files name as their `format`.
@@ -70,6 +71,7 @@ class Source:
       structure: The tree whose leaves these are, in this order; None for a flat dict.
       folder: The folder that is read, by its own name or its index; None for a single file.
       metadata: Entries of other programs in headers; of shards, those of the first that has them.
+      masks: Masks of the leaves whose zeros are left out, by name.
     """
 
     leaves: dict[str, Leaf]
@@ -80,6 +82,7 @@ class Source:
     structure: Any = None
     folder: Path | None = None
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    masks: dict[str, Mask] = dataclasses.field(default_factory=dict)
 
     @property
     def default_layout(self) -> Layout:
@@ -251,6 +254,7 @@ def _safetensors_source(get_file: Callable[[], io.BufferedIOBase], file_size: in
         num_bytes=sizes,
         structure=jax.tree.structure(contents.tree, is_leaf=is_quantized),
         metadata=contents.metadata,
+        masks=contents.masks,
     )
 
 

@@ -19,7 +19,15 @@ from jaxclip._core.layouts import LAYOUTS, Layout, layouts_of
 from jaxclip.checkpoints.compressing import SharedStep, best_within
 from jaxclip.checkpoints.format.codes import Allowance, coded_tensor
 from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
-from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, is_copied, leaf_name, plan_file
+from jaxclip.checkpoints.format.layout import (
+    Leaf,
+    StoredLeaf,
+    is_copied,
+    leaf_name,
+    plan_file,
+)
+from jaxclip.checkpoints.format.masks import Mask
+from jaxclip.checkpoints.format.zeros import without_zeros
 from jaxclip.checkpoints.leaf_by_leaf import LeafWithError, Output, rewrite
 from jaxclip.checkpoints.reading import Source
 from jaxclip.checkpoints.rows import compress_leaf
@@ -98,7 +106,7 @@ def compress_checkpoint(
         the axes. In "out_in" a leaf of three dimensions whose last axis is 32 or longer is a stack
         of matrices, with a scale for each of their outputs.
       coding: Entropy coding of the codes: None, "huffman", "ans", "lanes" or "smallest", as
-        for `save`.
+        for `save`. Float leaves are then read twice, first for the sizes of their masks.
       calibration: Moments of the inputs of leaves, as in `compress`, by the names in the source.
       overwrite: True to replace an existing file.
       dry_run: True to write nothing and only return the sizes. Without `coding` they follow from
@@ -219,6 +227,7 @@ def _coded_specs_within(
 
     is_flat = source.structure is None
     names = {leaf_name((name,)) if is_flat else name: name for name in source.leaves}
+    masks: dict[str, Mask] | None = None
 
     def with_step(step: float) -> dict[str, LeafSpec]:
         return {n: dataclasses.replace(specs[n], step=step * parts[n].unit) for n in free}
@@ -228,7 +237,11 @@ def _coded_specs_within(
         outlined = source.leaves | {n: s.outline(source.leaves[n], n) for n, s in found.items()}
         tree = source.restore(outlined.__getitem__)
         plan = plan_file(tree, is_copy=True, metadata=source.metadata)
-        sizes, allowance = {}, Allowance()
+        nonlocal masks  # of the other leaves: the same at every step
+        if masks is None:
+            masks = without_zeros(plan, lambda name: source.read(names[name]), coding).masks
+        plan = plan.with_masks(masks)
+        sizes, allowance = {}, Allowance(plan)
         for tensor in plan.tensors:
             name = names[tensor.leaf]
             if name in found and tensor.name.endswith(":codes"):

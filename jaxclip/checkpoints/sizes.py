@@ -26,8 +26,10 @@ from jaxclip.checkpoints.format.layout import (
     name_and_bits,
     plan_file,
 )
+from jaxclip.checkpoints.format.masks import Mask
+from jaxclip.checkpoints.format.zeros import without_zeros
 from jaxclip.checkpoints.reading import Source
-from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.arrays import QuantizedArray, dequantize, is_quantized
 from jaxclip.lowbit.coding.entropy_coding import Coding, check_coding
 from jaxclip.lowbit.distortion import QuantizationError, quantization_error
 
@@ -49,9 +51,12 @@ class LeafSize:
         real floating.
       clip_rate: Fraction of the original's entries beyond the outermost level of their block's
         grid, in [0, 1]; None if unknown, and for an array stored as it is.
-      coded_bits: Bits on disk of an entry, scales included, if codes are entropy-coded; else None.
+      coded_bits: Bits on disk of an entry, scales included, if codes are entropy-coded or zeros
+        are left out; else None.
       axes: Channel axes with scales of their own, counted from 0; () if one scale or group is for
         all; None for an array stored as it is.
+      density: Fraction of the entries that are not 0, in [0, 1]; None if unknown or not real
+        floating.
     """
 
     path: str
@@ -65,15 +70,20 @@ class LeafSize:
     clip_rate: float | None = None
     axes: tuple[int, ...] | None = None
     coded_bits: float | None = None
+    density: float | None = None
 
     def cells(self) -> list[str]:
         """Returns its row of the printed table; cells of unknown values are empty."""
         shape, bits = "x".join(map(str, self.shape)), str(self.bits or "as is")
-        bits += "" if self.coded_bits is None else f", coded {self.coded_bits:.2f}"
+        if self.coded_bits is not None:
+            bits = "sparse" if self.bits is None else f"{bits}, coded"
+            bits += f" {self.coded_bits:.2f}"
         axes = "" if self.axes is None else ",".join(map(str, self.axes)) or "none"
-        sizes = [axes, f"{self.raw_bytes:,}", f"{self.stored_bytes:,}", _short(self.threshold)]
+        sizes = [axes, f"{self.raw_bytes:,}", f"{self.stored_bytes:,}"]
+        density = "" if self.density == 1 else _percent(self.density)
         lost = [_short(self.relative_error), _percent(self.clip_rate)]
-        return [self.path, shape or "scalar", self.dtype, bits, *sizes, *lost]
+        known = [density, _short(self.threshold), *lost]
+        return [self.path, shape or "scalar", self.dtype, bits, *sizes, *known]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,19 +132,27 @@ class SizeReport:
         num_bytes = sum(leaf.stored_bytes for leaf in low_bit)
         return 8 * num_bytes / num_entries if num_entries else None
 
+    def with_densities(self, densities: Mapping[str, float | None]) -> "SizeReport":
+        """Returns the report with the densities of some leaves, by path."""
+        leaves = tuple(
+            dataclasses.replace(leaf, density=densities.get(leaf.path, leaf.density))
+            for leaf in self.leaves
+        )
+        return dataclasses.replace(self, leaves=leaves)
+
     def rows(self) -> list[dict[str, Any]]:
         """Returns the leaves as dicts, one per row, for instance for `pandas.DataFrame`."""
         return [dataclasses.asdict(leaf) for leaf in self.leaves]
 
     def __str__(self) -> str:
         sizes = ["leaf", "shape", "dtype", "bits", "axis", "raw", "stored"]
-        rows = [[*sizes, "threshold", "error", "clipped"]]
+        rows = [[*sizes, "density", "threshold", "error", "clipped"]]
         rows += [leaf.cells() for leaf in self.leaves]
         for leaf, row in zip(self.leaves, rows[1:], strict=True):
             row[3] += ": no smaller" if leaf.path in self.kept else ""
             row[3] += ": optimizer state" if leaf.path in self.optimizer_state else ""
-        rows.append(["file header", *[""] * 5, f"{self.overhead_bytes:,}", *[""] * 3])
-        rows.append(["total", *[""] * 4, f"{self.raw_bytes:,}", f"{self.total_bytes:,}", ""])
+        rows.append(["file header", *[""] * 5, f"{self.overhead_bytes:,}", *[""] * 4])
+        rows.append(["total", *[""] * 4, f"{self.raw_bytes:,}", f"{self.total_bytes:,}", "", ""])
         rows[-1] += [_short(self.relative_error), _percent(self.clip_rate)]
         # Sizes are always shown, the other columns where something is known.
         always = {rows[0].index(name) for name in sizes if name != "axis"}
@@ -167,7 +185,8 @@ def size_report(
     Args:
       small: Result of `compress`; plain arrays are counted as they are. With
         `jax.ShapeDtypeStruct`s for arrays only sizes are reported.
-      coding: The coding for `checkpoints.save`; codes are coded to measure their size.
+      coding: The coding for `checkpoints.save`; codes, and the masks of float leaves with zeros,
+        are coded to measure their size.
       original: The tree before it was compressed, of the same structure and shapes, to measure
         the error; None to report only sizes.
 
@@ -191,10 +210,12 @@ def size_report(
     """
     check_coding(coding)
     plan = plan_file(small)
-    allowance = Allowance()
+    plan = without_zeros(plan, plan.leaves.__getitem__, coding)
+    allowance = Allowance(plan)
     coded = {t.name: coded_tensor(t, plan.leaves[t.leaf], coding, allowance) for t in plan.tensors}
     sizes = {name: found[1].size for name, found in coded.items() if found is not None}
     report = report_plan(plan.resized(sizes), header_size(plan, coding))
+    report = report.with_densities({name: density_of(x) for name, x in plan.leaves.items()})
     return report if original is None else _compared(report, plan, original)
 
 
@@ -203,16 +224,40 @@ def report_plan(plan: FilePlan, overhead_bytes: int) -> SizeReport:
     stored = dict.fromkeys(plan.leaves, 0)
     for tensor in plan.tensors:
         stored[tensor.leaf] += tensor.num_bytes
-    return _report(plan.leaves, stored, overhead_bytes + plan.data_bytes)
+    return _report(plan.leaves, stored, overhead_bytes + plan.data_bytes, plan.masks)
 
 
 def report_source(source: Source) -> SizeReport:
     """Returns the sizes of the leaves of an open source, without reading weights."""
-    return _report(source.leaves, source.num_bytes, source.total_bytes)
+    return _report(source.leaves, source.num_bytes, source.total_bytes, source.masks)
+
+
+def density_of(leaf: Leaf) -> float | None:
+    """Returns the fraction of a leaf's entries that are not 0; None if it is not known.
+
+    It is for leaves that are low-bit or real floating, and for those that are not empty.
+    """
+    if not math.prod(leaf.shape) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return None
+    for array in jax.tree.leaves(leaf):
+        if isinstance(array, jax.ShapeDtypeStruct) or not checks.is_concrete(array):
+            return None
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return None
+    with jax.ensure_compile_time_eval():  # for a concrete array inside a caller's jit
+        if not is_quantized(leaf):
+            return float(np.mean(np.asarray(leaf) != 0))
+        codes = leaf.unpacked().qvalue
+        if leaf.zero is not None:
+            codes = dequantize(dataclasses.replace(leaf, scale=jnp.ones_like(leaf.scale)))
+        return float(np.mean(np.asarray(codes) != 0))
 
 
 def _report(
-    leaves: Mapping[str, Leaf], stored_bytes: Mapping[str, int], total_bytes: int
+    leaves: Mapping[str, Leaf],
+    stored_bytes: Mapping[str, int],
+    total_bytes: int,
+    masks: Mapping[str, Mask],
 ) -> SizeReport:
     sizes = tuple(
         LeafSize(
@@ -220,11 +265,12 @@ def _report(
             shape=tuple(leaf.shape),
             dtype=name_and_bits(leaf.dtype)[0],
             bits=leaf.bits if isinstance(leaf, QuantizedArray) else None,
-            raw_bytes=math.prod(leaf.shape) * name_and_bits(leaf.dtype)[1] // 8,
+            raw_bytes=_raw_bytes(leaf),
             stored_bytes=stored_bytes[name],
             threshold=_largest_threshold(leaf),
             axes=_channel_axes(leaf),
-            coded_bits=_coded_bits(leaf, stored_bytes[name]),
+            coded_bits=_coded_bits(leaf, stored_bytes[name], masks.get(name)),
+            density=_density_by(masks.get(name), leaf),
         )
         for name, leaf in leaves.items()
     )
@@ -236,10 +282,18 @@ def _report(
     )
 
 
-def _coded_bits(leaf: Leaf, stored_bytes: int) -> float | None:
-    if not isinstance(leaf, QuantizedArray) or stored_bytes >= leaf.num_bytes:
-        return None
-    return 8 * stored_bytes / leaf.size
+def _coded_bits(leaf: Leaf, stored_bytes: int, mask: Mask | None) -> float | None:
+    is_coded = isinstance(leaf, QuantizedArray) and stored_bytes < leaf.num_bytes
+    return 8 * stored_bytes / math.prod(leaf.shape) if is_coded or mask else None
+
+
+def _density_by(mask: Mask | None, leaf: Leaf) -> float | None:
+    return None if mask is None else mask.num_values / math.prod(leaf.shape)
+
+
+def _raw_bytes(leaf: Leaf) -> int:
+    """Returns the bytes of an array in its own dtype."""
+    return math.prod(leaf.shape) * name_and_bits(leaf.dtype)[1] // 8
 
 
 def _channel_axes(leaf: Leaf) -> tuple[int, ...] | None:

@@ -34,6 +34,7 @@ from jaxclip.checkpoints.format.layout import (
 )
 from jaxclip.checkpoints.format.pytrees import is_static, named_leaves
 from jaxclip.checkpoints.format.writing import write_tree
+from jaxclip.checkpoints.format.zeros import without_zeros
 from jaxclip.checkpoints.reading import (
     ALLOWED_SUFFIXES,
     Source,
@@ -74,7 +75,9 @@ def save(
         where rows or columns differ or codes are on a path of a trellis; small arrays are slow to
         decode. "smallest" takes the smallest for each leaf, without "ans" if the extra is not
         installed. Its file is never larger than with "huffman", and larger than with "ans" by at
-        most 4 bytes per low-bit leaf and 7 bytes. None packs codes at their width.
+        most 4 bytes per low-bit leaf and 7 bytes. With any coding the zeros of a float leaf are
+        left out where that makes the file smaller: it has a mask of the other entries, coded as
+        codes are or by "huffman", and their values. None packs codes at their width.
       overwrite: True to replace an existing file, whose permissions are kept.
 
     Raises:
@@ -200,8 +203,9 @@ def _prepare_safetensors(tree: PyTree, coding: str | None) -> Callable[[BinaryIO
     for name, leaf in plan.leaves.items():
         for array in jax.tree.leaves(leaf):
             check_has_values(name, array)
-
-    return lambda file: write_tree(file, plan, plan.leaves.__getitem__, coding)
+    read = plan.leaves.__getitem__
+    plan = without_zeros(plan, read, coding)
+    return lambda file: write_tree(file, plan, read, coding)
 
 
 _PREPARERS: dict[str, Callable[[PyTree, str | None], Callable[[BinaryIO], Any]]] = {

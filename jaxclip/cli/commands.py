@@ -27,7 +27,8 @@ def run_inspect(args: argparse.Namespace) -> Any:
     if is_large and not args.statistics:
         return Inspection(report, None)
     statistics = inspection.describe_file(args.path, args.outlier, **_limits(args))
-    return Inspection(report, statistics)
+    densities = {name: s.density for name, s in statistics.items()}
+    return Inspection(report.with_densities(densities), statistics)
 
 
 def _limits(args: argparse.Namespace) -> dict[str, Any]:

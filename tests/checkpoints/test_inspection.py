@@ -25,7 +25,7 @@ def test_inspect_reads_headers_alone(tmp_path):
     assert kernel.stored_bytes == -(-256 // 5) + 16
     assert report.num_weights == 260
     saved = jaxclip.size_report(small)
-    unread = [dataclasses.replace(leaf, threshold=None) for leaf in saved.leaves]
+    unread = [dataclasses.replace(leaf, threshold=None, density=None) for leaf in saved.leaves]
     assert report == dataclasses.replace(saved, leaves=tuple(unread))
     assert "ternary" in str(report)
     data = bytearray(path.read_bytes())
@@ -69,6 +69,12 @@ def test_statistics_leave_out_what_is_not_finite_and_take_what_is_empty():
     assert (found.max_abs, found.rms, found.outlier_rate) == (3.0, 3.0, 0.0)
     empty = describe_weights(np.zeros((0, 2), np.float32))
     assert (empty.num_entries, empty.rms, sum(empty.histogram)) == (0, 0.0, 0)
+
+
+def test_the_density_of_statistics_counts_all_that_is_not_zero():
+    entries = np.array([np.nan, np.inf, 0, -0.0, 3], np.float32)
+    assert describe_weights(entries).density == 0.6
+    assert describe_weights(np.zeros((0, 2), np.float32)).density == 1
 
 
 def test_statistics_in_pieces_are_those_of_the_whole(monkeypatch):

@@ -281,7 +281,7 @@ def test_the_hand_made_header_is_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 6}, "use a jaxclip that reads version 6"),
+        ({"version": 7}, "use a jaxclip that reads version 7"),
         ({"version": 2}, "description in the header"),
         ({"version": 3}, "description in the header"),
         ({"version": 4}, "description in the header"),

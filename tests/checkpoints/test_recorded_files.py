@@ -22,6 +22,7 @@ TREES = {
     3: recorded_trees.version_3,
     4: recorded_trees.version_4,
     5: recorded_trees.version_5,
+    6: recorded_trees.version_6,
 }
 every_version = pytest.mark.parametrize("version", TREES)
 

@@ -159,6 +159,7 @@ def test_rows_are_plain_dicts_of_all_that_is_known():
         "clip_rate": report.leaves[1].clip_rate,
         "axes": (1,),
         "coded_bits": None,
+        "density": np.mean(np.asarray(make_small()["dense"]["kernel"].qvalue) != 0),
     }
 
 
@@ -177,6 +178,7 @@ def test_the_printed_table_shows_what_is_known_and_lines_up():
     sizes = ["leaf", "shape", "dtype", "bits", "raw", "stored"]
     assert titles[0] == sizes
     sizes.insert(4, "axis")
+    sizes.append("density")
     assert titles[1:] == [[*sizes, "threshold"], [*sizes, "threshold", "error", "clipped"]]
     lines = texts[2].splitlines()
     assert len(lines) == 1 + 4 + 2
@@ -199,6 +201,20 @@ def test_entropy_coded_leaves_show_their_bits_on_disk(tmp_path):
         assert f"8, coded {leaf.coded_bits:.2f}" in str(report)
     (leaf,) = size_report({"w": q}).leaves
     assert (leaf.bits, leaf.coded_bits) == (8, None)
+
+
+def test_the_density_is_that_of_the_weights_with_any_grid():
+    rng = np.random.default_rng(0)
+    w = np.where(rng.random((40, 30)) < 0.25, rng.normal(size=(40, 30)), 0).astype(np.float32)
+    for grid in ("ternary", 1, 4, jaxclip.Grid(4, zero_point=True), jaxclip.Grid(2, group_size=8)):
+        q = jaxclip.quantize(jnp.asarray(w), grid)
+        for leaf in (q, q.packed(), decompress(q)):
+            found = size_report({"w": leaf}).leaves[0].density
+            assert found == np.mean(np.asarray(decompress(leaf)) != 0)
+    report = size_report({"w": w, "b": np.ones(3), "n": np.arange(3), "e": np.zeros((0, 2))})
+    densities = {leaf.path: leaf.density for leaf in report.leaves}
+    assert densities == {"w": np.mean(w != 0), "b": 1.0, "n": None, "e": None}
+    assert [line.count("%") for line in str(report).splitlines()] == [0, 0, 0, 0, 1, 0, 0]
 
 
 def test_a_file_that_is_larger_than_its_arrays_is_said_to_be_larger():

@@ -31,6 +31,7 @@ from jaxclip._core.grids import Grid
 from jaxclip.checkpoints import CheckpointError, numpy_files, reading
 from jaxclip.checkpoints.format import headers, layout
 from jaxclip.checkpoints.format.writing import write_tree
+from jaxclip.checkpoints.format.zeros import without_zeros
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.coding import entropy_coding
 from oracles import recorded_trees
@@ -101,7 +102,9 @@ def is_low_bit(x: Any) -> bool:
 def written(tree: Any, kind: str | None = None) -> tuple[dict, dict, bytes]:
     """The header of a tree, outer and inner part, and its data."""
     file = io.BytesIO()
-    write_tree(file, layout.plan_file(tree), leaves_of(tree).__getitem__, kind)
+    leaves = leaves_of(tree)
+    plan = without_zeros(layout.plan_file(tree), leaves.__getitem__, kind)
+    write_tree(file, plan, leaves.__getitem__, kind)
     data = file.getvalue()
     length = int.from_bytes(data[:8], "little")
     outer = json.loads(data[8 : 8 + length])
@@ -116,6 +119,7 @@ def leaves_of(tree: Any) -> dict[str, Any]:
 
 def our_trees() -> list[tuple[dict, dict, bytes]]:
     old, new = recorded_trees.version_1(), recorded_trees.version_2()
+    zeros = recorded_trees.version_6()
     sparse = dataclasses.replace(new["8"], qvalue=(new["8"].qvalue == 3).astype(np.int8))
     return [
         written({"grouped": old["grouped"], "c": old["channels"], "p": old["plain"], "w": None}),
@@ -123,6 +127,8 @@ def our_trees() -> list[tuple[dict, dict, bytes]]:
         written({"w": sparse, "b": np.arange(3, dtype=np.float32)}, "huffman"),
         written((old["single"], {"w": np.ones((2, 3), bool)})),
         written(np.arange(4, dtype=np.float16)),
+        written({"w": zeros["rows"], "g": zeros["groups"][:, :8]}, "lanes"),
+        written([zeros["packed"][:8], zeros["few"][:20]], "lanes"),
     ]
 
 

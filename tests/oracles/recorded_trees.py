@@ -145,5 +145,33 @@ def version_5() -> dict:
     return widths | {"grouped": low_bit(2, (3, 10), axis=0, group_size=4), "full": full}
 
 
+def version_6() -> dict:
+    """Float leaves whose zeros are left out, with each coding of masks and without any."""
+    places = np.arange(40 * 60)
+    mixed = places * 2654435761 % 2**32
+    mixed = (mixed ^ mixed >> 15) * 2246822519 % 2**32 >> 16  # looks like noise
+
+    def sparse(is_value, dtype=np.float32, shape=(40, 60)):
+        values = np.where(is_value, (mixed % 61 - 30.5) / 8, 0).reshape(shape)
+        return values.astype(dtype)
+
+    row, column = places // 60, places % 60
+    one_of_four = row % 4 == (row // 4 * 60 + column) * 7919 % 31 % 4
+    of_rows = mixed % 64 < np.where(row % 4 == 0, 48, 1)
+    few = np.zeros((200, 40), np.float32)
+    few[::2, 1] = 1.5
+    return {
+        "packed": sparse(mixed % 2 == 0),
+        "groups": sparse(one_of_four, ml_dtypes.bfloat16),
+        "rows": sparse(of_rows, np.float16, (4, 10, 60)),
+        "few": few,
+        "float8": sparse(mixed % 5 == 0, ml_dtypes.float8_e5m2),
+        "float64": np.where(mixed % 64 == 7, -0.0, 0.0),
+        "zeros": np.zeros(999, np.float32),
+        "dense": np.arange(1, 9, dtype=np.float32),
+        "low": version_1()["channels"][0],
+    }
+
+
 if __name__ == "__main__":
-    checkpoints.save(sys.argv[1], version_5(), coding="lanes")
+    checkpoints.save(sys.argv[1], version_6(), coding="lanes")

@@ -326,7 +326,7 @@ def assert_read_alike(reader, path: pathlib.Path) -> None:
         np.testing.assert_array_equal(found[name], wanted, err_msg=name)
 
 
-@pytest.mark.parametrize("version", [1, "1_convolutions", 2, 3, 4])
+@pytest.mark.parametrize("version", [1, "1_convolutions", 2, 3, 4, 6])
 def test_the_reader_reads_recorded_files(reader, version):
     assert_read_alike(reader, recorded_trees.RECORDED / f"version_{version}.safetensors")
 

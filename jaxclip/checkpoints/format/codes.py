@@ -9,7 +9,8 @@ import math
 import numpy as np
 
 from jaxclip.checkpoints.format.headers import ALWAYS_ALLOWED_BYTES, MAX_RATIO
-from jaxclip.checkpoints.format.layout import Leaf, Tensor
+from jaxclip.checkpoints.format.layout import FilePlan, Leaf, Tensor
+from jaxclip.checkpoints.format.masks import Mask
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.coding.entropy_coding import codings_tried, decode_codes, encode_codes
 from jaxclip.lowbit.coding.trellis import as_chains, chains_shape, from_chains
@@ -18,14 +19,26 @@ from jaxclip.lowbit.scale_formats import decode_log8, largest_log8
 
 
 class Allowance:
-    """Codes that the coded tensors of a file may have beyond 64 a byte, which readers allow."""
+    """Bytes in memory that coded tensors of a file may have beyond 64 a byte, which readers allow.
 
-    def __init__(self) -> None:
+    The masks of a plan have their part of it already.
+    """
+
+    def __init__(self, plan: FilePlan | None = None) -> None:
         self._num_left = ALWAYS_ALLOWED_BYTES
+        if plan is not None:
+            for name, mask in plan.masks.items():
+                self.takes_mask(plan.leaves[name], mask)
 
-    def takes(self, num_codes: int, num_bytes: int) -> bool:
+    def takes_mask(self, leaf: Leaf, mask: Mask) -> bool:
+        """Returns True if a float leaf may be stored with a mask."""
+        itemsize = np.dtype(leaf.dtype).itemsize
+        num_bytes = mask.num_bytes + mask.num_values * itemsize
+        return self.takes(math.prod(leaf.shape) * itemsize, num_bytes)
+
+    def takes(self, num_in_memory: int, num_bytes: int) -> bool:
         """Returns True if readers will not take the file for one made to exhaust memory."""
-        num_beyond = max(num_codes - int(MAX_RATIO) * num_bytes, 0)
+        num_beyond = max(num_in_memory - int(MAX_RATIO) * num_bytes, 0)
         is_allowed = num_beyond <= self._num_left
         self._num_left -= num_beyond if is_allowed else 0
         return is_allowed

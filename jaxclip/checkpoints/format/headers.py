@@ -12,7 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxclip.checkpoints.format.layout import DTYPE_CODES, FilePlan
+from jaxclip.checkpoints.format.layout import DTYPE_CODES, FilePlan, Leaf, native_dtype
+from jaxclip.checkpoints.format.masks import Mask
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.coding.entropy_coding import codings_tried
 
@@ -21,7 +22,7 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more
 # one-bit codes are 8, and of coded ones at most 64. So many bytes are allowed in any case.
 MAX_RATIO = 64.0
 ALWAYS_ALLOWED_BYTES = 2**28
-VERSIONS = (1, 2, 3, 4, 5)
+VERSIONS = (1, 2, 3, 4, 5, 6)
 # Every version begins like this, so the header's checksum has a fixed place.
 PREFIX = b'{"__metadata__":{"jaxclip":"{\\"header_crc\\":\\"'
 CRC_PLACE = slice(8 + len(PREFIX), 16 + len(PREFIX))
@@ -39,7 +40,7 @@ def make_header(
     crc = {t.name: f"{checksums[t.name] if checksums else 0:08x}" for t in plan.tensors}
     quantized = {n: leaf for n, leaf in plan.leaves.items() if is_quantized(leaf)}
     codings = codings or {}
-    version = _version_for(quantized, codings)
+    version = 6 if plan.masks else _version_for(quantized, codings)
     inner = {
         "header_crc": "00000000",
         "version": version,
@@ -47,7 +48,8 @@ def make_header(
         "leaves": {
             name: _quantized_info(leaf, version, codings.get(name))
             for name, leaf in quantized.items()
-        },
+        }
+        | {name: _masked_info(plan.leaves[name], mask) for name, mask in plan.masks.items()},
         "crc": crc,
     }
     outer: dict[str, Any] = {"__metadata__": {"jaxclip": _to_json(inner), **plan.metadata}}
@@ -114,6 +116,11 @@ def _quantized_info(leaf: QuantizedArray, version: int, coding: str | None) -> d
         info |= {"zero_point": leaf.zero is not None, "scale_dtype": leaf.grid.scale_dtype}
         info |= {"coding": coding}
     return info
+
+
+def _masked_info(leaf: Leaf, mask: Mask) -> dict[str, Any]:
+    dtype = DTYPE_CODES[native_dtype(leaf.dtype)]
+    return {"shape": list(leaf.shape), "dtype": dtype, "coding": mask.coding}
 
 
 def _int_or_none(value: Any) -> int | None:

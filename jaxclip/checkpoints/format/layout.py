@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxclip._core import checks
 from jaxclip._core.grids import Bits
 from jaxclip._core.trees import PyTree
+from jaxclip.checkpoints.format.masks import Mask
 from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT, as_plain
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.packing import CODES_PER_CHUNK, num_packed_bytes, pack_codes, unpack_codes
@@ -133,12 +134,14 @@ class FilePlan:
       leaves: The tree's leaves by name, in the order of the tree.
       tree: The tree's structure in JSON, as the header stores it.
       metadata: Entries of other programs for the header.
+      masks: Masks of the leaves whose zeros are left out, by name.
     """
 
     tensors: tuple[Tensor, ...]
     leaves: dict[str, Leaf]
     tree: Any
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    masks: dict[str, Mask] = dataclasses.field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:
@@ -155,14 +158,33 @@ class FilePlan:
         ]
         return dataclasses.replace(self, tensors=_placed(parts))
 
+    def with_masks(self, masks: dict[str, Mask]) -> "FilePlan":
+        """Returns the plan with a mask and its values in place of some float leaves, by name."""
+        if not masks:
+            return self
+        parts: list[tuple[str, str, tuple[int, ...]]] = []
+        for t in self.tensors:
+            mask = masks.get(t.name)
+            if mask is None:
+                parts.append((t.name, t.dtype, t.shape))
+            else:
+                parts.append((f"{t.name}:mask", "U8", (mask.num_bytes,)))
+                parts.append((f"{t.name}:values", t.dtype, (mask.num_values,)))
+        return dataclasses.replace(self, tensors=_placed(_in_order(parts)), masks=masks)
+
     def chunks(self, tensor: Tensor, leaf: Leaf | None = None) -> Iterator[np.ndarray]:
         """Yields the bytes of a tensor, copied: those of `leaf`, or of the plan's own leaf."""
         # Copies, because another thread may change an array while it is saved: the bytes that are
         # checked and summed up have to be those that are written.
         name, part = tensor.leaf, tensor.name.removeprefix(tensor.leaf)
         leaf = self.leaves[name] if leaf is None else leaf
-        if not is_quantized(leaf):
+        mask = self.masks.get(name)
+        if mask is not None and part == ":mask":
+            yield mask.chunk()
+        elif not is_quantized(leaf):
             flat = raw_bytes(np.asarray(leaf))
+            if mask is not None:
+                flat = mask.values_of(flat, tensor.numpy_dtype.itemsize)
             for start in range(0, flat.size, _BYTES_PER_CHUNK):
                 yield flat[start : start + _BYTES_PER_CHUNK].copy()
         elif part == ":codes":
@@ -202,8 +224,12 @@ def plan_file(
         if found is None:
             found = parts_of[id(leaf)] = _leaf_tensors(name, leaf, is_copy)
         parts += [(name + part, code, shape) for part, code, shape in found]
-    parts.sort(key=lambda part: (-ALL_DTYPES[part[1]].itemsize, part[0]))  # aligned without gaps
-    return FilePlan(_placed(parts), leaves, skeleton, dict(metadata or {}))
+    return FilePlan(_placed(_in_order(parts)), leaves, skeleton, dict(metadata or {}))
+
+
+def _in_order(parts: list[tuple[str, str, tuple[int, ...]]]) -> list:
+    """Returns tensors in the order of a file, in which they are aligned without gaps."""
+    return sorted(parts, key=lambda part: (-ALL_DTYPES[part[1]].itemsize, part[0]))
 
 
 def _placed(parts: list[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]:

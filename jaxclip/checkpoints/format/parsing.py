@@ -36,7 +36,9 @@ from jaxclip.checkpoints.format.layout import (
     num_bits,
     plan_file,
 )
+from jaxclip.checkpoints.format.masks import Mask
 from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT
+from jaxclip.checkpoints.format.zeros import with_zeros
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 
@@ -54,6 +56,7 @@ class FileContents:
       tree: The tree with shapes for arrays; None for a file of another library.
       leaves: The tree's leaves by name, in its order.
       codings: How the codes of low-bit leaves are coded, by name; None for packed codes.
+      masks: Masks of the leaves whose zeros are left out, by name.
       metadata: Entries of other programs.
     """
 
@@ -62,11 +65,19 @@ class FileContents:
     tree: PyTree = None
     leaves: dict[str, Leaf] | None = None
     codings: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    masks: dict[str, Mask] = dataclasses.field(default_factory=dict)
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def restore_leaf(self, name: str, read: Callable[[Tensor], np.ndarray]) -> StoredLeaf:
         """Returns a leaf of the tree, with `read` called once for each of its tensors."""
         like = (self.leaves or {})[name]
+        mask = self.masks.get(name)
+        if mask is not None:
+            stored, values = (
+                read(self.tensors[f"{name}:mask"]),
+                read(self.tensors[f"{name}:values"]),
+            )
+            return with_zeros(name, like, mask, stored, values)
         if not is_quantized(like):
             return read(self.tensors[name])
         scale, stored = read(self.tensors[f"{name}:scale"]), read(self.tensors[f"{name}:codes"])
@@ -172,8 +183,12 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
         raise ValueError("the header has no tree, leaves or checksums.")
 
     described: dict[str, QuantizedArray] = {}
+    masks: dict[str, Mask] = {}
 
     def shapes_of(name: str) -> Leaf:
+        if name in infos and _has_mask(infos[name], inner["version"]):
+            outline, masks[name] = _masked(name, infos[name], tensors)
+            return outline
         if name in infos:
             key = repr(infos[name])
             if key not in described:
@@ -187,7 +202,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
     tree = _abstract_node(inner["tree"], (), shapes_of)
     # Laid out again, the tree must give the tensors of the file. Coded codes take the bytes that
     # the header says, but never more than packed ones.
-    plan = plan_file(tree, is_copy=True)
+    plan = plan_file(tree, is_copy=True).with_masks(masks)
     coded = {f"{name}:codes" for name, coding in codings.items() if coding is not None}
     sizes = {}
     for tensor in plan.tensors:
@@ -205,7 +220,7 @@ def _parse_ours(inner: dict[str, Any], tensors: dict[str, Tensor]) -> FileConten
     if not infos.keys() <= plan.leaves.keys():
         raise ValueError("the header describes a leaf that is not in the tree.")
     checksums = {name: int(crc, 16) for name, crc in checksums.items()}
-    return FileContents(tensors, checksums, tree, plan.leaves, codings)
+    return FileContents(tensors, checksums, tree, plan.leaves, codings, masks)
 
 
 def _abstract_node(
@@ -245,6 +260,29 @@ def _coding_of(name: str, info: Any, version: int) -> str | None:
     if coding not in (None, "huffman", "ans", *(["lanes"] if version >= 4 else [])):
         raise ValueError(f"tensor {name!r}: its coding {coding!r} is not known.")
     return coding
+
+
+def _has_mask(info: Any, version: int) -> bool:
+    """Returns True for the description of a float leaf whose zeros are left out."""
+    return version >= 6 and type(info) is dict and "bits" not in info
+
+
+def _masked(name: str, info: Any, tensors: dict[str, Tensor]) -> tuple[jax.ShapeDtypeStruct, Mask]:
+    """Returns the outline and the mask of a float leaf whose zeros are left out."""
+    if set(info) != {"shape", "dtype", "coding"} or not _is_shape(info["shape"]):
+        raise ValueError(f"tensor {name!r}: its description in the header is not valid.")
+    dtype = DTYPES.get(info["dtype"]) if type(info["dtype"]) is str else None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"tensor {name!r}: its dtype is not valid.")
+    shape, size = tuple(info["shape"]), math.prod(info["shape"])
+    parts = [tensors.get(f"{name}:{part}") for part in ("mask", "values")]
+    sizes = [part.shape[0] for part in parts if part is not None and len(part.shape) == 1]
+    num_packed = -(-size // 8)
+    num_coded = num_packed - (info["coding"] is not None)  # coded ones take fewer
+    if len(sizes) < 2 or sizes[1] > size or sizes[0] > num_coded:
+        raise ValueError(f"tensor {name!r}: its mask or its values do not fit its shape.")
+    num_bytes = num_packed if info["coding"] is None else sizes[0]
+    return jax.ShapeDtypeStruct(shape, dtype), Mask(sizes[1], num_bytes, info["coding"])
 
 
 def _abstract_quantized(name: str, info: Any, version: int) -> QuantizedArray:

@@ -42,7 +42,7 @@ def write_tree(
     checksums: dict[str, int] = {}
     coded_sizes: dict[str, int] = {}
     codings: dict[str, str | None] = {}
-    allowance = Allowance()
+    allowance = Allowance(plan)
     # Where the next one-byte tensor starts: coded ones are smaller than planned.
     byte_start = min((t.start for t in plan.tensors if _is_of_bytes(t)), default=0)
     for name, tensors in _tensors_by_leaf(plan).items():
