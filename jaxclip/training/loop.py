@@ -92,9 +92,9 @@ def fit(
         path with a scheme, such as "gs://...", is opened as orbax does. One that is damaged is
         put aside, with a warning, and the one before it is used.
       checkpoint_every: Steps between checkpoints; None for one at the end only. A signal
-        also writes one, and so does an error in the data, `evaluate` or `on_log`. After a
-        restart, `stop` continues from its memory if the saved rule remembers the same things,
-        whatever its limits and patience; otherwise it starts anew.
+        also writes one, and so does an error or an interrupt in the data, `evaluate` or `on_log`.
+        After a restart, `stop` continues from its memory if the saved rule remembers the same
+        things, whatever its limits and patience; otherwise it starts anew.
       keep_best: A metric of `evaluate`. The parameters with its best value are kept, a copy of
         them, and are part of every checkpoint.
       best_mode: "max" if a larger value is better, "min" if a smaller one is.
@@ -149,7 +149,7 @@ def fit(
             loop.evaluate_last()
             if store:
                 store.save(loop.run)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # also a second Ctrl-C, while the data hang
             if store:
                 store.rescue(loop.run, error)
             raise

@@ -111,7 +111,7 @@ class RunStore:
             return  # nothing new, or the step that failed has taken the arrays
         try:
             self.save(run)
-        except Exception as second:  # whatever it is, the first error is the one to show
+        except Exception as second:  # the first error is the one to show
             error.add_note(f"The run could not be saved in {str(self._path)!r}: {second}")
         else:
             error.add_note(f"The run is saved in {str(self._path)!r}, after step {run.state.step}.")

@@ -43,7 +43,13 @@ def failing_batches():
     raise RuntimeError("no more space")
 
 
-@pytest.mark.parametrize("place", ["on_log", "evaluate", "data", "exit"])
+def batches_that_hang_until_a_second_interrupt():
+    yield from [jnp.ones(2)] * 3
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("place", ["on_log", "evaluate", "data", "exit", "interrupts"])
 def test_an_error_outside_of_the_step_leaves_a_checkpoint(place, tmp_path):
     pytest.importorskip("orbax.checkpoint")
     arguments = {
@@ -51,10 +57,11 @@ def test_an_error_outside_of_the_step_leaves_a_checkpoint(place, tmp_path):
         "evaluate": {"evaluate": lambda w: failing(0.75)(float(w[0])) or {"w": 1}},
         "data": {"batches": failing_batches()},
         "exit": {"on_log": lambda step, _: exit(3) if step == 3 else None},
+        "interrupts": {"batches": batches_that_hang_until_a_second_interrupt()},
     }[place]
     if place == "evaluate":
         arguments["evaluate_every"] = 1
-    with pytest.raises((RuntimeError, SystemExit)) as caught:
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)) as caught:
         run(checkpoint_dir=tmp_path, **arguments)
     assert caught.value.__notes__ == [f"The run is saved in '{tmp_path}', after step 3."]
     resumed = run(checkpoint_dir=tmp_path)
