@@ -148,7 +148,8 @@ class Trainer:
         arrays |= {f"history/{k}": x.astype(np.float64) for k, x in trained.history.items()}
         for name in ("loss", "weight_clip_rate"):
             arrays[name] = arrays[f"history/{name}"][..., -1]
-        arrays["is_diverged"] = _is_diverged(trained.history["loss"], trained.first_loss)
+        usual = trained.first_loss, trained.zero_loss
+        arrays["is_diverged"] = _is_diverged(trained.history["loss"], *usual)
         arrays["steps"], arrays["reason_codes"] = trained.steps, trained.code
         arrays["seconds_per_step"] = np.full(len(settings), trained.seconds_per_step)
         return arrays
@@ -180,13 +181,14 @@ class Halving:
         return self._is_on
 
 
-def _is_diverged(losses: np.ndarray, first_loss: np.ndarray) -> np.ndarray:
-    """Returns True if the last loss is not finite, or ten times both the first and the smallest."""
+def _is_diverged(losses: np.ndarray, *usual_losses: np.ndarray) -> np.ndarray:
+    """Returns True if the last loss is not finite, or ten times the smallest and all usual ones."""
     # Not simply above the first: no setting keeps the loss of good weights while it takes steps.
     # The mean over the last steps is not finite if one of them was not.
     last, is_finite = losses[..., -1], np.isfinite(losses)
-    smallest = np.where(is_finite, losses, np.inf).min(axis=-1)
-    reference = np.maximum(smallest, first_loss)
+    reference = np.where(is_finite, losses, np.inf).min(axis=-1)
+    for loss in usual_losses:
+        reference = np.maximum(reference, np.where(np.isfinite(loss), loss, -np.inf))
     return ~np.isfinite(last) | (last > reference + 9 * np.abs(reference))
 
 

@@ -38,6 +38,7 @@ class Trained(NamedTuple):
       code: The stop rule's code, int32.
       steps: Steps taken, int32.
       first_loss: The first finite loss, float32; not finite where there was none.
+      zero_loss: The loss of weights of 0 for the first batch, float32.
       history: "loss", its mean since the previous record, and "weight_clip_rate": float32 of
         shape (settings, seeds, records). A row that has stopped repeats its last record.
       seconds_per_step: Time of a step of one row, without compilation.
@@ -47,6 +48,7 @@ class Trained(NamedTuple):
     code: np.ndarray
     steps: np.ndarray
     first_loss: np.ndarray
+    zero_loss: np.ndarray
     history: dict[str, np.ndarray]
     seconds_per_step: float
 
@@ -308,6 +310,7 @@ def _gathered(
         code=stacked([row.code for row in rows]),
         steps=steps,
         first_loss=stacked([row.first_loss for row in rows]),
+        zero_loss=stacked([row.zero_loss for row in rows]),
         history={name: np.take_along_axis(x, index, axis=-1) for name, x in history.items()},
         seconds_per_step=seconds_per_step,
     )

@@ -110,8 +110,9 @@ class SweepResult:
       loss: Mean loss over the steps of the last record, of axes (step_size, threshold, seed).
       weight_clip_rate: Fraction of the boxed weights that end on the bound, of axes
         (step_size, threshold, seed).
-      is_diverged: True where `loss` is not finite, or more than ten times both the first finite
-        loss and the smallest of the history, of axes (step_size, threshold, seed).
+      is_diverged: True where `loss` is not finite, or more than ten times all of these: the first
+        finite loss, the smallest of the history, and the loss of weights of 0, which says what is
+        bad where training starts from good weights. Of axes (step_size, threshold, seed).
       steps: Steps taken, of axes (step_size, threshold, seed).
       reason_codes: Codes of `StopReason`, of axes (step_size, threshold, seed); see `reason`.
       seconds_per_step: Time of training divided by the steps of all rows, which share the machine;

@@ -26,6 +26,7 @@ class Row(NamedTuple):
     memory: PyTree
     code: jax.Array
     first_loss: jax.Array
+    zero_loss: jax.Array  # that of weights of 0, for the first batch
     loss_sum: jax.Array  # over the steps since the last record
     num_losses: jax.Array
     bounds: list[jax.Array]  # the box of the last step, for each leaf
@@ -46,15 +47,17 @@ class Rows:
         """Returns a row before its first step."""
         params = self._task.init_fn(keys[0])
         state = TrainState.create(params, self._task.optimizer(step_size), key=keys[2])
-        batch = jax.eval_shape(self.batch, keys, 0)
         step = self._train_step(step_size, threshold)
-        *_, bounds = jax.eval_shape(step, state, batch)
+        # Of this step XLA computes only the loss.
+        zeros = jax.tree.map(lambda w: jnp.zeros_like(w) if is_clippable(w) else w, params)
+        _, info, bounds = step(state._replace(params=zeros), self.batch(keys, 0))
         zero, none = jnp.zeros((), jnp.float32), jnp.zeros(len(self.recorded_at), jnp.float32)
         return Row(
             state=state,
             memory=self._task.stop.init(),
             code=jnp.zeros((), jnp.int32),
             first_loss=jnp.full((), jnp.inf, jnp.float32),
+            zero_loss=info.loss.astype(jnp.float32),
             loss_sum=zero,
             num_losses=jnp.zeros((), jnp.int32),
             bounds=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), bounds),

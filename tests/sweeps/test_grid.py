@@ -120,6 +120,27 @@ def test_good_weights_to_start_from_are_no_reason_to_call_a_setting_diverged():
     assert len(found.pareto()) == 1
 
 
+def test_only_what_ends_far_worse_than_weights_of_zero_has_diverged():
+    good = jnp.linspace(-1.0, 1.0, 64)
+    found = run(
+        loss_fn=lambda p, _: jnp.mean((p["w"] - good - 1e-4) ** 2),  # 1e-8 at the start
+        init_fn=lambda key: {"w": good},
+        optimizer=jaxclip.sign_sgd,
+        batches=lambda key: jax.random.normal(key, (1,)),
+        evaluate=lambda p: {"test": jnp.mean((p["w"] - good) ** 2)},
+        train_metric=None,
+        weight_threshold=lambda t: t,
+        step_sizes=[1e-2, 1e4],
+        thresholds=[0.5, np.inf],
+        seeds=1,
+        bits=(None,),
+        stop=jaxclip.max_steps(10),
+    )
+    assert found.loss[0, 0, 0] > 0.01, "the box costs more than ten times the loss of the start"
+    assert found.loss[1, 1, 0] > 1e4
+    assert found.is_diverged[..., 0].tolist() == [[False, False], [False, True]]
+
+
 @pytest.mark.thorough
 def test_a_nan_loss_marks_its_row():
     def loss(params, batch):
