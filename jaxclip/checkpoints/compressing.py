@@ -220,10 +220,16 @@ def best_within(
     log_step, best = _step_near(bytes_left, leaves), None
     over: tuple[float, int] | None = None  # log2 of the step, and bytes
     within: tuple[float, int] | None = None
+    slope = num_weights / 8  # bytes for each halving of the step; less where most codes are 0
+    was_over = None
     for _ in range(_MOST_TRIES):
         tree = with_step(2.0**log_step)
         size = num_bytes(tree)
-        if size > target_bytes:
+        if (before := over or within) and log_step != before[0]:
+            seen = (size - before[1]) / (before[0] - log_step)
+            slope = min(max(seen, slope / 8), slope)
+        is_over = size > target_bytes
+        if is_over:
             over = (log_step, size)
         elif within is None or size >= within[1]:
             within, best = (log_step, size), tree
@@ -233,10 +239,13 @@ def best_within(
         if over and within:
             # Sizes fall about linearly with the logarithm of the step.
             fraction = (over[1] - wanted) / max(over[1] - within[1], 1)
-            log_step = over[0] + (within[0] - over[0]) * min(max(fraction, 0.05), 0.95)
-        else:  # a bit a weight for each doubling, less where most codes are 0
-            change = 8 * (size - wanted) / num_weights
+            # The same side twice: sizes are bent here, and the interval would shrink slowly.
+            fraction = 0.5 if is_over == was_over else min(max(fraction, 0.05), 0.95)
+            log_step = over[0] + (within[0] - over[0]) * fraction
+        else:
+            change = min(max((size - wanted) / slope, -8.0), 8.0)
             log_step += change + math.copysign(0.05, change)
+        was_over = is_over
     if best is None:
         assert over is not None
         raise ValueError(f"target_bytes={target_bytes} is out of reach: {over[1]} was the least.")

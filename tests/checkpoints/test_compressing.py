@@ -65,6 +65,15 @@ def test_leaves_of_fixed_width_count_and_keep_their_grid(network):
     assert size_report(small, "lanes").total_bytes <= 12_000
 
 
+@pytest.mark.parametrize("target", [1300, pytest.param(2000, marks=pytest.mark.thorough)])
+def test_a_target_is_met_where_few_weights_take_all_the_bits(target):
+    # A step twice as coarse saves far less than a bit a weight here.
+    rng = np.random.default_rng(8)
+    kernel = rng.normal(size=(256, 96)) * np.exp(2 * rng.normal(size=(256, 1)))
+    small = compress({"kernel": kernel.astype(np.float32)}, target_bytes=target)
+    assert 0.97 * target <= size_report(small, "lanes").total_bytes <= target
+
+
 @pytest.mark.thorough
 def test_equal_arguments_give_equal_trees(network):
     params, c, _ = network
