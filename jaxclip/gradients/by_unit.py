@@ -178,7 +178,8 @@ def _bound_as_given(norm: RescaledNorm, limit: jax.Array) -> jax.Array:
 
 
 def _bound_times_root(norm: RescaledNorm, limit: jax.Array, root: jax.Array) -> jax.Array:
-    return limit.astype(norm.norm.dtype) * root.astype(norm.norm.dtype)
+    # By jax, because NumPy warns of a product beyond the range, which bounds nothing.
+    return jnp.multiply(limit.astype(norm.norm.dtype), root.astype(norm.norm.dtype))
 
 
 def _scalar_bounds(name: str, threshold: PyTree, updates: optax.Updates, step: jax.Array) -> Terms:

@@ -126,6 +126,16 @@ def test_a_threshold_of_zero_or_a_traced_negative_one_gives_zeros(threshold):
         assert not any(np.any(x) for x in jax.tree.leaves(clipped))
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, pytest.param(jax.jit, marks=pytest.mark.thorough)])
+def test_the_largest_threshold_of_float32_changes_no_bit_and_warns_of_nothing(jit):
+    grads = {"w": jnp.full((3, 4), 3e38)}
+    for make in (jaxclip.clip_by_leaf_norm, jaxclip.clip_by_block_rms):
+        tx = make(3.4e38)
+        clipped, _ = jit(tx.update)(grads, tx.init(grads))
+        # The norm of the twelve entries is beyond it, their root mean square is not.
+        assert np.array_equal(clipped["w"], grads["w"]) == (make is jaxclip.clip_by_block_rms)
+
+
 def test_a_threshold_with_an_entry_for_each_weight_is_refused_by_path():
     tx = jaxclip.clip_by_leaf_norm({"a": jnp.ones((2,)), "b": 1.0})
     grads = {"a": jnp.ones((2,)), "b": jnp.ones((3,))}
