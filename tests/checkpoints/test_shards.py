@@ -113,12 +113,12 @@ def test_of_a_tensor_in_two_shards_the_index_says_which_is_read(folder):
     assert loaded["a.bias"].dtype == np.float16
 
 
-@pytest.mark.parametrize("total", [73, 72.5, -1, "72", None, [], float("nan"), 1e999])
+@pytest.mark.parametrize(
+    "total", [73, 72.5, -1, "72", None, [], float("nan"), 1e999, 10**30, 10**400]
+)
 def test_a_total_size_that_is_wrong_is_a_warning(folder, total):
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": read_weight_map(folder)})
-    (folder / INDEX).write_text(
-        text if total != 10**400 else text.replace("1" + "0" * 400, "1e999")
-    )
+    (folder / INDEX).write_text(text)
     if total is None:
         assert len(checkpoints.load(folder)) == 3
         return
@@ -126,7 +126,7 @@ def test_a_total_size_that_is_wrong_is_a_warning(folder, total):
         assert len(checkpoints.load(folder)) == 3
 
 
-@pytest.mark.parametrize("metadata", [None, [], 0.5, "text", {"format": None, "a": [1.5]}])
+@pytest.mark.parametrize("metadata", [None, [], 0.5, "text", {"format": None, "a": [1.5, 10**30]}])
 def test_other_metadata_of_an_index_may_be_anything(folder, metadata):
     index = {"metadata": metadata, "weight_map": read_weight_map(folder), "version": 0.1}
     (folder / INDEX).write_text(json.dumps(index))

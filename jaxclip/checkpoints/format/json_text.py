@@ -72,13 +72,18 @@ def _integer_of(number: str) -> int:
     return int(number)
 
 
+def _number_of(number: str) -> int | float:
+    # A long integer takes quadratic time, and Python refuses one of thousands of digits.
+    return int(number) if len(number) <= 20 else float(number)
+
+
 _STRICT = json.JSONDecoder(
     object_pairs_hook=_dict_of,
     parse_int=_integer_of,
     parse_float=_integer_of,
     parse_constant=_integer_of,
 )
-_LENIENT = json.JSONDecoder(object_pairs_hook=_dict_of, parse_int=_integer_of)
+_LENIENT = json.JSONDecoder(object_pairs_hook=_dict_of, parse_int=_number_of)
 
 
 def _entries(text: str) -> Iterator[tuple[str, Any]]:
