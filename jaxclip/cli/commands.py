@@ -148,7 +148,7 @@ def run_export(args: argparse.Namespace) -> Any:
     files = [args.dst]
     if os.path.isdir(args.dst):
         files = [entry.path for entry in os.scandir(args.dst)]
-    if args.to == "compressed-tensors":
+    if args.to in ("compressed-tensors", "sparse-24-bitmask"):
         return result
     counts = {"tensors": result} if result else {}  # of each type in GGUF
     return {"path": args.dst, "num_bytes": sum(map(os.path.getsize, files)), **counts}

@@ -1,9 +1,11 @@
 """Exports that other libraries load without this one.
 
     to_safetensors          plain weights, for every reader of safetensors
-    to_compressed_tensors   4- and 8-bit codes, for compressed-tensors, transformers and vLLM
+    to_compressed_tensors   4- and 8-bit codes, for compressed-tensors, transformers and vLLM;
+                            2:4 sparse weights
     to_gguf                 blocks of 32 at 4 and 8 bits, for llama.cpp and the gguf package
     export_checkpoint       any of them from a file, which need not fit into memory
+    to_jax_sparse           arrays of jax.experimental.sparse in memory; from_jax_sparse back
 
 Names are the keys of the tree joined by a separator. Files, and folders of shards, appear whole
 or not at all, and are written tensor by tensor.
@@ -12,4 +14,6 @@ or not at all, and are written tensor by tensor.
 from jaxclip.interop.checkpoint import export_checkpoint as export_checkpoint
 from jaxclip.interop.compressed_tensors import to_compressed_tensors as to_compressed_tensors
 from jaxclip.interop.gguf import to_gguf as to_gguf
+from jaxclip.interop.jax_sparse import from_jax_sparse as from_jax_sparse
+from jaxclip.interop.jax_sparse import to_jax_sparse as to_jax_sparse
 from jaxclip.interop.plain import to_safetensors as to_safetensors

@@ -12,6 +12,7 @@ from jaxclip._core import checks
 from jaxclip.checkpoints import shards
 from jaxclip.checkpoints.format.headers import MAX_RATIO
 from jaxclip.checkpoints.reading import open_source
+from jaxclip.interop.bitmasks import write_sparse
 from jaxclip.interop.compressed_tensors import write_packed
 from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
 from jaxclip.interop.gguf import check_gguf, write_gguf
@@ -19,7 +20,9 @@ from jaxclip.interop.gguf_blocks import BYTES_PER_BLOCK, BlockKind
 from jaxclip.interop.leaves import Rename, stored_leaves
 from jaxclip.interop.plain import write_values
 
-Format: TypeAlias = Literal["safetensors", "compressed-tensors", "gguf"] | BlockKind
+Format: TypeAlias = (
+    Literal["safetensors", "compressed-tensors", "sparse-24-bitmask", "gguf"] | BlockKind
+)
 _MAX_CONFIG_BYTES = 2**26
 _SHARD_BYTES = 5 * 10**9  # of a shard in a folder where no size is given
 
@@ -48,9 +51,11 @@ def export_checkpoint(
       src: File or folder of weights that `checkpoints.load` reads.
       dst: File to write, or new folder. It is a folder if `max_shard_bytes` or `model_files`
         is given, or if `src` is a folder of shards and `dst` does not end in .safetensors.
-      to: "safetensors" for plain weights; "compressed-tensors"; "gguf" for the codes that the
-        source has; or "Q4_0", "Q4_1" or "Q8_0" for GGUF with blocks of that kind, if the source
-        has no low-bit leaf. In a source that has some, the other leaves stay floating.
+      to: "safetensors" for plain weights; "compressed-tensors" for the codes that the source has,
+        in pack-quantized; "sparse-24-bitmask" for weights that are 2:4 sparse, the other layout of
+        `to_compressed_tensors`; "gguf" for the codes that the source has; or "Q4_0", "Q4_1" or
+        "Q8_0" for GGUF with blocks of that kind, if the source has no low-bit leaf. In a source
+        that has some, the other leaves stay floating.
       dtype: Floating dtype of plain weights, or of scales and other floating leaves in
         compressed-tensors; None keeps that of each leaf.
       architecture: Value of `general.architecture` in GGUF.
@@ -67,8 +72,9 @@ def export_checkpoint(
       overwrite: True to replace an existing file. A folder is never replaced.
 
     Returns:
-      For compressed-tensors the value of `quantization_config`, which the `config.json` of
-      `model_files` gets; for GGUF the number of tensors of each type; None for safetensors.
+      For both layouts of compressed-tensors the value of `quantization_config`, which the
+      `config.json` of `model_files` gets; for GGUF the number of tensors of each type; None for
+      safetensors.
 
     Raises:
       CheckpointError: If a file of `src` is damaged or of an unknown kind.
@@ -77,8 +83,8 @@ def export_checkpoint(
       OSError: If there is nothing at `src`, or `dst` cannot be written.
       TypeError: If `dtype` is not floating, or the format lacks the dtype of a leaf.
       ValueError: If `to` is not one of these, or GGUF should have shards or other files; if
-        compressed-tensors has codes for no leaf, or a name is too long for GGUF; if a rule of
-        `rename` is wrong or matches no name; if `model_files` has no
+        compressed-tensors has codes for no leaf, no leaf is 2:4 sparse, or a name is too long for
+        GGUF; if a rule of `rename` is wrong or matches no name; if `model_files` has no
         `config.json`, one that is quantized already, or a link that leads out of it; if `dst`
         is in the folder that is read and has the name of an index, a numbered shard or
         `model.safetensors`.
@@ -91,9 +97,8 @@ def export_checkpoint(
     """
     is_gguf = to in ("gguf", *BYTES_PER_BLOCK)
     if not is_gguf:
-        checks.check_choice(
-            "to", to, ("safetensors", "compressed-tensors", "gguf", *BYTES_PER_BLOCK)
-        )
+        others = ("safetensors", "compressed-tensors", "sparse-24-bitmask", "gguf")
+        checks.check_choice("to", to, (*others, *BYTES_PER_BLOCK))
     kind = None if to == "gguf" else to
     dtype = floating_dtype(dtype)
     if is_gguf:
@@ -117,6 +122,8 @@ def export_checkpoint(
         destination = Destination(dst, max_shard_bytes, overwrite, companions, source.metadata)
         if to == "safetensors":
             return write_values(destination, leaves, dtype)
+        if to == "sparse-24-bitmask":
+            return write_sparse(destination, leaves, dtype, separator)
         return write_packed(destination, leaves, dtype, separator)
 
 

@@ -9,13 +9,15 @@ A weight is `scale * code`, or `scale * (code - zero)` with a positive scale.
 """
 
 import os
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxclip._core import checks
 from jaxclip._core.floats import rounded
 from jaxclip._core.trees import PyTree
+from jaxclip.interop.bitmasks import write_sparse
 from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
 from jaxclip.interop.leaves import (
     ExportTensor,
@@ -32,6 +34,7 @@ from jaxclip.interop.leaves import (
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.packing import pack_codes
 
+Kind: TypeAlias = Literal["pack-quantized", "sparse-24-bitmask"]
 _CHUNK = 2**20  # codes packed at once, which bounds memory
 
 
@@ -53,26 +56,33 @@ def to_compressed_tensors(
     path: str | os.PathLike,
     tree: PyTree,
     *,
+    kind: Kind = "pack-quantized",
     dtype: DTypeLike | None = None,
     separator: str = ".",
     rename: Rename = (),
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> JsonObject:
-    """Writes low-bit weights in the pack-quantized layout, and returns its configuration.
+    """Writes low-bit or sparse weights in a layout of compressed-tensors.
 
-    A low-bit leaf `layer.weight` becomes `layer.weight_packed` (int32, codes packed along the
-    inputs), `layer.weight_scale` and `layer.weight_shape`, with zero points also
+    In pack-quantized a low-bit leaf `layer.weight` becomes `layer.weight_packed` (int32, codes
+    packed along the inputs), `layer.weight_scale` and `layer.weight_shape`, with zero points also
     `layer.weight_zero_point`. It has 4 bits if its codes are in -8..7, otherwise 8. Other leaves
     are written as they are. Low-bit leaves that the layout lacks, such as convolutions, are
     written as floats, and a warning says how many and why.
+
+    In sparse-24-bitmask a floating leaf `layer.weight` becomes `layer.compressed` (its values),
+    `layer.bitmask` and `layer.shape`, if it has at most two of every four inputs. Only versions
+    0.9.4 to 0.14 of compressed-tensors read it.
 
     Args:
       path: File to write, such as `folder/model.safetensors`, or a new folder if
         `max_shard_bytes` is given.
       tree: Pytree. `QuantizedArray` leaves keep their codes if they are matrices (outputs, inputs)
         named `...weight`, with a scale for the matrix (`axis=None`), for each output (`axis=0`),
-        or for each group of inputs (`Grid(bits, axis=0, group_size=g)`).
+        or for each group of inputs (`Grid(bits, axis=0, group_size=g)`). For sparse-24-bitmask
+        floating matrices (outputs, inputs), such as those of `prune(..., 1 / 2, pattern=4)`.
+      kind: "pack-quantized" or "sparse-24-bitmask".
       dtype: Floating dtype of scales and of the other floating leaves; None keeps their own.
         A reader that computes in half precision rounds float32 scales.
       separator: String that joins the keys of nested trees to a name.
@@ -83,14 +93,15 @@ def to_compressed_tensors(
 
     Returns:
       The value of `quantization_config` for the model's `config.json`. Matrices without
-      codes are in its `ignore`.
+      codes, or without that sparsity, are in its `ignore`.
 
     Raises:
       TypeError: If `dtype` is not floating, or a leaf is not an array of a dtype that
         safetensors has.
       ValueError: If no leaf is low-bit, or the layout has codes for none of them, with the reason
-        for the first; if a rule of `rename` is wrong or matches no name, or `max_shard_bytes` is
-        not an integer of at least 1.
+        for the first; for sparse-24-bitmask, if a leaf is low-bit, or none is that sparse; if
+        `kind` is none of the two, a rule of `rename` is wrong or matches no name, or
+        `max_shard_bytes` is not an integer of at least 1.
       FileExistsError: If `path` exists, unless it is a file and `overwrite` is set.
       OSError: If the directory of `path` does not exist or cannot be written.
 
@@ -107,9 +118,11 @@ def to_compressed_tensors(
     References:
       The compressed-tensors package, https://github.com/vllm-project/compressed-tensors
     """
+    checks.check_choice("kind", kind, ("pack-quantized", "sparse-24-bitmask"))
     destination = Destination(path, max_shard_bytes, overwrite)
     dtype = floating_dtype(dtype)
-    return write_packed(destination, named_leaves(tree, separator, rename), dtype, separator)
+    write = write_packed if kind == "pack-quantized" else write_sparse
+    return write(destination, named_leaves(tree, separator, rename), dtype, separator)
 
 
 def write_packed(
