@@ -226,7 +226,8 @@ def _block_thresholds(array: jax.Array, grid: Grid, threshold: Threshold, name: 
         checks.check_threshold_array("threshold", threshold)
         if np.ndim(threshold) == 0:
             checks.check_positive("threshold", threshold)
-        t = jnp.asarray(threshold).astype(jnp.float32)
+        with np.errstate(over="ignore"):  # what is beyond float32 is refused below
+            t = jnp.asarray(threshold).astype(jnp.float32)
     shape = grid.scale_shape(array.shape)
     try:
         per_block = jnp.broadcast_to(t.reshape((1,) * (len(shape) - t.ndim) + t.shape), shape)
@@ -245,11 +246,11 @@ def _check_numbers(name: str, array: jax.Array, grid: Grid, threshold: ArrayLike
     if not is_known:
         return
     values = np.asarray(threshold).astype(np.float64)
-    if not np.all((values >= 0) & (values < np.inf)):
-        wrong = values[~((values >= 0) & (values < np.inf))][0]
+    is_in_range = (values >= 0) & (values <= FLOAT32_MAX)
+    if not np.all(is_in_range):
         raise ValueError(
-            f"threshold of {name} must be finite and at least 0 everywhere, got {wrong}: max_abs "
-            "clips nothing."
+            f"threshold of {name} must be finite in float32 and at least 0 everywhere, got "
+            f"{values[~is_in_range].flat[0]}: max_abs clips nothing."
         )
     if np.all(values > 0) or not checks.is_concrete(array) or not array.is_fully_addressable:
         return

@@ -275,6 +275,7 @@ def test_arrays_without_entries_go_through(shape, group_size):
         ([1.0, np.inf], "threshold of w must be finite .* got inf: max_abs clips nothing"),
         ([np.nan, 1.0], "threshold"),
         ([1.0, -1.0], "threshold"),
+        ([1e39, 1.0], "threshold of w must be finite"),
     ],
     ids=str,
 )
@@ -282,9 +283,16 @@ def test_thresholds_that_would_make_zeros_are_refused_in_an_array_as_they_are_al
     kind, thresholds, message
 ):
     w = jnp.asarray([[1.0, -2.0], [0.5, 3.0]])
-    t = kind(np.asarray(thresholds, np.float32)[:, None])
-    with pytest.raises(ValueError, match=message):
-        quantize(w, Grid(4, axis=0), threshold=t, name="w")
+    with np.errstate(over="ignore"):
+        t = kind(np.asarray(thresholds)[:, None])
+    for grid in (Grid(4, axis=0), Grid(4, axis=0, zero_point=True)):
+        with pytest.raises(ValueError, match=message):
+            quantize(w, grid, threshold=t, name="w")
+
+
+def test_a_number_beyond_float32_is_no_threshold():
+    with pytest.raises(ValueError, match=r"threshold of w must be finite in float32 .* got 1e\+39"):
+        quantize(jnp.ones((2, 3)), 4, threshold=1e39, name="w")
 
 
 def test_a_threshold_of_0_is_for_a_block_of_zeros():
