@@ -295,9 +295,12 @@ def _scaled(u: jax.Array, step_size: jax.Array) -> jax.Array:
 
 
 def _finite(number: ArrayLike) -> jax.Array | np.ndarray:
-    """Returns an array with 0 where a traced number is not finite; numbers stay in NumPy."""
+    """Returns an array with 0 in place of a number that is not finite; numbers stay in NumPy."""
     if not isinstance(number, jax.Array):
-        return np.asarray(number, jnp.result_type(float))
+        # That of a schedule may be NaN, too. What is only beyond the dtype becomes infinite.
+        number = number if np.isfinite(number) else 0.0
+        with np.errstate(over="ignore"):
+            return np.asarray(number, jnp.result_type(float))
     return jnp.where(jnp.isfinite(number), number, jnp.zeros_like(number))
 
 

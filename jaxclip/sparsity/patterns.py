@@ -215,8 +215,9 @@ class _Competition:
 
 
 def rounded_product(fraction: ArrayLike, size: ArrayLike) -> jax.Array:
-    """Returns a fraction of a count, rounded; in Python if both are known."""
+    """Returns a fraction of a count, rounded; in Python if both are known, 0 for NaN."""
     if isinstance(fraction, (int, float)) and isinstance(size, (int, float)):
+        fraction = 0 if math.isnan(fraction) else min(max(fraction, 0), 1)
         return jnp.asarray(round(fraction * size), jnp.int32)
     fraction = jnp.clip(jnp.asarray(fraction, jnp.float32), 0, 1)
     wide = jnp.asarray(size).astype(jnp.float32)

@@ -61,6 +61,9 @@ def test_a_traced_learning_rate_that_is_not_finite_takes_no_step(wrap, make):
         assert np.array_equal(step(jnp.float32(bad)), np.zeros(3))
         scheduled = wrap(lambda r: update_once(make(lambda step: r), w, w)[0])
         assert np.array_equal(scheduled(jnp.float32(bad)), np.zeros(3))
+        for number in (bad, np.float32(bad)):  # a schedule of Python
+            step = wrap(lambda w, n=number: update_once(make(lambda step: n), w, w)[0])
+            assert np.array_equal(step(w), np.zeros(3))
 
 
 @pytest.mark.parametrize("make", [jaxclip.sign_sgd, jaxclip.signum, jaxclip.lion])

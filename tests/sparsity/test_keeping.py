@@ -114,6 +114,16 @@ def test_the_cubic_schedule_prunes_to_its_density_at_every_choice(every):
         np.testing.assert_array_equal(now["kernel"] != 0, state.mask["kernel"])
 
 
+@pytest.mark.parametrize("number", [np.nan, np.float32(np.nan), jnp.float32(np.nan)])
+def test_a_schedule_that_is_nan_changes_no_mask(number):
+    w = jnp.array([[4.0, 3.0, 2.0, 1.0]])
+    tx = keep_sparse(optax.sgd(0.1), lambda step: number)
+    state = tx.init(w)
+    updates, new = tx.update(jnp.zeros_like(w), state, w)
+    assert np.array_equal(new.mask, state.mask)
+    assert not np.any(updates)
+
+
 @pytest.mark.thorough
 def test_a_mask_that_only_shrinks_never_brings_a_weight_back():
     params, loss_fn = params_and_goal()
