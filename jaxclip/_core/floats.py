@@ -27,6 +27,27 @@ def is_sharded(x: jax.Array) -> bool:
     return any(s is not None for s in getattr(jax.typeof(x).sharding, "spec", ()))
 
 
+class Spread:
+    """A scalar in the shapes of leaves, broadcast once for all leaves of one shape.
+
+    XLA goes through all operations of a program dozens of times before it joins equal ones, and a
+    scalar that meets a leaf is an operation of its own.
+    """
+
+    def __init__(self, scalar: ArrayLike):
+        self._scalar = jnp.asarray(scalar)
+        self._arrays: dict[tuple[int, ...], jax.Array] = {}
+
+    def like(self, x: jax.Array) -> jax.Array:
+        """Returns the scalar in the shape of a leaf; the scalar itself outside of a program."""
+        # Also on a mesh, where leaves of one shape may be split in different ways.
+        if not isinstance(x, jax.core.Tracer) or not jax.typeof(x).sharding.mesh.empty:
+            return self._scalar
+        if x.shape not in self._arrays:
+            self._arrays[x.shape] = jnp.broadcast_to(self._scalar, x.shape)
+        return self._arrays[x.shape]
+
+
 def clamp(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> jax.Array:
     """Returns `value` in float32, clipped to [low, high]; NaN stays NaN."""
     return jnp.clip(jnp.asarray(value, jnp.float32), low, high)
@@ -39,7 +60,7 @@ def saturate(x: jax.Array, dtype: DTypeLike, fraction: float = 1.0) -> jax.Array
         return lax.complex(*parts)
     # A Python number: the largest of a wider `dtype` would overflow in that of `x`.
     largest = fraction * min(float(jnp.finfo(dtype).max), float(jnp.finfo(x.dtype).max))
-    return lax.min(lax.max(x, jnp.full_like(x, -largest)), jnp.full_like(x, largest))
+    return lax.clamp(np.asarray(-largest, x.dtype), x, np.asarray(largest, x.dtype))
 
 
 def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

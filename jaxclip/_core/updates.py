@@ -53,6 +53,15 @@ def clip_modulus(w: jax.Array, bound: ArrayLike) -> jax.Array:
     return _clip_leaf(w, bound, is_normal(bound))
 
 
+def clip_sum(w: jax.Array, bound: ArrayLike) -> jax.Array:
+    """Returns `clip_modulus` of a sum, in which a backend that flushes subnormals left none."""
+    limit = bound if is_unbounded(bound) else bound_in(bound, w)
+    is_plain = jnp.issubdtype(w.dtype, jnp.floating) and jnp.finfo(w.dtype).bits >= 16
+    if not (is_plain and is_normal(limit)) or limit.ndim:
+        return clip_modulus(w, bound)
+    return keep_weak_type(lax.clamp(-limit, w, limit), w)
+
+
 @functools.partial(jax.jit, static_argnums=2)  # leaves of one shape share one trace
 def _clip_leaf(w: jax.Array, bound: jax.Array, is_normal: bool) -> jax.Array:
     """Returns the weights with modulus at most a bound in their real dtype."""

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxclip._core import checks
 from jaxclip._core.floats import (
     FLOAT32_MAX,
+    Spread,
     compute_dtype,
     keep_weak_type,
     not_folded,
@@ -53,25 +54,25 @@ class Scaling(NamedTuple):
 
     Attributes:
       coef: The coefficient for the rescaled leaf, or a part of it; NaN where `is_bad`.
-      rest: The other part where the coefficient is below the normal range; else 1.
-      rescale: Power of two that brings the leaf to ordinary magnitudes; 1 for these, and where
+      rest: The other part where the coefficient is below the normal range; else 1. None if it is
+        never below.
+      rescale: Power of two that brings the leaf to ordinary magnitudes; 1 for these, and 0 where
         the leaf is not scaled.
-      keeps_bits: Bool, True where the leaf comes back as it is: all factors are 1.
+      keeps_bits: Bool, True where the leaf comes back as it is.
       is_bad: Bool, True where zeros come back.
     """
 
     coef: jax.Array
-    rest: jax.Array
+    rest: jax.Array | None
     rescale: jax.Array
     keeps_bits: jax.Array
     is_bad: jax.Array
 
     @classmethod
-    def create(cls, coef: jax.Array, rest: jax.Array, rescale: jax.Array) -> "Scaling":
+    def create(cls, coef: jax.Array, rest: jax.Array | None, rescale: jax.Array) -> "Scaling":
         """Returns the scaling by these factors."""
-        # Conditions are computed here, once, and not again for every leaf.
-        keeps_bits = (coef == 1) & (rest == 1) & (rescale == 1)
-        return cls(coef, rest, rescale, keeps_bits, jnp.isnan(coef))
+        # Each condition is one comparison, because XLA repeats it in the kernel of every leaf.
+        return cls(coef, rest, rescale, rescale == 0, jnp.isnan(coef))
 
 
 def as_bound(value: ArrayLike, dtype: DTypeLike) -> jax.Array:
@@ -95,8 +96,11 @@ def scaling_to(
     """Returns the scaling that brings norms of any shape down to a bound, and its outcome."""
     size, rescale = norm
     info = jnp.finfo(size.dtype)
+    has_eps = not isinstance(eps, (int, float)) or eps != 0
     # This norm decides and divides; telemetry reports `size` itself.
-    padded = size + jnp.asarray(eps).astype(size.dtype) * rescale
+    padded = size + jnp.asarray(eps).astype(size.dtype) * rescale if has_eps else size
+    # A rescaled norm is far below the largest number, so this quotient is in the normal range.
+    is_large = not has_eps and isinstance(bound, (int, float)) and bound >= 2.0**-20
     bound, ones = as_bound(bound, size.dtype), jnp.ones_like(size)
     # Compared without dividing by `rescale`, so that neither side overflows.
     is_above = padded > bound * rescale
@@ -106,19 +110,22 @@ def scaling_to(
     # The margin covers the rounding of the norm, the quotient and the products.
     margin = select(is_above, jnp.full_like(size, 1 - 8 * float(info.eps)), ones)
     # Below the normal range the coefficient is applied as two factors, each within it.
-    is_normal = ~(bound < divisor * (2 * float(info.tiny)))
-    dividend = margin * select(is_normal, bound, ones)
+    is_normal = None if is_large else ~(bound < divisor * (2 * float(info.tiny)))
+    dividend = margin * (bound if is_normal is None else select(is_normal, bound, ones))
     # Divided last: XLA copies cheaper operations on scalars into the kernel of every leaf.
     coef = select(is_bad, jnp.full_like(size, jnp.nan), dividend) / divisor
-    rest = select(is_normal, ones, bound)
-    scaling = Scaling.create(coef, rest, select(is_above, rescale, ones))
+    rest = None if is_normal is None else select(is_normal, ones, bound)
+    scaling = Scaling.create(coef, rest, select(is_above, rescale, jnp.zeros_like(size)))
+
+    def times_rest(x: jax.Array) -> jax.Array:
+        return x if rest is None else x * rest
 
     pre_norm = jnp.minimum(size / rescale, FLOAT32_MAX)
-    post_norm = jnp.minimum(size * coef * rest, FLOAT32_MAX)
+    post_norm = jnp.minimum(times_rest(size * coef), FLOAT32_MAX)
     return scaling, NormClip(
         pre_norm=pre_norm.astype(jnp.float32),
         post_norm=select(is_above, post_norm, pre_norm).astype(jnp.float32),
-        clip_coef=(scaling.rescale * coef * scaling.rest).astype(jnp.float32),
+        clip_coef=times_rest(select(is_above, rescale, ones) * coef).astype(jnp.float32),
         is_clipped=(is_above & ~is_bad).astype(jnp.float32),
         is_bad=is_bad,
     )
@@ -154,8 +161,14 @@ def clip_to_norm(
     scaling, clip = scaling_to(norm, bound, eps)
     # Divided by an unknown 1: XLA copies cheaper operations into the kernel of every leaf.
     one = not_folded(jnp.ones_like(scaling.coef))
-    scaling = Scaling.create(scaling.coef, scaling.rest / one, scaling.rescale / one)
-    return map_clippable(lambda g: scale_leaf(g, scaling), tree), clip
+    rest = None if scaling.rest is None else scaling.rest / one
+    scaling = Scaling.create(scaling.coef, rest, scaling.rescale / one)
+    factors = jax.tree.map(Spread, scaling)
+
+    def scale(g: jax.Array) -> jax.Array:
+        return scale_leaf(g, jax.tree.map(lambda factor: factor.like(g), factors))
+
+    return map_clippable(scale, tree), clip
 
 
 def zero_if(condition: jax.Array, tree: PyTree) -> PyTree:
@@ -177,7 +190,7 @@ def scale_leaf(g: jax.Array, scaling: Scaling) -> jax.Array:
     def scale(x: jax.Array) -> jax.Array:
         scaled = x.astype(real)
         for factor in (scaling.rescale, scaling.coef, scaling.rest):
-            scaled = scaled * factor.astype(real)
+            scaled = scaled if factor is None else scaled * factor.astype(real)
         return round_toward_zero(scaled, x.dtype) if real != x.dtype else scaled
 
     if jnp.iscomplexobj(g):

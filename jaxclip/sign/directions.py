@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, select
+from jaxclip._core.floats import Spread, compute_dtype, increment, keep_weak_type, select
 from jaxclip._core.trees import PyTree, is_clippable, map_clippable
 from jaxclip.norms.of_trees import MeasuredNorm, is_nonfinite
 from jaxclip.sign.kinds import SignKind, resolve_sign_kind
@@ -149,11 +150,11 @@ def scale_by_signum(
     """
     checks.check_decay_rate("beta", beta)
 
-    def direction(g: jax.Array, m: jax.Array) -> jax.Array:
-        new = _average(m, g, beta)
-        return _average(new, g, beta) if nesterov else new
+    def direction(g: jax.Array, m: jax.Array, weights: "_Weights") -> jax.Array:
+        new = _average(m, g, *weights.like(m, g))
+        return _average(new, g, *weights.like(new, g)) if nesterov else new
 
-    return _scale_by_momentum(ScaleBySignumState, direction, beta, accumulator_dtype, sign)
+    return _scale_by_momentum(ScaleBySignumState, direction, beta, beta, accumulator_dtype, sign)
 
 
 def scale_by_lion(
@@ -194,10 +195,10 @@ def scale_by_lion(
     checks.check_decay_rate("b1", b1)
     checks.check_decay_rate("b2", b2)
 
-    def direction(g: jax.Array, m: jax.Array) -> jax.Array:
-        return _average(m, g, b1)
+    def direction(g: jax.Array, m: jax.Array, weights: "_Weights") -> jax.Array:
+        return _average(m, g, *weights.like(m, g))
 
-    return _scale_by_momentum(ScaleByLionState, direction, b2, mu_dtype, sign)
+    return _scale_by_momentum(ScaleByLionState, direction, b1, b2, mu_dtype, sign)
 
 
 # --- Momentum -------------------------------------------------------------------------
@@ -205,12 +206,13 @@ def scale_by_lion(
 
 def _scale_by_momentum(
     state_type: type[ScaleBySignumState] | type[ScaleByLionState],
-    direction: Callable[[jax.Array, jax.Array], jax.Array],
+    direction: Callable[[jax.Array, jax.Array, "_Weights"], jax.Array],
+    beta: ArrayLike,
     decay: ArrayLike,
     mu_dtype: DTypeLike | None,
     sign: SignKind | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradient g by the sign of `direction(g, m)`, m its moving average."""
+    """Replaces g by the sign of `direction(g, m, weights of beta)`, m its moving average."""
     kind = resolve_sign_kind(sign)
 
     def init_fn(params):
@@ -223,7 +225,8 @@ def _scale_by_momentum(
     def update_fn(updates, state, params=None, **extra_args):
         del params
         checks.check_same_structure("updates", updates, "momentum", state.mu)
-        directions = map_clippable(direction, updates, state.mu)
+        weights = _Weights(beta)
+        directions = map_clippable(lambda g, m: direction(g, m, weights), updates, state.mu)
         signs, sign_state = kind.apply(directions, updates, state.sign_state)
         return signs, state_type(
             mu=_next_momentum(updates, state.mu, decay),
@@ -250,25 +253,46 @@ def _zero_momentum(params: optax.Params, dtype: DTypeLike | None) -> optax.Updat
 def _next_momentum(updates: optax.Updates, mu: optax.Updates, decay: ArrayLike) -> optax.Updates:
     """Returns the momentum, averaged where the gradient is finite."""
 
+    weights = _Weights(decay)
+
     def average(g: ArrayLike, m: jax.Array) -> jax.Array:
-        return _next_leaf(jnp.asarray(g), m, decay) if is_clippable(g) else m
+        if not is_clippable(g):
+            return m
+        g = jnp.asarray(g)
+        return _next_leaf(m, g, *weights.like(m, g))
 
     return jax.tree.map(average, updates, mu)
 
 
+class _Weights:
+    """The weights `beta` and `1 - beta` of an average, in the dtypes and shapes of leaves."""
+
+    def __init__(self, beta: ArrayLike):
+        self._beta = beta
+        self._pairs: dict[np.dtype, tuple[Spread, Spread]] = {}
+
+    def like(self, m: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dtype = jnp.finfo(compute_dtype(m.dtype, g.dtype)).dtype
+        if dtype not in self._pairs:
+            is_number = isinstance(self._beta, (int, float))
+            beta = np.asarray(self._beta, dtype) if is_number else jnp.asarray(self._beta, dtype)
+            self._pairs[dtype] = Spread(beta), Spread(np.asarray(1, dtype) - beta)
+        first, second = self._pairs[dtype]
+        return first.like(m), second.like(g)
+
+
 @jax.jit  # leaves of one shape share one trace
-def _next_leaf(g: jax.Array, m: jax.Array, decay: ArrayLike) -> jax.Array:
-    new = _average(m, g, decay).astype(m.dtype)
+def _next_leaf(m: jax.Array, g: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    average = _average(m, g, old, new).astype(m.dtype)
     # Where the gradient is not finite this is not either, also for a decay of 1.
-    return keep_weak_type(select(jnp.isfinite(new), new, m), m)
+    return keep_weak_type(select(jnp.isfinite(average), average, m), m)
 
 
 @jax.jit
-def _average(m: jax.Array, g: jax.Array, beta: ArrayLike) -> jax.Array:
-    """Returns `beta * m + (1 - beta) * g` in float32 or wider."""
+def _average(m: jax.Array, g: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns `old * m + new * g` in float32 or wider."""
     wide = compute_dtype(m.dtype, g.dtype)
-    beta = jnp.asarray(beta).astype(jnp.finfo(wide).dtype)
-    return beta.astype(wide) * m.astype(wide) + (1 - beta).astype(wide) * g.astype(wide)
+    return old.astype(wide) * m.astype(wide) + new.astype(wide) * g.astype(wide)
 
 
 def _count_nonfinite(count: jax.Array, updates: optax.Updates, pre_norm: PyTree) -> jax.Array:

@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import compute_dtype, increment, keep_weak_type, saturate
+from jaxclip._core.floats import Spread, compute_dtype, increment, keep_weak_type, saturate
 from jaxclip._core.trees import Mask, PyTree, check_mask_for_leaves, map_clippable
 from jaxclip.sign.directions import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign.kinds import SignKind, alignment
@@ -228,9 +228,11 @@ def _decay_weights(
         checks.check_params_given("weight_decay", params)
         checks.check_same_structure("updates", updates, "params", params)
         step = getattr(state, "step", 0)  # a number needs no state
-        coefficient = _finite(checks.value_at("weight_decay", weight_decay, step))
+        coefficient = Spread(_finite(checks.value_at("weight_decay", weight_decay, step)))
         updates = map_clippable(
-            lambda g, p: _decayed(g, jnp.asarray(p), coefficient, is_cautious), updates, params
+            lambda g, p: _decayed(g, jnp.asarray(p), coefficient.like(g), is_cautious),
+            updates,
+            params,
         )
         return updates, _StepState(increment(state.step)) if callable(weight_decay) else state
 
@@ -251,7 +253,8 @@ def _scale_by_step(
         rate = _finite(checks.value_at("learning_rate", learning_rate, state.step))
         rate = rate if rate.dtype == jnp.float64 else rate.astype(jnp.float32)
         if relative_to is None:
-            updates = map_clippable(lambda u: _scaled(u, rate), updates)
+            factor = Spread(-rate)
+            updates = map_clippable(lambda u: _scaled(u, factor.like(u)), updates)
         else:
             checks.check_params_given("relative_to", params)
             checks.check_same_structure("updates", updates, "params", params)
@@ -259,7 +262,7 @@ def _scale_by_step(
             def relative(u: jax.Array, threshold: ArrayLike) -> jax.Array:
                 size = jnp.asarray(threshold, rate.dtype)
                 size = jnp.where(jnp.isinf(size), jnp.ones_like(size), size)
-                return _scaled(u, _finite(rate * size))
+                return _scaled(u, -_finite(rate * size))
 
             thresholds = resolve_threshold(relative_to, params, state.step, name="relative_to")
             updates = map_clippable(relative, updates, thresholds)
@@ -286,12 +289,12 @@ def _decayed(g: jax.Array, p: jax.Array, coefficient: jax.Array, is_cautious: bo
 
 
 @jax.jit
-def _scaled(u: jax.Array, step_size: jax.Array) -> jax.Array:
-    """Returns `-step_size * u` in the dtype of u."""
+def _scaled(u: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns `factor * u` in the dtype of u."""
     wide = compute_dtype(u.dtype)
-    if step_size.dtype != jnp.finfo(wide).dtype:  # beyond it the largest number, not infinity
-        step_size = cast_saturated(step_size, jnp.finfo(wide).dtype)
-    return keep_weak_type(cast_saturated(-step_size.astype(wide) * u.astype(wide), u.dtype), u)
+    if factor.dtype != jnp.finfo(wide).dtype:  # beyond it the largest number, not infinity
+        factor = cast_saturated(factor, jnp.finfo(wide).dtype)
+    return keep_weak_type(cast_saturated(factor.astype(wide) * u.astype(wide), u.dtype), u)
 
 
 def _finite(number: ArrayLike) -> jax.Array | np.ndarray:

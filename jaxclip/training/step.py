@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.compiling import cpu_options
-from jaxclip._core.floats import increment, keep_weak_type, select
+from jaxclip._core.floats import Spread, increment, keep_weak_type, select
 from jaxclip._core.trees import Mask, PyTree
 from jaxclip._core.updates import is_unbounded
 from jaxclip.norms.of_trees import measure_norm
@@ -258,7 +258,7 @@ def make_step_with_bounds(
         # A rule measures the weights that the step keeps, not those of a bad step.
         kept = _select(is_good, params, state.params) if reads_weights else params
         bounds = resolve_bounds(kept, threshold, mask, state.step)
-        params = _select(is_good, clip_to_bounds(params, bounds), state.params)
+        params = _select(is_good, clip_to_bounds(params, bounds, are_sums=True), state.params)
         stats, learning_rate = clip_stats(opt_state), find_learning_rate(opt_state)
         opt_state = _select(is_good, opt_state, state.opt_state)
         clip_rate = _weight_clip_rate(state, params, bounds, telemetry_every)
@@ -311,10 +311,11 @@ class _TopLevelStep:
 
 def _select(is_good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """Returns the new tree if the step was good, else the old one, placed as the old one."""
+    condition = Spread(is_good)
 
     def select_leaf(new: jax.Array, old: ArrayLike) -> jax.Array:
         old = jnp.asarray(old)
-        selected = keep_weak_type(select(is_good, new, old), old)
+        selected = keep_weak_type(select(condition.like(old), new, old), old)
         # On an Auto mesh XLA would choose the placement, and might split a replicated leaf.
         has_mesh = not jax.typeof(old).sharding.mesh.empty
         return shard_alike(selected, old)[0] if has_mesh else selected

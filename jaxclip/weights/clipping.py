@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks, trees
 from jaxclip._core.floats import compute_dtype, inverse_size, not_folded
 from jaxclip._core.trees import Mask, PyTree, map_clippable
-from jaxclip._core.updates import bound_in, bounds_nothing, clip_modulus, is_unbounded
+from jaxclip._core.updates import bound_in, bounds_nothing, clip_modulus, clip_sum, is_unbounded
 from jaxclip.thresholds.values import resolve_threshold
 
 
@@ -119,9 +119,9 @@ def resolve_bounds(
     return resolve_threshold(threshold, trees.masked(mask, params, params, 0), step)
 
 
-def clip_to_bounds(params: optax.Params, bounds: PyTree) -> optax.Params:
-    """Clips weights to the result of `resolve_bounds`."""
-    return map_clippable(clip_modulus, params, bounds)
+def clip_to_bounds(params: optax.Params, bounds: PyTree, *, are_sums: bool = False) -> optax.Params:
+    """Clips weights, or sums of weights and updates, to the result of `resolve_bounds`."""
+    return map_clippable(clip_sum if are_sums else clip_modulus, params, bounds)
 
 
 def rate_on_bounds(params: optax.Params, bounds: PyTree) -> jax.Array:
@@ -177,6 +177,8 @@ def _number_below(bound: jax.Array | np.ndarray) -> tuple:
 def _num_on_bound(leaves: list[jax.Array], scale: jax.Array | None, below: jax.Array) -> jax.Array:
     """Returns how many entries are on a finite bound or outside, in float32."""
     leaves, scale, below = not_folded((leaves, scale, below))
+    if not below.ndim:  # once for all leaves
+        below = jnp.full_like(leaves[0], below, below.dtype)
 
     def is_on_bound(w: jax.Array) -> jax.Array:
         modulus = jnp.abs(w)

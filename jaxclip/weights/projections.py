@@ -249,8 +249,9 @@ def _update_to_norm(
 def _scaling(w: jax.Array, bound: ArrayLike, axes: tuple[int, ...]) -> Scaling:
     """Returns the scaling of units down to a bound; those that are not finite stay."""
     scaling, clip = scaling_to(rescaled_unit_norm(w, axes), bound)
-    factors = (scaling.coef, scaling.rest, scaling.rescale)
-    return Scaling.create(*(jnp.where(clip.is_bad, jnp.ones_like(x), x) for x in factors))
+    return scaling._replace(
+        keeps_bits=scaling.keeps_bits | clip.is_bad, is_bad=jnp.zeros_like(clip.is_bad)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

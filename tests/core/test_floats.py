@@ -224,3 +224,26 @@ def test_select_keeps_the_bits_of_bfloat16_and_has_derivatives():
         lambda x, y: jnp.sum(floats.select(jnp.array([True, False]), 2 * x, 3 * y)), (0, 1)
     )(ones, ones)
     assert np.array_equal(slopes, [[2, 0], [0, 3]])
+
+
+# --- Scalars that meet many leaves ------------------------------------------------------
+
+
+def test_a_scalar_is_broadcast_once_for_all_leaves_of_a_shape():
+    def scaled(factor, leaves):
+        factor = floats.Spread(factor)
+        return [x * factor.like(x) for x in leaves]
+
+    leaves = [jnp.full(shape, 2.0) for shape in [(3, 4)] * 5 + [(7,)] * 5]
+    program = str(jax.make_jaxpr(scaled)(jnp.float32(3), leaves))
+    assert program.count("broadcast_in_dim") == 2
+    assert all(np.all(np.asarray(x) == 6) for x in jax.jit(scaled)(jnp.float32(3), leaves))
+
+
+def test_a_scalar_stays_one_outside_of_a_program_and_on_a_mesh():
+    scalar = jnp.float32(3)
+    assert floats.Spread(scalar).like(jnp.ones((3, 4))) is scalar
+    mesh = jax.make_mesh((1,), ("x",))
+    x = jax.device_put(jnp.ones(4), jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+    program = str(jax.make_jaxpr(lambda x: floats.Spread(scalar).like(x))(x))
+    assert "broadcast" not in program

@@ -113,6 +113,15 @@ def test_global_clip_near_its_threshold_is_bounded_and_right(dtype, data, power,
     check_global_clip(grads, max_norm, clipped, state)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 3e38])
+@pytest.mark.parametrize("max_norm", [2.0**-20, np.nextafter(2.0**-20, 0), 1e-32, 1e-37])
+def test_a_gradient_of_any_size_is_clipped_to_a_small_norm(size, max_norm):
+    grads = jnp.full(64, size, jnp.float32)
+    if exact_norm(grads) > max_norm:
+        clipped = jitted_clip(max_norm)(grads)[0]
+        assert max_norm * (1 - 1e-5) <= exact_norm(clipped) <= max_norm
+
+
 @pytest.mark.thorough
 @settings(max_examples=25)
 @given(data=st.data(), max_norm=st.sampled_from([0.0, 1e-200, 0.1, 1.0, 1e200, np.inf]))
