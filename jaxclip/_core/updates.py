@@ -55,9 +55,9 @@ def clip_modulus(w: jax.Array, bound: ArrayLike) -> jax.Array:
 
 def clip_sum(w: jax.Array, bound: ArrayLike) -> jax.Array:
     """Returns `clip_modulus` of a sum, in which a backend that flushes subnormals left none."""
-    limit = bound if is_unbounded(bound) else bound_in(bound, w)
+    limit = None if is_unbounded(bound) else bound_in(bound, w)
     is_plain = jnp.issubdtype(w.dtype, jnp.floating) and jnp.finfo(w.dtype).bits >= 16
-    if not (is_plain and is_normal(limit)) or limit.ndim:
+    if limit is None or limit.ndim or not (is_plain and is_normal(limit)):
         return clip_modulus(w, bound)
     return keep_weak_type(lax.clamp(-limit, w, limit), w)
 
