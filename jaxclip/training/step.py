@@ -231,10 +231,16 @@ def make_step_with_bounds(
         loss, aux = value if has_aux else (value, None)
 
         # optax's line searches hand what they do not know to `value_fn`, and refuse the rest.
-        def value_fn(params: optax.Params, obj_fn: Any = None, pre_norm: Any = None) -> jax.Array:
-            del obj_fn, pre_norm
+        def value_fn(
+            params: optax.Params, obj_fn: Any = None, pre_norm: Any = None, grad_fn: Any = None
+        ) -> jax.Array:
+            del obj_fn, pre_norm, grad_fn
             value = loss_fn(params, *arguments[1:], **keywords)
             return value[0] if has_aux else value
+
+        def grad_fn(params: optax.Params, index: jax.Array) -> optax.Updates:
+            del index  # of a step within the step, to which optax's SAM might give another key
+            return jax.grad(value_fn)(params)
 
         # Jitted, so that it is traced once, for `find_frozen` and for the step. Inlined, because
         # XLA splits the constants of a call over devices and gathers them again.
@@ -242,8 +248,10 @@ def make_step_with_bounds(
         def update(grads: optax.Updates, opt_state: optax.OptState) -> tuple:
             # A clip that gets these very gradients reuses this norm.
             measured = measure_norm(grads)
-            given = {"value": loss, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
-            result = optimizer.update(grads, opt_state, state.params, pre_norm=measured, **given)
+            functions = {"value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+            given = {"value": loss, "grad": grads, "pre_norm": measured, **functions}
+            given = _known_to(optimizer.update, given)
+            result = optimizer.update(grads, opt_state, state.params, **given)
             return *result, measured.norm, measured.leaf_norms
 
         is_frozen = find_frozen(update, grads, state.opt_state)
@@ -350,6 +358,17 @@ def _find_key_parameter(loss_fn: Callable[..., Any]) -> str | None:
         return "keyword"
     positional = [p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return "positional" if len(positional) >= 3 else None
+
+
+def _known_to(update: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the extra arguments that an update takes; most take any."""
+    try:
+        parameters = inspect.signature(update).parameters
+    except (TypeError, ValueError):
+        return given
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return given
+    return {name: value for name, value in given.items() if name in parameters}
 
 
 def _loss_arguments(

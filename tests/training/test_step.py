@@ -746,6 +746,18 @@ def test_optimizers_that_ask_for_more_than_the_gradient_get_it(name):
         jax.eval_shape(step.__wrapped__, TrainState.create(make_params(), tx), make_batch())
 
 
+@pytest.mark.parametrize("opaque_mode", [True, pytest.param(False, marks=pytest.mark.thorough)])
+def test_sharpness_aware_minimization_gets_the_gradient_elsewhere(opaque_mode):
+    tx = optax.contrib.sam(optax.sgd(0.25), optax.sgd(0.1), opaque_mode=opaque_mode)
+    step = make_train_step(lambda w, _: jnp.sum(w**2), tx)
+    state = TrainState.create(jnp.array([3.0, -4.0]), tx)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(1 if opaque_mode else 2):
+            state, _ = step(state, None)
+    # The gradient at w + 0.1 g, with g = 2 w: one step takes w to w (1 - 0.5 * 1.2).
+    np.testing.assert_allclose(state.params, [1.2, -1.6], rtol=1e-6)
+
+
 def test_none_leaves_single_leaves_of_a_tree_free():
     pull = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     tx = jaxclip.sign_sgd(0.5)
