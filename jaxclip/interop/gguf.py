@@ -39,6 +39,7 @@ from jaxclip.interop.leaves import (
     warn_of_floats,
 )
 from jaxclip.lowbit.arrays import QuantizedArray
+from jaxclip.lowbit.policies import is_optimizer_state
 
 _GGUF_DTYPES = {"float16": "F16", "float64": "F64"}
 _GGUF_DTYPES |= {f"int{n}": f"I{n}" for n in (8, 16, 32, 64)}
@@ -68,9 +69,10 @@ def to_gguf(
     low-bit leaves, floating leaves of two or more dimensions become blocks of `kind`, with scales
     of small squared error. In a tree with some they stay floating, because a policy left them so.
 
-    Leaves of one dimension, or with rows whose length is not a multiple of 32, stay floating:
-    float16 if they are float16, float64 if they are float64, else float32. Integers that GGUF
-    lacks get the next wider type. Leading axes beyond four are written as one.
+    Leaves of one dimension, with rows whose length is not a multiple of 32, or under names of
+    optimizer states (see `compress_checkpoint`) stay floating: float16 if they are float16,
+    float64 if they are float64, else float32. Integers that GGUF lacks get the next wider type.
+    Leading axes beyond four are written as one.
 
     Args:
       path: File to write.
@@ -189,7 +191,7 @@ def _gguf_tensor(
                 header_of_codes(*_codes_and_scales(name, low_bit))
         except UnfitCodesError as error:
             kind, lacking[name] = None, str(error)
-    elif len(shape) < 2 or length % BLOCK_SIZE:
+    elif len(shape) < 2 or length % BLOCK_SIZE or is_optimizer_state(name):
         kind = None
     if kind is None or not jnp.issubdtype(leaf.outline.dtype, jnp.floating):
         type_name, tensor = _plain(leaf)

@@ -205,6 +205,12 @@ def test_low_bit_leaves_that_gguf_lacks_are_written_as_floats_and_counted(tmp_pa
     assert all(reason in str(warned[0].message) for reason in reasons.values())
 
 
+def test_moments_of_an_optimizer_are_not_quantized_by_an_export(tmp_path, gguf):
+    tree = {"fc": random_weights(4, 64), "exp_avg": {"fc": random_weights(4, 64)}}
+    counts = interop.to_gguf(tmp_path / "net.gguf", tree, "llama", kind="Q8_0")
+    assert counts == {"F32": 1, "Q8_0": 1}
+
+
 def test_what_a_policy_left_alone_is_not_quantized_by_an_export(tmp_path, gguf):
     tree = {"fc": drawn(4, (3, 64), 32), "embed": random_weights(4, 64)}
     jaxclip.checkpoints.save(tmp_path / "net.safetensors", tree)
