@@ -1,8 +1,9 @@
 """Work on the cores of a CPU: each thread takes one item after the other."""
 
+import collections
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -36,3 +37,21 @@ def in_threads(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [job.result() for job in jobs]
+
+
+def in_order(
+    function: Callable[[Any], Any], items: Iterable[Any], num_threads: int
+) -> Iterator[Any]:
+    """Yields `function(item)` of all items, in their order; few results wait at a time."""
+    waiting: collections.deque[futures.Future] = collections.deque()
+    with futures.ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # also where the results are no longer wanted
+            for job in waiting:
+                job.cancel()

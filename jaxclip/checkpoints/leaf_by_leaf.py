@@ -6,6 +6,7 @@ never written to.
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,14 @@ import numpy as np
 from jaxclip._core.atomic import check_destination, replacing
 from jaxclip._core.extras import progress_bar
 from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
-from jaxclip.checkpoints.format.layout import FilePlan, Leaf, StoredLeaf, leaf_name, plan_file
+from jaxclip.checkpoints.format.layout import (
+    FilePlan,
+    Leaf,
+    StoredLeaf,
+    StreamedLeaf,
+    leaf_name,
+    plan_file,
+)
 from jaxclip.checkpoints.format.writing import write_plain, write_tree
 from jaxclip.checkpoints.format.zeros import without_zeros
 from jaxclip.checkpoints.reading import Source, open_source
@@ -25,7 +33,7 @@ from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.coding.entropy_coding import Coding, check_coding
 from jaxclip.lowbit.distortion import QuantizationError
 
-LeafWithError: TypeAlias = tuple[Leaf, QuantizationError | None]
+LeafWithError: TypeAlias = tuple[Leaf | StreamedLeaf, QuantizationError | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +91,11 @@ def rewrite(
         errors: dict[str, QuantizationError | None] = {}
         densities: dict[str, float | None] = {}
 
-        def produce(name: str) -> Leaf:
+        def produce(name: str) -> Leaf | StreamedLeaf:
             source_name = source_names.get(name, name)
             leaf, errors[name] = rewrite_leaf(source_name, source.read(source_name))
+            if isinstance(leaf, StreamedLeaf):
+                return _counted(leaf, name, densities)
             densities[name] = density_of(leaf)
             return leaf
 
@@ -104,6 +114,19 @@ def rewrite(
     return with_errors(report, errors)
 
 
+def _counted(leaf: StreamedLeaf, name: str, densities: dict[str, float | None]) -> StreamedLeaf:
+    """Returns a leaf that puts its density among others when it has been written."""
+
+    def parts() -> Iterator[np.ndarray]:
+        count = 0
+        for part in leaf.parts():
+            count += np.count_nonzero(part)
+            yield part
+        densities[name] = count / math.prod(leaf.shape)
+
+    return dataclasses.replace(leaf, parts=parts)
+
+
 @contextlib.contextmanager
 def _with_bar(source: Source, num_passes: int, is_wanted: bool) -> Iterator[Source]:
     """Shows a bar for the bytes that are read from the source in a number of passes."""
@@ -119,7 +142,10 @@ def _with_bar(source: Source, num_passes: int, is_wanted: bool) -> Iterator[Sour
 
 
 def _write_plain_file(
-    output: Output, plan: FilePlan, specs: dict[str, Any], produce: Callable[[str], Leaf]
+    output: Output,
+    plan: FilePlan,
+    specs: dict[str, Any],
+    produce: Callable[[str], Leaf | StreamedLeaf],
 ) -> SizeReport:
     """Writes arrays under their own names, without tree and checksums."""
     keys = {leaf_name((key,)): key for key in specs}
@@ -127,13 +153,17 @@ def _write_plain_file(
         num_bytes = write_plain(
             file,
             specs,
-            lambda key: np.asarray(produce(leaf_name((key,)))),
+            lambda key: _as_plain_or_streamed(produce(leaf_name((key,)))),
             is_copy=True,
             metadata=plan.metadata,
         )
     report = report_plan(plan, num_bytes)
     leaves = [dataclasses.replace(leaf, path=keys[leaf.path]) for leaf in report.leaves]
     return dataclasses.replace(report, leaves=tuple(leaves))
+
+
+def _as_plain_or_streamed(leaf: Leaf | StreamedLeaf) -> np.ndarray | StreamedLeaf:
+    return leaf if isinstance(leaf, StreamedLeaf) else np.asarray(leaf)
 
 
 def _keys_of_flat_dict(source: Source) -> dict[str, str]:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxclip._core.grids import Bits, Grid
 from jaxclip._core.layouts import LAYOUTS, Layout, layouts_of
 from jaxclip.checkpoints.compressing import SharedStep, best_within
+from jaxclip.checkpoints.decoding import decoded_in_parts
 from jaxclip.checkpoints.format.codes import Allowance, coded_tensor
 from jaxclip.checkpoints.format.headers import MAX_RATIO, header_size
 from jaxclip.checkpoints.format.layout import (
@@ -267,6 +268,8 @@ def decompress_checkpoint(
     Any library that reads safetensors loads it, by the names that `inspect` shows. If the source
     is one dict of arrays, such as a file of another library, its names are kept. The new file has
     no checksums if one of them has a "/", "%" or ":". Metadata such as `format` are kept.
+    Memory is bounded by the codes of the largest leaf, one byte an entry, and a few parts of its
+    values.
 
     Args:
       src: File or folder that `load` takes.
@@ -301,7 +304,10 @@ def decompress_checkpoint(
         return source.leaves | plain
 
     def decompress_leaf(name: str, leaf: StoredLeaf) -> LeafWithError:
-        return dequantize_stored(leaf, dtype, name) if is_quantized(leaf) else leaf, None
+        if not is_quantized(leaf):
+            return leaf, None
+        streamed = decoded_in_parts(leaf, dtype, name)
+        return dequantize_stored(leaf, dtype, name) if streamed is None else streamed, None
 
     output = Output(Path(dst), overwrite, progress, keeps_names=True, max_ratio=max_ratio)
     return rewrite(src, output, outline, decompress_leaf)

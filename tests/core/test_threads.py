@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from jaxclip._core.threads import in_threads
+from jaxclip._core.threads import in_order, in_threads
 
 
 def test_results_are_in_the_order_of_the_items():
@@ -34,3 +34,24 @@ def test_an_error_ends_the_other_threads_and_what_has_not_begun(error):
         in_threads(fail_or_wait, [0, 1, *range(2, 100)], 2)
     assert len(begun) < 100
     assert threading.active_count() < 20
+
+
+def test_results_come_in_order_and_few_items_are_begun_before_they_are_wanted():
+    begun = []
+
+    def square(x):
+        begun.append(x)
+        return x * x
+
+    results = in_order(square, range(100), 2)
+    assert [next(results), next(results)] == [0, 1]
+    results.close()
+    assert len(begun) <= 5
+    assert list(in_order(square, range(7), 3)) == [0, 1, 4, 9, 16, 25, 36]
+
+
+def test_an_error_comes_where_its_result_would():
+    results = in_order(lambda x: 1 // (2 - x), range(5), 2)
+    assert next(results) == 0
+    with pytest.raises(ZeroDivisionError):
+        list(results)

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from jaxclip.checkpoints.format.headers import ALWAYS_ALLOWED_BYTES, MAX_RATIO
-from jaxclip.checkpoints.format.layout import FilePlan, Leaf, Tensor
+from jaxclip.checkpoints.format.layout import FilePlan, Leaf, StreamedLeaf, Tensor
 from jaxclip.checkpoints.format.masks import Mask
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.coding.entropy_coding import codings_tried, decode_codes, encode_codes
@@ -45,7 +45,7 @@ class Allowance:
 
 
 def coded_tensor(
-    tensor: Tensor, leaf: Leaf, coding: str | None, allowance: Allowance
+    tensor: Tensor, leaf: Leaf | StreamedLeaf, coding: str | None, allowance: Allowance
 ) -> tuple[str, np.ndarray] | None:
     """Returns the coding and bytes of a leaf's codes, or None if packed codes are kept.
 

@@ -8,7 +8,7 @@ Leaves that a file cannot hold raise a TypeError or ValueError that names them.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
@@ -24,6 +24,22 @@ from jaxclip.checkpoints.format.pytrees import DEPTH_LIMIT, as_plain
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.packing import CODES_PER_CHUNK, num_packed_bytes, pack_codes, unpack_codes
 from jaxclip.lowbit.scale_formats import encode_log8
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedLeaf:
+    """A plain leaf to be written that is never in memory as a whole.
+
+    Attributes:
+      shape: Its shape.
+      dtype: Its dtype, of whole bytes.
+      parts: Makes its rows, in order, some at a time; called once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: Callable[[], Iterator[np.ndarray]]
+
 
 Array: TypeAlias = np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct
 Leaf: TypeAlias = Array | QuantizedArray
@@ -172,7 +188,9 @@ class FilePlan:
                 parts.append((f"{t.name}:values", t.dtype, (mask.num_values,)))
         return dataclasses.replace(self, tensors=_placed(_in_order(parts)), masks=masks)
 
-    def chunks(self, tensor: Tensor, leaf: Leaf | None = None) -> Iterator[np.ndarray]:
+    def chunks(
+        self, tensor: Tensor, leaf: Leaf | StreamedLeaf | None = None
+    ) -> Iterator[np.ndarray]:
         """Yields the bytes of a tensor, copied: those of `leaf`, or of the plan's own leaf."""
         # Copies, because another thread may change an array while it is saved: the bytes that are
         # checked and summed up have to be those that are written.
@@ -181,6 +199,8 @@ class FilePlan:
         mask = self.masks.get(name)
         if mask is not None and part == ":mask":
             yield mask.chunk()
+        elif isinstance(leaf, StreamedLeaf):
+            yield from map(raw_bytes, leaf.parts())
         elif not is_quantized(leaf):
             flat = raw_bytes(np.asarray(leaf))
             if mask is not None:

@@ -22,6 +22,7 @@ from jaxclip.checkpoints.format.layout import (
     ALL_DTYPES,
     FilePlan,
     Leaf,
+    StreamedLeaf,
     Tensor,
     native_dtype,
     plan_file,
@@ -32,7 +33,10 @@ from jaxclip.lowbit.arrays import is_quantized
 
 
 def write_tree(
-    file: BinaryIO, plan: FilePlan, produce: Callable[[str], Leaf], coding: str | None
+    file: BinaryIO,
+    plan: FilePlan,
+    produce: Callable[[str], Leaf | StreamedLeaf],
+    coding: str | None,
 ) -> FilePlan:
     """Writes a tree to an empty file; returns its plan with the sizes of coded codes."""
     # `produce` returns a leaf by name. It is called once per leaf, and each leaf is dropped before
@@ -67,7 +71,7 @@ def write_tree(
     return final
 
 
-def _with_own_scales(leaf: Leaf) -> Leaf:
+def _with_own_scales(leaf: Leaf | StreamedLeaf) -> Leaf | StreamedLeaf:
     """Returns a leaf whose scales and zeros nobody else can change."""
     # They are checked, and log8 scales are read for two tensors.
     if not is_quantized(leaf):
@@ -103,7 +107,7 @@ def _tensors_by_leaf(plan: FilePlan) -> dict[str, list[Tensor]]:
 def write_plain(
     file: BinaryIO,
     specs: dict[str, jax.ShapeDtypeStruct],
-    produce: Callable[[str], np.ndarray],
+    produce: Callable[[str], np.ndarray | StreamedLeaf],
     is_copy: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
@@ -124,9 +128,10 @@ def write_plain(
     header_length(prefix, 8 + len(text))  # raises if it is longer than readers accept
     file.write(prefix + text)
     for t in plan.tensors:
-        array = np.asarray(produce(names[t.name]))
+        array = produce(names[t.name])
         if (array.shape, native_dtype(array.dtype)) != (t.shape, t.numpy_dtype):
             raise ValueError(f"tensor {names[t.name]!r} is not of its shape and dtype.")
-        file.write(raw_bytes(array).data)
+        for part in array.parts() if isinstance(array, StreamedLeaf) else (array,):
+            file.write(raw_bytes(part).data)
         del array
     return 8 + len(text)
