@@ -85,7 +85,12 @@ class Destination:
 
     def _write_tensors(self, file: BinaryIO, tensors: dict[str, ExportTensor]) -> None:
         specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
-        write_plain(file, specs, lambda name: tensors[name].make(), metadata=self.metadata)
+
+        def make(name: str) -> np.ndarray:
+            return tensors[name].make()
+
+        # As copies, because other readers may have dtypes that this package's own files lack.
+        write_plain(file, specs, make, is_copy=True, metadata=self.metadata)
 
 
 def _copy(companion: Path, folder: Path, quantization: JsonObject | None) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from jaxclip import checkpoints
+from jaxclip import checkpoints, interop
 from oracles.made_up_files import header_of
 
 COPIED = {"C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
@@ -67,6 +67,8 @@ def test_dtypes_of_other_libraries_are_listed_and_copied_as_bytes(tmp_path, name
             assert found[code] == (code, stored[code])
         copied = {leaf.path: leaf.raw_bytes for leaf in checkpoints.inspect(target).leaves}
         assert all(copied[code] == 4 * bits for code, bits in COPIED.items())
+    interop.export_checkpoint(source, target, "safetensors", overwrite=True)
+    assert bytes_by_name(target) == bytes_by_name(source)
 
 
 def test_codes_of_four_bits_are_read_as_the_numbers_they_stand_for(tmp_path):
