@@ -201,7 +201,8 @@ class Files:
         self.args, self.rows = args, {}
         picks = np.random.default_rng(0).permutation(len(self.train[1]))[: args.samples]
         self.images = self.train[0][picks]
-        self.adam = optax.adamw(optax.cosine_decay_schedule(1e-3, args.steps))
+        rate = optax.cosine_decay_schedule(1e-3, args.steps)
+        self.adam = optax.adamw(rate, weight_decay=args.weight_decay)
 
     def train_all(self, make, values, num_seeds=None, finish=lambda params, _: params):
         sizes = (self.train, num_seeds or self.args.seeds, self.args.steps, 256)
@@ -364,6 +365,7 @@ def main():
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=15, help="of timing; 0 for none")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="of --files")
     parser.add_argument("--files", action="store_true", help="files of Fashion-MNIST alone")
     args = parser.parse_args()
     if args.files:
