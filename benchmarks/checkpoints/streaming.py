@@ -1,11 +1,12 @@
-"""How fast, and in how much memory, a large checkpoint is compressed leaf by leaf.
+"""How fast, and in how much memory, a large checkpoint is compressed and decompressed.
 
     python benchmarks/checkpoints/streaming.py [--gigabytes 3.2] [--folder /tmp]
 
 Makes a sharded folder of float32 weights (drawn once for each shape, matrices as in a language
 model with 4096 channels), compresses it in a process of its own to 4 bits in groups of 64 with
-MSE-optimal scales, and prints seconds, megabytes of float32 a second and a CPU second, compiling
-included, and the peak of resident memory over that of a process that has only imported jaxclip.
+MSE-optimal scales, decompresses it in another, and prints seconds, megabytes of float32 a second
+and a CPU second, compiling included, and the peak of resident memory over that of a process that
+has only imported jaxclip.
 Linux only, because the peak is read from /proc.
 """
 
@@ -23,13 +24,14 @@ import safetensors.numpy
 SHAPES = {"attention": (4096, 4096), "up": (11008, 4096), "down": (4096, 11008)}
 CASES = {
     "4 bits, group 64": {"group_size": 64},
+    "the same, decompressed": {"decompress": True},
     "4 bits, channel": {},
     "4 bits, group 64, max_abs": {"group_size": 64, "rule": "max_abs"},
     "4 bits, group 64, Huffman": {"group_size": 64, "coding": "huffman"},
 }
 SCRIPT = textwrap.dedent(
     """
-    import json, re, sys, time
+    import json, os, re, sys, time
     import jaxclip
     from jaxclip import checkpoints
 
@@ -42,10 +44,15 @@ SCRIPT = textwrap.dedent(
     jaxclip.quantize(jaxclip.dequantize(jaxclip.quantize([[0.5, 1.0]])))
     before, start, cpu_start = peak(), time.perf_counter(), time.process_time()
     grid = jaxclip.Grid(4, axis=0, group_size=options.pop("group_size", None))
-    report = checkpoints.compress_checkpoint(source, target, grid, overwrite=True, **options)
+    if options.pop("decompress", False):
+        report = checkpoints.decompress_checkpoint(target, target + ".back.safetensors")
+        raw, small = report.total_bytes, os.path.getsize(target)
+    else:
+        report = checkpoints.compress_checkpoint(source, target, grid, overwrite=True, **options)
+        raw, small = report.raw_bytes, report.total_bytes
     seconds, after = time.perf_counter() - start, peak()
     cpu = time.process_time() - cpu_start
-    print(json.dumps([seconds, cpu, before, after, report.raw_bytes, report.total_bytes]))
+    print(json.dumps([seconds, cpu, before, after, raw, small]))
     """
 )
 

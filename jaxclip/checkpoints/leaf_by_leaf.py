@@ -29,6 +29,7 @@ from jaxclip.checkpoints.format.writing import write_plain, write_tree
 from jaxclip.checkpoints.format.zeros import without_zeros
 from jaxclip.checkpoints.reading import Source, open_source
 from jaxclip.checkpoints.sizes import SizeReport, density_of, report_plan, with_errors
+from jaxclip.checkpoints.stored_rows import StoredRows
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.coding.entropy_coding import Coding, check_coding
 from jaxclip.lowbit.distortion import QuantizationError
@@ -66,8 +67,12 @@ def rewrite(
     outline: Callable[[Source], dict[str, Leaf]],
     rewrite_leaf: Callable[[str, StoredLeaf], LeafWithError],
     num_passes: int = 1,
+    rewrite_rows: Callable[[str, StoredRows], LeafWithError | None] = lambda name, leaf: None,
 ) -> SizeReport:
-    """Writes the result of `rewrite_leaf` for each leaf; `outline` gives the shapes in advance."""
+    """Writes the result of `rewrite_leaf` for each leaf; `outline` gives the shapes in advance.
+
+    A leaf of which rows can be read apart is that of `rewrite_rows`, unless this returns None.
+    """
     check_coding(output.coding)
     if output.dst.suffix != ".safetensors":
         raise ValueError(f"dst must end in .safetensors, got {str(output.dst)!r}.")
@@ -93,7 +98,11 @@ def rewrite(
 
         def produce(name: str) -> Leaf | StreamedLeaf:
             source_name = source_names.get(name, name)
-            leaf, errors[name] = rewrite_leaf(source_name, source.read(source_name))
+            rows = source.rows(source_name)
+            rewritten = None if rows is None else rewrite_rows(source_name, rows)
+            if rewritten is None:
+                rewritten = rewrite_leaf(source_name, source.read(source_name))
+            leaf, errors[name] = rewritten
             if isinstance(leaf, StreamedLeaf):
                 return _counted(leaf, name, densities)
             densities[name] = density_of(leaf)
@@ -138,7 +147,11 @@ def _with_bar(source: Source, num_passes: int, is_wanted: bool) -> Iterator[Sour
             advance(source.num_bytes[name])
             return leaf
 
-        yield dataclasses.replace(source, read=read)
+        def rows(name: str) -> StoredRows | None:
+            stored = source.rows(name)
+            return None if stored is None else stored.within(contextlib.nullcontext, advance)
+
+        yield dataclasses.replace(source, read=read, rows=rows)
 
 
 def _write_plain_file(

@@ -31,8 +31,9 @@ from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints import numpy_files, shards
 from jaxclip.checkpoints.format import parsing
 from jaxclip.checkpoints.format.headers import ALWAYS_ALLOWED_BYTES, MAX_RATIO
-from jaxclip.checkpoints.format.layout import Leaf, StoredLeaf, Tensor, native_dtype
+from jaxclip.checkpoints.format.layout import DTYPES, Leaf, StoredLeaf, Tensor, native_dtype
 from jaxclip.checkpoints.format.masks import Mask
+from jaxclip.checkpoints.stored_rows import StoredRows
 from jaxclip.lowbit.arrays import is_quantized
 
 # What files name as their `format`.
@@ -72,6 +73,8 @@ class Source:
       folder: The folder that is read, by its own name or its index; None for a single file.
       metadata: Entries of other programs in headers; of shards, those of the first that has them.
       masks: Masks of the leaves whose zeros are left out, by name.
+      rows: Returns a leaf, by name, of which rows can be read apart; None where it cannot be, as
+        where a checksum of the whole is to be compared first.
     """
 
     leaves: dict[str, Leaf]
@@ -83,6 +86,7 @@ class Source:
     folder: Path | None = None
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     masks: dict[str, Mask] = dataclasses.field(default_factory=dict)
+    rows: Callable[[str], StoredRows | None] = lambda name: None
 
     @property
     def default_layout(self) -> Layout:
@@ -137,7 +141,11 @@ def open_source(path: Path, max_ratio: float | None = MAX_RATIO) -> Iterator[Sou
                 with checkpoint_errors(path):  # entered only now: it takes longer than a small leaf
                     raise
 
-        yield dataclasses.replace(source, read=read)
+        def rows(name: str) -> StoredRows | None:
+            stored = source.rows(name)
+            return None if stored is None else stored.within(lambda: checkpoint_errors(path))
+
+        yield dataclasses.replace(source, read=read, rows=rows)
 
 
 def _open(stack: contextlib.ExitStack, path: Path) -> Source:
@@ -225,18 +233,33 @@ def _safetensors_source(get_file: Callable[[], io.BufferedIOBase], file_size: in
     contents = parsing.parse_header(prefix + file.read(length), file_size - 8 - length)
     tensors, checksums = contents.tensors, contents.checksums
 
-    def read_tensor(tensor: Tensor) -> np.ndarray:
+    def read_from(tensor: Tensor, start: int, num_bytes: int) -> np.ndarray:
         file = get_file()
-        file.seek(8 + length + tensor.start)
+        file.seek(8 + length + start)
         try:
-            stored = numpy_files.read_bytes(file, tensor.num_bytes)
+            stored = numpy_files.read_bytes(file, num_bytes)
             if tensor.dtype == "BOOL":
                 numpy_files.check_booleans(stored)
         except ValueError as error:
             raise ValueError(f"tensor {tensor.name!r}: {error}") from error
+        return stored
+
+    def read_tensor(tensor: Tensor) -> np.ndarray:
+        stored = read_from(tensor, tensor.start, tensor.num_bytes)
         if checksums and zlib.crc32(stored.data) != checksums[tensor.name]:
             raise ValueError(f"tensor {tensor.name!r}: it is damaged, its checksum differs.")
         return tensor.array_of(stored)
+
+    def rows_of(name: str) -> StoredRows | None:
+        tensor = tensors[name]
+        is_plain = tensor.dtype in DTYPES and tensor.dtype != "BOOL" and math.prod(tensor.shape)
+        if checksums or not is_plain or not tensor.shape:
+            return None
+
+        def read_some(start: int, num_bytes: int) -> np.ndarray:
+            return read_from(tensor, tensor.start + start, num_bytes)
+
+        return StoredRows(tensor.shape, tensor.numpy_dtype, read_some)
 
     if contents.leaves is None:
         return Source(
@@ -244,6 +267,7 @@ def _safetensors_source(get_file: Callable[[], io.BufferedIOBase], file_size: in
             read=lambda name: read_tensor(tensors[name]),
             num_bytes={name: tensor.num_bytes for name, tensor in tensors.items()},
             metadata=contents.metadata,
+            rows=rows_of,
         )
     sizes = dict.fromkeys(contents.leaves, 0)
     for tensor in tensors.values():
@@ -308,6 +332,10 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: io.BufferedIOBa
         with _shard_errors(weight_map[name]):
             return opened[weight_map[name]].read(name)
 
+    def rows(name: str) -> StoredRows | None:
+        stored = opened[weight_map[name]].rows(name)
+        return None if stored is None else stored.within(lambda: _shard_errors(weight_map[name]))
+
     sizes = {name: opened[shard].num_bytes[name] for name, shard in weight_map.items()}
     shards.warn_of_differences(total_size, sum(sizes.values()), unassigned)
     leaves = {name: opened[shard].leaves[name] for name, shard in weight_map.items()}
@@ -315,7 +343,9 @@ def _open_shards(stack: contextlib.ExitStack, path: Path, index: io.BufferedIOBa
     metadata: dict[str, str] = {}
     for source in opened.values():
         metadata = source.metadata | metadata
-    return Source(leaves, read, sizes, total_bytes, paths, folder=folder, metadata=metadata)
+    return Source(
+        leaves, read, sizes, total_bytes, paths, folder=folder, metadata=metadata, rows=rows
+    )
 
 
 @contextlib.contextmanager

@@ -31,8 +31,9 @@ from jaxclip.checkpoints.format.masks import Mask
 from jaxclip.checkpoints.format.zeros import without_zeros
 from jaxclip.checkpoints.leaf_by_leaf import LeafWithError, Output, rewrite
 from jaxclip.checkpoints.reading import Source
-from jaxclip.checkpoints.rows import compress_leaf
+from jaxclip.checkpoints.rows import compress_leaf, compress_stored
 from jaxclip.checkpoints.sizes import SizeReport
+from jaxclip.checkpoints.stored_rows import StoredRows
 from jaxclip.lowbit.arrays import QuantizedArray, dequantize_stored, is_quantized
 from jaxclip.lowbit.budgets import (
     ALL_WIDTHS,
@@ -77,11 +78,13 @@ def compress_checkpoint(
 ) -> SizeReport:
     """Compresses a file or folder of weights to one low-bit file, leaf by leaf.
 
-    Memory is bounded by a few times the largest leaf, however large the checkpoint. The new
-    file appears when it is complete; a crash or an interrupt leaves no file. The source is never
-    written to, and its metadata are kept. A leaf whose codes and scales would take no fewer bytes
-    than the leaf stays as it is, and so do the moments of an optimizer unless a policy names them;
-    the report says so.
+    Memory is bounded by a few times the largest leaf, however large the checkpoint. Leaves of
+    `.safetensors` files of other libraries whose scales belong to rows, or to groups of them, are
+    read some rows at a time: without a coding that takes less than the largest leaf. The new file
+    appears when it is complete; a crash or an interrupt leaves no file. The source is never written
+    to, and its metadata are kept. A leaf whose codes and scales would take no fewer bytes than the
+    leaf stays as it is, and so do the moments of an optimizer unless a policy names them; the
+    report says so.
 
     Args:
       src: File or folder that `load` takes. Leaves that are low-bit already are copied.
@@ -176,9 +179,12 @@ def compress_checkpoint(
             return compress_leaf(leaf, specs[name], name)
         return leaf, None if is_copied(leaf.dtype) else quantization_error(leaf, leaf)
 
+    def rewrite_rows(name: str, leaf: StoredRows) -> LeafWithError | None:
+        return compress_stored(leaf, specs[name], name) if name in specs else None
+
     output = Output(Path(dst), overwrite, progress, coding, dry_run, max_ratio=max_ratio)
     num_passes = 1 if budget is None else 2
-    report = rewrite(src, output, outline, rewrite_leaf, num_passes)
+    report = rewrite(src, output, outline, rewrite_leaf, num_passes, rewrite_rows)
     return dataclasses.replace(report, **facts)
 
 

@@ -12,12 +12,15 @@ import numpy as np
 
 from jaxclip._core import signals
 from jaxclip._core.grids import Bits
+from jaxclip.checkpoints.stored_rows import StoredRows
 from jaxclip.lowbit.arrays import QuantizedArray
 from jaxclip.lowbit.distortion import QuantizationError, quantization_error
 from jaxclip.lowbit.policies import LeafSpec
 
 _PART_BYTES = 2**24
 """Bytes of a leaf that are compressed at a time where its rows have scales of their own."""
+_READ_BYTES = 2**22
+"""Bytes of a leaf in a file that are read at a time: a few parts of the program for each core."""
 
 
 def compress_leaf(
@@ -39,6 +42,57 @@ def compress_leaf(
             return _compress_by_rows(leaf, like, compress_part, num_rows)
     small = compress_part(leaf)
     return small, _error_of(leaf, small)
+
+
+def compress_stored(
+    stored: StoredRows, spec: LeafSpec, name: str
+) -> tuple[QuantizedArray, QuantizationError] | None:
+    """Returns `compress_leaf` of a leaf in a file, of which some rows are read at a time.
+
+    None where it takes the whole leaf, or where that is not larger than what is read at a time.
+    """
+    if spec.has_price or spec.moments is not None or spec.step is not None:
+        return None
+    like = spec.outline(jax.ShapeDtypeStruct(stored.shape, stored.dtype), name)
+    step = _rows_of_a_group(like)
+    num_rows = max(_READ_BYTES // stored.row_bytes // (step or 1), 2) * (step or 1)
+    if step is None or stored.shape[0] <= 2 * num_rows:
+        return None
+    whole = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
+    total = QuantizationError(0.0, 0.0, 0)
+    start = 0
+    while start < stored.shape[0]:
+        # The last part takes what is left: a single group would be cut in another way.
+        is_last = stored.shape[0] - start < 2 * num_rows
+        rows = slice(start, stored.shape[0] if is_last else start + num_rows)
+        start = rows.stop
+        part = stored[rows]
+        try:
+            found = spec.quantize_on_host(part, name)
+        except ValueError:
+            if np.isfinite(part).all():
+                raise
+            found = spec.quantize_on_host(stored[:], name)  # raises with the entry's index in it
+        if found is None:  # a rule that takes a program for just this leaf
+            return None
+        small, error = found
+        blocks = slice(rows.start // step, -(-rows.stop // step))
+        for target, values in zip(jax.tree.leaves(whole), jax.tree.leaves(small), strict=True):
+            target[rows if target is whole.qvalue else blocks] = values
+        total += error
+    return dataclasses.replace(whole, dtype=stored.dtype), total
+
+
+def _rows_of_a_group(like: QuantizedArray) -> int | None:
+    """Returns how many rows groups run through, 1 without; None if rows share scales otherwise."""
+    grid, ndim = like.grid, len(like.shape)
+    axes = grid.group_axes(ndim)
+    if grid.scale_dtype == "log8":  # which measures all scales of the array
+        return None
+    if axes == (0,):
+        return grid.group_size_of(like.shape)
+    is_apart = 0 not in axes if axes else 0 in grid.channel_axes(ndim)
+    return 1 if is_apart else None
 
 
 def _has_separate_rows(like: QuantizedArray, spec: LeafSpec) -> bool:
