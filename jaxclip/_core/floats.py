@@ -48,9 +48,15 @@ class Spread:
         return self._arrays[x.shape]
 
 
+def as_float(number: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
+    """Returns a number as an array; one that is beyond the dtype is infinite, without a warning."""
+    with np.errstate(over="ignore"):
+        return jnp.asarray(number, jnp.result_type(float) if dtype is None else dtype)
+
+
 def clamp(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> jax.Array:
     """Returns `value` in float32, clipped to [low, high]; NaN stays NaN."""
-    return jnp.clip(jnp.asarray(value, jnp.float32), low, high)
+    return jnp.clip(as_float(value, jnp.float32), low, high)
 
 
 def saturate(x: jax.Array, dtype: DTypeLike, fraction: float = 1.0) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, clamp, increment
+from jaxclip._core.floats import FLOAT32_MAX, FLOAT32_TINY, as_float, clamp, increment
 from jaxclip._core.trees import PyTree, floating_leaves
 from jaxclip.gradients.state import ClipStats, LeafReport
 from jaxclip.norms.magnitudes import RescaledNorm
@@ -95,7 +95,7 @@ def learning_transform(
         del params
         new = rule(updates, state, extra_args.get("pre_norm"))
         size = norm_in_float32(new.norm)
-        is_nan = [jnp.isnan(jnp.asarray(x)) for x in (*settings, new.threshold)]
+        is_nan = [jnp.isnan(as_float(x)) for x in (*settings, new.threshold)]
         is_bad = jnp.any(jnp.stack([~jnp.isfinite(new.norm.norm), *is_nan]))
         is_learned = ~is_bad & (size > 0)
         step = increment(state.step)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import compute_dtype, rescale_for
+from jaxclip._core.floats import as_float, compute_dtype, rescale_for
 from jaxclip._core.trees import floating_leaves, is_clippable
 from jaxclip.gradients.by_unit import UnitClipState, all_axes, clip_units
 from jaxclip.norms.magnitudes import RescaledNorm
@@ -87,7 +87,7 @@ def adaptive_grad_clip(
     def terms_of(updates, params, step):
         weights = _weights_of(updates, params, "adaptive_grad_clip")
         units = [measure_units(w, axes_of(w.shape), axis_name=axis_name) for w in weights]
-        ratio, least_norm = bound_at("clipping", clipping, step), jnp.asarray(eps)
+        ratio, least_norm = bound_at("clipping", clipping, step), as_float(eps)
         return [[ratio] * len(units), [least_norm] * len(units), units]
 
     return clip_units(AdaptiveGradClipState, axes_of, terms_of, _bound_of_weights, axis_name)
@@ -133,7 +133,8 @@ def clip_update_relative(
         del step
         weights = _weights_of(updates, params, "clip_update_relative")
         pairs = zip(floating_leaves(updates), weights, strict=True)
-        terms = [_coefficient(jnp.asarray(u), w, relative, absolute, axis_name) for u, w in pairs]
+        bounds = as_float(relative), as_float(absolute)
+        terms = [_coefficient(jnp.asarray(u), w, *bounds, axis_name) for u, w in pairs]
         return [[coef for coef, _ in terms], [rescale for _, rescale in terms]]
 
     return clip_units(ClipUpdateRelativeState, all_axes, terms_of, _bound_by_coefficient, axis_name)

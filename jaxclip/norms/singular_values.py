@@ -108,7 +108,10 @@ def cap_leaf(
             f"{name} must be one number for a leaf; at {path!r} it has shape {np.shape(cap)}."
         )
     g = jnp.asarray(g)
-    cap = cap if isinstance(cap, float) else jnp.reshape(cap, ())
+    if isinstance(cap, float):  # one beyond float32 bounds nothing there
+        cap = cap if cap <= FLOAT32_MAX or g.dtype in (np.float64, np.complex128) else np.inf
+    else:
+        cap = jnp.reshape(cap, ())
     steps = _DEFAULT_STEPS if steps is None else steps
     cap_matrices = functools.partial(_cap, steps=steps, num_stacked=num_stacked)
     result = _with_auto_axes(cap_matrices, g)(g, cap)

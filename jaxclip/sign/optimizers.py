@@ -14,7 +14,14 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxclip._core import checks
-from jaxclip._core.floats import Spread, compute_dtype, increment, keep_weak_type, saturate
+from jaxclip._core.floats import (
+    Spread,
+    as_float,
+    compute_dtype,
+    increment,
+    keep_weak_type,
+    saturate,
+)
 from jaxclip._core.trees import Mask, PyTree, check_mask_for_leaves, map_clippable
 from jaxclip.sign.directions import scale_by_lion, scale_by_sign, scale_by_signum
 from jaxclip.sign.kinds import SignKind, alignment
@@ -260,7 +267,7 @@ def _scale_by_step(
             checks.check_same_structure("updates", updates, "params", params)
 
             def relative(u: jax.Array, threshold: ArrayLike) -> jax.Array:
-                size = jnp.asarray(threshold, rate.dtype)
+                size = as_float(threshold, rate.dtype)
                 size = jnp.where(jnp.isinf(size), jnp.ones_like(size), size)
                 return _scaled(u, -_finite(rate * size))
 

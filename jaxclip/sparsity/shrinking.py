@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.floats import (
+    as_float,
     compute_dtype,
     increment,
     keep_weak_type,
@@ -81,7 +82,7 @@ def soft_threshold(
         del extra_args
         checks.check_params_given("soft_threshold", params)
         checks.check_same_structure("updates", updates, "params", params)
-        now = jnp.asarray(checks.value_at("threshold", threshold, state.step), jnp.float32)
+        now = as_float(checks.value_at("threshold", threshold, state.step), jnp.float32)
         now = jnp.where(now > 0, now, jnp.zeros_like(now))
 
         def shrink(u: PyTree, w: PyTree) -> PyTree:

@@ -18,6 +18,7 @@ import jaxclip
 from jaxclip import gradients, sign, thresholds, weights
 from jaxclip.thresholds.values import is_rule_factory
 from jaxclip.weights.projections import Projection
+from oracles.quick import quick_first
 
 PARAMS = {"kernel": jnp.full((2, 3), 5.0), "scale": jnp.asarray(0.5)}
 UPDATES = jax.tree.map(jnp.ones_like, PARAMS)
@@ -246,3 +247,27 @@ def test_a_count_that_must_be_known_says_how_to_keep_it_from_being_traced():
     ):
         with pytest.raises((TypeError, ValueError), match=f"^{name} must be .*static_args"):
             update_shapes(inject(make)(**{name: 1}))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, pytest.param(jax.jit, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "make",
+    quick_first(
+        [
+            lambda t: gradients.clip_update_relative(t, t),
+            gradients.adagc,
+            gradients.zclip,
+            gradients.clip_spikes,
+            gradients.clip_by_spectral_norm,
+            jaxclip.adaptive_grad_clip,
+            jaxclip.clip_by_block_rms,
+            lambda t: jaxclip.sign_sgd(0.1, relative_to=t),
+        ]
+    ),
+)
+def test_a_number_beyond_float32_is_infinity_without_a_warning(make, wrap):
+    def update_by(number):
+        tx, w = make(number), jnp.full((3, 4), 0.5)
+        return wrap(lambda w: tx.update(w, tx.init(w), w)[0])(w)
+
+    np.testing.assert_array_equal(update_by(1e300), update_by(np.inf))  # a warning is an error
