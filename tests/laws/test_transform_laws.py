@@ -187,6 +187,7 @@ def signature(tree: Any) -> list[tuple]:
 ROWS_OF = {
     "project_on_box": "project_weights",
     "project_on_norm": "project_weights",
+    "keep_on_grid_that_learns_scales": "keep_on_grid",
 }
 
 
