@@ -1,6 +1,10 @@
-"""Prints the tables of results/*.jsonl, and draws metric against bytes, task by task.
+"""Prints the tables of results/*.jsonl, and draws score against bytes, task by task.
 
-python evidence/report.py [--pictures docs]
+    python evidence/report.py [--pictures docs]
+
+Means come with the half-width of a 95 % interval over seeds (Student's t). A claim that one recipe
+is better than another is judged by the interval of their paired differences, seed by seed, at each
+budget: it holds if the interval is above 0, it does not if it is below, else nothing is shown.
 """
 
 import argparse
@@ -8,32 +12,87 @@ import json
 import pathlib
 
 import numpy as np
+from recipes import RECIPES
+from scipy import stats
 from tasks import TASKS
 
-import jaxclip
+from jaxclip import plots
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-WIDTHS = ["float32", 4, 3, 2, "ternary", 1]
-ACCURACIES = ("digits", "fashion", "fashion_long", "convolutions")
-UNITS = dict.fromkeys(ACCURACIES, ("test accuracy, %", 1))
-UNITS |= {"flights": ("bits per flight", -1), "language": ("bits per byte", -1)}
-SHOWN = {
-    "AdamW": ("AdamW, rounded", "mse_optimal"),
-    "Lion": ("Lion without a box, rounded", "mse_optimal"),
-    "Adam in a box": ("Adam in a box, rounded", "mse_optimal"),
-    "Lion in a box": ("Lion in a box, rounded", "mse_optimal"),
-    "Lion in a box, chosen at ternary": ("Lion in a box, step for ternary", "max_abs"),
+# The claims: the first recipe is better than the second. All but the last two were named before
+# the runs.
+CLAIMS = {
+    "A box makes nets trained by sign steps compressible": ("Lion in a box", "Lion"),
+    "It does more than weight decay 1/t": ("Lion in a box", "Lion, decay 1/t"),
+    "A box helps Adam": ("Adam in a box", "AdamW"),
+    "Sign steps in a box beat AdamW": ("Lion in a box", "AdamW"),
+    "Pruning while training helps": ("AdamW, pruned", "AdamW"),
+    "Half the width helps": ("AdamW, narrower", "AdamW"),
+    "A coded file beats a narrower net at 4 bits": ("AdamW", "AdamW, narrower, 4 bits"),
+    "It beats a pruned net at 4 bits": ("AdamW", "AdamW, pruned, 4 bits"),
+    "It beats training on a grid": ("AdamW", "AdamW on a grid"),
+    "Pruned, it beats training on a grid": ("AdamW, pruned", "AdamW on a grid"),
+    "A box helps Adam on a grid": ("Adam in a box, on a grid", "AdamW on a grid"),
+    "Sign steps in a box help on a grid": ("Lion in a box, on a grid", "AdamW on a grid"),
+    "In a box the grid must be trained on": ("Lion in a box, on a grid", "Lion in a box, rounded"),
+    "A penalty on the kurtosis helps": ("AdamW, kurtosis", "AdamW"),
+    "A penalty on ranges helps": ("AdamW, ranges", "AdamW"),
+    "A coded file beats NNCodec's": ("AdamW", "AdamW, NNCodec"),
+    "So it does of a narrower net": ("AdamW, narrower", "AdamW, narrower, NNCodec"),
+    "A narrower net, coded, beats training on a grid": ("AdamW, narrower", "AdamW on a grid"),
+    "It beats sign steps in a box": ("AdamW, narrower", "Lion in a box"),
 }
+BEST = "AdamW, narrower"
+SHOWN = (
+    "AdamW",
+    "AdamW, narrower",
+    "AdamW, pruned",
+    "AdamW on a grid",
+    "Lion",
+    "Lion in a box",
+    "Lion in a box, on a grid",
+    "AdamW, narrower, 4 bits",
+    "AdamW, pruned, 4 bits",
+    "AdamW, narrower, NNCodec",
+)
 
 
-def read(task, folder=RESULTS):
-    file = folder / f"{task}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def read(task):
+    """The rows of a task, in the order of the recipes."""
+    file = RESULTS / f"{task}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    order = [*RECIPES, "AdamW, NNCodec", "AdamW, narrower, NNCodec"]
+    return sorted(rows, key=lambda row: (order.index(row["recipe"]), -row["budget"]))
 
 
-def spread(values):
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return np.mean(values), error
+def interval(values):
+    """Mean and half-width of its 95 % interval."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), float("nan")
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
+    return float(np.mean(values)), float(half)
+
+
+def differences(rows, better, worse, budget, is_better_high):
+    """How much better one recipe is than another, seed by seed; None if one is missing."""
+    found = [
+        row["test"]
+        for name in (better, worse)
+        for row in rows
+        if (row["recipe"], row["budget"]) == (name, budget)
+    ]
+    if len(found) < 2:
+        return None
+    return (1 if is_better_high else -1) * (np.asarray(found[0]) - np.asarray(found[1]))
+
+
+def verdict(values):
+    """Yes, no or open: where the interval of paired differences lies."""
+    mean, half = interval(values)
+    if mean - half > 0:
+        return "yes"
+    return "no" if mean + half < 0 else "open"
 
 
 def markdown(header, lines):
@@ -41,129 +100,95 @@ def markdown(header, lines):
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
 
 
-def by_width(rows, digits):
-    """A line for each method and rule, a column for each width: mean +- standard error."""
+def table(task, rows):
+    """A line for each recipe: scores at each budget and in float32, and what was chosen."""
+    places = 2 if task.is_better_high else 4
     lines = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == name and row["bits"] != "float16"]
-        for rule in dict.fromkeys(row["rule"] for row in mine if row["rule"] != "-"):
-            if name.endswith("learned") and not rule.endswith("learned"):
-                continue  # the rows of the method without
-            cells = []
-            for width in WIDTHS:
-                found = [r for r in mine if r["bits"] == width and r["rule"] in (rule, "-")]
-                if not found:
-                    cells.append("")
-                    continue
-                mean, error = spread(found[0]["test"])
-                cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
-            lines.append([name, rule, *cells])
-    return lines
-
-
-def of_ideas(rows, digits):
-    """A line for each idea: float32, then ternary by each rule, then with its scales learned."""
-    lines = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == name]
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        mine = [row for row in rows if row["recipe"] == name]
         cells = []
-        for bits, rule in (
-            ("float32", "-"),
-            ("ternary", "mse_optimal"),
-            ("ternary", "max_abs"),
-            ("ternary", "learned"),
-        ):
-            found = [r for r in mine if r["bits"] == bits and r["rule"].endswith(rule)]
-            mean, error = spread(found[0]["test"]) if found else (np.nan, np.nan)
-            cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}" if found else "")
-        edge = " (end of the grid)" if mine[0]["is_edge"] else ""
-        lines.append([name, str(len(mine[0]["test"])), f"{mine[0]['step_size']:g}{edge}", *cells])
-    return lines
+        for row in mine:
+            mean, half = interval(row["test"])
+            over = np.mean(row["bytes"]) / row["budget"] - 1
+            size = f" ({over:+.0%})" if abs(over) > 0.03 else ""
+            cells.append(f"{mean:.{places}f} ± {half:.{places}f}{size}")
+        whole, half = interval(mine[0]["whole_test"])
+        adapted = name in RECIPES and RECIPES[name].adapts is not None
+        cells.append("" if adapted else f"{whole:.{places}f} ± {half:.{places}f}")
+        knob = "" if mine[0]["knob"] is None else str(mine[0]["knob"])
+        widths = ", ".join(f"{row['width']:.2g}" for row in mine) if adapted else ""
+        lines.append([name, *cells, f"{mine[0]['step_size']:.2g}", knob, widths])
+    budgets = [f"{budget:,} B" for budget in task.budgets]
+    return markdown(["recipe", *budgets, "float32", "step size", "knob", "widths"], lines)
 
 
-def about_methods(rows, sign, digits):
-    """A line for each method: step size, time, box, and the gap of train and test."""
+def claims_of(task, rows):
+    """A line for each claim: the difference at each budget, with its interval and the verdict."""
+    places = 2 if task.is_better_high else 4
     lines = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        first = next(row for row in rows if row["method"] == name)
-        whole = [r for r in rows if r["method"] == name and r["bits"] == "float32"]
-        gap = ""
-        if whole:
-            gaps = sign * (np.asarray(whole[0]["train"]) - np.asarray(whole[0]["test"]))
-            gap = "{:.{d}f} ± {:.{d}f}".format(*spread(gaps), d=digits)
-        edge = " (end of the grid)" if first["is_edge"] else ""
-        seconds, bound = f"{first['seconds']:.1f}", f"{first['on_bound']:.0%}"
-        seeds = str(len(first["test"]))
-        lines.append([name, seeds, f"{first['step_size']:g}{edge}", seconds, bound, gap])
-    return lines
+    for claim, (better, worse) in CLAIMS.items():
+        cells = []
+        for budget in task.budgets:
+            values = differences(rows, better, worse, budget, task.is_better_high)
+            if values is None:
+                cells.append("")
+                continue
+            mean, half = interval(values)
+            cells.append(f"{mean:+.{places}f} ± {half:.{places}f}, {verdict(values)}")
+        lines.append([claim, *cells])
+    return markdown(["claim", *(f"{budget:,} B" for budget in task.budgets)], lines)
 
 
-def by_size(rows, digits):
-    """Sparse and low-bit files, smallest first."""
+def all_claims(found):
+    """A line for each claim, a column for each task: the verdicts from the largest budget on."""
     lines = []
-    for row in sorted(rows, key=lambda row: row["bytes"]):
-        is_sparse = row["bits"] == "float16"
-        if is_sparse or (row["method"] in SHOWN and row["rule"] in ("mse_optimal", "-")):
-            mean, error = spread(row["test"])
-            what = row["rule"] if is_sparse else str(row["bits"])
-            cells = [f"{row['bytes']:,.0f}", f"{mean:.{digits}f} ± {error:.{digits}f}"]
-            lines.append([row["method"], what, *cells])
-    return lines
+    for claim, (better, worse) in CLAIMS.items():
+        cells = []
+        for task, rows in found.values():
+            verdicts = []
+            for budget in task.budgets:
+                values = differences(rows, better, worse, budget, task.is_better_high)
+                verdicts.append("not run" if values is None else verdict(values))
+            cells.append(verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts))
+        lines.append([claim, *cells])
+    return markdown(["claim", *found], lines)
+
+
+def ahead_of(best, task, rows):
+    """The recipes that are shown to be ahead of another, with the budget."""
+    return [
+        f"{name} at {budget:,} B"
+        for name in dict.fromkeys(row["recipe"] for row in rows if row["recipe"] != best)
+        for budget in task.budgets
+        for values in [differences(rows, name, best, budget, task.is_better_high)]
+        if values is not None and verdict(values) == "yes"
+    ]
 
 
 def draw(task, rows, file):
     curves = {}
-    for name, (label, rule) in SHOWN.items():
-        points = []
-        for width in WIDTHS:
-            found = [
-                r
-                for r in rows
-                if r["method"] == name and r["bits"] == width and r["rule"] in (rule, "-")
-            ]
-            if found:
-                title = width if isinstance(width, str) else f"{width} bit"
-                points.append((title, found[0]["bytes"], *spread(found[0]["test"])))
+    for name in SHOWN:
+        mine = [row for row in rows if row["recipe"] == name]
+        points = [
+            (f"{row['budget']:,} B", np.mean(row["bytes"]), *interval(row["test"])) for row in mine
+        ]
         if points:
-            curves[label] = points
-    ended = [r for r in rows if " from 1/2 on" in r["method"] and r["rule"] == "max_abs"]
-    if ended:
-        points = [(str(r["bits"]), r["bytes"], *spread(r["test"])) for r in ended]
-        curves["In a box, on the grid for the last half"] = points
-    trained = [r for r in rows if "trained at" in r["method"]]
-    if trained and curves:
-        points = [(str(r["bits"]), r["bytes"], *spread(r["test"])) for r in trained]
-        curves["AdamW with the grid in the loop"] = sorted(points, key=lambda p: -p[1])
-    sparse = [r for r in rows if r["bits"] == "float16" and r["method"] == "AdamW"]
-    if sparse:
-        points = [(r["rule"], r["bytes"], *spread(r["test"])) for r in sparse]
-        curves["AdamW, pruned"] = sorted(points, key=lambda p: -p[1])
-    jaxclip.plots.tradeoff(curves, file, metric=UNITS[task][0])
+            curves[name] = points
+    plots.tradeoff(curves, file, metric=task.metric, title=task.title)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=pathlib.Path, help="folder for the pictures")
     options = parser.parse_args()
-    for task in TASKS:
-        rows = read(task)
-        if not rows:
-            continue
-        metric, sign = UNITS[task]
-        digits = 2 if sign == 1 else 3
-        print(f"\n## {task}: {metric}, {rows[0]['steps']} steps\n")
-        print(markdown(["method", "rule", *map(str, WIDTHS)], by_width(rows, digits)))
-        titles = ["method", "seeds", "step size", "seconds a run", "on the bound"]
-        titles += ["train-test gap, float32"]
-        print("\n" + markdown(titles, about_methods(rows, sign, digits)))
-        print("\n" + markdown(["method", "file", "bytes", metric], by_size(rows, digits)))
-        ideas = read(task, RESULTS / "ideas")
-        if ideas:
-            titles = ["idea", "seeds", "step size", "float32", "ternary, mse_optimal"]
-            titles += ["ternary, max_abs", "ternary, scales learned"]
-            print("\n### Ideas\n\n" + markdown(titles, of_ideas(ideas, digits)))
+    found = {name: (make(), read(name)) for name, make in TASKS.items() if read(name)}
+    print("## All claims\n\n" + all_claims(found))
+    for name, (task, rows) in found.items():
+        print(f"\n## {task.title}: {task.metric}, {rows[0]['steps']} steps, ", end="")
+        print(f"{len(rows[0]['test'])} seeds\n\n{table(task, rows)}\n\n{claims_of(task, rows)}")
+        print(f"\nShown to be ahead of {BEST}: {', '.join(ahead_of(BEST, task, rows)) or 'none'}.")
         if options.pictures:
-            draw(task, rows, options.pictures / f"evidence_{task}.png")
+            draw(task, rows, options.pictures / f"evidence_{name}.png")
 
 
 if __name__ == "__main__":

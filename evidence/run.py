@@ -1,206 +1,264 @@
-"""Trains one task by all methods, and writes a row for each method, rule and width.
+"""Trains one task by each recipe, and writes its files at three budgets to results/TASK.jsonl.
 
     python evidence/run.py digits
-    python evidence/run.py language --methods "AdamW" "Adam in a box"
+    python evidence/run.py fashion --recipes "AdamW" "Lion in a box"
 
-Rows are appended to results/TASK.jsonl as they are found; a method that is there is skipped, so
-an interrupted run goes on. The tables are made by report.py.
+A recipe's step size and knob are chosen by the validation score of the file at the middle budget,
+with seeds that are not reported: the step size by doubling and halving it from the task's as long
+as that helps, then the knob. A recipe that is in the file is skipped, so an interrupted run goes
+on. Run "AdamW" first: others take its weight decay. report.py makes the tables.
 """
 
 import argparse
+import functools
 import json
+import os
 import pathlib
+import sys
+import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from methods import low_bit, make_methods, prune, through_grid
+from recipes import RECIPES
 from tasks import TASKS
 
 import jaxclip
-from jaxclip.sweeps.chunks import Compressor
+from jaxclip import calibration, checkpoints
+from jaxclip.lowbit import compress_trained
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-WIDTHS = (None, 4, 3, 2, "ternary", 1)
-TUNING_SEED = 1000  # not among those that are reported
-DENSITIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+TUNING_SEED = 1000  # the first of those that are not reported
+GUESSES = {"ternary": 1.45, 2: 1.95, 3: 2.7, 4: 3.4}  # bits a weight, before a file exists
 
 
-def trained(task, method, step_sizes, seeds, *, judged_at=None, **more):
-    """A sweep over step sizes; of quantization-aware training, at its own width."""
-    is_aware = method.width is not None
-    loss_fn = task.loss_fn if method.width is None else through_grid(task.loss_fn, method.width)
-    swept = jaxclip.sweeps.Task(
-        loss_fn,
-        task.init_fn,
-        method.optimizer,
-        task.batches,
-        weight_threshold=method.threshold,
-        stop=jaxclip.max_steps(task.num_steps),
-        evaluate=task.evaluate,
-        metric="valid",
-        mode=task.mode,
-    )
-    return jaxclip.sweep(
-        swept,
-        step_sizes=step_sizes,
-        thresholds=[np.inf if method.box is None else method.box],
-        seeds=seeds,
-        bits=(method.width if is_aware else judged_at,),
-        compress=low_bit if is_aware else jaxclip.compress,
-        progress=False,
-        **more,
-    )
+class Bench:
+    """One task with one recipe: trains, writes files, scores them."""
 
+    def __init__(self, task, recipe, decay):
+        self.task, self.recipe, self.decay = task, recipe, decay
+        self.settings = {}  # knob and width by knob and budget, where one of them is adapted
 
-def as_sparse_file(params):
-    """What a sparse tree is on disk: a bit for each place, and the others in float16."""
+    @functools.cached_property
+    def _train(self):
+        task, recipe = self.task, self.recipe
 
-    def leaf(w):
-        if w.ndim < 2:
-            return w
-        flat = np.asarray(w).ravel()
-        return {"is_kept": np.packbits(flat != 0), "values": flat[flat != 0].astype(np.float16)}
+        def train(data, params, step_size, traced_knob, key, fixed_knob):
+            knob = traced_knob if fixed_knob is None else fixed_knob
+            tx = recipe.optimizer(step_size, knob, task.num_steps, self.decay)
 
-    return jax.tree.map(leaf, params)
+            def loss(params, batch):
+                return task.loss(task.outputs(params, batch[0]), batch[1]) + recipe.penalty(
+                    params, knob
+                )
 
+            def step(i, carry):
+                params, state = carry
+                batch = task.batch_of(data, jax.random.fold_in(key, i))
+                updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+                return optax.apply_updates(params, updates), state
 
-def sparse_bytes(params, num_seeds):
-    trees = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(num_seeds)]
-    return [jaxclip.size_report(as_sparse_file(tree)).total_bytes for tree in trees]
+            return jax.lax.fori_loop(0, task.num_steps, step, (params, tx.init(params)))
 
+        return jax.jit(train, static_argnums=5)
 
-def in_half(params):
-    return jax.tree.map(lambda w: w.astype(jnp.float16).astype(w.dtype), params)
+    @functools.cached_property
+    def _score(self):
+        return jax.jit(lambda params, x: self.task.score(self.task.outputs(params, x[0]), x[1]))
 
-
-def learn_scales(task, params, bits, rule):
-    """The weights of a low-bit file whose codes stay while scales, biases and norms are trained.
-
-    Adam from .01 down to 0, in a tenth of the steps of the training.
-    """
-    num_steps = task.num_steps // 10
-    parts, rebuild = jaxclip.lowbit.trainable_parts(jaxclip.compress(params, bits, rule=rule))
-    tx = optax.adam(optax.cosine_decay_schedule(0.01, num_steps))
-
-    def step(i, carry):
-        parts, state = carry
-        batch = task.batches(jax.random.fold_in(jax.random.key(0), i))
-        grads = jax.grad(lambda p: task.loss_fn(jaxclip.decompress(rebuild(p)), batch))(parts)
-        updates, state = tx.update(grads, state)
-        return optax.apply_updates(parts, updates), state
-
-    parts, _ = jax.lax.fori_loop(0, num_steps, step, (parts, tx.init(parts)))
-    return jaxclip.decompress(rebuild(parts))
-
-
-class Rounder:
-    """Rows (rule, bits, metrics, bytes) of parameters with an axis of seeds; compiled once."""
-
-    def __init__(self, task):
-        def compress_by(rule):
-            return lambda params, bits: jaxclip.compress(params, bits, rule=rule)
-
-        evaluate = task.evaluate
-        self._rules = {
-            "mse_optimal": (
-                WIDTHS,
-                Compressor(evaluate, compress_by(jaxclip.mse_optimal), None, WIDTHS),
-            ),
-            "max_abs": (
-                WIDTHS[1:],
-                Compressor(evaluate, compress_by(jaxclip.max_abs), None, WIDTHS[1:]),
-            ),
-        }
-        self._trained_at = {
-            width: Compressor(evaluate, low_bit, None, [width]) for width in (4, "ternary", 1)
-        }
-        self._learned = jax.jit(
-            lambda params, bits, rule: jax.vmap(
-                lambda p: evaluate(learn_scales(task, p, bits, rule))
-            )(params),
-            static_argnums=(1, 2),
+    def train(self, seed, step_size, knob, width):
+        """Parameters and the optimizer's state after training, and seconds."""
+        data = jax.tree.map(jnp.asarray, self.task.data_of(seed).train)
+        key = jax.random.key(seed)
+        params = self.task.init(key, width)
+        is_number = isinstance(knob, float)
+        begun = time.monotonic()
+        found = self._train(
+            data, params, step_size, knob if is_number else 0.0, key, None if is_number else knob
         )
-        self._in_half = jax.jit(jax.vmap(lambda params: evaluate(in_half(params))))
-        self._prune = jax.jit(jax.vmap(prune, (0, None)))
+        return *jax.block_until_ready(found), time.monotonic() - begun
 
-    def rows(self, name, method, params):
-        num_seeds = len(jax.tree.leaves(params)[0])
-        by_seed = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(num_seeds)]
-        if method.width is not None:
-            rule = "max_abs" if method.width == 4 else "absmean"
-            yield rule, method.width, *self._trained_at[method.width](by_seed)
-            return
-        densities = [method.density] if method.density else DENSITIES if name == "AdamW" else []
-        for density in densities:
-            sparse = self._prune(params, density)
-            metrics = {k: np.asarray(x)[:, None] for k, x in self._in_half(sparse).items()}
-            sizes = np.asarray(sparse_bytes(in_half(sparse), num_seeds))[:, None]
-            yield f"pruned, density {density:g}", "float16", metrics, sizes
-        if method.density is None:
-            for rule, (widths, compressor) in self._rules.items():
-                metrics, sizes = compressor(by_seed)
-                for i, width in enumerate(widths):
-                    if method.ends_at and (rule, width) != ("max_abs", method.ends_at):
-                        continue  # the weights are on that grid
-                    is_best = rule == ("max_abs" if method.ends_at else "mse_optimal")
-                    if method.learns_scales and is_best and width in (2, "ternary", 1):
-                        learned = self._learned(params, width, getattr(jaxclip, rule))
-                        learned = {k: np.asarray(x)[:, None] for k, x in learned.items()}
-                        yield f"{rule}, learned", width, learned, sizes[:, i : i + 1]
-                    chosen = {k: x[:, i : i + 1] for k, x in metrics.items()}
-                    name_of_rule = "-" if width is None else rule
-                    yield name_of_rule, width or "float32", chosen, sizes[:, i : i + 1]
+    def scores(self, seed, params):
+        """Scores on validation and test data."""
+        data = self.task.data_of(seed)
+        return float(self._score(params, data.valid)), float(self._score(params, data.test))
+
+    def calibrated(self, seed, params):
+        """Moments and sensitivities, from inputs without targets."""
+        train = jax.tree.map(jnp.asarray, self.task.data_of(seed).train)
+        batches, count = [], 0
+        while count < self.task.num_samples:
+            batches.append(
+                self.task.batch_of(train, jax.random.fold_in(jax.random.key(7), count))[0]
+            )
+            count += len(jax.tree.leaves(batches[-1])[0])
+        joined = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+        given = self.task.outputs, params, [joined]
+        found = calibration.measure(*given, progress=False)
+        return calibration.sensitivities(*given, found, progress=False)
+
+    def file(self, params, state, knob, budget, measured):
+        """What the file gives back, and its bytes."""
+        kind, coding = self.recipe.file, "lanes"
+        if kind == "coded":
+            small = jaxclip.compress(params, target_bytes=budget, calibration=measured)
+        elif kind == "grid":
+            small = compress_trained(params, state, knob)
+        else:
+            small = jaxclip.compress(params, self.grid(knob))
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "small.safetensors")
+            checkpoints.save(path, small, coding=coding)
+            return jaxclip.decompress(checkpoints.load(path)), os.path.getsize(path)
+
+    def grid(self, knob):
+        """The grid of a file that is rounded to one."""
+        return knob if isinstance(knob, jaxclip.Grid) else jaxclip.Grid(4)
+
+    def setting(self, step_size, knob, budget):
+        """The knob and the width for a budget: what the recipe says, or what fits the budget."""
+        if self.recipe.adapts is None:
+            return knob, knob if self.recipe.width != 1.0 else 1.0
+        if (knob, budget) not in self.settings:
+            self.settings[knob, budget] = self.fitted(step_size, knob, budget)
+        return self.settings[knob, budget]
+
+    def fitted(self, step_size, knob, budget):
+        """The setting of the largest file within the budget, of six files at most."""
+        files, wanted = {}, 0.975 * budget  # bytes and weights by setting
+        weights = 8 * budget / GUESSES[self.grid(knob).bits]
+        while len(files) < 6:
+            setting = self.with_weights(knob, weights)
+            if setting in files:
+                break
+            params, state, _ = self.train(TUNING_SEED, step_size, *setting)
+            num_bytes = self.file(params, state, setting[0], budget, None)[1]
+            print(f"    {setting[1]:.3f} of the width: {num_bytes:,} bytes", flush=True)
+            files[setting] = num_bytes, weights
+            if 0.95 * budget <= num_bytes <= budget:
+                break
+            weights *= (wanted / num_bytes) ** 2  # some of the bytes are those of biases and header
+            below = max((file for file in files.values() if file[0] <= budget), default=None)
+            above = min((file for file in files.values() if file[0] > budget), default=None)
+            if below and above:
+                part = (wanted - below[0]) / (above[0] - below[0])
+                weights = below[1] + part * (above[1] - below[1])
+        within = {setting: file for setting, file in files.items() if file[0] <= budget}
+        if not within:
+            raise ValueError(f"{budget} bytes are out of reach: {min(files.values())[0]} at least.")
+        return max(within, key=lambda setting: within[setting])
+
+    def with_weights(self, knob, weights):
+        """The setting with about so many weights other than 0."""
+        if self.recipe.adapts == "density":
+            return float(np.clip(weights / self.size(1.0), 1e-3, 1.0)), 1.0
+        widths = np.arange(2, 129) / 64
+        return knob, min(widths, key=lambda width: abs(self.size(width) - weights))
+
+    @functools.cache  # noqa: B019
+    def size(self, width):
+        outline = jax.eval_shape(lambda key: self.task.init(key, width), jax.random.key(0))
+        return sum(x.size for x in jax.tree.leaves(outline))
+
+    def run(self, seed, step_size, knob, budgets):
+        """Rows of one training, or of one for each budget if something is adapted to it."""
+        rows, trained, key = [], None, None
+        for budget in budgets:
+            setting = self.setting(step_size, knob, budget)
+            if key != setting:
+                trained, key = self.train(seed, step_size, *setting), setting
+                params, state, seconds = trained
+                whole = self.scores(seed, params)
+                is_coded = self.recipe.file == "coded"
+                measured = self.calibrated(seed, params) if is_coded else None
+            loaded, num_bytes = self.file(params, state, setting[0], budget, measured)
+            valid, test = self.scores(seed, loaded)
+            row = {"budget": budget, "bytes": num_bytes, "valid": valid, "test": test}
+            row |= {"whole_valid": whole[0], "whole_test": whole[1], "seconds": seconds}
+            rows.append(row | {"width": float(setting[1])})
+        return rows
+
+
+def choose(bench, middle):
+    """The step size and the knob with the best validation score at the middle budget."""
+    recipe, task = bench.recipe, bench.task
+    sign = 1 if task.is_better_high else -1
+    seen = {}
+
+    def score(step_size, knob):
+        if (step_size, knob) not in seen:
+            seeds = range(TUNING_SEED, TUNING_SEED + task.num_tuning_seeds)
+            rows = [bench.run(seed, step_size, knob, [middle])[0] for seed in seeds]
+            found = float(np.mean([row["valid"] for row in rows]))
+            seen[step_size, knob] = sign * found if np.isfinite(found) else -np.inf
+            shown = f"{step_size:<9.3g} {in_words(knob)!s:<16} {found:9.4f}"
+            print(f"    {shown} {rows[0]['bytes']:,} bytes", flush=True)
+        return seen[step_size, knob]
+
+    def climb(start, knob, rounds):
+        best = start
+        for factor in (2.0, 0.5):
+            for _ in range(rounds):
+                if score(best * factor, knob) <= score(best, knob):
+                    break
+                best *= factor
+            if best != start:
+                break
+        return best
+
+    step_size = climb(recipe.step * task.step_size, recipe.knobs[0], 4)
+    knob = max(recipe.knobs, key=lambda knob: score(step_size, knob))
+    if knob != recipe.knobs[0]:
+        step_size = climb(step_size, knob, 1)
+    return step_size, knob, len(seen)
+
+
+def in_words(knob):
+    """A knob for a row of JSON."""
+    return knob if isinstance(knob, float | None) else f"{knob.bits} {knob.levels}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--methods", nargs="*", help="names; all by default")
-    parser.add_argument("--steps", type=int, help="steps, if not as many as the task says")
+    parser.add_argument("--recipes", nargs="*", help="names; all by default")
     parser.add_argument("--seeds", type=int, help="seeds, if not as many as the task says")
-    parser.add_argument("--grid", type=int, nargs=2, default=(0, 7), help="part of the step sizes")
-    parser.add_argument(
-        "--judged-at", help='width at which step sizes are chosen, "ternary" or none'
-    )
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
-    task = TASKS[options.task](**({"num_steps": options.steps} if options.steps else {}))
-    seeds = options.seeds or task.seeds
+    task = TASKS[options.task]()
     file = options.results / f"{options.task}.jsonl"
     file.parent.mkdir(exist_ok=True)
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rounder = Rounder(task)
-    methods = make_methods(task.num_steps, task.weight_decay)
-    for name in options.methods or methods:
-        method, begun = methods[name], time.monotonic()
-        shown = f"{name}, chosen at {options.judged_at}" if options.judged_at else name
-        if any(row["method"] == shown for row in known):
+    for name in options.recipes or RECIPES:
+        if any(row["recipe"] == name for row in known):
             continue
-        step_sizes = method.step_sizes[slice(*options.grid)]
-        tuned = trained(task, method, step_sizes, [TUNING_SEED], judged_at=options.judged_at)
-        sound = [row for row in tuned.rows() if not row.num_diverged]
-        best = (max if task.mode == "max" else min)(sound, key=lambda row: row.metric)
-        final = trained(task, method, [best.step_size], seeds, keep_params=True)
-        params = final.params_of(final.rows()[0])
+        begun = time.monotonic()
+        decays = [row["knob"] for row in known if row["recipe"] == "AdamW"]
+        if name != "AdamW" and not decays:
+            sys.exit('Run the recipe "AdamW" first: its weight decay is that of others.')
+        bench = Bench(task, RECIPES[name], decays[0] if decays else None)
+        step_size, knob, num_tried = choose(bench, task.budgets[1])
+        by_budget = {budget: [] for budget in task.budgets}
+        for seed in range(options.seeds or task.num_seeds):
+            for row in bench.run(seed, step_size, knob, task.budgets):
+                by_budget[row["budget"]].append(row)
         rows = []
-        for rule, bits, metrics, sizes in rounder.rows(name, method, params):
-            row = {"task": options.task, "method": shown, "rule": rule, "bits": bits}
-            row |= {k: [round(float(x), 4) for x in v[:, 0]] for k, v in metrics.items()}
-            row |= {"bytes": float(np.mean(sizes)), "step_size": best.step_size}
-            row |= {"seconds": float(final.seconds_per_step[0, 0]) * task.num_steps}
-            row |= {"on_bound": float(final.weight_clip_rate.mean()), "steps": task.num_steps}
-            row |= {"is_edge": best.step_size in (step_sizes[0], step_sizes[-1])}
-            row |= {"jax": jax.__version__}
+        for budget, of_seeds in by_budget.items():
+            row = {"recipe": name, "budget": budget, "step_size": step_size}
+            row |= {"knob": in_words(knob), "tried": num_tried, "steps": task.num_steps}
+            for field in ("bytes", "valid", "test", "whole_valid", "whole_test"):
+                row[field] = [round(one[field], 4) for one in of_seeds]
+            row |= {"seconds": round(float(np.median([one["seconds"] for one in of_seeds])), 1)}
+            row |= {"width": of_seeds[-1]["width"], "jax": jax.__version__}
             rows.append(row)
+            mean, size = np.mean(row["test"]), np.mean(row["bytes"])
+            print(f"{name:<28} {size:9,.0f} bytes {mean:8.3f}", flush=True)
+        print(f"  {time.monotonic() - begun:.0f} s", flush=True)
+        known += rows
         with file.open("a") as out:
             out.writelines(json.dumps(row) + "\n" for row in rows)
-        took = time.monotonic() - begun
-        print(f"{shown}: step size {best.step_size:g}, {took:.0f} s", flush=True)
-        for row in rows:
-            print(f"  {row['rule']:<22} {row['bits']!s:<8} {np.mean(row['test']):8.3f}", flush=True)
 
 
 if __name__ == "__main__":

