@@ -251,7 +251,7 @@ def density_of(leaf: Leaf) -> float | None:
         if leaf.zero is not None:
             codes = dequantize(dataclasses.replace(leaf, scale=jnp.ones_like(leaf.scale)))
         # Not a mean of conditions, which would take another byte an entry.
-        return np.count_nonzero(np.asarray(codes)) / math.prod(leaf.shape)
+        return int(np.count_nonzero(np.asarray(codes))) / math.prod(leaf.shape)
 
 
 def _report(

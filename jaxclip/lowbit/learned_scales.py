@@ -117,7 +117,8 @@ def _first_scale(q: QuantizedArray) -> jax.Array:
     scale = jnp.abs(q.scale.astype(jnp.float32))
     largest = jnp.max(scale, initial=0.0)
     is_zero = scale <= 2.0**-100
-    usual = 1 / (q.grid.code_range[1] * np.sqrt(max(q.qvalue.size / max(scale.size, 1), 1)))
+    block_size = max(q.qvalue.size / max(scale.size, 1), 1)
+    usual = np.float32(1 / (q.grid.code_range[1] * np.sqrt(block_size)))
     return jnp.where(is_zero, jnp.where(largest <= 2.0**-100, usual, largest), scale)
 
 
