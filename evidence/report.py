@@ -34,11 +34,14 @@ CLAIMS = {
     "Pruned, it beats training on a grid": ("AdamW, pruned", "AdamW on a grid"),
     "A box helps Adam on a grid": ("Adam in a box, on a grid", "AdamW on a grid"),
     "Sign steps in a box help on a grid": ("Lion in a box, on a grid", "AdamW on a grid"),
-    "In a box the grid must be trained on": ("Lion in a box, on a grid", "Lion in a box, rounded"),
+    "A net in a box must be trained on the grid, too": (
+        "Lion in a box, on a grid",
+        "Lion in a box, rounded",
+    ),
     "A penalty on the kurtosis helps": ("AdamW, kurtosis", "AdamW"),
     "A penalty on ranges helps": ("AdamW, ranges", "AdamW"),
     "A coded file beats NNCodec's": ("AdamW", "AdamW, NNCodec"),
-    "So it does of a narrower net": ("AdamW, narrower", "AdamW, narrower, NNCodec"),
+    "The same for a narrower net": ("AdamW, narrower", "AdamW, narrower, NNCodec"),
     "A narrower net, coded, beats training on a grid": ("AdamW, narrower", "AdamW on a grid"),
     "It beats sign steps in a box": ("AdamW, narrower", "Lion in a box"),
 }

@@ -4,9 +4,10 @@
     python evidence/run.py fashion --recipes "AdamW" "Lion in a box"
 
 A recipe's step size and knob are chosen by the validation score of the file at the middle budget,
-with seeds that are not reported: the step size by doubling and halving it from the task's as long
-as that helps, then the knob. A recipe that is in the file is skipped, so an interrupted run goes
-on. Run "AdamW" first: others take its weight decay. report.py makes the tables.
+with seeds that are not reported: the step size by doubling and halving it from the task's, up to
+four times as long as that helps, then the knob, then the step size once more. A recipe that is in
+the file is skipped, so an interrupted run goes on. Run "AdamW" first: others take its weight decay.
+report.py makes the tables.
 """
 
 import argparse

@@ -116,6 +116,21 @@ def accuracy(logits, labels):
     return 100 * (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
 
 
+def classification(sizes, data_of, batch_size, **more):
+    """A task of dense networks, judged by accuracy."""
+    return Task(
+        metric="test accuracy, %",
+        is_better_high=True,
+        data_of=data_of,
+        init=dense_init(sizes),
+        outputs=dense,
+        loss=cross_entropy,
+        score=accuracy,
+        batch_of=random_rows(batch_size),
+        **more,
+    )
+
+
 def digits():
     images, labels = load_digits(return_X_y=True)
     images, labels = np.float32(images / 16), np.int32(labels)
@@ -125,16 +140,11 @@ def digits():
         parts = np.split(order, [1147, 1347])
         return Data(*((images[part], labels[part]) for part in parts))
 
-    return Task(
+    return classification(
+        [64, 128, 128, 10],
+        data_of,
+        64,
         title="scikit-learn's digits, MLP 64-128-128-10",
-        metric="test accuracy, %",
-        is_better_high=True,
-        data_of=data_of,
-        init=dense_init([64, 128, 128, 10]),
-        outputs=dense,
-        loss=cross_entropy,
-        score=accuracy,
-        batch_of=random_rows(64),
         num_steps=1500,
         step_size=4e-3,
         budgets=(8000, 6500, 5200),
@@ -152,16 +162,11 @@ def fashion_data():
 
 
 def fashion_mnist():
-    return Task(
+    return classification(
+        [784, 256, 256, 10],
+        lambda seed: fashion_data(),
+        128,
         title="Fashion-MNIST, MLP 784-256-256-10",
-        metric="test accuracy, %",
-        is_better_high=True,
-        data_of=lambda seed: fashion_data(),
-        init=dense_init([784, 256, 256, 10]),
-        outputs=dense,
-        loss=cross_entropy,
-        score=accuracy,
-        batch_of=random_rows(128),
         num_steps=4000,
         step_size=2e-3,
         budgets=(29_300, 20_000, 14_000),

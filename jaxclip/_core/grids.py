@@ -230,6 +230,13 @@ class Grid:
         length = math.prod(shape[a] for a in axes)
         return max(min(self.group_size or 1, length), 1) if axes else 1
 
+    def rows_of_a_group(self, shape: tuple[int, ...]) -> int | None:
+        """Returns how many rows a group runs through; None if groups take parts of many rows."""
+        axes = self.group_axes(len(shape))
+        if axes == (0,):
+            return self.group_size_of(shape)
+        return None if 0 in axes else 1
+
     def fitted(self, shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> "Grid":
         """Returns a grid for a stack: leading axes that stack whole arrays become channel axes."""
         # An array of one grid may have been stacked or batched since. Its scales show how often;

@@ -28,7 +28,8 @@ def decoded_in_parts(q: QuantizedArray, dtype: DTypeLike | None, name: str) -> S
     """
     own = jnp.dtype(q.dtype)
     target = jnp.finfo(own if dtype is None else dtype).dtype  # raises unless it is floating
-    step = _rows_of_a_group(q)
+    is_empty = not math.prod(q.shape)
+    step = q.fitted_grid.rows_of_a_group(q.shape) if q.ndim and not is_empty else None
     if step is None or not {own.name, target.name} <= set(_DTYPES):
         return None
     num_rows = max(_PART // math.prod(q.shape[1:]) // step, 1) * step
@@ -64,13 +65,3 @@ def decoded_in_parts(q: QuantizedArray, dtype: DTypeLike | None, name: str) -> S
         return in_order(decode, rows, num_cores())
 
     return StreamedLeaf(q.shape, target, parts)
-
-
-def _rows_of_a_group(q: QuantizedArray) -> int | None:
-    """Returns how many rows groups run through; None if rows are not to be decoded apart."""
-    if not q.ndim or not math.prod(q.shape):
-        return None
-    axes = q.fitted_grid.group_axes(q.ndim)
-    if axes == (0,):
-        return q.fitted_grid.group_size_of(q.shape)
-    return None if 0 in axes else 1

@@ -84,15 +84,12 @@ def compress_stored(
 
 
 def _rows_of_a_group(like: QuantizedArray) -> int | None:
-    """Returns how many rows groups run through, 1 without; None if rows share scales otherwise."""
+    """Returns how many rows share scales; None if all do, or parts of many rows."""
     grid, ndim = like.grid, len(like.shape)
-    axes = grid.group_axes(ndim)
-    if grid.scale_dtype == "log8":  # which measures all scales of the array
+    is_shared = not grid.group_axes(ndim) and 0 not in grid.channel_axes(ndim)
+    if is_shared or grid.scale_dtype == "log8":  # which measures all scales of the array
         return None
-    if axes == (0,):
-        return grid.group_size_of(like.shape)
-    is_apart = 0 not in axes if axes else 0 in grid.channel_axes(ndim)
-    return 1 if is_apart else None
+    return grid.rows_of_a_group(like.shape)
 
 
 def _has_separate_rows(like: QuantizedArray, spec: LeafSpec) -> bool:

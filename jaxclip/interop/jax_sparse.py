@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import sparse
 
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree, path_name
@@ -84,10 +83,13 @@ def from_jax_sparse(tree: PyTree) -> PyTree:
       A tree with an array for each of these nodes, for `compress` or `checkpoints.save`.
 
     Example:
+      >>> from jax.experimental import sparse
       >>> from_jax_sparse({"kernel": sparse.BCOO.fromdense(jnp.eye(2))})
       {'kernel': Array([[1., 0.],
              [0., 1.]], dtype=float32)}
     """
+
+    from jax.experimental import sparse  # on use: it is slow to import
 
     def is_sparse(node: PyTree) -> bool:
         return isinstance(node, sparse.JAXSparse)
@@ -96,6 +98,8 @@ def from_jax_sparse(tree: PyTree) -> PyTree:
 
 
 def _sparse_array(array: np.ndarray, is_value: np.ndarray, kind: Kind) -> PyTree:
+    from jax.experimental import sparse
+
     places = np.nonzero(is_value)
     values, shape = jnp.asarray(array[places]), array.shape
     options = {"indices_sorted": True, "unique_indices": True}

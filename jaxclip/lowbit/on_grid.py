@@ -244,7 +244,7 @@ def compress_trained(
         raise ValueError(
             f"opt_state must have the state of one keep_on_grid, got {len(states)} of them."
         )
-    unrounded = map_clippable(_moved, params, states[0].residual, jax.tree.map(_no_step, params))
+    unrounded = map_clippable(_sum, params, states[0].residual)
     specs = _specs(params, as_grid(bits, axis="outputs"), rule, policy)
     scales = states[0].scales
     if isinstance(scales, LearnedScales):
@@ -259,11 +259,6 @@ def _specs(params: PyTree, grid: Grid, rule: Threshold | None, policy: Policy) -
 
 def _is_state(node: object) -> bool:
     return isinstance(node, KeepOnGridState)
-
-
-def _no_step(w: ArrayLike) -> float:
-    del w
-    return 0.0
 
 
 def _no_residual(w: ArrayLike) -> jax.Array:
@@ -293,4 +288,9 @@ def _unrounded(w: jax.Array, r: jax.Array) -> jax.Array:
 
 def _moved(w: jax.Array, r: jax.Array, u: ArrayLike) -> jax.Array:
     """Returns the weights before rounding after a step, in the dtype of the residual."""
-    return w.astype(r.dtype) + r + jnp.asarray(u).astype(r.dtype)
+    return _sum(w, r) + jnp.asarray(u).astype(r.dtype)
+
+
+def _sum(w: jax.Array, r: jax.Array) -> jax.Array:
+    """Returns the weights before rounding, in the dtype of the residual."""
+    return w.astype(r.dtype) + r

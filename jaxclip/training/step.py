@@ -366,9 +366,8 @@ def _known_to(update: Callable[..., Any], given: dict[str, Any]) -> dict[str, An
         parameters = inspect.signature(update).parameters
     except (TypeError, ValueError):
         return given
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return given
-    return {name: value for name, value in given.items() if name in parameters}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {name: value for name, value in given.items() if takes_any or name in parameters}
 
 
 def _loss_arguments(
