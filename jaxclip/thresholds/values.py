@@ -21,9 +21,11 @@ from jaxclip.thresholds.rules import Bound, ThresholdRule
 
 
 def check_threshold_tree(name: str, threshold: PyTree) -> None:
-    """Raises unless every entry of a threshold tree is a number, schedule or rule."""
+    """Raises unless every entry of a threshold tree is a number, schedule, rule, or None."""
     entries = jax.tree_util.tree_leaves_with_path(threshold, is_leaf=_is_threshold_leaf)
     for path, given in entries:
+        if path and given is None:  # alone, None is a forgotten argument
+            continue
         where = f"{name} at {trees.path_name(path)!r}" if path else name
         if is_rule_factory(given):
             raise TypeError(f"{where} is the factory {given.__name__}: call it to make a rule.")
@@ -77,7 +79,7 @@ def resolve_threshold(
 
     Args:
       threshold: A number, schedule, rule, an array that broadcasts against the leaves, or
-        a prefix tree of these.
+        a prefix tree of these, in which None bounds nothing.
       params: Pytree whose leaves are bounded. Rules read their shapes or values.
       step: Scalar integer for schedules; without it they are taken at step 0.
       name: What errors call the threshold.
@@ -89,8 +91,8 @@ def resolve_threshold(
       (integers, or biases under `fan_in`) get `inf`.
 
     Raises:
-      TypeError: If a threshold, or the value of a schedule, is a string, None, bool or complex;
-        if it is a rule's factory; if a leaf is float8_e8m0fnu.
+      TypeError: If a threshold, or the value of a schedule, is a string, bool, complex, or None
+        in place of a tree; if it is a rule's factory; if a leaf is float8_e8m0fnu.
       ValueError: If a concrete number is negative or NaN, an array does not broadcast, the value
         of a schedule is not a scalar, or the prefix does not fit; the message names the path.
 
@@ -113,7 +115,9 @@ def resolve_threshold(
         ]
         for path, leaf in bounded:
             _check_signed(path, leaf)
-        if isinstance(given, ThresholdRule):
+        if given is None:
+            bounds = itertools.repeat(float("inf"))
+        elif isinstance(given, ThresholdRule):
             bounds = iter(given.for_leaves(bounded, step))
         elif isinstance(given, jax.Array) and given.ndim == 0:
             bounds = itertools.repeat(as_threshold(given))  # the same array for all leaves

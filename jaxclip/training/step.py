@@ -213,11 +213,7 @@ def make_step_with_bounds(
     """Returns the plain step, which returns state, info and the bound of each leaf as well."""
     if weight_threshold is None and mask is not None:
         raise ValueError("mask selects the weights to box, so it needs a weight_threshold.")
-    threshold = jax.tree.map(
-        lambda t: float("inf") if t is None else t,
-        weight_threshold,
-        is_leaf=lambda t: t is None or callable(t),
-    )
+    threshold = float("inf") if weight_threshold is None else weight_threshold
     check_threshold_tree("weight_threshold", threshold)
     checks.check_choice("stochastic_rounding", stochastic_rounding, (False, True))
     checks.check_count("telemetry_every", telemetry_every)

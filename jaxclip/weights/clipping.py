@@ -52,7 +52,7 @@ def clip_weights(
     Args:
       params: Any pytree of arrays.
       threshold: Number in [0, inf], traced scalar, schedule, rule, or a prefix tree of
-        these, in the units of the weights.
+        these, in the units of the weights. None in a tree leaves its weights free.
       mask: The leaves to box, all if None: a tree of bools (a prefix is enough), or a function
         of the parameters that returns one, such as `kernels_only`.
       step: Scalar integer for schedules; 0 if not given.

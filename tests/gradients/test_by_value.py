@@ -225,6 +225,8 @@ def test_a_tree_that_does_not_fit_the_gradients_raises():
 def test_bad_thresholds_raise_in_the_factory_naming_the_argument(bad, error):
     with pytest.raises(error, match="max_abs"):
         clip_by_value(bad)
+    if bad is None:  # in a tree it bounds nothing
+        return
     with pytest.raises(error, match=r"max_abs at 'dense/w'"):
         clip_by_value({"out": 1.0, "dense": {"w": bad}})
 

@@ -23,7 +23,6 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.
 NO_THRESHOLD = [
     "0.5",
     b"0.5",
-    None,
     True,
     np.True_,
     0.5j,
@@ -51,15 +50,32 @@ def name_of(bad) -> str:
     return getattr(bad, "__name__", repr(bad))
 
 
-@pytest.mark.parametrize("bad", NO_THRESHOLD, ids=name_of)
+@pytest.mark.parametrize("bad", [None, *NO_THRESHOLD], ids=name_of)
 def test_values_that_are_not_thresholds_are_refused_by_name(bad):
     for check in (
         lambda: check_threshold_tree("threshold", bad),
-        lambda: check_threshold_tree("threshold", {"a": bad, "n": 1.0}),
         lambda: resolve_threshold(bad, PARAMS),
     ):
         with pytest.raises((TypeError, ValueError), match="threshold"):
             check()
+
+
+@pytest.mark.parametrize("bad", NO_THRESHOLD, ids=name_of)
+def test_values_that_are_not_thresholds_are_refused_in_a_tree(bad):
+    with pytest.raises((TypeError, ValueError), match="threshold at 'a'"):
+        check_threshold_tree("threshold", {"a": bad, "n": 1.0})
+
+
+def test_none_in_a_tree_bounds_nothing():
+    free = float("inf")
+    assert resolve_threshold({"a": None, "n": 1.0}, PARAMS) == {
+        "a": {"w": free, "b": free},
+        "n": free,
+    }
+    assert resolve_threshold({"a": {"w": 0.5, "b": None}, "n": None}, PARAMS) == {
+        "a": {"w": 0.5, "b": free},
+        "n": free,
+    }
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 1), (4, 1), (1, 4, 2), (0,)])

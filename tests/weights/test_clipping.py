@@ -250,10 +250,25 @@ def test_values_that_are_not_thresholds_are_refused_by_name(bad):
         lambda: clip_weights(params, bad),
         lambda: weight_clip_rate(params, bad),
         lambda: jaxclip.box(bad),
-        lambda: clip_weights(params, {"w": bad}),
     ):
         with pytest.raises((TypeError, ValueError), match=r"threshold|low"):
             call()
+    if bad is not None:
+        with pytest.raises((TypeError, ValueError), match=r"threshold at 'w'"):
+            clip_weights(params, {"w": bad})
+
+
+def test_none_in_a_tree_of_thresholds_leaves_its_weights_free():
+    params = {"w": jnp.full((2,), 3.0), "b": jnp.full((2,), 3.0)}
+    threshold = {"w": 0.5, "b": None}
+    clipped = clip_weights(params, threshold)
+    np.testing.assert_array_equal(clipped["w"], 0.5)
+    np.testing.assert_array_equal(clipped["b"], 3.0)
+    assert weight_clip_rate(params, threshold) == 1.0
+    tx = jaxclip.project_weights(jaxclip.box(threshold))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_array_equal(updates["w"], -2.5)
+    np.testing.assert_array_equal(updates["b"], 0.0)
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 1, 1), (5, 2)])
