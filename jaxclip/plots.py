@@ -322,8 +322,10 @@ def _new_figure(
     width: float, height: float, num_rows: int = 1, num_columns: int = 1
 ) -> tuple["Figure", list[Any]]:
     """Returns a figure and its axes, row by row."""
-    module = import_extra("matplotlib.figure", "examples")
-    figure = module.Figure(figsize=(width, height), layout="constrained")
+    import_extra("matplotlib.figure", "examples")
+    from jaxclip._core.figures import NotebookFigure  # here, because it needs matplotlib
+
+    figure = NotebookFigure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxclip._core import checks
 from jaxclip._core.grids import Bits
+from jaxclip._core.html import html_report, html_table
 from jaxclip._core.reports import format_table
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.format.codes import Allowance, coded_tensor
@@ -86,7 +87,7 @@ class LeafSize:
         return [self.path, shape or "scalar", self.dtype, bits, *sizes, *known]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SizeReport:
     """Sizes of the leaves of a tree or file on disk; `print` it for a table.
 
@@ -144,7 +145,21 @@ class SizeReport:
         """Returns the leaves as dicts, one per row, for instance for `pandas.DataFrame`."""
         return [dataclasses.asdict(leaf) for leaf in self.leaves]
 
+    def __repr__(self) -> str:
+        bits = self.bits_per_weight
+        text = f"{len(self.leaves)} leaves, total_bytes={self.total_bytes}"
+        return f"SizeReport({text}, bits_per_weight={'None' if bits is None else f'{bits:.2f}'})"
+
+    def _repr_html_(self) -> str:
+        title = f"{self.total_bytes:,} bytes, {self._change()}"
+        return html_report(title, html_table(self._cells()))
+
     def __str__(self) -> str:
+        layouts = f"\nlayout: {' and '.join(self.layouts)}" if self.layouts else ""
+        return f"{format_table(self._cells())}  ({self._change()}){layouts}"
+
+    def _cells(self) -> list[list[str]]:
+        """Returns the rows of the printed table, the titles first."""
         sizes = ["leaf", "shape", "dtype", "bits", "axis", "raw", "stored"]
         rows = [[*sizes, "density", "threshold", "error", "clipped"]]
         rows += [leaf.cells() for leaf in self.leaves]
@@ -157,9 +172,7 @@ class SizeReport:
         # Sizes are always shown, the other columns where something is known.
         always = {rows[0].index(name) for name in sizes if name != "axis"}
         shown = [i for i in range(len(rows[0])) if i in always or any(r[i] for r in rows[1:])]
-        table = format_table([[row[i] for i in shown] for row in rows])
-        layouts = f"\nlayout: {' and '.join(self.layouts)}" if self.layouts else ""
-        return f"{table}  ({self._change()}){layouts}"
+        return [[row[i] for i in shown] for row in rows]
 
     def _change(self) -> str:
         """Returns how much smaller or larger the file is than its arrays."""

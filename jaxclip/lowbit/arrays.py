@@ -19,8 +19,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxclip._core.dense_methods import DenseMethods
 from jaxclip._core.floats import cast, saturate
 from jaxclip._core.grids import Bits, Grid
+from jaxclip._core.html import can_be_read, html_report, svg_bars
 from jaxclip.lowbit.packed_codes import Packing, codes_per_byte, pack_along, unpack_along
-from jaxclip.lowbit.packing import num_packed_bytes
+from jaxclip.lowbit.packing import count_codes, num_stored_bytes
 from jaxclip.lowbit.products import matmul
 from jaxclip.lowbit.scale_formats import dtype_in_memory
 
@@ -32,7 +33,7 @@ _CODE_DTYPES = ("int8", "int4", "int2")
     data_fields=("qvalue", "scale", "zero"),
     meta_fields=("grid", "dtype", "packing"),
 )
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedArray(DenseMethods):
     """An array as integer codes and scales, a pytree that passes through jit and vmap.
 
@@ -122,6 +123,21 @@ class QuantizedArray(DenseMethods):
 
     def __jax_array__(self) -> jax.Array:
         return dequantize(self)
+
+    def __repr__(self) -> str:
+        if not all(hasattr(part, "dtype") for part in (self.qvalue, self.scale)):
+            # A map over the tree may have put anything in the place of codes and scales.
+            return f"QuantizedArray(qvalue={self.qvalue!r}, scale={self.scale!r}, {self.grid!r})"
+        text = f"shape={self.shape}, dtype={jnp.dtype(self.dtype).name}, bits={self.bits!r}"
+        return f"QuantizedArray({text}, num_bytes={self.num_bytes})"
+
+    def _repr_html_(self) -> str:
+        if not can_be_read(self.qvalue):
+            return html_report(repr(self))
+        low, high = self.grid.code_range
+        counts = count_codes(np.asarray(self.unpacked().qvalue), low, high)
+        label = f"weights with each code, {low} to {high}: at most {counts.max():,}"
+        return html_report(repr(self), svg_bars(counts, label))
 
     def can_be_cut(self, axis: int, size: int) -> bool:
         """Returns True if parts of so many entries along an axis have whole bytes and blocks."""
@@ -313,20 +329,6 @@ class QuantizedArray(DenseMethods):
 
 _jitted_pack = jax.jit(pack_along, static_argnums=(1, 2, 3), inline=True)
 _jitted_unpack = jax.jit(unpack_along, static_argnums=(1, 2, 3), inline=True)
-
-
-def num_stored_bytes(shape: tuple[int, ...], num_blocks: int, grid: Grid) -> int:
-    """Returns the bytes of packed codes, scales and zeros of an array in so many blocks."""
-    assert grid.bits is not None
-    return num_packed_bytes(math.prod(shape), grid.bits) + num_side_bytes(num_blocks, grid)
-
-
-def num_side_bytes(num_blocks: int, grid: Grid) -> int:
-    """Returns the bytes of scales and zeros."""
-    is_log8 = grid.scale_dtype == "log8"
-    per_block = 1 if is_log8 else jnp.dtype(grid.scale_dtype).itemsize
-    # log8 also stores its largest scale, a float32.
-    return num_blocks * (per_block + grid.zero_point) + 4 * is_log8
 
 
 def dequantize(quantized: QuantizedArray, dtype: DTypeLike | None = None) -> jax.Array:

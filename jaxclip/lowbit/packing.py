@@ -38,6 +38,30 @@ def _num_bytes(count: int, bits: Bits) -> int:
     return -(-count // 5) if bits == "ternary" else -(-count * int(bits) // 8)
 
 
+def num_stored_bytes(shape: tuple[int, ...], num_blocks: int, grid: Grid) -> int:
+    """Returns the bytes of packed codes, scales and zeros of an array in so many blocks."""
+    assert grid.bits is not None
+    return num_packed_bytes(math.prod(shape), grid.bits) + num_side_bytes(num_blocks, grid)
+
+
+def num_side_bytes(num_blocks: int, grid: Grid) -> int:
+    """Returns the bytes of scales and zeros."""
+    is_log8 = grid.scale_dtype == "log8"
+    per_block = 1 if is_log8 else jnp.dtype(grid.scale_dtype).itemsize
+    # log8 also stores its largest scale, a float32.
+    return num_blocks * (per_block + grid.zero_point) + 4 * is_log8
+
+
+def count_codes(codes: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Returns the number of entries with each code from `low` to `high`."""
+    counts = np.zeros(high - low + 1, np.int64)
+    flat = codes.reshape(-1)
+    for start in range(0, flat.size, CODES_PER_CHUNK):
+        part = flat[start : start + CODES_PER_CHUNK].astype(np.int64) - low
+        counts += np.bincount(part, minlength=counts.size)
+    return counts
+
+
 def pack_codes(codes: _Array, bits: Bits, *, levels: Levels = "full") -> _Array:
     """Packs integer codes densely into bytes.
 

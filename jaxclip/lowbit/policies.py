@@ -15,14 +15,10 @@ from jaxclip._core import checks, trees
 from jaxclip._core.grids import Bits, Grid
 from jaxclip._core.layouts import Layout, output_axes
 from jaxclip._core.trees import PyTree
-from jaxclip.lowbit.arrays import (
-    QuantizedArray,
-    is_quantized,
-    num_side_bytes,
-    num_stored_bytes,
-)
+from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.budgets import NARROWEST
 from jaxclip.lowbit.distortion import QuantizationError, squared_error
+from jaxclip.lowbit.packing import num_side_bytes, num_stored_bytes
 from jaxclip.lowbit.quantizer import (
     Threshold,
     quantize,

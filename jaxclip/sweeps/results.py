@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from jaxclip import plots
 from jaxclip._core.grids import Bits
+from jaxclip._core.html import html_report, html_table
 from jaxclip._core.reports import format_table, to_json
 from jaxclip._core.trees import PyTree
 from jaxclip.sweeps.tasks import OUTRANKED
@@ -96,7 +97,7 @@ class SweepRow(NamedTuple):
     is_outranked: bool
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SweepResult:
     """Arrays of a sweep with named axes; `print` shows a table.
 
@@ -248,16 +249,33 @@ class SweepResult:
 
     def table(self) -> str:
         """Returns all rows as a text table, a line for each setting and width."""
+        return format_table(self._table_cells(), num_left=0)
+
+    def _table_cells(self) -> list[list[str]]:
+        """Returns the rows of the table, the titles first."""
         titles = ["step size", "threshold", "bits", self.metric, "+-", "gap", "bytes"]
         titles += ["ms/step", "on bound", "diverged", "outranked"]
         rows = self.rows()
         lines = [titles] + [_cells(row, len(self.seeds)) for row in rows]
         if not any(row.is_outranked for row in rows):
             lines = [cells[:-1] for cells in lines]
-        return format_table(lines, num_left=0)
+        return lines
 
     def __str__(self) -> str:
         return self.table()
+
+    def __repr__(self) -> str:
+        names = ("step sizes", "thresholds", "seeds", "widths")
+        sizes = zip((*self.loss.shape, len(self.bits)), names, strict=True)
+        text = ", ".join(f"{size} {name}" for size, name in sizes)
+        return f"SweepResult({text}, metric={self.metric!r})"
+
+    def _repr_html_(self) -> str:
+        front = {row[:3] for row in self.pareto()}  # whole rows may hold NaN, which equals nothing
+        bold = {i + 1 for i, row in enumerate(self.rows()) if row[:3] in front}
+        note = "In bold: no other row is better in both the metric and the bytes."
+        table = html_table(self._table_cells(), num_left=0, bold=bold)
+        return html_report(repr(self), table, f"<div>{note}</div>")
 
     def to_csv(self, path: str | os.PathLike | None = None) -> str:
         """Returns the rows as CSV with a header, and writes them to `path` if it is given."""

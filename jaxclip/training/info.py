@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxclip._core.checks import is_concrete
+from jaxclip._core.html import can_be_read, html_report, html_table, number_text
 from jaxclip._core.trees import PyTree, is_clippable, path_name
 from jaxclip.training.telemetry import Statistics
 
@@ -125,6 +126,12 @@ class StepInfo:
         named = jax.tree_util.tree_leaves_with_path(params)
         paths = [path_name(path) for path, leaf in named if is_clippable(leaf)]
         return paths[index]
+
+    def _repr_html_(self) -> str:
+        info = self.read() if all(map(can_be_read, self.vectors)) else self
+        numbers = {"loss": info.loss} | dict(sorted(info._numbers.items()))
+        rows = [(name.removeprefix(_STATS), number_text(x)) for name, x in numbers.items()]
+        return html_report("StepInfo", html_table(rows, has_head=False))
 
     def __repr__(self) -> str:
         others = {k: x for k, x in self._numbers.items() if not k.startswith(_STATS)}

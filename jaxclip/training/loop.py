@@ -22,6 +22,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks
+from jaxclip._core.html import html_report, html_table, number_text, svg_line
 from jaxclip._core.signals import FirstSignal, check_signals
 from jaxclip._core.trees import PyTree
 from jaxclip.training.bars import ProgressBar, make_bar
@@ -50,6 +51,25 @@ class FitResult(NamedTuple):
     history: dict[str, np.ndarray]
     compile_seconds: float
     best: Best | None = None
+
+    def __repr__(self) -> str:
+        numbers = [("step", number_text(self.state.step)), *self._last_metrics()]
+        text = ", ".join(f"{name}={x}" for name, x in numbers)
+        return f"FitResult({text}, reason={self.reason.name})"
+
+    def _repr_html_(self) -> str:
+        rows = [("steps", number_text(self.state.step)), ("why it ended", str(self.reason))]
+        rows += self._last_metrics()
+        if self.best is not None:
+            rows.append(("best", f"{self.best.value:.4g}, after step {self.best.step:,}"))
+        loss = self.history.get("loss", np.zeros(0))
+        curve = svg_line(loss, "loss over the steps") if np.isfinite(loss).any() else ""
+        return html_report("FitResult", html_table(rows, has_head=False), curve)
+
+    def _last_metrics(self) -> list[tuple[str, str]]:
+        """Returns the name and the last value of each metric of the history."""
+        values = {name: x[~np.isnan(x)] for name, x in self.history.items() if name != "step"}
+        return [(name, number_text(float(x[-1]))) for name, x in values.items() if len(x)]
 
 
 def fit(

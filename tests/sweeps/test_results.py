@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
@@ -199,6 +200,22 @@ def test_the_table_shows_every_row_and_the_diverged_seeds():
     assert len(lines) == 13
     assert [line for line in lines if line.rstrip().endswith("1/2")] == lines[10:]
     assert "as is" in lines[1]
+
+
+def test_a_notebook_shows_the_table_with_the_front_in_bold():
+    result = made()
+    root = ET.fromstring(result._repr_html_())
+    rows = list(root.iter("tr"))
+    front = {row[:3] for row in result.pareto()}
+    bold = ["bold" in row[0].get("style") for row in rows[1:]]
+    assert bold == [row[:3] in front for row in result.rows()]
+    assert 0 < sum(bold) < len(bold)
+    cells = [" ".join(cell.text or "" for cell in row).split() for row in rows]
+    assert cells == [line.split() for line in str(result).splitlines()]
+    assert (
+        repr(result) == "SweepResult(2 step sizes, 2 thresholds, 2 seeds, 3 widths, metric='test')"
+    )
+    assert root.find("b").text == repr(result)
 
 
 def test_parameters_that_were_not_kept_are_not_given():
