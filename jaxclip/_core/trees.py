@@ -93,6 +93,18 @@ def masked(mask: Mask | None, params: PyTree, tree: PyTree, otherwise: object) -
     return structure.unflatten(kept)
 
 
+def for_every_leaf(name: str, prefix: PyTree, tree: PyTree) -> list[Any]:
+    """Returns the entry of a prefix tree for each leaf of a tree; None is an entry, too."""
+    entries, structure = jax.tree.flatten(prefix, is_leaf=lambda x: x is None)
+    try:
+        subtrees = structure.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be one value or a prefix tree of the parameters; this one is not: {error}"
+        ) from error
+    return [e for e, t in zip(entries, subtrees, strict=True) for _ in jax.tree.leaves(t)]
+
+
 def floating_leaves(tree: PyTree) -> list[Any]:
     """Returns the floating leaves, in order."""
     return [x for x in jax.tree.leaves(tree) if is_clippable(x)]

@@ -12,6 +12,7 @@ from jaxclip._core.trees import (
     Mask,
     PyTree,
     check_mask_for_leaves,
+    for_every_leaf,
     is_clippable,
     masked,
     path_name,
@@ -86,7 +87,9 @@ def project_weights(
         checks.check_params_given("project_weights", params)
         checks.check_same_structure("updates", updates, "params", params)
         sets = jax.tree.map(lambda p: p.at_step(state.step), projection)
-        set_of_leaf = _for_every_leaf(sets, params)
+        set_of_leaf = jax.tree.unflatten(
+            jax.tree.structure(updates), for_every_leaf("projection", sets, params)
+        )
         # A masked leaf becomes an integer: it is in no set, and `per_tree` does not measure it.
         params = masked(mask, params, params, 0)
         thresholds = jax.tree.map(lambda p: p.threshold, sets)
@@ -102,17 +105,6 @@ _FREE = box(float("inf"))
 
 def _is_none(x: PyTree) -> bool:
     return x is None
-
-
-def _for_every_leaf(sets: PyTree, params: PyTree) -> PyTree:
-    """Returns the projection of each leaf of `params`, from those of a prefix tree."""
-    try:
-        return jax.tree.map(lambda p, subtree: jax.tree.map(lambda _: p, subtree), sets, params)
-    except ValueError as error:
-        raise ValueError(
-            "projection must be one projection or a prefix tree of the parameters; "
-            f"this one is not: {error}"
-        ) from error
 
 
 def _correct(path: tuple, u: PyTree, w: PyTree, projection: Projection, bound: Bound) -> PyTree:
