@@ -6,6 +6,7 @@
     to_gguf                 blocks of 32 at 4 and 8 bits, for llama.cpp and the gguf package
     export_checkpoint       any of them from a file, which need not fit into memory
     to_jax_sparse           arrays of jax.experimental.sparse in memory; from_jax_sparse back
+    to_qwix                 arrays of Qwix in memory; from_qwix back
 
 Names are the keys of the tree joined by a separator. Files, and folders of shards, appear whole
 or not at all, and are written tensor by tensor.
@@ -17,3 +18,5 @@ from jaxclip.interop.gguf import to_gguf as to_gguf
 from jaxclip.interop.jax_sparse import from_jax_sparse as from_jax_sparse
 from jaxclip.interop.jax_sparse import to_jax_sparse as to_jax_sparse
 from jaxclip.interop.plain import to_safetensors as to_safetensors
+from jaxclip.interop.qwix import from_qwix as from_qwix
+from jaxclip.interop.qwix import to_qwix as to_qwix
