@@ -35,7 +35,10 @@ def weights(shape=SHAPE, seed=0):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_qwix_and_jaxclip_see_the_same_numbers_both_ways(grid):
     small = {
-        "layer": {"kernel": jaxclip.quantize(weights(), grid, rule=jaxclip.max_abs), "bias": jnp.ones(6)}
+        "layer": {
+            "kernel": jaxclip.quantize(weights(), grid, rule=jaxclip.max_abs),
+            "bias": jnp.ones(6),
+        }
     }
     converted = interop.to_qwix(small)
     array = converted["layer"]["kernel"]
@@ -79,7 +82,9 @@ def test_qwix_multiplies_the_codes():
 
 
 def test_both_ways_work_inside_jit():
-    small = jaxclip.quantize(weights(), Grid(4, group_size=32, zero_point=True), rule=jaxclip.max_abs)
+    small = jaxclip.quantize(
+        weights(), Grid(4, group_size=32, zero_point=True), rule=jaxclip.max_abs
+    )
     back = jax.jit(lambda q: interop.from_qwix(interop.to_qwix(q)))(small)
     np.testing.assert_array_equal(jaxclip.dequantize(back), jaxclip.dequantize(small))
 
