@@ -15,6 +15,7 @@ from jaxclip.gradients.by_value import clip_by_value as clip_by_value
 from jaxclip.gradients.feedback import error_feedback as error_feedback
 from jaxclip.gradients.guards import skip_nonfinite as skip_nonfinite
 from jaxclip.gradients.guards import skip_or_clip as skip_or_clip
+from jaxclip.gradients.per_example import per_example as per_example
 from jaxclip.gradients.relative import adaptive_grad_clip as adaptive_grad_clip
 from jaxclip.gradients.relative import clip_update_relative as clip_update_relative
 from jaxclip.gradients.smooth import smooth_clip as smooth_clip
