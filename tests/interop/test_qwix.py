@@ -36,7 +36,7 @@ def weights(shape=SHAPE, seed=0):
 def test_qwix_and_jaxclip_see_the_same_numbers_both_ways(grid):
     small = {
         "layer": {
-            "kernel": jaxclip.quantize(weights(), grid, rule=jaxclip.max_abs),
+            "kernel": jaxclip.quantize(weights(), grid, threshold=jaxclip.max_abs),
             "bias": jnp.ones(6),
         }
     }
@@ -71,7 +71,7 @@ def test_qwix_multiplies_the_codes():
     w = weights((64, 8))
     x = weights((5, 64), seed=1)
     for grid in (Grid(4), Grid(8, group_size=32), Grid("ternary", axis=None)):
-        small = jaxclip.quantize(w, grid, rule=jaxclip.max_abs)
+        small = jaxclip.quantize(w, grid, threshold=jaxclip.max_abs)
         array = interop.to_qwix(small)
         assert array.qvalue.dtype == (jnp.int8 if grid.bits == 8 else jnp.int4)
         with jax.numpy_dtype_promotion("standard"):
@@ -83,7 +83,7 @@ def test_qwix_multiplies_the_codes():
 
 def test_both_ways_work_inside_jit():
     small = jaxclip.quantize(
-        weights(), Grid(4, group_size=32, zero_point=True), rule=jaxclip.max_abs
+        weights(), Grid(4, group_size=32, zero_point=True), threshold=jaxclip.max_abs
     )
     back = jax.jit(lambda q: interop.from_qwix(interop.to_qwix(q)))(small)
     np.testing.assert_array_equal(jaxclip.dequantize(back), jaxclip.dequantize(small))
@@ -91,7 +91,7 @@ def test_both_ways_work_inside_jit():
 
 @pytest.mark.parametrize("grid", [Grid(4, group_size=48), Grid(4, group_size=24)])
 def test_groups_that_are_no_tiles_become_floats_with_a_warning(grid):
-    small = {"kernel": jaxclip.quantize(weights(), grid, rule=jaxclip.max_abs)}
+    small = {"kernel": jaxclip.quantize(weights(), grid, threshold=jaxclip.max_abs)}
     with pytest.warns(UserWarning, match=r"Qwix.*'kernel' has groups of"):
         converted = interop.to_qwix(small)
     np.testing.assert_array_equal(converted["kernel"], jaxclip.dequantize(small["kernel"]))
