@@ -6,6 +6,7 @@ w ~ scale * code, with one scale per tensor, channel or group.
 from jaxclip._core.grids import Grid as Grid
 from jaxclip.lowbit.arrays import QuantizedArray as QuantizedArray
 from jaxclip.lowbit.arrays import dequantize as dequantize
+from jaxclip.lowbit.momentum import low_bit_momentum as low_bit_momentum
 from jaxclip.lowbit.on_grid import compress_trained as compress_trained
 from jaxclip.lowbit.on_grid import keep_on_grid as keep_on_grid
 from jaxclip.lowbit.packing import pack_codes as pack_codes

@@ -5,8 +5,6 @@ to nearest changes nothing, step after step. Rounded up or down at random, the w
 as it should on average: `E[round(x)] = x`.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
 from jaxclip._core.floats import compute_dtype, keep_weak_type
+from jaxclip._core.random_bits import random_bits
 
 _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -68,32 +67,12 @@ def apply_updates_stochastically(
         wide = compute_dtype(p.dtype, u.dtype)
         total = p.astype(wide) + u.astype(wide)
         if p.dtype in _HALF:
-            rounded = _round(total, p.dtype, _random_bits(words, position, p.shape))
+            rounded = _round(total, p.dtype, random_bits(words, position, p.shape))
         else:
             rounded = total.astype(p.dtype)
         return keep_weak_type(rounded, p)
 
     return trees.map_clippable(add, params, updates, positions)
-
-
-def _random_bits(words: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array:
-    """Returns uint32 bits for each entry of a leaf, from two words of the step's key."""
-    # A hash of the position is computed in the kernel that rounds; XLA on CPU would write
-    # `jax.random.bits` of this shape to memory first.
-    position = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
-        position += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    # Mixed twice, because consecutive leaves, positions and words must not show in the result.
-    start = words[0] + _mixed(words[1] + np.uint32(leaf))
-    return _mixed(_mixed(position * np.uint32(0x9E3779B9) + start) ^ words[1])
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    """Returns a hash of 32 bits in which each bit depends on all bits of `x`."""
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 def _round(x: jax.Array, dtype: np.dtype, random_bits: jax.Array) -> jax.Array:

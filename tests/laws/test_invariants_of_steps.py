@@ -55,6 +55,8 @@ EXCEPTIONS = {
         "project_on_norm": "as project_on_box",
         "keep_on_grid": "as the optimizer inside",
         "keep_on_grid_that_learns_scales": "as the optimizer inside",
+        "low_bit_momentum": "as the optimizer inside",
+        "low_bit_momentum_of_4_bits": "as the optimizer inside",
         "keep_sparse": "as the optimizer inside",
         "soft_threshold": "as project_on_box",
     },

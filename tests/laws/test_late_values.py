@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import jaxclip
-from jaxclip import gradients, sign, thresholds, weights
+from jaxclip import gradients, lowbit, sign, thresholds, weights
 from jaxclip.thresholds.values import is_rule_factory
 from jaxclip.weights.projections import Projection
 from oracles.quick import quick_first
@@ -244,6 +244,7 @@ def test_a_count_that_must_be_known_says_how_to_keep_it_from_being_traced():
         (functools.partial(jaxclip.clip_by_global_norm, 1.0), "ord"),
         (gradients.autoclip, "window"),
         (functools.partial(jaxclip.keep_on_grid, SGD), "bits"),
+        (functools.partial(lowbit.low_bit_momentum, SGD), "bits"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"^{name} must be .*static_args"):
             update_shapes(inject(make)(**{name: 1}))

@@ -74,6 +74,14 @@ def keep_on_grid_that_learns_scales():
     return jaxclip.keep_on_grid(jaxclip.lion(0.1), 1, learn_scales=jaxclip.lion(0.01))
 
 
+def low_bit_momentum(b1):
+    return jaxclip.lowbit.low_bit_momentum(jaxclip.lion(0.1, b1), min_size=1)
+
+
+def low_bit_momentum_of_4_bits():
+    return jaxclip.lowbit.low_bit_momentum(jaxclip.lion(0.1), 4, min_size=1)
+
+
 def keep_sparse(density):
     return jaxclip.sparsity.keep_sparse(jaxclip.lion(0.1), density, grow=0.25)
 
@@ -108,6 +116,8 @@ TRANSFORMS = [
     Row(majority_vote),
     Row(keep_on_grid),
     Row(keep_on_grid_that_learns_scales),
+    Row(low_bit_momentum, "b1", 0.9, takes_schedule=False),
+    Row(low_bit_momentum_of_4_bits),
     Row(keep_sparse, "density", takes_schedule=False),
     Row(jaxclip.sparsity.soft_threshold, "threshold"),
     Row(skip_nonfinite),
@@ -188,6 +198,7 @@ ROWS_OF = {
     "project_on_box": "project_weights",
     "project_on_norm": "project_weights",
     "keep_on_grid_that_learns_scales": "keep_on_grid",
+    "low_bit_momentum_of_4_bits": "low_bit_momentum",
 }
 
 
