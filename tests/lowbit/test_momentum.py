@@ -67,8 +67,8 @@ def test_the_stored_average_is_right_on_average(bits):
         m = exact[i] = 0.98 * m + 0.02 * g
     error = (stored - exact)[100:].mean(0)
     level = 1 / (2 ** (bits - 1) - 1)
-    # A rounding is off by sqrt(1 / 6) of a level, and the mean of 300 correlated ones over all steps
-    # by sqrt(1 / 6) / (0.02 sqrt(300)) = 1.2 levels an entry; rounding down would be off by 25.
+    # A rounding is off by sqrt(1 / 6) of a level, and the mean of 300 averages of them by
+    # sqrt(1 / 6) / (0.02 sqrt(300)) = 1.2 levels an entry; rounding down would be off by 25.
     assert np.abs(error.mean()) < 0.5 * level
     assert np.sqrt(np.mean(error**2)) < 2 * level
     # An average that moves by less than half a level a step does not stand still.

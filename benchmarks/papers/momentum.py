@@ -1,6 +1,6 @@
 """Momentum in 8 and 4 bits: accuracy, bytes of the state, and averages that stand still.
 
-    python benchmarks/lowbit/momentum.py [--seeds 5] [--steps 600] [--data FOLDER]
+    python benchmarks/papers/momentum.py [--seeds 5] [--steps 600] [--data FOLDER]
 
 First the average of random gradients alone: the fraction of entries that a step leaves as they are
 when it is rounded to nearest, as measured and as predicted from half a level and the spread of a
