@@ -4,15 +4,16 @@ They need matplotlib, from the extra `examples`. Each function returns the figur
 if a file is given.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxclip._core.extras import import_extra
-from jaxclip._core.grids import Bits
+from jaxclip._core.grids import Bits, Grid
 from jaxclip._core.text import escaped
 
 if TYPE_CHECKING:
@@ -88,9 +89,13 @@ def front(
     file: str | os.PathLike | None = None,
     *,
     metric: str,
+    mode: Literal["max", "min"] = "max",
     title: str = "",
 ) -> "Figure":
     """Draws settings by metric and size, with their front and the recommended one.
+
+    Nets have a colour each, by what differs among them: model, density, in a box or not. A line
+    joins the best of their files. Kinds of files have a marker each.
 
     Args:
       rows: `SweepRow`s of a sweep, or objects with their attributes.
@@ -98,6 +103,7 @@ def front(
       best: The recommended row, drawn as a star.
       file: PNG, SVG or PDF file to save the picture in; None for no file.
       metric: Label of the vertical axis.
+      mode: "max" if a larger metric is better, "min" if a smaller one is.
       title: Line above the picture.
 
     Returns:
@@ -107,48 +113,42 @@ def front(
       ImportError: If matplotlib is not installed; the message names the extra.
 
     Example:
-      >>> import types
-      >>> row = types.SimpleNamespace(step_size=0.1, threshold=1.0, bits=4, metric=0.9)
-      >>> row.file_bytes, row.standard_error = 2048.0, 0.01
-      >>> len(front([row], [row], row, metric="accuracy").axes[0].texts)
-      1
+      >>> from jaxclip.sweeps import SweepRow
+      >>> row = SweepRow(0.1, 1.0, 4, 0.9, 0.01, 0.0, 2048.0, 0.1, 0.5, 0, False)
+      >>> figure = front([row], [row], row, metric="accuracy")
+      >>> [line.get_label() for line in figure.axes[0].lines][0]
+      '4 bits'
     """
-    figure, [axes] = _new_figure(8, 4.8)
-    widths = list(dict.fromkeys(row.bits for row in rows))
-    for i, bits in enumerate(widths):
-        of_width = [row for row in rows if row.bits == bits]
-        axes.plot(
-            [row.file_bytes / 1024 for row in of_width],
-            [row.metric for row in of_width],
-            linestyle="",
-            alpha=0.35,
-            markersize=5,
-            label=_width_name(bits),
-            **_style(i),
-        )
+    figure, [axes] = _new_figure(9, 4.8)
+    nets = _names_of_nets(rows)
+    families = list(dict.fromkeys(nets))
+    kinds = list(dict.fromkeys(row.file_kind for row in rows))
+    for i, family in enumerate(families):
+        mine = [row for row, net in zip(rows, nets, strict=True) if net == family]
+        if len(families) > 1:
+            places = _places(_improving(mine, mode))
+            axes.plot(*places, linewidth=1, label=family, **_style(i) | {"marker": ""})
+        for k, kind in enumerate(kinds):
+            style = _style(k) if len(families) == 1 else _style(i, k)
+            places = _places([row for row in mine if row.file_kind == kind])
+            label = kind if len(families) == 1 else None
+            axes.plot(*places, linestyle="", alpha=0.35, markersize=5, label=label, **style)
+    for k, kind in enumerate(kinds if len(families) > 1 else []):
+        grey = {"color": "#666666"} | ({"markerfacecolor": "#666666"} if k < 7 else {})
+        axes.plot([], [], linestyle="", label=kind, **_style(k) | grey)
     axes.errorbar(
-        [row.file_bytes / 1024 for row in on_front],
-        [row.metric for row in on_front],
+        *_places(on_front),
         [row.standard_error for row in on_front],
         color="black",
         linewidth=1.2,
         capsize=2,
         label="Pareto front",
     )
-    axes.plot(
-        best.file_bytes / 1024, best.metric, "*", color="black", markersize=15, label="recommended"
-    )
-    axes.annotate(
-        f"step size {best.step_size:.3g}, threshold {best.threshold:.3g}, {_width_name(best.bits)}",
-        (best.file_bytes / 1024, best.metric),
-        xytext=(12, -18),
-        textcoords="offset points",
-        fontsize=9,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
-    )
+    name = f"recommended: {best.net_name}, {best.file_name}".replace(", ", ",\n")
+    axes.plot(*_places([best]), "*", color="black", markersize=15, label=name)
     _draw_size_axis(axes)
     axes.set(ylabel=metric, title=title)
-    axes.legend(loc="best", fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=9)
     return _saved(figure, file)
 
 
@@ -206,7 +206,7 @@ def heat_maps(
             axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=color, fontsize=7)
         axes.set_xticks(range(len(thresholds)), [f"{t:.3g}" for t in thresholds], fontsize=8)
         axes.set_yticks(range(len(step_sizes)), [f"{a:.2g}" for a in step_sizes], fontsize=8)
-        axes.set(title=_width_name(bit_width), xlabel="threshold", ylabel="step size")
+        axes.set(title=width_name(bit_width), xlabel="threshold", ylabel="step size")
     figure.suptitle(title or metric)
     return _saved(figure, file)
 
@@ -311,11 +311,39 @@ def training_curves(
     return _saved(figure, file)
 
 
-def _style(i: int) -> dict[str, str]:
-    """Returns colour and marker of the i-th curve; markers are hollow once all are used."""
-    color, marker = _STYLES[i % len(_STYLES)]
-    face = color if i // len(_STYLES) % 2 == 0 else "white"
+def _style(i: int, k: int | None = None) -> dict[str, str]:
+    """Returns the i-th colour and the k-th marker, or the i-th; hollow once all are used."""
+    k = i if k is None else k
+    color, marker = _STYLES[i % len(_STYLES)][0], _STYLES[k % len(_STYLES)][1]
+    face = color if k // len(_STYLES) % 2 == 0 else "white"
     return {"color": color, "marker": marker, "markerfacecolor": face}
+
+
+def _places(rows: Sequence[Any]) -> tuple[list[float], list[float]]:
+    """Returns sizes in KiB, and metrics."""
+    return [row.file_bytes / 1024 for row in rows], [row.metric for row in rows]
+
+
+def _improving(rows: Sequence[Any], mode: str) -> list[Any]:
+    """Returns, from the smallest file on, the best of each budget if no smaller one is as good."""
+    sign, best, found = -1 if mode == "max" else 1, {}, []
+    for row in sorted(rows, key=lambda row: sign * row.metric):
+        best.setdefault(row.file_bytes if row.budget is None else row.budget, row)
+    for row in sorted(best.values(), key=lambda row: row.file_bytes):
+        if not found or sign * row.metric < sign * found[-1].metric:
+            found.append(row)
+    return found
+
+
+def _names_of_nets(rows: Sequence[Any]) -> list[str]:
+    """Returns a name for each row: its model, density and box, as far as rows differ in them."""
+    columns = [
+        [row.model or "" for row in rows],
+        ["" if row.density is None else f"density {row.density:.3g}" for row in rows],
+        ["no box" if math.isinf(row.threshold) else "in a box" for row in rows],
+    ]
+    columns = [names for names in columns if len(set(names)) > 1]
+    return [", ".join(names) for names in zip(*columns, strict=True)] or [""] * len(rows)
 
 
 def _new_figure(
@@ -335,13 +363,24 @@ def _draw_size_axis(axes: Any) -> None:
     axes.set_xscale("log", base=2)
     left, right = axes.get_xlim()
     axes.set_xlim(left, 1.2 * right)
+    parts = (1.0, 1.25, 1.5, 1.75) if right < 4 * left else (1.0,)
+    axes.xaxis.set_major_locator(ticker.LogLocator(2, parts))
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axes.set_xlabel("size of the file, KiB")
 
 
-def _width_name(bits: Bits | None) -> str:
+def width_name(bits: Bits | Grid | None) -> str:
+    """Returns a width or a grid in words."""
     if bits is None:
         return "as trained"
+    if isinstance(bits, Grid):
+        fields = [bits.levels if bits.levels != "full" else ""]
+        fields += [f"groups of {bits.group_size}" if bits.group_size else ""]
+        fields += [
+            "zero point" if bits.zero_point else "",
+            bits.scale_dtype.removeprefix("float32"),
+        ]
+        return ", ".join([width_name(bits.bits), *filter(None, fields)])
     return bits if isinstance(bits, str) else f"{bits} bit{'s' if bits > 1 else ''}"
 
 

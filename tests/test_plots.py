@@ -1,12 +1,12 @@
 """Pictures: what they show, and what is said where matplotlib is missing."""
 
 import sys
-import types
 
 import numpy as np
 import pytest
 
 from jaxclip import plots
+from jaxclip.sweeps import SweepRow
 
 CURVES = {
     "one": [("8 bits", 4096, 98.0, 0.5), ("1 bit", 1024, 71.0, 2.0)],
@@ -28,7 +28,7 @@ def test_nine_curves_and_nine_widths_are_told_apart():
     curves = {str(i): CURVES["one"] for i in range(9)}
     handles, _ = plots.tradeoff(curves).axes[0].get_legend_handles_labels()
     lines = [handle.lines[0] for handle in handles]
-    rows = [types.SimpleNamespace(**vars(ROWS[0]) | {"bits": bits}) for bits in range(9)]
+    rows = [ROWS[0]._replace(bits=bits) for bits in range(9)]
     points = plots.front(rows, rows[:1], rows[0], metric="accuracy").axes[0].lines[:9]
     for drawn in (lines, points):
         faces = {(x.get_color(), x.get_marker(), x.get_markerfacecolor()) for x in drawn}
@@ -50,13 +50,18 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch):
 
 
 ROWS = [
-    types.SimpleNamespace(
+    SweepRow(
         step_size=0.1 * (i + 1),
         threshold=1.0,
         bits=bits,
         metric=0.9 + 0.01 * i,
         standard_error=0.002,
+        gap=0.0,
         file_bytes=1024.0 * size,
+        seconds_per_step=0.1,
+        weight_clip_rate=0.0,
+        num_diverged=0,
+        is_outranked=False,
     )
     for bits, size in ((None, 32), (4, 4), ("ternary", 2), (1, 1))
     for i in (0, 1)
@@ -66,14 +71,33 @@ ROWS = [
 def test_the_front_shows_every_row_under_its_width_and_the_recommended_one():
     axes = plots.front(ROWS, ROWS[1::2][::-1], ROWS[5], metric="accuracy").axes[0]
     lines = {line.get_label(): line for line in axes.lines}
-    assert {"as trained", "4 bits", "ternary", "1 bit", "recommended"} <= set(lines)
+    best = "recommended: step size 0.2,\nthreshold 1,\nternary"
+    assert {"as trained", "4 bits", "ternary", "1 bit", best} <= set(lines)
     x, y = lines["ternary"].get_data()
     assert list(x) == [2.0, 2.0]
     assert list(y) == [0.9, 0.91]
-    assert list(lines["recommended"].get_data()[0]) == [2.0]
-    assert [t.get_text() for t in axes.texts] == ["step size 0.2, threshold 1, ternary"]
+    assert list(lines[best].get_data()[0]) == [2.0]
     colors = [lines[name].get_color() for name in ("as trained", "4 bits", "ternary", "1 bit")]
     assert len(set(colors)) == 4
+
+
+def test_families_of_nets_have_colours_and_kinds_of_files_have_markers():
+    half = [row._replace(model="half", metric=row.metric - 0.05) for row in ROWS]
+    full = [row._replace(model="full", threshold=np.inf) for row in ROWS]
+    small = [full[0]._replace(bits=None, budget=900, file_bytes=896.0)]
+    rows = [*half, *full, *small, *(row._replace(threshold=np.inf) for row in half)]
+    axes = plots.front(rows, small, small[0], metric="accuracy").axes[0]
+    labels = axes.get_legend_handles_labels()[1]
+    families = ["half, in a box", "full, no box", "half, no box"]
+    kinds = ["as trained", "4 bits", "ternary", "1 bit", "within a budget"]
+    best = "recommended: full,\nstep size 0.1,\n900 B"
+    assert labels == [*families, *kinds, best, "Pareto front"]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert len({lines[name].get_color() for name in families}) == 3
+    assert len({lines[name].get_marker() for name in kinds}) == 5
+    # The line of a family goes along its best files, from the smallest on.
+    x, y = lines["full, no box"].get_data()
+    assert (list(x), list(y)) == ([0.875, 1.0], [0.9, 0.91])
 
 
 def test_a_heat_map_has_each_number_in_its_cell_and_one_scale_for_all_widths():

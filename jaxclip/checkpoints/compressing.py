@@ -23,7 +23,16 @@ from jaxclip.lowbit.trees import FlatTree, compress_tree, specs_of_tree
 from jaxclip.thresholds.by_error import mse_optimal
 
 _MOST_TRIES = 10
+_MOST_BITS = 12.0  # of a weight, where the search begins: codes have 8
 _TOLERANCE = 0.002  # of the bytes of codes, that may be left
+
+
+class OutOfReachError(ValueError):
+    """A target that no file meets; `least` is the size of the smallest that was made."""
+
+    def __init__(self, target_bytes: int, least: int):
+        super().__init__(f"target_bytes={target_bytes} is out of reach: {least} was the least.")
+        self.least = least
 
 
 def compress(
@@ -197,7 +206,8 @@ def _step_near(num_bytes: int, leaves: Sequence[SharedStep]) -> float:
     """Returns the log2 of a shared step for about so many bytes of codes."""
     num_weights = max(sum(leaf.num_weights for leaf in leaves), 1)
     logs = (leaf.num_weights * math.log2(leaf.equal_rate / leaf.unit) for leaf in leaves)
-    return sum(logs) / num_weights + 1 - max(8 * num_bytes / num_weights, 0.0)
+    bits = 8 * num_bytes / num_weights
+    return sum(logs) / num_weights + 1 - min(max(bits, 0.0), _MOST_BITS)
 
 
 def best_within(
@@ -221,14 +231,14 @@ def best_within(
     over: tuple[float, int] | None = None  # log2 of the step, and bytes
     within: tuple[float, int] | None = None
     slope = num_weights / 8  # bytes for each halving of the step; less where most codes are 0
-    was_over = None
+    was_over, least = None, 0
     for _ in range(_MOST_TRIES):
         tree = with_step(2.0**log_step)
         size = num_bytes(tree)
         if (before := over or within) and log_step != before[0]:
             seen = (size - before[1]) / (before[0] - log_step)
             slope = min(max(seen, slope / 8), slope)
-        is_over = size > target_bytes
+        is_over, least = size > target_bytes, min(size, least or size)
         if is_over:
             over = (log_step, size)
         elif within is None or size >= within[1]:
@@ -247,6 +257,5 @@ def best_within(
             log_step += change + math.copysign(0.05, change)
         was_over = is_over
     if best is None:
-        assert over is not None
-        raise ValueError(f"target_bytes={target_bytes} is out of reach: {over[1]} was the least.")
+        raise OutOfReachError(target_bytes, least)
     return best

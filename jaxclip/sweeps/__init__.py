@@ -6,7 +6,7 @@ beats in both metric and bytes.
 
 from jaxclip.sweeps.grid import sweep as sweep
 from jaxclip.sweeps.results import SweepResult as SweepResult
-from jaxclip.sweeps.results import SweepRow as SweepRow
-from jaxclip.sweeps.results import pareto_front as pareto_front
+from jaxclip.sweeps.table import SweepRow as SweepRow
+from jaxclip.sweeps.table import pareto_front as pareto_front
 from jaxclip.sweeps.tasks import Task as Task
 from jaxclip.sweeps.tasks import random_batches as random_batches

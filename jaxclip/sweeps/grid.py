@@ -20,13 +20,16 @@ import optax
 
 from jaxclip._core import checks
 from jaxclip._core.extras import progress_bar
-from jaxclip._core.grids import Bits
+from jaxclip._core.grids import Bits, Grid, code_range
+from jaxclip._core.reports import to_json
 from jaxclip._core.trees import PyTree
 from jaxclip.checkpoints.compressing import compress as default_compress
 from jaxclip.lowbit.coding.entropy_coding import Coding
+from jaxclip.lowbit.rounding.moments import Calibration
+from jaxclip.sparsity.keeping import check_density
 from jaxclip.sweeps.chunks import ChunkStore, Compressor, Trainer
-from jaxclip.sweeps.results import SweepResult
-from jaxclip.sweeps.tasks import Task, checked_task
+from jaxclip.sweeps.results import AXES, SweepResult
+from jaxclip.sweeps.tasks import Setting, Task, checked_models, outline_of_params
 
 _RESULT_ARRAYS = (
     "file_bytes",
@@ -45,9 +48,13 @@ def sweep(
     step_sizes: Sequence[float],
     thresholds: Sequence[float] = (math.inf,),
     seeds: int | Sequence[int] = 5,
-    bits: Sequence[Bits | None] = (None, 4, 3, 2, "ternary", 1),
-    compress: Callable[[optax.Params, Bits], PyTree] = default_compress,
+    weight_decays: Sequence[float] | None = None,
+    densities: Sequence[float] | None = None,
+    bits: Sequence[Bits | Grid | None] = (None, 4, 3, 2, "ternary", 1),
+    compress: Callable[[optax.Params, Any], PyTree] = default_compress,
     coding: Coding | None = None,
+    budgets: Sequence[int] = (),
+    calibration: Callable[[optax.Params], Calibration] | None = None,
     record_every: int | None = None,
     loop: Literal["compiled", "host"] | None = None,
     schedule: Literal["halving"] | None = None,
@@ -58,33 +65,46 @@ def sweep(
     keep_params: bool = False,
     progress: bool = True,
 ) -> SweepResult:
-    """Trains a task with every step size, threshold and seed, and measures each at low bits.
+    """Trains a task with every setting and seed, and measures each in files of low bits.
 
     A row, one setting with one seed, is trained by `make_train_step(task.loss_fn,
     task.optimizer(step_size), weight_threshold=task.weight_threshold(threshold))`. Seed s gives the
     keys `init, data, loss = split(key(s), 3)`, and step i, from 0, gets
-    `task.batches(fold_in(data, i))`. Compiled once, the step serves all rows. On one CPU as many
-    threads as there are cores train a row each, and a row that has stopped takes no more time. On
-    accelerators and several devices all rows are trained together.
+    `task.batches(fold_in(data, i))`. Compiled once, the step serves all rows of a model. On one CPU
+    as many threads as there are cores train a row each, and a row that has stopped takes no more
+    time. On accelerators and several devices all rows are trained together.
 
     Args:
       task: The problem: loss, data, optimizer, stop rule and evaluation.
       step_sizes: Positive numbers.
       thresholds: Numbers in [0, inf], one for each box; inf for no box.
       seeds: Number of seeds, counted from 0, or the seeds themselves.
-      bits: Widths at which each row is evaluated; None for the weights as they were trained.
+      weight_decays: Numbers of at least 0 for `task.optimizer(step_size, weight_decay=...)`;
+        None for optimizers of the step size alone.
+      densities: Fractions in (0, 1] of the weights to keep: rows are pruned while they are
+        trained, by `keep_sparse` along the cubic schedule, over the first three quarters of the
+        steps. A row that `task.stop` ends before that keeps more. None does not prune.
+      bits: Widths or `Grid`s at which each row is evaluated; None for the weights as they were
+        trained.
       compress: `compress(params, bits)`; for other rules or groups, a function around
         `jaxclip.compress`. It is compiled.
       coding: Entropy coding of the files whose bytes are counted: None, "huffman", "ans",
-        "lanes" or "smallest".
+        "lanes" or "smallest". Not for budgets.
+      budgets: Largest sizes of files in bytes. Each row is also evaluated as
+        `jaxclip.compress(params, target_bytes=budget, calibration=calibration(params))` gives it
+        back. Such files are coded by "lanes".
+      calibration: `calibration(params)` returns a `Calibration`, as `calibration.measure` and
+        `calibration.sensitivities` do for given inputs. It is called once for each row. None
+        compresses without data.
       record_every: Steps between two records of the history; by default a fiftieth of all.
       loop: "compiled" for a loop over the steps inside the compiled program, "host" for one
         outside. None is "host" if the loss has convolutions and runs on CPU, where XLA's loops
         around them are slow, otherwise "compiled".
       schedule: "halving" to train only the best settings to the end. After a ninth and a third of
-        the steps, at a record, the best third goes on, by the metric at the last width of `bits`.
-        The others stop with the reason `StopReason.OUTRANKED`; those that go on get the same
-        numbers as without. None trains all.
+        the steps, at a record, the best third of each model's settings goes on, by the metric at
+        the last width of `bits`, or as they were trained if there is none. The others stop with
+        the reason `StopReason.OUTRANKED`; those that go on get the same numbers as without. None
+        trains all.
       chunk_size: Settings that are trained before their results are measured and stored, rounded
         up to a multiple of the number of devices; None for all that fit `memory_budget`.
       memory_budget: Bytes that the rows of a chunk may use on each device, all in training; None
@@ -98,7 +118,8 @@ def sweep(
       progress: True to show a bar in a terminal or a notebook, if rich is installed.
 
     Returns:
-      A `SweepResult`. A diverged row is marked and does not affect the others.
+      A `SweepResult`. A diverged row is marked and does not affect the others, nor does a budget
+      that is out of reach.
 
     Raises:
       TypeError: If `task.evaluate` does not return a dict, or an argument has a wrong type.
@@ -129,83 +150,99 @@ def sweep(
       >>> best.step_size, best.threshold, best.bits
       (0.01, 1.0, 4)
     """
-    step_size_axis = _axis("step_sizes", step_sizes, checks.check_positive)
-    threshold_axis = _axis("thresholds", thresholds, checks.check_threshold)
-    seed_axis, widths = _seed_axis(seeds), _widths(bits)
+    axes = {
+        "weight_decay": _optional("weight_decays", weight_decays, checks.check_nonnegative),
+        "density": _optional("densities", densities, check_density),
+        "step_size": _axis("step_sizes", step_sizes, checks.check_positive),
+        "threshold": _axis("thresholds", thresholds, checks.check_threshold),
+    }
+    seed_axis, widths, sizes = _seed_axis(seeds), _widths(bits), _budgets(budgets, calibration)
     checks.check_choice("schedule", schedule, (None, "halving"))
     _check_run(loop, devices, record_every, chunk_size, memory_budget)
     if directory is not None:
         checks.check_local_path("directory", directory)
-    task = checked_task(task)
-    compressor = Compressor(task.evaluate, compress, coding, widths)
-    axes = np.meshgrid(step_size_axis, threshold_axis, indexing="ij")
-    settings = np.stack(axes, axis=-1).reshape(-1, 2)
-    trainer = Trainer(
-        task,
-        min(chunk_size or len(settings), len(settings)),
-        seed_axis,
-        compressor,
-        devices=devices,
-        loop=loop,
-        record_every=record_every,
-        memory_budget=memory_budget,
-        schedule=schedule,
-    )
-    if schedule is not None and trainer.program.num_settings < len(settings):
-        raise ValueError(
-            f"schedule compares all {len(settings)} settings, but chunk_size or memory_budget "
-            f"makes chunks of {trainer.program.num_settings}."
+    models = checked_models(task)
+    settings, shape = _settings(axes)
+    identity = {name: to_json(values) for name, values in axes.items()}
+    identity |= {"seeds": seed_axis, "bits": to_json(widths), "coding": coding, "budgets": sizes}
+    identity |= {"keep_params": keep_params, "schedule": schedule}
+    found, recorded_at = {}, []
+    for number, (name, one) in enumerate(models.items()):
+        compressor = Compressor(one.evaluate, compress, coding, widths, sizes, calibration)
+        trainer = Trainer(
+            one,
+            settings,
+            seed_axis,
+            compressor,
+            chunk_size=chunk_size,
+            devices=devices,
+            loop=loop,
+            record_every=record_every,
+            memory_budget=memory_budget,
+            schedule=schedule,
         )
-    store = None
-    if directory is not None:
-        identity = {"settings": [[str(x) for x in setting] for setting in settings]}
-        identity |= {"seeds": seed_axis, "bits": widths, "coding": coding}
-        identity |= {"keep_params": keep_params, "schedule": schedule}
-        identity |= _identity_of_programs(trainer, compressor, task)
-        store = ChunkStore(directory, identity)
-    arrays = _joined(_chunks(trainer, settings, store, keep_params, progress), axes[0].shape)
+        recorded_at = trainer.program.recorded_at  # the same for all models
+        store = None
+        if directory is not None:
+            folder = directory if name is None else os.path.join(directory, f"model-{number}")
+            of_model = _identity_of_model(name, trainer, compressor, one)
+            store = ChunkStore(folder, identity | of_model)
+        found[name] = _joined(_chunks(trainer, settings, store, keep_params, progress), shape)
+    params: dict[str | None, PyTree] = {None: None}
+    if keep_params:
+        params = {name: _params(one, found[name]) for name, one in models.items()}
+    arrays = found[None] if None in found else _stacked(list(found.values()))
     return SweepResult(
-        step_sizes=step_size_axis,
-        thresholds=threshold_axis,
+        **{AXES[name]: values for name, values in axes.items()},
+        models=None if None in found else tuple(map(str, found)),
         seeds=np.asarray(seed_axis),
         bits=tuple(widths),
+        budgets=tuple(sizes),
         metrics=_under("metrics/", arrays),
         **{name: arrays[name] for name in _RESULT_ARRAYS},
-        recorded_at=np.asarray(trainer.program.recorded_at),
+        recorded_at=np.asarray(recorded_at),
         history=_under("history/", arrays),
         metric=task.metric,
         train_metric=task.train_metric,
         mode=task.mode,
-        params=_params(task, arrays) if keep_params else None,
+        params=params.get(None, params),
     )
+
+
+def _settings(axes: dict[str, np.ndarray | None]) -> tuple[Setting, tuple[int, ...]]:
+    """Returns all settings of a grid in row-major order, and the grid's shape."""
+    swept = {name: values for name, values in axes.items() if values is not None}
+    grid = np.meshgrid(*swept.values(), indexing="ij")
+    columns = {name: x.ravel() for name, x in zip(swept, grid, strict=True)}
+    return Setting(**(dict.fromkeys(Setting._fields) | columns)), grid[0].shape
 
 
 def _chunks(
     trainer: Trainer,
-    settings: np.ndarray,
+    settings: Setting,
     store: ChunkStore | None,
     keep_params: bool,
     progress: bool,
 ) -> list[dict[str, np.ndarray]]:
     """Returns the arrays of all chunks, from the store where it has them."""
-    size = trainer.program.num_settings
+    size, num_settings = trainer.program.num_settings, len(settings.step_size)
     chunks = {}
-    with progress_bar(len(settings), progress) as advance:
+    with progress_bar(num_settings, progress) as advance:
         # First the chunks that no other process is training, then those that one was.
-        for wait, start in itertools.product((False, True), range(0, len(settings), size)):
+        for wait, start in itertools.product((False, True), range(0, num_settings, size)):
             if start in chunks:
                 continue
-            some = settings[start : start + size]
+            some = jax.tree.map(lambda x, at=start: x[at : at + size], settings)
             chunk = _chunk(trainer, some, store, start, keep_params, wait)
             if chunk is not None:
                 chunks[start] = chunk
-                advance(len(some))
+                advance(len(some.step_size))
     return [chunks[start] for start in sorted(chunks)]
 
 
 def _chunk(
     trainer: Trainer,
-    settings: np.ndarray,
+    settings: Setting,
     store: ChunkStore | None,
     start: int,
     keep_params: bool,
@@ -230,14 +267,22 @@ def _joined(parts: list[dict[str, np.ndarray]], shape: tuple[int, ...]) -> dict[
     return {name: x.reshape(*shape, *x.shape[1:]) for name, x in whole.items()}
 
 
-def _identity_of_programs(trainer: Trainer, compressor: Compressor, task: Task) -> dict[str, Any]:
+def _stacked(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns the arrays of all models but their parameters, an axis of models leading."""
+    names = [name for name in parts[0] if not name.startswith("params/")]
+    return {name: np.stack([part[name] for part in parts]) for name in names}
+
+
+def _identity_of_model(
+    name: str | None, trainer: Trainer, compressor: Compressor, task: Task
+) -> dict[str, Any]:
     """Returns further values that must be equal for stored chunks to be of the same sweep."""
-    shapes = jax.eval_shape(task.init_fn, jax.random.key(0))
     return {
+        "model": name,
         "recorded_at": trainer.program.recorded_at,
         "chunk_size": trainer.program.num_settings,
         "program": trainer.program.fingerprint,
-        "evaluation": compressor.fingerprint(shapes),
+        "evaluation": compressor.fingerprint(task),
     }
 
 
@@ -247,11 +292,17 @@ def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _params(task: Task, arrays: dict[str, np.ndarray]) -> PyTree:
-    structure = jax.tree.structure(jax.eval_shape(task.init_fn, jax.random.key(0)))
+    structure = jax.tree.structure(outline_of_params(task))
     return structure.unflatten(arrays[k] for k in sorted(arrays) if k.startswith("params/"))
 
 
 # --- Arguments ------------------------------------------------------------------------
+
+
+def _optional(
+    name: str, values: Sequence[float] | None, check: Callable[[str, Any], None]
+) -> np.ndarray | None:
+    return None if values is None else _axis(name, values, check)
 
 
 def _axis(name: str, values: Sequence[float], check: Callable[[str, Any], None]) -> np.ndarray:
@@ -281,10 +332,31 @@ def _seed_axis(seeds: int | Sequence[int]) -> list[int]:
     return found
 
 
-def _widths(bits: Sequence[Bits | None]) -> list[Bits | None]:
-    if isinstance(bits, (int, str)):
+def _widths(bits: Sequence[Bits | Grid | None]) -> list[Bits | Grid | None]:
+    if isinstance(bits, (int, str, Grid)):
         raise TypeError(f"bits must be widths, such as (None, 4, 'ternary'), got {bits!r}.")
-    return [cast(Bits, int(x)) if isinstance(x, np.integer) else x for x in bits]
+    widths = [cast(Bits, int(x)) if isinstance(x, np.integer) else x for x in bits]
+    for width in widths:
+        if isinstance(width, Grid):
+            code_range(width.bits)
+        elif width is not None:
+            code_range(cast(Bits, width))
+    return cast("list[Bits | Grid | None]", widths)
+
+
+def _budgets(budgets: Sequence[int], calibration: object) -> list[int]:
+    if isinstance(budgets, (int, np.integer, str)):
+        raise TypeError(f"budgets must be sizes of files, such as (20_000,), got {budgets!r}.")
+    for i, budget in enumerate(budgets):
+        checks.check_count(f"budgets[{i}]", budget)
+    found = [int(budget) for budget in budgets]
+    if len(set(found)) != len(found):
+        raise ValueError(f"budgets must have no number twice, got {found}.")
+    if calibration is not None and not callable(calibration):
+        raise TypeError(f"calibration must be a function of parameters, got {calibration!r}.")
+    if calibration is not None and not found:
+        raise ValueError("calibration is for files within budgets: give budgets.")
+    return found
 
 
 def _check_run(

@@ -23,7 +23,7 @@ from jaxclip._core.threads import in_threads, num_cores
 from jaxclip._core.trees import PyTree
 from jaxclip.sweeps.compiled import fingerprint, has_operation, remembered
 from jaxclip.sweeps.rows import Row, Rows
-from jaxclip.sweeps.tasks import OUTRANKED, Task
+from jaxclip.sweeps.tasks import OUTRANKED, Setting, Task
 from jaxclip.training.step import backend_options, is_donation_safe
 
 # Ctrl-C waits for the calls that run, so a call is for no more steps than take about this long.
@@ -59,12 +59,14 @@ class Program:
     def __init__(
         self,
         task: Task,
+        outline: Setting,
         num_settings: int,
         seeds: Sequence[int],
         devices: Sequence[Any],
         loop: str | None,
         record_every: int,
     ):
+        """Compiles for settings with the numbers that `outline` has, whatever their values."""
         self._rows, self.num_settings = Rows(task, record_every), num_settings
         self.recorded_at = self._rows.recorded_at
         self._is_by_row = len(devices) == 1 and devices[0].platform == "cpu"
@@ -72,38 +74,39 @@ class Program:
         self._num_rows, self._steps_per_call = num_settings * len(seeds), 1
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.asarray(seeds))
         self._seed_keys = jax.device_put(keys, self._everywhere)
-        self._traced = self._trace(devices[0].platform, loop)
+        self._traced = self._trace(outline, devices[0].platform, loop)
         self._begin, self._advance, *self._record = (
             remembered(program, functools.partial(_compiled, program), devices)
             for program in self._traced
         )
 
-    def _trace(self, platform: str, loop: str | None) -> list[Any]:
+    def _trace(self, outline: Setting, platform: str, loop: str | None) -> list[Any]:
         """Traces what begins rows, advances them and writes a record; chooses the loop."""
         initial, record, shape, keys = self._rows.initial, self._rows.record, (), self._seed_keys[0]
         step, to_end = self._step_row, self._row_to_end
         if not self._is_by_row:
-            initial = _over_rows(initial, (0, 0, None), (None, None, 0))
+            initial = _over_rows(initial, (0, None), (None, 0))
             record = _over_rows(record, (0, None), (0, None))
             step, to_end = self._step_rows, self._rows_to_end
             shape, keys = (self.num_settings,), self._seed_keys
         number = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._by_setting)
+        setting = jax.tree.map(lambda _: number, outline)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._everywhere)
         jit = functools.partial(jax.jit, out_shardings=self._by_setting)
-        begin = jit(initial).trace(number, number, keys)
+        begin = jit(initial).trace(setting, keys)
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._by_setting),
             begin.out_info,
         )
         jit = functools.partial(jit, donate_argnums=(0,) if is_donation_safe() else ())
-        advance = jit(to_end).trace(rows, number, number, keys, count)
+        advance = jit(to_end).trace(rows, setting, keys, count)
         if loop is None:
             is_slow = platform == "cpu" and has_operation(advance, "conv_general_dilated")
             loop = "host" if is_slow else "compiled"
         self.loop = loop
         if loop == "compiled":
             return [begin, advance]
-        advance = jit(step).trace(rows, number, number, keys, count)
+        advance = jit(step).trace(rows, setting, keys, count)
         return [begin, advance, jit(record).trace(rows, count)]
 
     @functools.cached_property
@@ -122,18 +125,17 @@ class Program:
 
     def run(
         self,
-        step_sizes: np.ndarray,
-        thresholds: np.ndarray,
+        settings: Setting,
         rungs: Sequence[int] = (),
         choose: Callable[[list[PyTree]], np.ndarray] | None = None,
     ) -> Trained:
-        """Trains settings, at most as many as the program was made for.
+        """Trains settings, arrays of at most as many as the program was made for.
 
         After each number of records in `rungs`, `choose(params)` gets the parameters of all rows
         and returns True for the settings that go on.
         """
-        shape, seconds = (len(step_sizes), len(self._seed_keys)), 0.0
-        items = self._items(step_sizes, thresholds)
+        shape, seconds = (len(settings.step_size), len(self._seed_keys)), 0.0
+        items = self._items(settings)
         rows: list[Any] = [None] * len(items)
         num_threads = min(num_cores(), len(items)) if self._is_by_row else 1
         for end in [*rungs, len(self.recorded_at)]:
@@ -150,16 +152,18 @@ class Program:
         num_row_steps = sum(num_steps) if self._is_by_row else max(num_steps) * self._num_rows
         return _gathered(ends, shape, self._rows.record_every, seconds / max(num_row_steps, 1))
 
-    def _items(self, step_sizes: np.ndarray, thresholds: np.ndarray) -> list[tuple]:
-        """Returns step size, threshold and keys of each row, or those of all rows."""
-        numbers = [np.asarray(x, np.float32) for x in (step_sizes, thresholds)]
+    def _items(self, settings: Setting) -> list[tuple]:
+        """Returns setting and keys of each row, or those of all rows."""
+        settings = jax.tree.map(lambda x: np.asarray(x, np.float32), settings)
         if self._is_by_row:
-            settings = zip(*numbers, strict=True)
-            return [(*setting, keys) for setting in settings for keys in self._seed_keys]
+            each = (
+                jax.tree.map(lambda x, i=i: x[i], settings) for i in range(len(settings.step_size))
+            )
+            return [(setting, keys) for setting in each for keys in self._seed_keys]
         # Fewer settings are padded, so that they run in the same program.
-        missing = (0, self.num_settings - len(step_sizes))
-        numbers = [np.pad(x, missing, "edge") for x in numbers]
-        return [(*(jax.device_put(x, self._by_setting) for x in numbers), self._seed_keys)]
+        missing = (0, self.num_settings - len(settings.step_size))
+        settings = jax.tree.map(lambda x: np.pad(x, missing, "edge"), settings)
+        return [(jax.device_put(settings, self._by_setting), self._seed_keys)]
 
     def _train(self, end: int, item_and_rows: tuple, is_over: threading.Event) -> Row:
         """Returns a row, or all rows, after `end` records; begins them if they are None."""
@@ -226,21 +230,17 @@ class Program:
 
     # --- Inside the programs: one row -------------------------------------------------
 
-    def _step_row(
-        self, row: Row, step_size: jax.Array, threshold: jax.Array, keys: jax.Array, i: jax.Array
-    ) -> Row:
-        return self._rows.step(row, step_size, threshold, self._rows.batch(keys, i), i)
+    def _step_row(self, row: Row, setting: Setting, keys: jax.Array, i: jax.Array) -> Row:
+        return self._rows.step(row, setting, self._rows.batch(keys, i), i)
 
-    def _row_to_end(
-        self, row: Row, step_size: jax.Array, threshold: jax.Array, keys: jax.Array, end: jax.Array
-    ) -> Row:
+    def _row_to_end(self, row: Row, setting: Setting, keys: jax.Array, end: jax.Array) -> Row:
         """Returns the row after `end` steps, or after it has stopped."""
 
         def is_on(end: jax.Array, row: Row) -> jax.Array:
             return (row.state.step < end) & (row.code == 0)
 
         def step(row: Row) -> Row:
-            return self._step_row(row, step_size, threshold, keys, row.state.step)
+            return self._step_row(row, setting, keys, row.state.step)
 
         def to_record(row: Row) -> Row:
             index = row.state.step // self._rows.record_every
@@ -252,35 +252,23 @@ class Program:
 
     # --- All rows ---------------------------------------------------------------------
 
-    def _step_rows(
-        self,
-        rows: Row,
-        step_sizes: jax.Array,
-        thresholds: jax.Array,
-        seed_keys: jax.Array,
-        i: jax.Array,
-    ) -> Row:
+    def _step_rows(self, rows: Row, settings: Setting, seed_keys: jax.Array, i: jax.Array) -> Row:
         def unless_stopped(row: Row, *args: Any) -> Row:
             new = self._rows.step(row, *args)
             return jax.tree.map(functools.partial(jnp.where, row.code == 0), new, row)
 
         batches = jax.vmap(self._rows.batch, (0, None))(seed_keys, i)
-        step = _over_rows(unless_stopped, (0, 0, 0, None, None), (0, None, None, 0, None))
-        return step(rows, step_sizes, thresholds, batches, i)
+        step = _over_rows(unless_stopped, (0, 0, None, None), (0, None, 0, None))
+        return step(rows, settings, batches, i)
 
     def _rows_to_end(
-        self,
-        rows: Row,
-        step_sizes: jax.Array,
-        thresholds: jax.Array,
-        seed_keys: jax.Array,
-        end: jax.Array,
+        self, rows: Row, settings: Setting, seed_keys: jax.Array, end: jax.Array
     ) -> Row:
         """Returns all rows after the next record, which is at step `end`."""
         index = (end - 1) // self._rows.record_every
 
         def body(i: jax.Array, rows: Row) -> Row:
-            return self._step_rows(rows, step_sizes, thresholds, seed_keys, i)
+            return self._step_rows(rows, settings, seed_keys, i)
 
         rows = lax.fori_loop(index * self._rows.record_every, end, body, rows)
         return _over_rows(self._rows.record, (0, None), (0, None))(rows, index)

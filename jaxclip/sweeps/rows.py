@@ -11,7 +11,14 @@ from jax.typing import ArrayLike
 
 from jaxclip._core.trees import PyTree, is_clippable
 from jaxclip._core.updates import bound_in
-from jaxclip.sweeps.tasks import STEP_METRICS, Task, check_unambiguous
+from jaxclip.sweeps.tasks import (
+    STEP_METRICS,
+    Setting,
+    Task,
+    check_unambiguous,
+    initial_params,
+    optimizer_of,
+)
 from jaxclip.training.info import StepInfo
 from jaxclip.training.step import TrainState, make_step_with_bounds
 from jaxclip.training.stopping import Progress
@@ -43,11 +50,11 @@ class Rows:
         self.record_every = record_every
         self.recorded_at = [*range(record_every, num_steps, record_every), num_steps]
 
-    def initial(self, step_size: jax.Array, threshold: jax.Array, keys: jax.Array) -> Row:
+    def initial(self, setting: Setting, keys: jax.Array) -> Row:
         """Returns a row before its first step."""
-        params = self._task.init_fn(keys[0])
-        state = TrainState.create(params, self._task.optimizer(step_size), key=keys[2])
-        step = self._train_step(step_size, threshold)
+        params = initial_params(self._task, keys[0])
+        state = TrainState.create(params, optimizer_of(self._task, setting), key=keys[2])
+        step = self._train_step(setting)
         # Of this step XLA computes only the loss.
         zeros = jax.tree.map(lambda w: jnp.zeros_like(w) if is_clippable(w) else w, params)
         _, info, bounds = step(state._replace(params=zeros), self.batch(keys, 0))
@@ -69,13 +76,13 @@ class Rows:
         """Returns the batch of step `i`, from 0, of a seed."""
         return self._task.batches(jax.random.fold_in(keys[1], i))
 
-    def _train_step(self, step_size: jax.Array, threshold: jax.Array) -> Callable:
+    def _train_step(self, setting: Setting) -> Callable:
         """Returns a step that also returns the box: an array for each leaf, in its dtype."""
         box = self._task.weight_threshold
         step = make_step_with_bounds(
             self._task.loss_fn,
-            self._task.optimizer(step_size),
-            threshold if box is None else box(threshold),
+            optimizer_of(self._task, setting),
+            setting.threshold if box is None else box(setting.threshold),
         )
 
         def with_arrays(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo, list]:
@@ -85,11 +92,9 @@ class Rows:
 
         return with_arrays
 
-    def step(
-        self, row: Row, step_size: jax.Array, threshold: jax.Array, batch: PyTree, i: jax.Array
-    ) -> Row:
+    def step(self, row: Row, setting: Setting, batch: PyTree, i: jax.Array) -> Row:
         """Returns the row after step `i`, from 0."""
-        state, info, bounds = self._train_step(step_size, threshold)(row.state, batch)
+        state, info, bounds = self._train_step(setting)(row.state, batch)
         memory, code = self._stop(row.memory, state, info, i + 1)
         loss = info.loss.astype(jnp.float32)
         return row._replace(

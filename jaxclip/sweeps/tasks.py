@@ -1,7 +1,9 @@
 """The problem of a sweep: loss, data and optimizer, the end of training, and the evaluation."""
 
 import dataclasses
-from collections.abc import Callable, Container
+import functools
+from collections.abc import Callable, Container, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxclip._core import checks
 from jaxclip._core.trees import PyTree
+from jaxclip.sparsity.keeping import keep_sparse
 from jaxclip.training.stopping import Mode, StopReason, StopRule
 
 OUTRANKED = 1 + list(StopReason).index(StopReason.OUTRANKED)  # a stop rule's code
@@ -22,9 +25,11 @@ class Task:
 
     Attributes:
       loss_fn: Loss of `make_train_step`, without `aux`.
-      init_fn: `init_fn(key)` returns initial parameters.
-      optimizer: `optimizer(step_size)` returns an optax transformation. The step size is
-        traced: it may go into a schedule, but not into a Python `if`.
+      init_fn: `init_fn(key)` returns initial parameters; or several such functions by name, to
+        compare models, for instance of different widths. The other functions serve all of them.
+      optimizer: `optimizer(step_size)` returns an optax transformation, or with weight decays
+        `optimizer(step_size, weight_decay=...)`. Both numbers are traced: they may go into a
+        schedule, but not into a Python `if`.
       batches: `batches(key)` returns the batch of a step; pure, with a new key for each step.
         `random_batches` makes such a function from arrays.
       stop: A stop rule with a `max_steps` in it and no `max_seconds`, such as
@@ -40,9 +45,9 @@ class Task:
         a scalar of `evaluate`.
 
     Raises:
-      TypeError: If `stop` is not a stop rule.
-      ValueError: If `stop` has no last step or reads the clock, `mode` is neither "max" nor
-        "min", or `evaluate_every` is not an integer of at least 1.
+      TypeError: If `stop` is not a stop rule, or the name of a model is not a string.
+      ValueError: If there is no model, `stop` has no last step or reads the clock, `mode` is
+        neither "max" nor "min", or `evaluate_every` is not an integer of at least 1.
 
     Example:
       >>> import jaxclip
@@ -61,8 +66,8 @@ class Task:
     """
 
     loss_fn: Callable[..., ArrayLike]
-    init_fn: Callable[[jax.Array], optax.Params]
-    optimizer: Callable[[jax.Array], optax.GradientTransformation]
+    init_fn: Callable[[jax.Array], optax.Params] | Mapping[str, Callable[[jax.Array], optax.Params]]
+    optimizer: Callable[..., optax.GradientTransformation]
     batches: Callable[[jax.Array], PyTree]
     _: dataclasses.KW_ONLY
     stop: StopRule
@@ -74,6 +79,12 @@ class Task:
     evaluate_every: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.init_fn, Mapping):
+            if not self.init_fn:
+                raise ValueError("init_fn must have at least one model, got an empty mapping.")
+            for name in self.init_fn:
+                if not isinstance(name, str):
+                    raise TypeError(f"init_fn must have strings for names of models, got {name!r}.")
         if not isinstance(self.stop, StopRule):
             raise TypeError(
                 f"stop must be a stop rule, such as max_steps(1000), got {self.stop!r}."
@@ -120,9 +131,54 @@ def random_batches(data: PyTree, batch_size: int) -> Callable[[jax.Array], PyTre
     return batches
 
 
-def checked_task(task: Task) -> Task:
+class Setting(NamedTuple):
+    """The numbers that a sweep varies, traced in a program; None for those that it does not."""
+
+    weight_decay: Any
+    density: Any
+    step_size: Any
+    threshold: Any
+
+
+def initial_params(task: Task, key: jax.Array) -> optax.Params:
+    """Returns the parameters that a task of one model begins with."""
+    assert callable(task.init_fn)  # `checked_models` makes such tasks
+    return task.init_fn(key)
+
+
+def optimizer_of(task: Task, setting: Setting) -> optax.GradientTransformation:
+    """Returns the optimizer of a setting, which also prunes if densities are compared."""
+    decay = {} if setting.weight_decay is None else {"weight_decay": setting.weight_decay}
+    optimizer = task.optimizer(setting.step_size, **decay)
+    if setting.density is None:
+        return optimizer
+    num_steps = int(task.stop.num_steps or 0)
+    num_pruning, density = -(-3 * num_steps // 4), setting.density
+
+    def falling(step: ArrayLike) -> ArrayLike:
+        rest = jnp.maximum(1 - jnp.asarray(step + 1, jnp.float32) / num_pruning, 0)
+        return density + (1 - density) * rest**3
+
+    return keep_sparse(optimizer, falling, every=max(num_steps // 100, 1))
+
+
+def checked_models(task: Task) -> dict[str | None, Task]:
+    """Returns a task with one `init_fn` for each model, checked; None for a model without name."""
+    models = task.init_fn if isinstance(task.init_fn, Mapping) else {None: task.init_fn}
+    return {
+        name: _checked_task(dataclasses.replace(task, init_fn=init_fn))
+        for name, init_fn in models.items()
+    }
+
+
+def outline_of_params(task: Task) -> PyTree:
+    """Returns the shapes and dtypes of the parameters of a task of one model."""
+    return jax.eval_shape(functools.partial(initial_params, task), jax.random.key(0))
+
+
+def _checked_task(task: Task) -> Task:
     """Returns the task, checked by its shapes; `evaluate_every` is None if `stop` ignores it."""
-    params = jax.eval_shape(task.init_fn, jax.random.key(0))
+    params = outline_of_params(task)
     metrics = jax.eval_shape(task.evaluate, params)
     if not isinstance(metrics, dict):
         raise TypeError(f"evaluate must return a dict of metrics, got {type(metrics).__name__}.")

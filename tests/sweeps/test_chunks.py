@@ -63,7 +63,7 @@ def test_a_resumed_sweep_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypa
 
 
 CHANGES = {
-    "settings": {"step_sizes": [0.1, 0.2]},
+    "step_size": {"step_sizes": [0.1, 0.2]},
     "seeds": {"seeds": [4, 5]},
     "bits": {"bits": (2,)},
     "program": {"batches": random_batches((INPUTS + 1, TARGETS), 16)},
@@ -132,13 +132,13 @@ def test_two_sweeps_on_one_folder_divide_its_chunks(tmp_path, monkeypatch):
     few = {"chunk_size": 1, "bits": (None,), "thresholds": [1.0], "directory": tmp_path}
     real, trained, second_trains = programs.Program.run, [], threading.Event()
 
-    def listed(self, step_sizes, *args):
-        trained.append(float(step_sizes[0]))
+    def listed(self, settings, *args):
+        trained.append(float(settings.step_size[0]))
         if len(trained) == 1:
             others.append(pool.submit(run, **few))
             assert second_trains.wait(120)
         second_trains.set()
-        return real(self, step_sizes, *args)
+        return real(self, settings, *args)
 
     monkeypatch.setattr(programs.Program, "run", listed)
     others = []

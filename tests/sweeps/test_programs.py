@@ -13,7 +13,7 @@ from jax import lax
 import jaxclip
 from jaxclip.sweeps import programs
 from jaxclip.sweeps.compiled import fingerprint
-from jaxclip.sweeps.tasks import Task
+from jaxclip.sweeps.tasks import Setting, Task
 from oracles.compilations import counted
 from oracles.small_sweeps import (
     TASK,
@@ -97,15 +97,16 @@ def test_settings_are_divided_over_devices(result):
 @pytest.mark.thorough
 def test_the_settings_of_a_program_are_on_all_of_its_devices():
     task = dataclasses.replace(TASK, stop=jaxclip.max_steps(2))
-    program = programs.Program(task, 16, [0], jax.devices(), None, 1)
+    settings = Setting(None, None, np.full(16, 0.1), np.full(16, 1.0))
+    program = programs.Program(task, settings, 16, [0], jax.devices(), None, 1)
     placed = []
 
-    def listed(rows, *numbers_and_keys):
+    def listed(rows, *settings_and_keys):
         placed.append(rows.state.params["hidden"]["kernel"].sharding)
-        return advance(rows, *numbers_and_keys)
+        return advance(rows, *settings_and_keys)
 
     advance, program._advance = program._advance, listed
-    program.run(np.full(16, 0.1), np.full(16, 1.0))
+    program.run(settings)
     assert len(placed) == 2
     for sharding in placed:
         assert sharding.shard_shape((16, 1, 6, 8)) == (2, 1, 6, 8)
@@ -128,7 +129,8 @@ def test_convolutions_on_cpu_get_a_loop_outside_the_program():
         evaluate=evaluate,
         metric="test",
     )
-    assert programs.Program(task, 1, [0], jax.devices()[:1], None, 1).loop == "host"
+    one = Setting(None, None, np.ones(1), np.ones(1))
+    assert programs.Program(task, one, 1, [0], jax.devices()[:1], None, 1).loop == "host"
 
 
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 import jaxclip
-from jaxclip.sweeps.results import SweepResult, SweepRow, pareto_front
+from jaxclip.sweeps.results import SweepResult
+from jaxclip.sweeps.table import SweepRow, pareto_front
 
 VALUES = st.sampled_from([0.0, 1.0, 2.0, 3.0, -1.5, math.inf, -math.inf, math.nan])
 
@@ -111,6 +112,42 @@ def test_the_recommendation_is_the_smallest_file_within_the_loss(max_loss, bits)
     assert row == made().recommend(max_loss)
 
 
+@pytest.mark.parametrize(
+    ("max_bytes", "max_loss", "expected"),
+    [
+        (400, None, (0.1, math.inf, None)),
+        (399, None, (0.1, math.inf, 4)),
+        (100, 0.016, (0.1, math.inf, 1)),
+        (99, None, (0.1, math.inf, 1)),
+    ],
+)
+def test_within_bytes_the_best_is_recommended(max_bytes, max_loss, expected):
+    row = made().recommend(max_loss, max_bytes=max_bytes)
+    assert chosen(row) == expected
+    assert row.file_bytes <= max_bytes
+
+
+def test_a_file_must_be_within_the_bytes_for_every_seed():
+    sizes = np.broadcast_to([400.0, 100.0, 50.0], (2, 2, 2, 3)).copy()
+    sizes[0, 1, 1, 1] = 101  # on average 100.5
+    sizes[0, 1, 0, 1] = 98
+    assert chosen(made(file_bytes=sizes).recommend(max_bytes=100)) == (0.1, 1.0, 4)
+
+
+def test_a_recommendation_says_why():
+    assert made().recommend(max_bytes=100).reason == (
+        "Of 6 files of at most 100 bytes it has the best test, 0.905."
+    )
+    assert made().recommend(0.021).reason == (
+        "Of 9 files it is the smallest of 5 whose test is within 0.021 of the best, 0.91."
+    )
+
+
+def test_bytes_below_all_files_are_refused_with_the_least():
+    with pytest.raises(ValueError, match=r"max_bytes=49 is out of reach: .* is 50 bytes"):
+        made().recommend(max_bytes=49)
+
+
 def test_metrics_that_are_a_loss_apart_in_float32_are_within_it():
     for hundredths in range(2, 100):
         pair = np.asarray([hundredths, hundredths - 1], np.float32) / np.float32(100)
@@ -189,7 +226,7 @@ def test_csv_has_a_line_for_each_row(tmp_path):
     assert (tmp_path / "sweep.csv").read_text() == text
     lines = list(csv.DictReader(io.StringIO(text)))
     assert len(lines) == 12
-    assert tuple(lines[0]) == SweepRow._fields
+    assert (*lines[0], "reason") == SweepRow._fields
     for line, row in zip(lines, result.rows(), strict=True):
         assert float(line["metric"]) == row.metric
         assert line["bits"] == ("" if row.bits is None else str(row.bits))
@@ -199,16 +236,16 @@ def test_the_table_shows_every_row_and_the_diverged_seeds():
     lines = str(made()).splitlines()
     assert len(lines) == 13
     assert [line for line in lines if line.rstrip().endswith("1/2")] == lines[10:]
-    assert "as is" in lines[1]
+    assert "as trained" in lines[1]
 
 
 def test_a_notebook_shows_the_table_with_the_front_in_bold():
     result = made()
     root = ET.fromstring(result._repr_html_())
     rows = list(root.iter("tr"))
-    front = {row[:3] for row in result.pareto()}
+    front = {row.setting for row in result.pareto()}
     bold = ["bold" in row[0].get("style") for row in rows[1:]]
-    assert bold == [row[:3] in front for row in result.rows()]
+    assert bold == [row.setting in front for row in result.rows()]
     assert 0 < sum(bold) < len(bold)
     cells = [" ".join(cell.text or "" for cell in row).split() for row in rows]
     assert cells == [line.split() for line in str(result).splitlines()]

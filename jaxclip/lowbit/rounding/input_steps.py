@@ -112,7 +112,7 @@ def _price_factor(deviation: float) -> float:
     """Returns the part of a price that remains for weights of a deviation in steps."""
     # Weights below a step cannot have an error above their own variance, and a bit saves a fraction
     # of the error.
-    return min(deviation**2, 1.0)
+    return min(deviation, 1.0) ** 2
 
 
 def _without_data(shape: tuple[int, ...]) -> FactoredMoments:
