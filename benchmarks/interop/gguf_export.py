@@ -3,7 +3,7 @@
     python benchmarks/interop/gguf_export.py [model.safetensors] [--match encoder]
 
 takes all two-dimensional float leaves of a safetensors file whose names contain `--match` and
-whose rows are a multiple of 32 long, and weights drawn from several distributions. Error is
+whose rows are a multiple of the block long, and weights drawn from several distributions. Error is
 |W - W'|^2 / |W|^2 with W' read by the gguf package for both sides; bytes are the same. Time is
 one pass after a first.
 """
@@ -17,12 +17,13 @@ import gguf
 import jax
 import numpy as np
 
-from jaxclip.interop.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, encode_blocks
+from jaxclip.interop.gguf_blocks import encode_blocks
+from jaxclip.interop.gguf_packing import WRITTEN
 
 
-def drawn(num_blocks=2**14):
+def drawn(block_size, num_weights=2**19):
     rng = np.random.default_rng(0)
-    size = (num_blocks, BLOCK_SIZE)
+    size = (num_weights // block_size, block_size)
     outlier = rng.normal(size=size)
     outlier[:, 0] *= 30
     return {
@@ -36,14 +37,14 @@ def drawn(num_blocks=2**14):
     }
 
 
-def file_weights(path, match):
+def file_weights(path, match, block_size):
     from safetensors.numpy import load_file
 
     leaves = {k: v for k, v in load_file(path).items() if match in k and v.ndim == 2}
     blocks = [
-        v.astype(np.float32).reshape(-1, BLOCK_SIZE)
+        v.astype(np.float32).reshape(-1, block_size)
         for v in leaves.values()
-        if v.dtype.kind in "fV" and v.shape[1] % BLOCK_SIZE == 0
+        if v.dtype.kind in "fV" and v.shape[1] % block_size == 0
     ]
     return np.concatenate(blocks)
 
@@ -70,11 +71,12 @@ def main():
     parser.add_argument("--match", default="", help="part of the names of the leaves that count")
     arguments = parser.parse_args()
     print(f"jax {jax.__version__}, gguf {version('gguf')}, {jax.devices()[0].device_kind}")
-    weights = {name: x.astype(np.float32) for name, x in drawn().items()}
-    if arguments.file:
-        weights = {arguments.file.name: file_weights(arguments.file, arguments.match), **weights}
-    for kind, num_bytes in BYTES_PER_BLOCK.items():
-        print(f"\n{kind}, {8 * num_bytes / BLOCK_SIZE} bits a weight")
+    for kind, form in WRITTEN.items():
+        weights = {name: x.astype(np.float32) for name, x in drawn(form.size).items()}
+        if arguments.file:
+            of_file = file_weights(arguments.file, arguments.match, form.size)
+            weights = {arguments.file.name: of_file, **weights}
+        print(f"\n{kind}, {8 * form.num_bytes / form.size:.4g} bits a weight")
         print(
             f"{'weights':<20} {'M':>5} {'gguf':>10} {'jaxclip':>10} {'ratio':>6} "
             f"{'worse blocks':>12} {'M/s, gguf':>9} {'jaxclip':>8}"

@@ -19,7 +19,7 @@ _BITS = ("1", "ternary", "2", "3", "4", "5", "6", "8")
 _SCALES = ("float32", "float16", "bfloat16", "log8")
 _DTYPES = ("float16", "bfloat16", "float32")
 _FORMATS = ("safetensors", "compressed-tensors", "sparse-24-bitmask", "gguf")
-_FORMATS += ("Q4_0", "Q4_1", "Q8_0")
+_FORMATS += ("Q4_0", "Q4_1", "Q8_0", "TQ1_0", "TQ2_0")
 _LAYOUTS = ("in_out", "out_in")
 
 

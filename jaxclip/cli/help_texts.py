@@ -75,8 +75,8 @@ Write low-bit weights for other programs.
 
 compressed-tensors: codes and scales as vLLM and transformers read them. The printed output belongs
 in the model's config.json as quantization_config. sparse-24-bitmask: 2:4 sparse weights, as
-compressed-tensors 0.9.4 to 0.14 reads them. gguf: GGUF with the codes that SRC has. Q4_0,
-Q4_1, Q8_0: GGUF with blocks of that kind, if SRC has no codes. Both need the extra gguf, and
+compressed-tensors 0.9.4 to 0.14 reads them. gguf: GGUF with the codes that SRC has. Q4_0, Q4_1,
+Q8_0, TQ1_0, TQ2_0: GGUF with blocks of that kind, if SRC has no codes. All need the extra gguf, and
 tensor names that its reader knows. safetensors: plain weights. Keys of nested trees are joined by
 dots; names in files of other libraries stay as they are, unless --rename changes them.
 

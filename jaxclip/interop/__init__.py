@@ -3,7 +3,8 @@
     to_safetensors          plain weights, for every reader of safetensors
     to_compressed_tensors   4- and 8-bit codes, for compressed-tensors, transformers and vLLM;
                             2:4 sparse weights
-    to_gguf                 blocks of 32 at 4 and 8 bits, for llama.cpp and the gguf package
+    to_gguf                 blocks of 4 and 8 bits and ternary ones, for llama.cpp and the gguf
+                            package; from_gguf back
     export_checkpoint       any of them from a file, which need not fit into memory
     to_jax_sparse           arrays of jax.experimental.sparse in memory; from_jax_sparse back
     to_qwix                 arrays of Qwix in memory; from_qwix back
@@ -15,6 +16,7 @@ or not at all, and are written tensor by tensor.
 from jaxclip.interop.checkpoint import export_checkpoint as export_checkpoint
 from jaxclip.interop.compressed_tensors import to_compressed_tensors as to_compressed_tensors
 from jaxclip.interop.gguf import to_gguf as to_gguf
+from jaxclip.interop.gguf_reading import from_gguf as from_gguf
 from jaxclip.interop.jax_sparse import from_jax_sparse as from_jax_sparse
 from jaxclip.interop.jax_sparse import to_jax_sparse as to_jax_sparse
 from jaxclip.interop.plain import to_safetensors as to_safetensors

@@ -16,7 +16,7 @@ from jaxclip.interop.bitmasks import write_sparse
 from jaxclip.interop.compressed_tensors import write_packed
 from jaxclip.interop.destination import Destination, JsonObject, floating_dtype
 from jaxclip.interop.gguf import check_gguf, write_gguf
-from jaxclip.interop.gguf_blocks import BYTES_PER_BLOCK, BlockKind
+from jaxclip.interop.gguf_packing import WRITTEN, BlockKind
 from jaxclip.interop.leaves import Rename, stored_leaves
 from jaxclip.interop.plain import write_values
 
@@ -53,9 +53,9 @@ def export_checkpoint(
         is given, or if `src` is a folder of shards and `dst` does not end in .safetensors.
       to: "safetensors" for plain weights; "compressed-tensors" for the codes that the source has,
         in pack-quantized; "sparse-24-bitmask" for weights that are 2:4 sparse, the other layout of
-        `to_compressed_tensors`; "gguf" for the codes that the source has; or "Q4_0", "Q4_1" or
-        "Q8_0" for GGUF with blocks of that kind, if the source has no low-bit leaf. In a source
-        that has some, the other leaves stay floating.
+        `to_compressed_tensors`; "gguf" for the codes that the source has; or a `kind` of
+        `to_gguf`, such as "Q4_0", for GGUF with blocks of that kind, if the source has no low-bit
+        leaf. In a source that has some, the other leaves stay floating.
       dtype: Floating dtype of plain weights, or of scales and other floating leaves in
         compressed-tensors; None keeps that of each leaf.
       architecture: Value of `general.architecture` in GGUF.
@@ -95,10 +95,10 @@ def export_checkpoint(
       Traceback (most recent call last):
       FileNotFoundError: there is no file 'small.safetensors'.
     """
-    is_gguf = to in ("gguf", *BYTES_PER_BLOCK)
+    is_gguf = to in ("gguf", *WRITTEN)
     if not is_gguf:
         others = ("safetensors", "compressed-tensors", "sparse-24-bitmask", "gguf")
-        checks.check_choice("to", to, (*others, *BYTES_PER_BLOCK))
+        checks.check_choice("to", to, (*others, *WRITTEN))
     kind = None if to == "gguf" else to
     dtype = floating_dtype(dtype)
     if is_gguf:

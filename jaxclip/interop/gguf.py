@@ -1,6 +1,6 @@
-"""GGUF files: leaves as tensors, in blocks of 32 entries that share a float16 scale.
+"""GGUF files: leaves as tensors, in blocks of 32 or 256 entries that share a float16 scale.
 
-The bytes of the blocks are made in `gguf_blocks`; the gguf package writes the file.
+The blocks are made in `gguf_blocks`; the gguf package writes the file.
 """
 
 import collections
@@ -18,15 +18,8 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks, extras
 from jaxclip._core.atomic import replacing
 from jaxclip._core.trees import PyTree
-from jaxclip.interop.gguf_blocks import (
-    BLOCK_SIZE,
-    BYTES_PER_BLOCK,
-    BlockKind,
-    are_usual,
-    blocks_of_codes,
-    encode_blocks,
-    header_of_codes,
-)
+from jaxclip.interop.gguf_blocks import are_usual, blocks_of_codes, encode_blocks, header_of_codes
+from jaxclip.interop.gguf_packing import WRITTEN, BlockKind
 from jaxclip.interop.leaves import (
     ExportTensor,
     NamedLeaf,
@@ -61,26 +54,28 @@ def to_gguf(
     rename: Rename = (),
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Writes a tree as GGUF, with codes in blocks of 32 along the last axis.
+    """Writes a tree as GGUF, with codes in blocks of 32 or 256 along the last axis.
 
-    Low-bit leaves keep their codes: as Q4_0 if these are in -8..7 (Q4_1 with zero points),
-    otherwise as Q8_0; only scales and offsets are rounded, to float16. Those for which GGUF has
-    no blocks are written as floats, and a warning says how many and why. In a tree without
-    low-bit leaves, floating leaves of two or more dimensions become blocks of `kind`, with scales
-    of small squared error. In a tree with some they stay floating, because a policy left them so.
+    Low-bit leaves keep their codes: as TQ2_0 if they have 1 bit or are ternary, with one scale for
+    each 256 entries of a row; else as Q4_0 if they are in -8..7 (Q4_1 with zero points), otherwise
+    as Q8_0. Only scales and offsets are rounded, to float16. Those for which GGUF has no blocks
+    are written as floats, and a warning says how many and why. In a tree without low-bit leaves,
+    floating leaves of two or more dimensions become blocks of `kind`, with scales of small squared
+    error. In a tree with some they stay floating, because a policy left them so.
 
-    Leaves of one dimension, with rows whose length is not a multiple of 32, or under names of
-    optimizer states (see `compress_checkpoint`) stay floating: float16 if they are float16,
-    float64 if they are float64, else float32. Integers that GGUF lacks get the next wider type.
-    Leading axes beyond four are written as one.
+    Leaves of one dimension, with rows whose length is not a multiple of the block's, or under
+    names of optimizer states (see `compress_checkpoint`) stay floating: float16 if they are
+    float16, float64 if they are float64, else float32. Integers that GGUF lacks get the next wider
+    type. Leading axes beyond four are written as one.
 
     Args:
       path: File to write.
       tree: Pytree of arrays and `QuantizedArray`, with the names and shapes that the reader
         expects; llama.cpp expects (outputs, inputs) under names of its own.
       architecture: Value of `general.architecture`, such as "llama".
-      kind: "Q4_0" (4.5 bits per weight), "Q4_1" (5), "Q8_0" (8.5), or None to keep floating
-        leaves as they are, as in a tree with low-bit leaves.
+      kind: "Q4_0" (4.5 bits per weight), "Q4_1" (5), "Q8_0" (8.5), "TQ1_0" (1.69, ternary),
+        "TQ2_0" (2.06, ternary and faster to read), or None to keep floating leaves as they are, as
+        in a tree with low-bit leaves. There "TQ1_0" is the kind of ternary codes.
       metadata: Further keys, such as `{"llama.block_count": 12}`: strings, booleans, integers
         (uint32 where they fit, otherwise int64), floats (float32), and lists of one of these.
       separator: String that joins the keys of nested trees to a name.
@@ -117,7 +112,7 @@ def to_gguf(
 def check_gguf(kind: str | None) -> ModuleType:
     """Returns the gguf package; raises if it is not installed or `kind` cannot be written."""
     gguf = extras.import_extra("gguf", "gguf")
-    checks.check_choice("kind", kind, (*BYTES_PER_BLOCK, None))
+    checks.check_choice("kind", kind, (*WRITTEN, None))
     return gguf
 
 
@@ -131,10 +126,13 @@ def write_gguf(
 ) -> dict[str, int]:
     """Writes leaves as GGUF, one after the other; returns the number of tensors of each type."""
     gguf = check_gguf(kind)
+    ternary_kind = "TQ1_0" if kind == "TQ1_0" else "TQ2_0"
     if any(leaf.is_low_bit for leaf in leaves.values()):
         kind = None  # what a policy left alone stays as it is
     lacking: dict[str, str] = {}
-    tensors = {name: _gguf_tensor(leaf, kind, lacking) for name, leaf in leaves.items()}
+    tensors = {
+        name: _gguf_tensor(leaf, kind, ternary_kind, lacking) for name, leaf in leaves.items()
+    }
     warn_of_floats("GGUF", lacking)
     with replacing(path, overwrite) as file, _system_errors(file):
         # The package opens files by name, so it gets that of the temporary file.
@@ -171,7 +169,7 @@ def _system_errors(file: BinaryIO) -> Iterator[None]:
 
 
 def _gguf_tensor(
-    leaf: NamedLeaf, kind: str | None, lacking: dict[str, str]
+    leaf: NamedLeaf, kind: str | None, ternary_kind: str, lacking: dict[str, str]
 ) -> tuple[str, ExportTensor]:
     """Returns the name of a leaf's GGUF type, and its tensor: blocks are uint8."""
     # The reason why a low-bit leaf has no blocks is put into `lacking`.
@@ -185,18 +183,18 @@ def _gguf_tensor(
     *_, length = shape
     if leaf.is_low_bit:
         try:
-            kind = _kind_of_codes(leaf.outline)
+            kind = _kind_of_codes(leaf.outline, ternary_kind)
             low_bit = leaf.read()
             if not are_usual(np.asarray(low_bit.scale)):
-                header_of_codes(*_codes_and_scales(name, low_bit))
+                header_of_codes(*_codes_and_scales(name, low_bit, kind))
         except UnfitCodesError as error:
             kind, lacking[name] = None, str(error)
-    elif len(shape) < 2 or length % BLOCK_SIZE or is_optimizer_state(name):
+    elif len(shape) < 2 or is_optimizer_state(name) or (kind and length % WRITTEN[kind].size):
         kind = None
     if kind is None or not jnp.issubdtype(leaf.outline.dtype, jnp.floating):
         type_name, tensor = _plain(leaf)
         return type_name, tensor._replace(shape=shape)
-    byte_shape = (*shape[:-1], length // BLOCK_SIZE * BYTES_PER_BLOCK[kind])
+    byte_shape = (*shape[:-1], length // WRITTEN[kind].size * WRITTEN[kind].num_bytes)
 
     def make() -> np.ndarray:
         values = leaf.read()  # outside of the try: a damaged file is a CheckpointError
@@ -231,12 +229,14 @@ def _plain(leaf: NamedLeaf) -> tuple[str, ExportTensor]:
     return type_name, plain_tensor(leaf, np.dtype(np.float32) if type_name == "F32" else None)
 
 
-def _kind_of_codes(leaf: QuantizedArray) -> str:
+def _kind_of_codes(leaf: QuantizedArray, ternary_kind: str) -> str:
     """Returns the kind of block that holds the codes of a low-bit leaf; raises if none does."""
+    if leaf.bits in (1, "ternary") and leaf.zero is None and _is_of_blocks(leaf, ternary_kind):
+        return ternary_kind
     length = leaf.shape[-1] if leaf.shape else 1
-    if length % BLOCK_SIZE:
+    if length % WRITTEN["Q4_0"].size:
         raise UnfitCodesError(f"must have rows of a multiple of 32, got {length}")
-    if not _has_one_scale_per_block(leaf):
+    if not _is_of_blocks(leaf, "Q4_0"):
         raise UnfitCodesError(
             "must have the same scale for each 32 entries along the last axis, as with axis=0 or "
             f"group_size=32; got axis={leaf.grid.axis}, group_size={leaf.grid.group_size}"
@@ -248,21 +248,22 @@ def _kind_of_codes(leaf: QuantizedArray) -> str:
     return "Q8_0"
 
 
-def _has_one_scale_per_block(leaf: QuantizedArray) -> bool:
-    """Returns True if no two entries of a block of 32 have scales of their own."""
-    grid, last = leaf.fitted_grid, leaf.ndim - 1
+def _is_of_blocks(leaf: QuantizedArray, kind: str) -> bool:
+    """Returns True if rows are whole blocks, and no two entries of one have other scales."""
+    grid, last, size = leaf.fitted_grid, leaf.ndim - 1, WRITTEN[kind].size
+    if not leaf.shape or leaf.shape[-1] % size:
+        return False
     axes = grid.group_axes(leaf.ndim)
     if not axes:
         return leaf.scale.shape[last] == 1
     if axes[-1] != last:
         return False
-    num_groups = leaf.scale.shape[last]
-    return num_groups == 1 or grid.group_size_of(leaf.shape) % BLOCK_SIZE == 0
+    return leaf.scale.shape[last] == 1 or grid.group_size_of(leaf.shape) % size == 0
 
 
 def _blocks(name: str, leaf: ArrayLike | QuantizedArray, kind: str) -> np.ndarray:
     if isinstance(leaf, QuantizedArray):
-        return blocks_of_codes(*_codes_and_scales(name, leaf), kind)
+        return blocks_of_codes(*_codes_and_scales(name, leaf, kind), kind)
     array = np.asarray(leaf)
     if not np.all(np.isfinite(array)):
         raise ValueError("a weight is NaN or infinite.")
@@ -270,19 +271,18 @@ def _blocks(name: str, leaf: ArrayLike | QuantizedArray, kind: str) -> np.ndarra
 
 
 def _codes_and_scales(
-    name: str, leaf: QuantizedArray
+    name: str, leaf: QuantizedArray, kind: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Returns codes (blocks, 32), and the scales and zero codes of blocks."""
-    codes = codes_of(name, leaf).reshape(-1, BLOCK_SIZE)
-    zeros = None if leaf.zero is None else _per_block(leaf, leaf.zero)
-    return codes, _per_block(leaf, leaf.scale), zeros
+    """Returns codes (blocks, size), and the scales and zero codes of blocks."""
+    size = WRITTEN[kind].size
 
+    def per_block(values: ArrayLike) -> np.ndarray:
+        expanded = leaf.grid.expand(jnp.asarray(values), leaf.shape)
+        rows = np.broadcast_to(np.asarray(expanded), leaf.shape).reshape(-1, size)
+        return rows[:, :1].astype(np.float32)
 
-def _per_block(leaf: QuantizedArray, values: ArrayLike) -> np.ndarray:
-    """Returns the scale or zero point of each 32 entries, float32 of shape (blocks, 1)."""
-    expanded = leaf.grid.expand(jnp.asarray(values), leaf.shape)
-    rows = np.broadcast_to(np.asarray(expanded), leaf.shape).reshape(-1, BLOCK_SIZE)
-    return rows[:, :1].astype(np.float32)
+    codes = codes_of(name, leaf).reshape(-1, size)
+    return codes, per_block(leaf.scale), None if leaf.zero is None else per_block(leaf.zero)
 
 
 def _add_metadata(writer: Any, key: str, value: Any) -> None:

@@ -1,16 +1,13 @@
-"""GGUF blocks of 32 weights: a float16 scale, for Q4_1 an offset, and 32 codes.
+"""Weights and codes as GGUF blocks: scales of small squared error, which float16 holds.
 
-    Q4_0   w' = d * (q - 8)    q in 0..15     18 bytes per block
-    Q4_1   w' = d * q + m      q in 0..15     20 bytes
-    Q8_0   w' = d * q          q in int8      34 bytes
+    w' = d * q        or, for Q4_1,        w' = d * q + m
 
-d may be negative. d and m are rounded to float16 before codes are chosen, so the codes fit the
-stored values.
+d and m are rounded to float16 before codes are chosen, so the codes fit the stored values.
 """
 
 import functools
 import itertools
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +16,13 @@ from jax import lax
 
 from jaxclip._core.floats import rounded
 from jaxclip._core.grids import Grid
+from jaxclip.interop.gguf_packing import WRITTEN, pack_blocks
 from jaxclip.interop.leaves import check_held
 from jaxclip.lowbit.quantizer import quantize
 
-BlockKind: TypeAlias = Literal["Q4_0", "Q4_1", "Q8_0"]
-BLOCK_SIZE = 32
-BYTES_PER_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-_LOWEST = -8  # code that is stored as 0
-_CODES = {"Q4_0": (_LOWEST, 7), "Q4_1": (0, 15), "Q8_0": (-128, 127)}
+_LOWEST = -8  # code of a leaf with zero points that Q4_1 stores as 0
+_GRIDS = {"Q4_0": Grid(4, axis=0), "Q8_0": Grid(8, axis=0)}
+_GRIDS |= dict.fromkeys(("TQ1_0", "TQ2_0"), Grid("ternary", axis=0))
 # Starts of the affine fit: fractions of a block's range that are cut off below and above. The
 # coarse ones are tried for all blocks, the fine ones are steps from the best coarse one.
 _COARSE = np.array(list(itertools.product((-0.03, 0.01, 0.06, 0.12, 0.2), repeat=2)), np.float32)
@@ -37,22 +33,22 @@ _CHUNK = 2**14
 
 def encode_blocks(array: np.ndarray, kind: str) -> np.ndarray:
     """Returns the rows of an array as blocks of small squared error, uint8 along the last axis."""
-    blocks = np.ascontiguousarray(array, np.float32).reshape(-1, BLOCK_SIZE)
+    form = WRITTEN[kind]
+    blocks = np.ascontiguousarray(array, np.float32).reshape(-1, form.size)
     encode = _encode_affine if kind == "Q4_1" else functools.partial(_encode_scaled, kind=kind)
     chunks = [encode(blocks[i : i + _CHUNK]) for i in range(0, len(blocks), _CHUNK)]
-    packed = np.concatenate([*chunks, np.empty((0, BYTES_PER_BLOCK[kind]), np.uint8)])
-    num_bytes = array.shape[-1] // BLOCK_SIZE * BYTES_PER_BLOCK[kind]
-    return packed.reshape(*array.shape[:-1], num_bytes)
+    packed = np.concatenate([*chunks, np.empty((0, form.num_bytes), np.uint8)])
+    return packed.reshape(*array.shape[:-1], array.shape[-1] // form.size * form.num_bytes)
 
 
 def blocks_of_codes(
     codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray | None, kind: str
 ) -> np.ndarray:
-    """Returns codes (blocks, 32) with scales and zero codes (blocks, 1) as the bytes of blocks."""
+    """Returns codes (blocks, size), with scales and zeros (blocks, 1), as the bytes of blocks."""
     header = header_of_codes(codes, scale, zeros)
     if zeros is not None:
         codes = codes.astype(np.int16) - _LOWEST
-    return _packed(codes, header, kind)
+    return pack_blocks(codes, header, kind)
 
 
 def are_usual(scale: np.ndarray) -> bool:
@@ -80,16 +76,6 @@ def header_of_codes(
     return [np.where(is_held, part, np.float16(0)) for part in header]
 
 
-def _packed(codes: np.ndarray, header: list[np.ndarray], kind: str) -> np.ndarray:
-    """Returns blocks: float16 headers, then a byte per code, or codes j and j + 16 in one byte."""
-    if kind == "Q8_0":
-        data = codes.astype(np.int8).view(np.uint8)
-    else:
-        unsigned = (codes + (8 if kind == "Q4_0" else 0)).astype(np.uint8)
-        data = unsigned[:, : BLOCK_SIZE // 2] | (unsigned[:, BLOCK_SIZE // 2 :] << 4)
-    return np.concatenate([*(h.astype("<f2").view(np.uint8) for h in header), data], axis=1)
-
-
 def _as_float16(x: np.ndarray) -> np.ndarray:
     """Returns scales in float16; raises if one is too large."""
     result = rounded(x, np.float16)
@@ -105,10 +91,9 @@ def _as_float16(x: np.ndarray) -> np.ndarray:
 
 
 def _encode_scaled(blocks: np.ndarray, kind: str) -> np.ndarray:
-    """Returns Q4_0 or Q8_0 blocks, none worse than with the scale of the largest entry."""
-    low, high = _CODES[kind]
-    grid = Grid(4 if kind == "Q4_0" else 8, axis=0)
-    searched = quantize(jnp.asarray(_padded(blocks)), grid).scale
+    """Returns blocks without offsets, none worse than with the scale of the largest entry."""
+    _, _, low, high = WRITTEN[kind]
+    searched = quantize(jnp.asarray(_padded(blocks)), _GRIDS[kind]).scale
     searched = _as_float16(np.asarray(searched)[: len(blocks)])
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
     candidates = [
@@ -120,7 +105,7 @@ def _encode_scaled(blocks: np.ndarray, kind: str) -> np.ndarray:
         _as_float16(np.abs(largest) / high),
     ]
     (d,), codes = _best_of(blocks, [[d] for d in candidates], low, high)
-    return _packed(codes, [d], kind)
+    return pack_blocks(codes, [d], kind)
 
 
 def _encode_affine(blocks: np.ndarray) -> np.ndarray:
@@ -129,9 +114,9 @@ def _encode_affine(blocks: np.ndarray) -> np.ndarray:
     lowest, highest = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
     candidates = [[d, m], [(highest - lowest) / 15, lowest]]
     header, codes = _best_of(
-        blocks, [[_as_float16(part) for part in pair] for pair in candidates], *_CODES["Q4_1"]
+        blocks, [[_as_float16(part) for part in pair] for pair in candidates], 0, 15
     )
-    return _packed(codes, header, "Q4_1")
+    return pack_blocks(codes, header, "Q4_1")
 
 
 def _best_of(
@@ -186,9 +171,9 @@ def _affine_fit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         for row in x:
             q = jnp.clip(jnp.round((row - m) * inverse), 0, 15)
             codes, squares, products = codes + q, squares + q * q, products + q * row
-        variance = squares - codes * codes / BLOCK_SIZE
+        variance = squares - codes * codes / len(x)
         d = jnp.where(variance > 0, products / jnp.where(variance > 0, variance, 1), 0)
-        return d, -d * codes / BLOCK_SIZE, d * products
+        return d, -d * codes / len(x), d * products
 
     def search(best: _AffineFit, starts: np.ndarray, centre: _AffineFit) -> _AffineFit:
         def try_start(best: _AffineFit, start: jax.Array) -> tuple[_AffineFit, None]:

@@ -3,16 +3,19 @@
 import numpy as np
 import pytest
 
-from jaxclip.interop.gguf_blocks import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_of_codes, encode_blocks
+from jaxclip.interop.gguf_blocks import blocks_of_codes, encode_blocks
+from jaxclip.interop.gguf_packing import ON_GRIDS, WRITTEN, pack_blocks, unpack_blocks
 from oracles.exact_scales import distributions, exact_optimum
 
-KINDS = sorted(BYTES_PER_BLOCK)
+BLOCK_SIZE = 32
+KINDS = sorted(kind for kind, form in WRITTEN.items() if form.size == BLOCK_SIZE)
+TERNARY = ("TQ1_0", "TQ2_0")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def parts(data: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """d, m and codes of blocks in float64, read bit by bit as the format describes them."""
-    rows = data.reshape(-1, BYTES_PER_BLOCK[kind])
+    rows = data.reshape(-1, WRITTEN[kind].num_bytes)
     num_scales = 2 if kind == "Q4_1" else 1
     header = rows[:, : 2 * num_scales].copy().view("<f2").astype(np.float64)
     d, m = header[:, :1], header[:, 1:] if kind == "Q4_1" else np.zeros((len(rows), 1))
@@ -138,9 +141,9 @@ def test_weights_on_the_grid_come_back_exactly(kind):
 def test_rows_stay_rows_and_empty_arrays_are_encoded(kind):
     x = np.random.default_rng(2).normal(size=(2, 3, 64)).astype(np.float32)
     data = encode_blocks(x, kind)
-    assert data.shape == (2, 3, 2 * BYTES_PER_BLOCK[kind])
+    assert data.shape == (2, 3, 2 * WRITTEN[kind].num_bytes)
     assert np.array_equal(data[1, 2], encode_blocks(x[1, 2], kind))
-    assert encode_blocks(np.zeros((0, 32)), kind).shape == (0, BYTES_PER_BLOCK[kind])
+    assert encode_blocks(np.zeros((0, 32)), kind).shape == (0, WRITTEN[kind].num_bytes)
 
 
 @every_kind
@@ -156,3 +159,59 @@ def test_blocks_beyond_float16_are_refused(kind):
     x = np.full((1, BLOCK_SIZE), 1e8, np.float32)
     with pytest.raises(ValueError, match=r"a scale of .*e\+0\d is too large for float16"):
         encode_blocks(x * np.linspace(-1, 1, BLOCK_SIZE, dtype=np.float32), kind)
+
+
+# --- Ternary blocks of 256 -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TERNARY)
+def test_bytes_of_ternary_codes_are_the_gguf_packages(kind):
+    gguf = pytest.importorskip("gguf", reason="the gguf package is in the extra gguf")
+    rng = np.random.default_rng(4)
+    codes = rng.integers(-1, 2, (20, 256))
+    codes[:, 0] = 1  # so that their scale, the largest entry, is ours
+    d = rng.choice([0.25, 0.5, 3.0], (20, 1)).astype(np.float32)
+    theirs = gguf.quants.quantize((d * codes).astype(np.float32), gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(blocks_of_codes(codes.astype(np.int8), d, None, kind), theirs)
+
+
+@pytest.mark.parametrize("kind", TERNARY)
+def test_ternary_scales_are_near_the_exact_optimum_and_beat_the_largest_weight(kind):
+    gguf = pytest.importorskip("gguf", reason="the gguf package is in the extra gguf")
+    quant_type = gguf.GGMLQuantizationType[kind]
+    x = np.random.default_rng(5).normal(size=(40, 256)).astype(np.float32)
+
+    def error(data):
+        return np.sum((x.astype(np.float64) - gguf.quants.dequantize(data, quant_type)) ** 2)
+
+    ours = error(encode_blocks(x, kind))
+    best = sum(exact_optimum(row, "ternary", "full") for row in x)
+    assert ours <= 1.01 * best
+    assert ours < 0.4 * error(gguf.quants.quantize(x, quant_type))
+
+
+# --- Reading ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(ON_GRIDS))
+def test_any_bytes_are_read_as_the_gguf_package_reads_them(kind):
+    gguf = pytest.importorskip("gguf", reason="the gguf package is in the extra gguf")
+    form = ON_GRIDS[kind]
+    blocks = np.random.default_rng(6).integers(0, 256, (50, form.num_bytes)).astype(np.uint8)
+    # A finite scale, where the kind has it.
+    place = slice(-2, None) if kind in TERNARY else slice(2)
+    blocks[:, place] = np.random.default_rng(7).normal(size=(50, 1)).astype("<f2").view(np.uint8)
+    codes, scale = unpack_blocks(blocks, kind)
+    theirs = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(scale.astype(np.float32) * codes, theirs)
+
+
+@pytest.mark.parametrize("kind", sorted(ON_GRIDS.keys() & WRITTEN.keys()))
+def test_blocks_are_unpacked_to_what_was_packed(kind):
+    rng = np.random.default_rng(8)
+    form = WRITTEN[kind]
+    codes = rng.integers(form.low, form.high + 1, (30, form.size)).astype(np.int8)
+    scale = rng.normal(size=(30, 1)).astype(np.float16)
+    found = unpack_blocks(pack_blocks(codes, [scale], kind), kind)
+    assert np.array_equal(found[0], codes)
+    assert np.array_equal(found[1], scale)
