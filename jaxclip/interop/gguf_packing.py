@@ -75,7 +75,7 @@ def unpack_blocks(blocks: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray
     if kind == "TQ1_0":
         places = _unpacked_trits(data)
     elif kind == "TQ2_0":
-        parts = data.reshape(-1, 2, 1, 32) >> np.uint8([[0], [2], [4], [6]]) & np.uint8(3)
+        parts = data.reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & np.uint8(3)
         places = parts.reshape(-1, form.size)
     else:
         places = np.concatenate([data[:, -16:] & np.uint8(15), data[:, -16:] >> 4], axis=1)

@@ -91,5 +91,6 @@ def _low_bit(where: str, data: np.ndarray, kind: str, shape: tuple[int, ...]) ->
     scale = np.where(scale == 0, np.float16(1), scale)
     axis = tuple(range(-len(shape), -1)) or None
     grid = Grid(_BITS[kind], axis=axis, group_size=form.size, scale_dtype="float16")
-    scale = scale.reshape(*shape[:-1], -1)
-    return QuantizedArray(codes.reshape(shape), scale, grid, np.dtype(np.float32))
+    qvalue: Any = codes.reshape(shape)  # NumPy's, as from `checkpoints.load`
+    block_scale: Any = scale.reshape(*shape[:-1], -1)
+    return QuantizedArray(qvalue, block_scale, grid, np.dtype(np.float32))
