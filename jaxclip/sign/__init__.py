@@ -7,6 +7,7 @@ from jaxclip.sign.caution import cautious as cautious
 from jaxclip.sign.directions import scale_by_lion as scale_by_lion
 from jaxclip.sign.directions import scale_by_sign as scale_by_sign
 from jaxclip.sign.directions import scale_by_signum as scale_by_signum
+from jaxclip.sign.frank_wolfe import frank_wolfe as frank_wolfe
 from jaxclip.sign.kinds import scaled_sign as scaled_sign
 from jaxclip.sign.kinds import soft_sign as soft_sign
 from jaxclip.sign.kinds import stochastic_sign as stochastic_sign

@@ -49,6 +49,7 @@ EXCEPTIONS = {
         "sign_sgd": "as scale_by_sign",
         "signum": "as scale_by_signum",
         "lion": "as scale_by_signum",
+        "frank_wolfe": "as scale_by_signum; all weights decay",
         "cautious": "as the optimizer inside",
         "majority_vote": "as scale_by_sign, and the votes are kept for ties",
         "project_on_box": "a constraint, which does not judge: NaN weights stay NaN",

@@ -46,6 +46,10 @@ def cautious(learning_rate):
     return jaxclip.sign.cautious(jaxclip.lion(learning_rate))
 
 
+def frank_wolfe(learning_rate):
+    return jaxclip.sign.frank_wolfe(learning_rate, 0.5)
+
+
 def skip_nonfinite():
     return jaxclip.skip_nonfinite(jaxclip.lion(0.1))
 
@@ -105,6 +109,7 @@ TRANSFORMS = [
     Row(jaxclip.sign_sgd, "learning_rate", 0.01),
     Row(jaxclip.signum, "learning_rate", 0.01),
     Row(jaxclip.lion, "learning_rate", 0.01),
+    Row(frank_wolfe, "learning_rate", 0.01),
     Row(project_on_box, "threshold"),
     Row(project_on_norm, "threshold"),
     Row(jaxclip.gradients.autoclip, "quantile", 0.5, takes_schedule=False),
