@@ -7,6 +7,7 @@ code spans get two backticks, formulas become literal blocks, and other marks ar
 """
 
 import functools
+import itertools
 import re
 
 import jaxclip
@@ -28,6 +29,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the search is in the sidebar
 }
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -44,44 +46,51 @@ python_maximum_signature_line_length = 80
 # Types of other packages, and private ones, have no page here.
 nitpick_ignore_regex = [("py:.*", r".*")]
 
-_SECTIONS = re.compile(r"(Args|Returns|Raises|Example|Examples|References|Attributes|Yields):$")
-_SPAN = re.compile(r"(`[^`]+`)")
+_MODULES = re.compile(r"~?\b(?:jaxclip|jax|jaxlib|numpy|optax|collections|typing)\.(?:\w+\.)*")
+_ARRAY_LIKE = "Array | ndarray | bool | number | bool | int | float | complex"
+_SECTIONS = re.compile(r"(Args|Returns|Raises|Example|References|Attributes):$")
+_SPAN = re.compile(r"(`(?:[^`\n]|\n(?!\s*\n))+`)")  # within a paragraph
 
 
 def to_restructured_text(app, what, name, obj, options, lines):
     """Rewrites a docstring in place, before napoleon reads its sections."""
     del app, what, name, obj, options
     result: list[str] = []
-    section, is_code = "", False
-    for line in lines:
-        text = line.strip()
-        indent = len(line) - len(line.lstrip())
-        if not indent and (match := _SECTIONS.match(line)):
-            section = match[1]
-        elif not indent and text:
-            section = section if section and result and result[-1].strip() else ""
-        if text.startswith(">>>"):
-            is_code = True
-        elif not text or (not indent and not section and text[:1] != "|"):
-            is_code = is_code and not text and not section
-        starts_block = (indent or text.startswith("|")) and not section and not is_code and text
-        if starts_block and (not result or not result[-1].strip()):
-            result += ["::", ""]
-            is_code = True
-        if is_code and text.startswith("|"):
-            line = "  " + line  # a table, which is shown as it is written
-        result.append(line if is_code or section in ("Example", "Examples") else _escaped(line))
+    for is_code, group in itertools.groupby(_marked(lines), key=lambda pair: pair[0]):
+        text = "\n".join(line for _, line in group)
+        result += (text if is_code else _escaped(text)).split("\n")
     lines[:] = result
 
 
-def _escaped(line: str) -> str:
-    """Returns a line of Markdown with code spans as literals and no other marks."""
-    parts = _SPAN.split(line)
+def _marked(lines):
+    """Yields each line with True if it is code: a formula, a table or an example."""
+    section, is_code, before = "", False, ""
+    for line in lines:
+        text, is_indented = line.strip(), line[:1] == " "
+        if not is_indented and text:
+            match = _SECTIONS.match(line)
+            section = match[1] if match else section if before else ""
+        is_table = text.startswith("|")
+        if section:
+            is_code = section == "Example" and not line.startswith("Example")
+        elif not text:
+            pass  # blank lines belong to what is before them
+        elif not (is_indented or is_table):
+            is_code = False
+        elif not before and not is_code:
+            yield from ((True, "::"), (True, ""))
+            is_code = True
+        yield is_code, f"  {line}" if is_code and is_table else line
+        before = text
+
+
+def _escaped(text: str) -> str:
+    """Returns Markdown with code spans as literals and no other marks."""
+    parts = _SPAN.split(text)
     for i, part in enumerate(parts):
         if i % 2:
-            parts[i] = f"``{part[1:-1].strip()}``"
-            follows = parts[i + 1][:1]
-            parts[i] += "\\ " if follows.isalnum() else ""
+            ends_word = parts[i + 1][:1].isalnum()
+            parts[i] = f"``{part[1:-1].strip()}``" + ("\\ " if ends_word else "")
         else:
             parts[i] = re.sub(r"([|*_\\])", r"\\\1", part)
     return "".join(parts)
@@ -92,6 +101,13 @@ def skip_member(app, what, name, obj, skip, options):
     del app, what, name, options
     is_field = type(obj).__name__ == "_tuplegetter" or isinstance(obj, functools.cached_property)
     return True if is_field else skip
+
+
+def shorten_types(app, what, name, obj, options, signature, result):
+    """Names types without their modules."""
+    del app, what, name, obj, options
+    texts = (text and _MODULES.sub("", text) for text in (signature, result))
+    return tuple(text and text.replace(_ARRAY_LIKE, "ArrayLike") for text in texts)
 
 
 # Pages beside the folder docs, and where the site has them.
@@ -110,3 +126,4 @@ def setup(app):
     app.connect("source-read", move_links)
     app.connect("autodoc-process-docstring", to_restructured_text, priority=100)
     app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-signature", shorten_types)

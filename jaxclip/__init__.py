@@ -1,4 +1,4 @@
-"""Clipping and sign steps for JAX: train by sign inside a weight box, ship at low bits."""
+"""Clipping and sign steps for JAX: training in a weight box, and weights of few bits."""
 
 TYPE_CHECKING = False  # that of `typing`, without its import: a command starts with this file
 
