@@ -67,8 +67,10 @@ def compress(
 
     Args:
       params: Pytree of arrays. Biases, norm scales and leaves that are not real floating
-        stay as they are, and so do low-bit leaves, and without a `policy` for them leaves under
-        names of optimizer states: `optimizer`, `opt_state`, `exp_avg`, `moment`.
+        stay as they are, and so do low-bit leaves. So do, without a `policy` for them, leaves
+        under names of optimizer states (`optimizer`, `opt_state`, `exp_avg`, `moment`), and with a
+        warning what another library has quantized: leaves under names such as `qweight`, `scales`
+        beside it, `weight_scale_inv`, `weight_packed` and `weight.absmax`.
       bits: A `Grid`, or a width: 1, 2, 3, 4, 5, 6, 8 or "ternary", with one scale for each output.
         None (also in a `Grid`) is 4, or the width that a target chooses. The grid's axis applies
         to leaves of two or more dimensions.

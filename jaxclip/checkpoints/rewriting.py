@@ -45,10 +45,10 @@ from jaxclip.lowbit.budgets import (
 )
 from jaxclip.lowbit.coding.entropy_coding import Coding
 from jaxclip.lowbit.distortion import quantization_error
+from jaxclip.lowbit.no_weights import reasons_to_keep
 from jaxclip.lowbit.policies import (
     LeafSpec,
     Policy,
-    is_optimizer_state,
     leaf_specs,
     with_calibration,
 )
@@ -148,7 +148,7 @@ def compress_checkpoint(
         grid = dataclasses.replace(grid, bits=4)
     default = LeafSpec(grid, rule, bit_price)
     specs: dict[str, LeafSpec] = {}
-    facts: dict[str, tuple[str, ...]] = {}  # of the report
+    facts: dict[str, Any] = {}  # of the report
 
     def outline(source: Source) -> dict[str, Leaf]:
         names = [name for name, leaf in source.leaves.items() if not is_copied(leaf.dtype)]
@@ -158,7 +158,7 @@ def compress_checkpoint(
         # Names of a flat source are keys, which the new file escapes.
         paths = {n: leaf_name((n,)) if source.structure is None else n for n in source.leaves}
         facts["kept"] = tuple(sorted(paths[name] for name in found.kept))
-        facts["optimizer_state"] = tuple(sorted(paths[name] for name in found.optimizer_state))
+        facts["no_weights"] = {paths[name]: reason for name, reason in found.no_weights.items()}
         facts["layouts"] = tuple(x for x in LAYOUTS if x in found.layouts)
         of_leaves = found.specs
         if calibration is not None:
@@ -361,15 +361,17 @@ def clip_checkpoint(
     """
     check_one_threshold("threshold", threshold)
     pattern = re.compile(include)
+    no_weights: dict[str, str] = {}
 
     def outline(source: Source) -> dict[str, Leaf]:
         if not any(pattern.search(name) for name in source.leaves):
             raise ValueError(f"include={include!r} matches no leaf.")
+        no_weights.update(reasons_to_keep(source.leaves))
         return source.leaves
 
     def clip_leaf(name: str, leaf: StoredLeaf) -> LeafWithError:
         is_kept = isinstance(leaf, QuantizedArray) or is_copied(leaf.dtype)
-        is_kept = is_kept or (not include and is_optimizer_state(name))
+        is_kept = is_kept or (not include and name in no_weights)
         if is_kept or not pattern.search(name):
             return leaf, None
         if leaf.dtype == np.float64:  # not clip_weights: jax may have float64 disabled

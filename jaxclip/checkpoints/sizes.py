@@ -102,7 +102,8 @@ class SizeReport:
         bytes.
       layouts: Layouts of the leaves that were compressed: "in_out", "out_in" or both; empty if
         unknown.
-      optimizer_state: Paths of leaves that stay as they are because they are no weights.
+      no_weights: Paths of leaves that stay as they are because they are no weights, and why:
+        "optimizer state" or "quantized already".
     """
 
     leaves: tuple[LeafSize, ...]
@@ -113,7 +114,7 @@ class SizeReport:
     clip_rate: float | None = None
     kept: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
-    optimizer_state: tuple[str, ...] = ()
+    no_weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -165,7 +166,7 @@ class SizeReport:
         rows += [leaf.cells() for leaf in self.leaves]
         for leaf, row in zip(self.leaves, rows[1:], strict=True):
             row[3] += ": no smaller" if leaf.path in self.kept else ""
-            row[3] += ": optimizer state" if leaf.path in self.optimizer_state else ""
+            row[3] += f": {self.no_weights[leaf.path]}" if leaf.path in self.no_weights else ""
         rows.append(["file header", *[""] * 5, f"{self.overhead_bytes:,}", *[""] * 4])
         rows.append(["total", *[""] * 4, f"{self.raw_bytes:,}", f"{self.total_bytes:,}", "", ""])
         rows[-1] += [_short(self.relative_error), _percent(self.clip_rate)]

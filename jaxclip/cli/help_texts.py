@@ -42,8 +42,9 @@ small; the file is then read twice. With --rate the codes are entropy-coded, and
 tensor is chosen so that they take that many bits. With --bit-price they take fewer, at a larger
 error.
 
-Tensors under names of an optimizer's state, such as optimizer or exp_avg, stay as they are unless a
-policy names them.
+Tensors under names of an optimizer's state, such as optimizer or exp_avg, and parts of layers that
+are quantized already, such as qweight or weight_scale_inv, stay as they are unless a policy names
+them.
 
 --policy FILE.json gives other settings to some tensors. The file holds one JSON object that maps
 regular expressions to specs, such as

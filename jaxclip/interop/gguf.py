@@ -32,7 +32,7 @@ from jaxclip.interop.leaves import (
     warn_of_floats,
 )
 from jaxclip.lowbit.arrays import QuantizedArray
-from jaxclip.lowbit.policies import is_optimizer_state
+from jaxclip.lowbit.no_weights import reasons_to_keep
 
 _GGUF_DTYPES = {"float16": "F16", "float64": "F64"}
 _GGUF_DTYPES |= {f"int{n}": f"I{n}" for n in (8, 16, 32, 64)}
@@ -130,8 +130,11 @@ def write_gguf(
     if any(leaf.is_low_bit for leaf in leaves.values()):
         kind = None  # what a policy left alone stays as it is
     lacking: dict[str, str] = {}
+    no_weights = reasons_to_keep(leaves)
+    kinds = {name: None if name in no_weights else kind for name in leaves}
     tensors = {
-        name: _gguf_tensor(leaf, kind, ternary_kind, lacking) for name, leaf in leaves.items()
+        name: _gguf_tensor(leaf, kinds[name], ternary_kind, lacking)
+        for name, leaf in leaves.items()
     }
     warn_of_floats("GGUF", lacking)
     with replacing(path, overwrite) as file, _system_errors(file):
@@ -189,7 +192,7 @@ def _gguf_tensor(
                 header_of_codes(*_codes_and_scales(name, low_bit, kind))
         except UnfitCodesError as error:
             kind, lacking[name] = None, str(error)
-    elif len(shape) < 2 or is_optimizer_state(name) or (kind and length % WRITTEN[kind].size):
+    elif len(shape) < 2 or (kind and length % WRITTEN[kind].size):
         kind = None
     if kind is None or not jnp.issubdtype(leaf.outline.dtype, jnp.floating):
         type_name, tensor = _plain(leaf)

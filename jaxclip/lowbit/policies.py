@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,6 +19,7 @@ from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.budgets import NARROWEST
 from jaxclip.lowbit.distortion import QuantizationError, squared_error
+from jaxclip.lowbit.no_weights import QUANTIZED, reasons_to_keep
 from jaxclip.lowbit.packing import num_side_bytes, num_stored_bytes
 from jaxclip.lowbit.quantizer import (
     Threshold,
@@ -254,13 +256,13 @@ class LeafSpecs(NamedTuple):
       specs: The spec of each leaf; None to leave it as it is.
       kept: Names of leaves that stay as they are because low bits would take no fewer bytes.
       layouts: The layouts by which axes were found.
-      optimizer_state: Names of leaves that stay as they are because they are no weights.
+      no_weights: Names of leaves that stay as they are because they are no weights, and why.
     """
 
     specs: list[LeafSpec | None]
     kept: list[str]
     layouts: set[Layout]
-    optimizer_state: list[str]
+    no_weights: dict[str, str]
 
 
 def leaf_specs(
@@ -278,15 +280,15 @@ def leaf_specs(
         raise ValueError(f"policy has patterns that match no leaf: {unmatched}.")
     specs: list[LeafSpec | None] = []
     kept: list[str] = []
-    optimizer_state: list[str] = []
+    reasons, no_weights = reasons_to_keep(names), {}
     used: set[Layout] = set()
     for name, leaf, layout, i in zip(names, leaves, layouts, firsts, strict=True):
         spec = default if i is None else entries[i].spec
         has_width = i is not None and entries[i].has_width
         if not (_can_be_low_bit(leaf) and (has_width or np.ndim(leaf) >= 2)):
             spec = None
-        if spec is not None and i is None and is_optimizer_state(name):
-            optimizer_state.append(name)
+        if spec is not None and i is None and name in reasons:
+            no_weights[name] = reasons[name]
             spec = None
         has_axis = spec is None or spec.grid.axis != "outputs" or np.ndim(leaf) < 2
         spec = spec if spec is None else spec.in_layout(name, leaf, layout)
@@ -296,7 +298,13 @@ def leaf_specs(
         elif spec is not None and not has_axis:
             used.add(layout)
         specs.append(spec)
-    return LeafSpecs(specs, kept, used, optimizer_state)
+    if quantized := [name for name, reason in no_weights.items() if reason == QUANTIZED]:
+        warnings.warn(
+            f"{len(quantized):,} leaves stay as they are, because their names say that another "
+            f"library has quantized them, such as {quantized[0]!r}; a policy can choose otherwise.",
+            stacklevel=2,
+        )
+    return LeafSpecs(specs, kept, used, no_weights)
 
 
 def with_calibration(
@@ -319,18 +327,6 @@ def _of_leaf(calibration: Calibration, path: str) -> LeafCalibration:
     sensitivity = calibration.sensitivities.get(path)
     known = None if sensitivity is None else float(np.asarray(sensitivity))
     return LeafCalibration(calibration.moments.get(path), known)
-
-
-_OPTIMIZER_STATE = re.compile(
-    r"(?:^|[^a-z])(?:optimi[sz]er|optim|opt_state|exp_avg|exp_inf|moments?)(?:[^a-z]|$)"
-    r"|(?:^|[^a-z])(?:momentum(?:_buffer)?|adam(?:_\d+)?)$",
-    re.IGNORECASE,
-)
-
-
-def is_optimizer_state(name: str) -> bool:
-    """Returns True for names that optimizers give to their moments."""
-    return _OPTIMIZER_STATE.search(name) is not None
 
 
 def _parse_entry(pair: tuple[str, Spec], default: LeafSpec) -> _Entry:
