@@ -20,7 +20,7 @@ from jaxclip._core import trees
 from jaxclip._core.trees import PyTree
 from jaxclip.lowbit.arrays import QuantizedArray, is_quantized
 from jaxclip.lowbit.policies import LeafSpec
-from jaxclip.lowbit.straight_through import is_inside
+from jaxclip.lowbit.straight_through import slope_by_scale
 from jaxclip.lowbit.trees import FlatTree, compress_tree
 
 Specs = Sequence[LeafSpec | None]
@@ -123,11 +123,8 @@ def _first_scale(q: QuantizedArray) -> jax.Array:
 
 
 def _gradient(g: ArrayLike, v: ArrayLike, q: QuantizedArray) -> jax.Array:
-    v = jnp.asarray(v).astype(jnp.float32)
-    w = q.grid.expand(q.scale.astype(jnp.float32), v.shape) * q.qvalue.astype(jnp.float32)
-    # At one bit codes do not depend on the scale.
-    slope = w if q.grid.bits == 1 else jnp.where(is_inside(v, q), w - v, w)
-    slope = jnp.asarray(g).astype(jnp.float32) * slope
+    v = jnp.asarray(v)
+    slope = jnp.asarray(g).astype(jnp.float32) * slope_by_scale(v, q)
     blocks, axes = q.grid.split(slope)
     divisor = np.sqrt(q.grid.block_counts(v.shape) * q.grid.code_range[1])
     total = jnp.sum(blocks, axis=axes, keepdims=True) / jnp.asarray(divisor, jnp.float32)

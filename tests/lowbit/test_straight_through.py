@@ -76,6 +76,68 @@ def test_a_traced_threshold_has_no_derivative():
     assert float(by_t) == 0
 
 
+LEARNED = {
+    "one bit": (Grid(1), (4, 3)),
+    "ternary": (Grid("ternary"), (4, 3)),
+    "balanced": (Grid(2, levels="balanced"), (4, 3)),
+    "full": (Grid(3), (4, 3)),
+    "groups, the last one shorter": (Grid(4, levels="narrow", axis=0, group_size=3), (2, 4)),
+    "one scale": (Grid(2, axis=None), (6,)),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_threshold_has_the_derivative_of_lsq(name):
+    grid, shape = LEARNED[name]
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    upstream = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    t = np.random.default_rng(3).uniform(0.5, 1.5, grid.scale_shape(shape)).astype(np.float32)
+
+    def loss(t, x):
+        return jnp.vdot(upstream, fake_quantize(x, grid, threshold=t, learn_threshold=True))
+
+    value, (by_t, by_x) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(t, x)
+    q = quantize(x, grid, threshold=t)
+    w = np.asarray(dequantize(q), np.float64)
+    assert float(value) == pytest.approx(float(np.vdot(upstream, w)), rel=1e-5)
+    plain = jax.grad(lambda x: jnp.vdot(upstream, fake_quantize(x, grid, threshold=t)))(x)
+    np.testing.assert_array_equal(by_x, plain)
+    # By hand, entry by entry: which block it is in, and what the block's threshold does to it.
+    expected, counts = np.zeros(t.shape), np.zeros(t.shape)
+    inside = np.asarray(plain / upstream) == 1
+    for at in np.ndindex(shape):
+        block = tuple(i if n > 1 else 0 for i, n in zip(at, t.shape, strict=True))
+        if grid.group_size:
+            block = (at[0], at[1] // grid.group_size)
+        slope = w[at] - x[at] if inside[at] and grid.bits != 1 else w[at]
+        expected[block] += upstream[at] * slope / t[block]
+        counts[block] += 1
+    expected /= np.sqrt(counts * grid.code_range[1])
+    np.testing.assert_allclose(by_t, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_learned_threshold_finds_about_the_range_of_the_weights():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=64).astype(np.float32))
+
+    def loss(log_t):
+        rounded = fake_quantize(x, 2, threshold=jnp.exp(log_t), learn_threshold=True)
+        return jnp.mean((rounded - x) ** 2)
+
+    log_t, grad = jnp.float32(3.0), jax.jit(jax.grad(loss))
+    for _ in range(300):
+        log_t = log_t - 0.5 * grad(log_t)
+    best = min(float(loss(jnp.float32(log))) for log in np.linspace(-2, 2, 400))
+    assert float(loss(log_t)) <= 1.25 * best < 0.2 * float(loss(jnp.float32(3.0)))
+
+
+def test_a_rule_and_zero_points_are_not_learned():
+    x = jnp.ones((2, 2))
+    with pytest.raises(TypeError, match="threshold must be a number or an array to be learned"):
+        fake_quantize(x, 4, learn_threshold=True)
+    with pytest.raises(ValueError, match="learn_threshold needs a grid without zero points"):
+        fake_quantize(x, Grid(4, zero_point=True), threshold=1.0, learn_threshold=True)
+
+
 @pytest.mark.thorough
 def test_it_works_under_vmap_and_forward_mode():
     x = jnp.asarray([[0.3, 0.9, -2.0], [1.0, 0.2, 0.1]])
