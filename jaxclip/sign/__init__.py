@@ -4,6 +4,7 @@
 """
 
 from jaxclip.sign.caution import cautious as cautious
+from jaxclip.sign.decay import cautious_decay as cautious_decay
 from jaxclip.sign.directions import scale_by_lion as scale_by_lion
 from jaxclip.sign.directions import scale_by_sign as scale_by_sign
 from jaxclip.sign.directions import scale_by_signum as scale_by_signum

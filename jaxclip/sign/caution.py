@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip._core.floats import compute_dtype, keep_weak_type
 from jaxclip._core.trees import PyTree, is_clippable, map_clippable
+from jaxclip.sign.decay import cast_saturated
 from jaxclip.sign.kinds import alignment
-from jaxclip.sign.optimizers import cast_saturated
 
 
 class CautiousState(NamedTuple):

@@ -4,12 +4,10 @@ An optimizer here is a direction d of `sign.directions`, decoupled weight decay,
 size alpha, which may be relative to the weight box.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -20,11 +18,11 @@ from jaxclip._core.floats import (
     compute_dtype,
     increment,
     keep_weak_type,
-    saturate,
 )
-from jaxclip._core.trees import Mask, PyTree, check_mask_for_leaves, map_clippable
+from jaxclip._core.trees import Mask, PyTree, map_clippable
+from jaxclip.sign.decay import cast_saturated, decay_weights, finite_or_zero
 from jaxclip.sign.directions import scale_by_lion, scale_by_sign, scale_by_signum
-from jaxclip.sign.kinds import SignKind, alignment
+from jaxclip.sign.kinds import SignKind
 from jaxclip.thresholds.values import (
     check_number_or_schedule,
     check_threshold_tree,
@@ -123,7 +121,7 @@ def signum(
     """
     return optax.chain(
         scale_by_signum(beta, accumulator_dtype, nesterov=nesterov, sign=sign),
-        _decay_weights(weight_decay, mask, cautious_decay),
+        decay_weights(weight_decay, mask, cautious_decay),
         _scale_by_step(learning_rate, relative_to),
     )
 
@@ -184,26 +182,12 @@ def lion(
     """
     return optax.chain(
         scale_by_lion(b1, b2, mu_dtype, sign=sign),
-        _decay_weights(weight_decay, mask, cautious_decay),
+        decay_weights(weight_decay, mask, cautious_decay),
         _scale_by_step(learning_rate, relative_to),
     )
 
 
-# --- Decay and step size --------------------------------------------------------------
-
-
-class _NoState(NamedTuple):
-    """State of a link without one."""
-
-    keeps_finite = True
-
-
-class _StepState(NamedTuple):
-    """State of a link with a schedule: a scalar int32 step count."""
-
-    keeps_finite = True
-
-    step: jax.Array
+# --- Step size ----------------------------------------------------------------------
 
 
 class _StepSizeState(NamedTuple):
@@ -213,38 +197,6 @@ class _StepSizeState(NamedTuple):
 
     step: jax.Array
     learning_rate: jax.Array  # float32, for reports; 0 if it was not finite
-
-
-def _decay_weights(
-    weight_decay: ArrayLike | optax.Schedule, mask: Mask | None, is_cautious: bool
-) -> optax.GradientTransformationExtraArgs:
-    """Adds `weight_decay * w` to the direction, in its dtype."""
-    check_number_or_schedule("weight_decay", weight_decay, checks.check_nonnegative)
-    checks.check_choice("cautious_decay", is_cautious, (False, True))
-    check_mask_for_leaves(mask)
-    is_off = isinstance(weight_decay, (int, float)) and weight_decay == 0
-
-    def init_fn(params):
-        del params
-        return _StepState(jnp.zeros((), jnp.int32)) if callable(weight_decay) else _NoState()
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        if is_off:
-            return updates, state
-        checks.check_params_given("weight_decay", params)
-        checks.check_same_structure("updates", updates, "params", params)
-        step = getattr(state, "step", 0)  # a number needs no state
-        coefficient = Spread(_finite(checks.value_at("weight_decay", weight_decay, step)))
-        updates = map_clippable(
-            lambda g, p: _decayed(g, jnp.asarray(p), coefficient.like(g), is_cautious),
-            updates,
-            params,
-        )
-        return updates, _StepState(increment(state.step)) if callable(weight_decay) else state
-
-    decay = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    return decay if mask is None else optax.masked(decay, mask)
 
 
 def _scale_by_step(
@@ -257,7 +209,7 @@ def _scale_by_step(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        rate = _finite(checks.value_at("learning_rate", learning_rate, state.step))
+        rate = finite_or_zero(checks.value_at("learning_rate", learning_rate, state.step))
         rate = rate if rate.dtype == jnp.float64 else rate.astype(jnp.float32)
         if relative_to is None:
             factor = Spread(-rate)
@@ -269,11 +221,11 @@ def _scale_by_step(
             def relative(u: jax.Array, threshold: ArrayLike) -> jax.Array:
                 size = as_float(threshold, rate.dtype)
                 size = jnp.where(jnp.isinf(size), jnp.ones_like(size), size)
-                return _scaled(u, -_finite(rate * size))
+                return _scaled(u, -finite_or_zero(rate * size))
 
             thresholds = resolve_threshold(relative_to, params, state.step, name="relative_to")
             updates = map_clippable(relative, updates, thresholds)
-        reported = jnp.asarray(_finite(jnp.asarray(rate).astype(jnp.float32)))
+        reported = jnp.asarray(finite_or_zero(jnp.asarray(rate).astype(jnp.float32)))
         return updates, _StepSizeState(step=increment(state.step), learning_rate=reported)
 
     def init_fn(params):
@@ -284,17 +236,6 @@ def _scale_by_step(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-# Jitted, so that leaves of one shape share one trace.
-@functools.partial(jax.jit, static_argnums=3)
-def _decayed(g: jax.Array, p: jax.Array, coefficient: jax.Array, is_cautious: bool) -> jax.Array:
-    """Returns `g + coefficient * p` in the dtype of g; cautious decay leaves some of p out."""
-    wide = compute_dtype(g.dtype)
-    shrink = coefficient.astype(wide) * p.astype(wide)
-    if is_cautious:
-        shrink = jnp.where(alignment(g, p) >= 0, shrink, jnp.zeros_like(shrink))
-    return keep_weak_type((g.astype(wide) + shrink).astype(g.dtype), g)
-
-
 @jax.jit
 def _scaled(u: jax.Array, factor: jax.Array) -> jax.Array:
     """Returns `factor * u` in the dtype of u."""
@@ -302,19 +243,3 @@ def _scaled(u: jax.Array, factor: jax.Array) -> jax.Array:
     if factor.dtype != jnp.finfo(wide).dtype:  # beyond it the largest number, not infinity
         factor = cast_saturated(factor, jnp.finfo(wide).dtype)
     return keep_weak_type(cast_saturated(factor.astype(wide) * u.astype(wide), u.dtype), u)
-
-
-def _finite(number: ArrayLike) -> jax.Array | np.ndarray:
-    """Returns an array with 0 in place of a number that is not finite; numbers stay in NumPy."""
-    if not isinstance(number, jax.Array):
-        # That of a schedule may be NaN, too. What is only beyond the dtype becomes infinite.
-        number = number if np.isfinite(number) else 0.0
-        with np.errstate(over="ignore"):
-            return np.asarray(number, jnp.result_type(float))
-    return jnp.where(jnp.isfinite(number), number, jnp.zeros_like(number))
-
-
-def cast_saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Casts to a dtype, clipped to its finite range (by modulus, too); NaN stays NaN."""
-    fraction = 0.7 if jnp.iscomplexobj(x) else 1.0  # of each part, so that the modulus is finite
-    return saturate(x, dtype, fraction).astype(dtype)

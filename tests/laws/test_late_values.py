@@ -64,6 +64,7 @@ SCHEDULED = {
         lambda x: jaxclip.project_weights(weights.spectral_cap(x)),
     ],
     "weight_decay": [
+        sign.cautious_decay,
         lambda x: jaxclip.lion(0.1, weight_decay=x),
         lambda x: jaxclip.signum(0.1, weight_decay=x),
     ],

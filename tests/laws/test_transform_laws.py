@@ -118,6 +118,7 @@ TRANSFORMS = [
     Row(jaxclip.gradients.clip_spikes, "theta", 4.0, takes_schedule=False),
     Row(jaxclip.gradients.clip_leaf_spikes, "decay", 0.9, takes_schedule=False),
     Row(cautious, "learning_rate", 0.01),
+    Row(jaxclip.sign.cautious_decay, "weight_decay", 0.1),
     Row(majority_vote),
     Row(keep_on_grid),
     Row(keep_on_grid_that_learns_scales),

@@ -10,6 +10,7 @@ import pytest
 
 import jaxclip
 from jaxclip.sign.caution import CautiousState, cautious
+from jaxclip.sign.decay import cautious_decay
 from jaxclip.sign.directions import scale_by_lion
 from jaxclip.sign.optimizers import lion, signum
 
@@ -199,3 +200,74 @@ def test_cautious_decay_takes_traced_coefficients_without_recompiling():
         expected = step(lion(0.5, weight_decay=decay, cautious_decay=True), g, w)[0]
         np.testing.assert_allclose(update(jnp.float32(decay)), expected, atol=1e-6)
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_direction", [False, True])
+def test_after_any_optimizer_only_weights_that_it_moves_to_0_decay(dtype: Any, is_direction: bool):
+    w, u = draw(1, dtype), draw(2, dtype).at[:3].set(0)
+    tx = optax.chain(fixed(u), cautious_decay(0.25, is_direction=is_direction))
+    updates = step(tx, draw(3, dtype), w)[0]
+    x, v = f64(w), f64(u)
+    toward_zero = (v * x >= 0) if is_direction else (v * x <= 0)
+    expected = v + (0.25 if is_direction else -0.25) * np.where(toward_zero, x, 0)
+    assert updates.dtype == dtype
+    np.testing.assert_allclose(f64(updates), expected, atol=4 * float(jnp.finfo(dtype).eps))
+    # Without agreement the update keeps its bits.
+    np.testing.assert_array_equal(f64(updates)[~toward_zero], v[~toward_zero])
+
+
+def test_both_places_in_a_chain_and_the_argument_of_lion_give_the_same_step():
+    w, g = {"k": draw(1), "b": draw(2)}, {"k": draw(3), "b": draw(4)}
+    mask = {"k": True, "b": False}
+    before_rate = optax.chain(
+        scale_by_lion(), cautious_decay(0.25, mask, is_direction=True), optax.scale(-0.5)
+    )
+    after_rate = optax.chain(lion(0.5, weight_decay=0.0), cautious_decay(0.125, mask))
+    expected = step(lion(0.5, weight_decay=0.25, mask=mask, cautious_decay=True), g, w)[0]
+    for tx in (before_rate, after_rate):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), step(tx, g, w)[0], expected
+        )
+
+
+def test_cautious_decay_does_not_move_a_minimum_that_plain_decay_moves():
+    goal = jnp.array([1.0, -2.0, 0.5])
+
+    def end(decay: Any) -> jax.Array:
+        tx, w = optax.chain(optax.sgd(0.1), decay), jnp.zeros(3)
+
+        def body(carry: Any, _: None) -> Any:
+            updates, state = tx.update(carry[0] - goal, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        return jax.lax.scan(body, (w, tx.init(w)), None, length=300)[0][0]
+
+    np.testing.assert_allclose(end(cautious_decay(0.05)), goal, rtol=1e-5)
+    plain = end(optax.add_decayed_weights(-0.05))
+    np.testing.assert_allclose(plain, goal * 0.1 / 0.15, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_a_late_coefficient_that_is_wrong_decays_nothing(bad: float):
+    w, u = draw(1), draw(2)
+    for decay in (jnp.float32(bad), lambda count: jnp.float32(bad)):
+        updates = step(optax.chain(fixed(u), cautious_decay(decay)), u, w)[0]
+        np.testing.assert_array_equal(updates, u)
+
+
+def test_wrong_arguments_of_cautious_decay_are_refused():
+    for bad in (-0.1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="weight_decay must be"):
+            cautious_decay(bad)
+    with pytest.raises(TypeError, match="weight_decay must be"):
+        cautious_decay("0.1")  # pyright: ignore
+    with pytest.raises(ValueError, match="is_direction"):
+        cautious_decay(0.1, is_direction=1.0)  # pyright: ignore
+    with pytest.raises(TypeError, match="mask must be"):
+        cautious_decay(0.1, True)
+    tx = cautious_decay(0.1)
+    with pytest.raises(ValueError, match="weight_decay needs the parameters"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    with pytest.raises(ValueError, match="same shapes"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(3))
