@@ -40,6 +40,10 @@ from jaxclip.lowbit.arrays import is_quantized
 _LAYOUT_OF_FRAMEWORK: dict[str, Layout] = {"pt": "out_in", "mlx": "out_in"}
 _LAYOUT_OF_FRAMEWORK |= {"flax": "in_out", "tf": "in_out"}
 ALLOWED_SUFFIXES = ".safetensors, .npz or .npy"
+_OF_TORCH = (
+    "Files of torch are pickles, which can run code, so they are not read: load one with "
+    "torch.load(path, weights_only=True), and write it with safetensors.torch.save_file."
+)
 _MAX_OPEN_FILES = 16
 
 
@@ -156,7 +160,8 @@ def _open(stack: contextlib.ExitStack, path: Path) -> Source:
     if path.name.endswith(".safetensors.index.json"):
         return _open_shards(stack, path, file)
     if path.suffix not in _OPENERS:
-        raise ValueError(f"the suffix must be {ALLOWED_SUFFIXES}.")
+        hint = " " + _OF_TORCH if path.suffix in (".pt", ".pth", ".bin", ".ckpt") else ""
+        raise ValueError(f"the suffix must be {ALLOWED_SUFFIXES}.{hint}")
     size = os.fstat(file.fileno()).st_size
     source = _OPENERS[path.suffix](file, size)
     return dataclasses.replace(source, total_bytes=size, files=(path,), folder=folder)

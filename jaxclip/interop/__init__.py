@@ -2,7 +2,7 @@
 
     to_safetensors          plain weights, for every reader of safetensors
     to_compressed_tensors   4- and 8-bit codes, for compressed-tensors, transformers and vLLM;
-                            2:4 sparse weights
+                            2:4 sparse weights; from_compressed_tensors back
     to_gguf                 blocks of 4 and 8 bits and ternary ones, for llama.cpp and the gguf
                             package; from_gguf back
     export_checkpoint       any of them from a file, which need not fit into memory
@@ -14,6 +14,7 @@ or not at all, and are written tensor by tensor.
 """
 
 from jaxclip.interop.checkpoint import export_checkpoint as export_checkpoint
+from jaxclip.interop.compressed_reading import from_compressed_tensors as from_compressed_tensors
 from jaxclip.interop.compressed_tensors import to_compressed_tensors as to_compressed_tensors
 from jaxclip.interop.gguf import to_gguf as to_gguf
 from jaxclip.interop.gguf_reading import from_gguf as from_gguf

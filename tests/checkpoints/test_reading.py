@@ -67,3 +67,12 @@ def test_leaves_are_put_where_they_are_wanted(folder):
         assert all(isinstance(leaf, jax.Array) for leaf in loaded.values())
         assert all(leaf.devices() <= set(jax.devices()[:2]) for leaf in loaded.values())
         np.testing.assert_array_equal(loaded["a.weight"], drawn(4, 3))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_files_of_torch_are_refused_with_the_way_to_convert_them(tmp_path, suffix):
+    path = (tmp_path / "model").with_suffix(suffix)
+    path.write_bytes(b"PK")
+    for read in (checkpoints.load, checkpoints.inspect):
+        with pytest.raises(CheckpointError, match=r"pickles.*safetensors\.torch\.save_file"):
+            read(path)
