@@ -58,6 +58,7 @@ def cautious_decay(
     Returns:
       A transform that needs `params`; shapes, dtypes and weak types of the updates are kept. A
       coefficient that is traced, or of a schedule, and is not finite or negative counts as 0.
+      A sum beyond the dtype becomes its largest number; entries that are NaN or infinite stay so.
 
     Raises:
       TypeError: If `weight_decay` or `mask` is of a wrong type.
@@ -121,12 +122,17 @@ def _decayed(
 ) -> jax.Array:
     """Returns `u + coefficient * p` in the dtype of u; cautious decay leaves some of p out."""
     wide = compute_dtype(u.dtype)
+    if coefficient.dtype != jnp.finfo(wide).dtype:  # beyond it the largest number, not infinity
+        coefficient = cast_saturated(coefficient, jnp.finfo(wide).dtype)
     shrink = coefficient.astype(wide) * p.astype(wide)
     if is_cautious:
         sign = alignment(u, p)
         agrees = sign >= 0 if is_direction else sign <= 0
-        shrink = jnp.where(agrees, shrink, jnp.zeros_like(shrink))
-    return keep_weak_type((u.astype(wide) + shrink).astype(u.dtype), u)
+        shrink = jnp.where(agrees & jnp.isfinite(u), shrink, jnp.zeros_like(shrink))
+    total = u.astype(wide) + shrink
+    # A decay beyond the dtype ends at its largest number; an update that is infinite stays so.
+    total = jnp.where(jnp.isfinite(u), cast_saturated(total, u.dtype), u)
+    return keep_weak_type(total, u)
 
 
 def finite_or_zero(number: ArrayLike) -> jax.Array | np.ndarray:
