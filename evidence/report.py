@@ -77,6 +77,12 @@ def interval(values):
     return float(np.mean(values)), float(half)
 
 
+def apart(values, others):
+    """How far two means of other seeds are apart, and half of Welch's 95 % interval."""
+    found = stats.ttest_ind(values, others, equal_var=False).confidence_interval(0.95)
+    return (found.high + found.low) / 2, (found.high - found.low) / 2
+
+
 def differences(rows, better, worse, budget, is_better_high):
     """How much better one recipe is than another, seed by seed; None if one is missing."""
     found = [

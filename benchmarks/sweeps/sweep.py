@@ -30,7 +30,7 @@ import numpy as np
 import jaxclip
 from jaxclip.sweeps.chunks import Compressor, Halving, halving_rungs
 from jaxclip.sweeps.programs import Program
-from jaxclip.sweeps.tasks import Task
+from jaxclip.sweeps.tasks import Setting, Task
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 from digits import loss_fn, model, train
@@ -94,30 +94,30 @@ def main():
         metric="loss",
         mode="min",
     )
-    programs = []
+    programs, settings = [], Setting(None, None, *grid.T)
 
     def compile_sweep():
         every = -(-options.steps // 50)
-        programs.append(Program(task, len(grid), SEEDS, jax.devices(), None, every))
+        programs.append(Program(task, settings, len(grid), SEEDS, jax.devices(), None, every))
 
     sweep_compile = timed(compile_sweep)
     (program,) = programs
     looped = jax.jit(one_row(options.steps, batches))
     loop_compile = timed(lambda: looped(1e-3, 1.0, 0))
     is_sound = (np.arange(len(grid)) % 4 == 0)[:, None]
-    quarter = np.where(is_sound, grid, (3e38, np.inf))
+    quarter = Setting(None, None, *np.where(is_sound, grid, (3e38, np.inf)).T)
     rungs = halving_rungs(program.recorded_at)
     compressor = Compressor(task.evaluate, jaxclip.compress, None, ["ternary"])
 
     def halved():
         choose = Halving(task, compressor, len(grid))
-        return program.run(grid[:, 0], grid[:, 1], rungs, choose).params
+        return program.run(settings, rungs, choose).params
 
     ways = {
-        "sweep": lambda: program.run(grid[:, 0], grid[:, 1]).params,
+        "sweep": lambda: program.run(settings).params,
         "loop": lambda: [looped(a, t, seed) for a, t in grid for seed in SEEDS],
         "halving": halved,
-        "a quarter": lambda: program.run(quarter[:, 0], quarter[:, 1]).params,
+        "a quarter": lambda: program.run(quarter).params,
     }
     are_equal = all(
         np.array_equal(a, b)

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -21,16 +22,23 @@ pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the folder evidence
 
 @contextlib.contextmanager
 def lenient():
-    """Promotions as in a user's program, which optax's schedules need."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    """Promotions as in a user's program, which optax's schedules need; in all threads."""
+    usual = {"jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
+    before = {name: getattr(jax.config, name) for name in usual}
+    try:
+        for name, value in usual.items():
+            jax.config.update(name, value)
         yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
 def parts():
     sys.path.insert(0, str(FOLDER))
     try:
-        names = ("recipes", "tasks", "run", "report")
+        names = ("recipes", "tasks", "run", "report", "front")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(FOLDER))
@@ -118,6 +126,35 @@ def test_differences_are_paired_and_positive_where_the_first_is_better(parts):
         parts["report"].differences(rows, "a", "b", 1, False), [-0.5, 0.5]
     )
     assert parts["report"].differences(rows, "a", "b", 2, True) is None
+
+
+def test_means_of_other_seeds_are_apart_by_welchs_interval(parts):
+    # Variances 1 and 4 of three: standard error sqrt(5 / 3), 2.94 degrees of freedom, t = 3.22.
+    found = parts["report"].apart([1.0, 2.0, 3.0], [0.0, 2.0, 4.0])
+    assert found == pytest.approx((0, 3.22 * (5 / 3) ** 0.5), abs=0.01)
+
+
+@pytest.mark.thorough
+def test_the_search_of_files_reports_what_it_recommends(parts, monkeypatch, capsys, tmp_path):
+    front, short = parts["front"], parts["tasks"].digits()._replace(num_steps=60, budgets=(5200,))
+    monkeypatch.setitem(front.TASKS, "digits", lambda: short)
+    monkeypatch.setattr(front, "WIDTHS", (0.25,))
+    picture = tmp_path / "front.png"
+    monkeypatch.setattr(
+        sys, "argv", ["front.py", "--task", "digits", "--seeds", "2", "--picture", str(picture)]
+    )
+    with lenient():
+        front.main()
+    printed = capsys.readouterr().out
+    for budget in short.budgets:
+        part = printed.split(f"{budget:,} bytes: ")[1].split("bytes: ")[0]
+        assert "of the width, weight decay" in part
+        assert f"files of at most {budget:,} bytes it has the best valid" in part
+    sizes = re.findall(r"largest file ([\d,]+) bytes", printed)
+    for size, budget in zip(sizes, short.budgets, strict=True):
+        assert int(size.replace(",", "")) <= budget
+    assert printed.count("(the same recipe)") == 1
+    assert picture.stat().st_size > 5000
 
 
 def test_every_claim_and_every_curve_is_about_known_recipes(parts):
