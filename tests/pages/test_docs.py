@@ -52,7 +52,7 @@ def test_the_readme_prints_what_its_first_example_prints(tmp_path: pathlib.Path)
 plain = jaxclip.compress(state.params, target_bytes=3500)
 print(f"{accuracy(jaxclip.decompress(plain)):.1%}")
 """
-    numbers = re.compile(r"([\d.]+)%, .* ([\d,]+) bytes ([\d.]+)%")
+    numbers = re.compile(r"([\d.]+)%; ([\d,]+) bytes: ([\d.]+)%")
     printed = run_python(code, tmp_path).stdout
     found, wanted = (
         [float(x.replace(",", "")) for x in numbers.search(text).groups()]
