@@ -267,11 +267,13 @@ class SweepResult:
         titles += ["gap", "bytes", "ms/step", "on bound", "diverged", "outranked"]
         rows = self.rows()
         lines = [titles] + [cells_of(row, len(self.seeds)) for row in rows]
-        optional = {0: self.models, 1: self.weight_decays, 2: self.densities}
-        left_out = {i for i, values in optional.items() if values is None}
-        if not any(row.is_outranked for row in rows):
-            left_out.add(len(titles) - 1)
-        return [[cell for i, cell in enumerate(line) if i not in left_out] for line in lines]
+        is_shown = {"model": self.models is not None, "decay": self.weight_decays is not None}
+        has_box = bool(np.isfinite(self.thresholds).any())
+        is_shown |= {"density": self.densities is not None}
+        is_shown |= {"threshold": has_box, "on bound": has_box}
+        is_shown |= {"outranked": any(row.is_outranked for row in rows)}
+        kept = [i for i, title in enumerate(titles) if is_shown.get(title, True)]
+        return [[line[i] for i in kept] for line in lines]
 
     def __str__(self) -> str:
         return self.table()

@@ -165,12 +165,15 @@ def _number_below(bound: jax.Array | np.ndarray) -> tuple:
     wide = compute_dtype(bound.dtype)
     below = xp.nextafter(bound, xp.zeros_like(bound)).astype(wide)
     below = xp.where(bound == 0, -xp.ones_like(below), below)
-    below = xp.where(bounds_nothing(bound), xp.full_like(below, np.nan), below)  # counts nothing
+    is_free = bounds_nothing(bound)
     bound = xp.asarray(bound.astype(wide))
-    if xp is np and np.all((bound == 0) | ((bound > 2.0**-60) & (bound < 2.0**60))):
+    is_ordinary = (bound == 0) | ((bound > 2.0**-60) & (bound < 2.0**60))
+    if xp is np and np.all(is_ordinary & ~is_free):
         return None, below
+    # Weights times 0 are below 1: nothing is counted. With a NaN the sum over a large leaf is NaN.
     scale = inverse_size(bound)
-    return scale, below * scale
+    scale = xp.where(is_free, xp.zeros_like(scale), scale)
+    return scale, xp.where(is_free, xp.ones_like(below), below * scale)
 
 
 @jax.jit  # leaves of one shape share one trace

@@ -239,6 +239,16 @@ def test_the_table_shows_every_row_and_the_diverged_seeds():
     assert "as trained" in lines[1]
 
 
+def test_the_table_leaves_out_what_was_not_compared():
+    titles = str(made()).splitlines()[0]
+    assert "threshold" in titles
+    assert "on bound" in titles
+    assert not any(word in titles for word in ("model", "decay", "density", "outranked"))
+    free = str(made(thresholds=np.asarray([np.inf, np.inf]))).splitlines()[0]
+    assert "threshold" not in free
+    assert "on bound" not in free
+
+
 def test_a_notebook_shows_the_table_with_the_front_in_bold():
     result = made()
     root = ET.fromstring(result._repr_html_())

@@ -392,3 +392,12 @@ def test_a_weight_outside_of_a_subnormal_bound_ends_on_it(dtype, wrap):
     bound = 2.0**-128
     clipped = wrap(lambda w: clip_weights(w, bound))(jnp.asarray([1.0, -1.0, 0.0], dtype))
     np.testing.assert_array_equal(np.asarray(clipped, np.float64), [bound, -bound, 0])
+
+
+def test_without_a_bound_nothing_is_on_it_however_large_the_leaf():
+    # Without the tests' cheap code, XLA sums a leaf of this size in another way than a small one.
+    params = {"kernel": jnp.ones((784, 256)), "bias": jnp.ones(256)}
+    bounds = {"kernel": jnp.float32(np.inf), "bias": jnp.full(256, np.inf).at[0].set(1.0)}
+    rate = jax.jit(jaxclip.weights.weight_clip_rate)
+    assert float(rate(params, bounds)) == 1.0  # one bound, and one entry on it
+    assert float(rate(params, jnp.float32(np.inf))) == 0.0
