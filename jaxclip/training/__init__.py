@@ -4,6 +4,8 @@ A bad step, with a NaN or infinity in a gradient that reaches a weight, changes 
 counted.
 """
 
+from jaxclip.training.averaging import average_weights as average_weights
+from jaxclip.training.averaging import averaged_weights as averaged_weights
 from jaxclip.training.info import StepInfo as StepInfo
 from jaxclip.training.lint import Finding as Finding
 from jaxclip.training.lint import lint as lint

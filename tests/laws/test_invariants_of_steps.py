@@ -52,6 +52,7 @@ EXCEPTIONS = {
         "frank_wolfe": "as scale_by_signum; all weights decay",
         "cautious": "as the optimizer inside",
         "cautious_decay": "a decay, which does not judge: updates that are NaN stay NaN",
+        "average_weights": "reads the weights only; updates that are NaN stay NaN",
         "majority_vote": "as scale_by_sign, and the votes are kept for ties",
         "project_on_box": "a constraint, which does not judge: NaN weights stay NaN",
         "project_on_norm": "as project_on_box",

@@ -118,6 +118,7 @@ TRANSFORMS = [
     Row(jaxclip.gradients.clip_spikes, "theta", 4.0, takes_schedule=False),
     Row(jaxclip.gradients.clip_leaf_spikes, "decay", 0.9, takes_schedule=False),
     Row(cautious, "learning_rate", 0.01),
+    Row(jaxclip.training.average_weights, "decay", 0.9, takes_schedule=False),
     Row(jaxclip.sign.cautious_decay, "weight_decay", 0.1),
     Row(majority_vote),
     Row(keep_on_grid),
@@ -211,7 +212,7 @@ ROWS_OF = {
 def test_every_public_transform_has_a_row():
     made = {ROWS_OF.get(r.factory.__name__, r.factory.__name__) for r in TRANSFORMS}
     wings = (jaxclip.gradients, jaxclip.lowbit, jaxclip.sign, jaxclip.sparsity)
-    wings += (jaxclip.weights,)
+    wings += (jaxclip.training, jaxclip.weights)
     functions = {name: fn for wing in wings for name, fn in vars(wing).items()}
     transforms = {
         name
