@@ -102,7 +102,9 @@ def decay_weights(
         checks.check_same_structure("updates", updates, "params", params)
         step = getattr(state, "step", 0)  # a number needs no state
         value = finite_or_zero(checks.value_at("weight_decay", weight_decay, step))
-        value = jnp.maximum(jnp.asarray(value), 0)  # a late negative number must not grow weights
+        value = jnp.asarray(value)  # that of a schedule may be an integer
+        value = value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
+        value = jnp.maximum(value, 0)  # a late negative number must not grow weights
         coefficient = Spread(value if is_direction else -value)
 
         def leaf(u: jax.Array, p: ArrayLike) -> jax.Array:
