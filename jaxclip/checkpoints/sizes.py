@@ -147,9 +147,9 @@ class SizeReport:
         return [dataclasses.asdict(leaf) for leaf in self.leaves]
 
     def __repr__(self) -> str:
-        bits = self.bits_per_weight
+        bits = None if self.bits_per_weight is None else round(self.bits_per_weight, 2)
         text = f"{len(self.leaves)} leaves, total_bytes={self.total_bytes}"
-        return f"SizeReport({text}, bits_per_weight={'None' if bits is None else f'{bits:.2f}'})"
+        return f"SizeReport({text}, bits_per_weight={bits})"
 
     def _repr_html_(self) -> str:
         title = f"{self.total_bytes:,} bytes, {self._change()}"

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import ArrayLike
 
@@ -33,6 +32,11 @@ from jaxclip.training.info import StepInfo
 from jaxclip.training.stochastic_rounding import apply_updates_stochastically
 from jaxclip.training.telemetry import clip_stats, find_learning_rate
 from jaxclip.weights.clipping import clip_to_bounds, rate_on_bounds, resolve_bounds
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # jax 0.12 has none
+    shard_alike = None
 
 
 class TrainState(NamedTuple):
@@ -320,9 +324,10 @@ def _select(is_good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     def select_leaf(new: jax.Array, old: ArrayLike) -> jax.Array:
         old = jnp.asarray(old)
         selected = keep_weak_type(select(condition.like(old), new, old), old)
-        # On an Auto mesh XLA would choose the placement, and might split a replicated leaf.
-        has_mesh = not jax.typeof(old).sharding.mesh.empty
-        return shard_alike(selected, old)[0] if has_mesh else selected
+        # On an Auto mesh XLA chooses the placement: before jax 0.12 it may split a replicated leaf.
+        if shard_alike is None or jax.typeof(old).sharding.mesh.empty:
+            return selected
+        return shard_alike(selected, old)[0]
 
     return jax.tree.map(select_leaf, new, old)
 
