@@ -82,7 +82,7 @@ def main():
     )
     print(result)
     if options.picture:
-        result.plot(options.picture, max_bytes=task.budgets[1])
+        result.plot(options.picture, max_bytes=task.budgets[len(task.budgets) // 2])
     again = {}
     for budget in task.budgets:
         best = result.recommend(max_bytes=budget)

@@ -81,7 +81,7 @@ def _scan(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value]
     if not any(value.is_data for value in values):
         return None
     params, depth = equation.params, recorder.depth
-    num_consts, num_fixed = params["num_consts"], params["num_consts"] + params["num_carry"]
+    num_consts, num_fixed = _split_of_scan(equation)
     carry, xs = values[num_consts:num_fixed], values[num_fixed:]
     body = _Body.of(recorder, params["jaxpr"], values[:num_consts], carry, "scan")
 
@@ -105,6 +105,22 @@ def _scan(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value]
     for found in stacked.items():
         recorder.record(*with_scan_axis(*found))
     return [Value(x, is_data=True) for x in (*last, *ys)]
+
+
+def _split_of_scan(equation: Any) -> tuple[int, int]:
+    """Returns how many inputs of a loop are constants, and how many are no slices."""
+    # By the shapes, because jax 0.12 has other parameters: only slices lose an axis on their way
+    # in, and only what is stacked gains one on its way out.
+    body = equation.params["jaxpr"]
+    body = getattr(body, "jaxpr", body)
+
+    def num_longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in pairs)
+
+    num_fixed = len(equation.invars) - num_longer(equation.invars, body.invars)
+    num_carry = len(equation.outvars) - num_longer(equation.outvars, body.outvars)
+    return num_fixed - num_carry, num_fixed
 
 
 def _while(recorder: Recorder, equation: Any, values: list[Value]) -> list[Value] | None:

@@ -83,11 +83,12 @@ class Recorder:
         self.notes: dict[str, str] = {}
         self.depth = 0
 
-    def run(self, jaxpr: Any, values: Sequence[Value], consts: Sequence[Any] = ()) -> list[Value]:
+    def run(self, jaxpr: Any, values: Sequence[Value]) -> list[Value]:
         """Returns the values of a program's outputs."""
         # Jaxprs and literals are recognized by their attributes: `jax.extend.core` imports slowly.
-        if hasattr(jaxpr, "jaxpr"):
-            return self.run(jaxpr.jaxpr, values, jaxpr.consts)
+        # Since jax 0.12 all jaxprs are closed, and each is its own `jaxpr`.
+        consts = getattr(jaxpr, "consts", ())
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         known = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
         known |= zip(jaxpr.invars, values, strict=True)
 

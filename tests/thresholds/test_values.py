@@ -168,6 +168,7 @@ NUMBER_OR_SCHEDULE = {
 OTHER_ARGUMENTS = {
     ("make_train_step", "weight_threshold"),
     ("project_weights", "projection"),
+    ("sweep", "densities"),
     ("sweep", "optimizer"),
     ("sweep", "weight_threshold"),
 }
