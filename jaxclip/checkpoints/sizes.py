@@ -147,7 +147,7 @@ class SizeReport:
         return [dataclasses.asdict(leaf) for leaf in self.leaves]
 
     def __repr__(self) -> str:
-        bits = None if self.bits_per_weight is None else round(self.bits_per_weight, 2)
+        bits = None if self.bits_per_weight is None else f"{self.bits_per_weight:.2f}"
         text = f"{len(self.leaves)} leaves, total_bytes={self.total_bytes}"
         return f"SizeReport({text}, bits_per_weight={bits})"
 

@@ -35,7 +35,7 @@ from jaxclip.weights.clipping import clip_to_bounds, rate_on_bounds, resolve_bou
 
 try:
     from jax.experimental.shard_alike import shard_alike
-except ImportError:  # jax 0.12 has none
+except ImportError:  # since jax 0.12
     shard_alike = None
 
 
@@ -325,9 +325,8 @@ def _select(is_good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
         old = jnp.asarray(old)
         selected = keep_weak_type(select(condition.like(old), new, old), old)
         # On an Auto mesh XLA chooses the placement: before jax 0.12 it may split a replicated leaf.
-        if shard_alike is None or jax.typeof(old).sharding.mesh.empty:
-            return selected
-        return shard_alike(selected, old)[0]
+        is_held = shard_alike is not None and not jax.typeof(old).sharding.mesh.empty
+        return shard_alike(selected, old)[0] if is_held else selected
 
     return jax.tree.map(select_leaf, new, old)
 

@@ -18,7 +18,7 @@ from jaxclip import checkpoints
 from jaxclip._core import atomic
 from jaxclip.sweeps import programs
 from jaxclip.sweeps.chunks import ChunkStore
-from jaxclip.sweeps.tasks import random_batches
+from jaxclip.sweeps.tasks import Setting, random_batches
 from oracles.small_sweeps import (
     INPUTS,
     TARGETS,
@@ -235,7 +235,8 @@ def test_a_memory_budget_too_small_for_one_setting_is_refused():
 
 @pytest.mark.thorough
 def test_a_memory_budget_makes_chunks(result, tmp_path):
-    needed = programs.Program(TASK, 6, [0, 1], jax.devices()[:1], None, 1).bytes_needed()
+    six = Setting(None, None, np.ones(6), np.ones(6))
+    needed = programs.Program(TASK, six, 6, [0, 1], jax.devices()[:1], None, 1).bytes_needed()
     chunked = run(memory_budget=int(0.7 * needed), directory=tmp_path, bits=(None,))
     assert 2 <= len(list(tmp_path.glob("*.safetensors"))) <= 3
     for mine, one in zip(
