@@ -325,8 +325,8 @@ def _select(is_good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
         old = jnp.asarray(old)
         selected = keep_weak_type(select(condition.like(old), new, old), old)
         # On an Auto mesh XLA chooses the placement: before jax 0.12 it may split a replicated leaf.
-        is_held = shard_alike is not None and not jax.typeof(old).sharding.mesh.empty
-        return shard_alike(selected, old)[0] if is_held else selected
+        has_mesh = not jax.typeof(old).sharding.mesh.empty
+        return shard_alike(selected, old)[0] if shard_alike and has_mesh else selected
 
     return jax.tree.map(select_leaf, new, old)
 
