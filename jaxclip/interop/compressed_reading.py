@@ -137,7 +137,9 @@ def _low_bit(
 ) -> QuantizedArray:
     """Returns codes with the scales of a layer as a low-bit array."""
     rows, columns = codes.shape
-    scale = np.asarray(tensors.get(f"{weight}_scale"))
+    if f"{weight}_scale" not in tensors:
+        raise ValueError(f"needs {weight}_scale, which is missing.")
+    scale = np.asarray(tensors[f"{weight}_scale"])
     if str(scale.dtype) not in _SCALE_DTYPES:
         raise ValueError(f"needs floating scales in {weight}_scale, got {scale.dtype}.")
     scale = scale.reshape(1, 1) if scale.size == 1 else scale

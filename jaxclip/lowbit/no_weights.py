@@ -41,6 +41,6 @@ def _is_part(name: str, stems: set[str], parts: re.Pattern[str]) -> bool:
     """Returns True if a name is a stem and one of the parts."""
     if not stems:
         return False
-    # Few places can end a stem, so that a million names take linear time.
+    # A stem ends at few places of a name: trying all pairs would take quadratic time.
     places = {0, len(name), *(m.end() for m in re.finditer(r"weight|[./]", name))}
     return any(name[:i] in stems and parts.fullmatch(name, i) for i in places)

@@ -139,7 +139,7 @@ def with_part(part, array):
     ("change", "message"),
     [
         (without("shape"), "needs a.weight_shape, which is missing"),
-        (without("scale"), "needs floating scales in a.weight_scale"),
+        (without("scale"), "needs a.weight_scale, which is missing"),
         (with_part("shape", np.array([3, 200])), "holds \\(3, 200\\) codes at no width"),
         (with_part("shape", np.array([4, 32])), "holds \\(4, 32\\)"),
         (with_part("scale", np.ones((3, 5), np.float32)), "scales of shape \\(3, 5\\)"),
