@@ -24,6 +24,7 @@ from jaxclip._core.trees import PyTree
 from jaxclip.sweeps.compiled import fingerprint, has_operation, remembered
 from jaxclip.sweeps.rows import Row, Rows
 from jaxclip.sweeps.tasks import OUTRANKED, Setting, Task
+from jaxclip.training.averaging import weights_to_ship
 from jaxclip.training.step import backend_options, is_donation_safe
 
 # Ctrl-C waits for the calls that run, so a call is for no more steps than take about this long.
@@ -34,7 +35,8 @@ class Trained(NamedTuple):
     """Trained rows; all arrays have the leading axes (settings, seeds).
 
     Attributes:
-      params: The parameters, a tree for each row, all seeds of a setting after another.
+      params: The parameters, or their averages if the optimizer has them: a tree for each row,
+        all seeds of a setting after another.
       code: The stop rule's code, int32.
       steps: Steps taken, int32.
       first_loss: The first finite loss, float32; not finite where there was none.
@@ -144,7 +146,8 @@ class Program:
             rows = in_threads(train, zip(items, rows, strict=True), num_threads)
             seconds += time.monotonic() - start
             if choose is not None and end < len(self.recorded_at):
-                params = [row.state.params for row in self._split(rows, shape)]
+                ends = self._split([self._shipped(row) for row in rows], shape)
+                params = [row.state.params for row in ends]
                 rows = self._outranked(rows, ~choose(params))
         ends = self._split(rows, shape)
         num_steps = [int(row.state.step) for row in ends]
@@ -181,12 +184,14 @@ class Program:
                 rows = self._call(rows, item, done, last)
             else:
                 rows = self._advance(rows, *item, np.int32(self.recorded_at[index]))
-        if end < len(self.recorded_at):
-            return rows
-        # What only training needs is dropped.
-        return rows._replace(
-            state=rows.state._replace(opt_state=(), key=None), memory=(), bounds=[]
-        )
+        return rows if end < len(self.recorded_at) else self._shipped(rows)
+
+    def _shipped(self, rows: Row) -> Row:
+        """Returns a row, or all rows, with the weights to ship and nothing for more training."""
+        ship = weights_to_ship if self._is_by_row else _over_rows(weights_to_ship, (0, 0), (0, 0))
+        params = ship(rows.state.opt_state, rows.state.params)
+        state = rows.state._replace(params=params, opt_state=(), key=None)
+        return rows._replace(state=state, memory=(), bounds=[])
 
     def _call(self, row: Row, item: tuple, done: int, last: int) -> Row:
         """Returns a row after so many further steps as a call should take."""
@@ -209,9 +214,7 @@ class Program:
         """Returns each row by itself."""
         if self._is_by_row:
             return rows
-        (many,) = rows
-        many = many._replace(state=many.state._replace(opt_state=(), key=None), memory=())
-        many = jax.device_get(many)
+        many = jax.device_get(rows[0])
         return [jax.tree.map(lambda x, at=at: x[at], many) for at in np.ndindex(shape)]
 
     def _outranked(self, rows: list[Row], is_outranked: np.ndarray) -> list[Row]:

@@ -19,6 +19,7 @@ from jaxclip.sweeps.tasks import (
     initial_params,
     optimizer_of,
 )
+from jaxclip.training.averaging import weights_to_ship
 from jaxclip.training.info import StepInfo
 from jaxclip.training.step import TrainState, make_step_with_bounds
 from jaxclip.training.stopping import Progress
@@ -116,7 +117,7 @@ class Rows:
         if info.learning_rate is not None:
             own["learning_rate"] = info.learning_rate
         numbers = Statistics(own | info.stats)
-        is_due, metrics = self._evaluate(state.params, num_steps)
+        is_due, metrics = self._evaluate(state, num_steps)
         known = Statistics(numbers | metrics)
         unknown = sorted(name for name in self._task.stop.metrics if name not in known)
         if unknown:
@@ -131,16 +132,19 @@ class Rows:
         return jax.tree.map(functools.partial(jnp.where, is_due), if_due, stopped)
 
     def _evaluate(
-        self, params: PyTree, num_steps: jax.Array
+        self, state: TrainState, num_steps: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns True if `evaluate` is due for the stop rule, and its metrics, else zeros."""
         evaluate, every = self._task.evaluate, self._task.evaluate_every
         if every is None:
             return jnp.zeros((), bool), {}
-        shapes = jax.eval_shape(evaluate, params)
+        weights = state.opt_state, state.params
+        shapes = jax.eval_shape(evaluate, state.params)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         is_due = num_steps % every == 0
-        return is_due, lax.cond(is_due, evaluate, lambda _: zeros, params)
+        return is_due, lax.cond(
+            is_due, lambda *x: evaluate(weights_to_ship(*x)), lambda *_: zeros, *weights
+        )
 
     def record(self, row: Row, index: jax.Array) -> Row:
         """Returns the row with a record of the steps since the last at a place of its history."""

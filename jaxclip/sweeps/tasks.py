@@ -29,7 +29,8 @@ class Task:
         compare models, for instance of different widths. The other functions serve all of them.
       optimizer: `optimizer(step_size)` returns an optax transformation, or with weight decays
         `optimizer(step_size, weight_decay=...)`. Both numbers are traced: they may go into a
-        schedule, but not into a Python `if`.
+        schedule, but not into a Python `if`. With `average_weights` in it, the averages are
+        evaluated, compressed and returned.
       batches: `batches(key)` returns the batch of a step; pure, with a new key for each step.
         `random_batches` makes such a function from arrays.
       stop: A stop rule with a `max_steps` in it and no `max_seconds`, such as

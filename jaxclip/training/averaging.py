@@ -5,7 +5,7 @@
 So the first average is the first weights, without a bias towards where the run began.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from jax.typing import ArrayLike
 from jaxclip._core import checks
 from jaxclip._core.floats import as_float, compute_dtype, increment, keep_weak_type
 from jaxclip._core.trees import PyTree, is_clippable, map_clippable
+from jaxclip.sparsity.keeping import KeepSparseState
+
+_State = TypeVar("_State")
 
 
 class AverageWeightsState(NamedTuple):
@@ -46,7 +49,8 @@ def average_weights(
 
     A link of a chain, in any place: it reads parameters and passes the updates on. Averaged are
     the weights that the training has, also those that `make_train_step(weight_threshold=)` clips
-    or rounds after the optimizer.
+    or rounds after the optimizer. Where the optimizer has this link, `fit` and `sweep` evaluate,
+    keep and return the averages.
 
     Args:
       decay: Decay rate in [0, 1]; about `1 / (1 - decay)` steps count. May be traced: below 0 or
@@ -119,7 +123,8 @@ def averaged_weights(opt_state: optax.OptState, params: optax.Params) -> optax.P
 
     Returns:
       Parameters of the structure, shapes and dtypes of `params`; `params` themselves before the
-      average begins. Leaves that are not floating are those of `params`.
+      average begins. Leaves that are not floating are those of `params`. Weights that
+      `keep_sparse` has at zero are zero in the average, too.
 
     Raises:
       ValueError: If the state does not have the state of one `average_weights`, or does not fit
@@ -130,8 +135,7 @@ def averaged_weights(opt_state: optax.OptState, params: optax.Params) -> optax.P
       >>> averaged_weights(tx.init(jnp.ones(2)), jnp.ones(2))
       Array([1., 1.], dtype=float32)
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
-    states = [node for node in nodes if _is_state(node)]
+    states = _states_of(AverageWeightsState, opt_state)
     if len(states) != 1:
         raise ValueError(
             f"opt_state must have the state of one average_weights, got {len(states)} of them."
@@ -142,11 +146,31 @@ def averaged_weights(opt_state: optax.OptState, params: optax.Params) -> optax.P
     def like(w: jax.Array, a: jax.Array) -> jax.Array:
         return keep_weak_type(a.astype(w.dtype), w)
 
-    return map_clippable(like, params, average)
+    average = map_clippable(like, params, average)
+    for sparse in _states_of(KeepSparseState, opt_state):
+        # An average remembers weights that were pruned since.
+        average = jax.tree.map(_kept, sparse.mask, average)
+    return average
 
 
-def _is_state(node: object) -> bool:
-    return isinstance(node, AverageWeightsState)
+def weights_to_ship(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+    """Returns the averages if the optimizer has `average_weights`, and else the parameters."""
+    if not _states_of(AverageWeightsState, opt_state):
+        return params
+    return averaged_weights(opt_state, params)
+
+
+def _states_of(kind: type[_State], opt_state: optax.OptState) -> list[_State]:
+    """Returns the outermost nodes of a kind in the state of an optimizer."""
+
+    def is_state(node: object) -> bool:
+        return isinstance(node, kind)
+
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+
+
+def _kept(mask: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.where(mask, w, jnp.zeros_like(w))
 
 
 def _empty(w: ArrayLike) -> jax.Array:

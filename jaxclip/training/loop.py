@@ -25,6 +25,7 @@ from jaxclip._core import checks
 from jaxclip._core.html import html_report, html_table, number_text, svg_line
 from jaxclip._core.signals import FirstSignal, check_signals
 from jaxclip._core.trees import PyTree
+from jaxclip.training.averaging import weights_to_ship
 from jaxclip.training.bars import ProgressBar, make_bar
 from jaxclip.training.info import StepInfo
 from jaxclip.training.logs import Log, SkipWarnings, add_metrics, check_names, fetch_metrics
@@ -51,6 +52,11 @@ class FitResult(NamedTuple):
     history: dict[str, np.ndarray]
     compile_seconds: float
     best: Best | None = None
+
+    @property
+    def params(self) -> optax.Params:
+        """The last weights, or with `average_weights` in the optimizer their averages."""
+        return weights_to_ship(self.state.opt_state, self.state.params)
 
     def __repr__(self) -> str:
         numbers = [("step", number_text(self.state.step)), *self._last_metrics()]
@@ -98,7 +104,8 @@ def fit(
         number of batches used before (0 without a restart) that returns the remaining ones.
       stop: A stop rule, such as `max_steps(1000) | reached("accuracy", 0.98)`. It counts the
         steps that this run skips, not those that `state` has counted already.
-      evaluate: `evaluate(params)` returns a dict of scalar metrics by name.
+      evaluate: `evaluate(params)` returns a dict of scalar metrics by name. It gets the averages
+        of the weights if the optimizer has `average_weights`.
       evaluate_every: Steps between evaluations; None for one at the end only.
       check_every: Steps between checks: the metrics are fetched from the device, given to the
         stop rule, and logged. Each time the host waits for the device. Limits by
@@ -115,8 +122,8 @@ def fit(
         also writes one, and so does an error or an interrupt in the data, `evaluate` or `on_log`.
         After a restart, `stop` continues from its memory if the saved rule remembers the same
         things, whatever its limits and patience; otherwise it starts anew.
-      keep_best: A metric of `evaluate`. The parameters with its best value are kept, a copy of
-        them, and are part of every checkpoint.
+      keep_best: A metric of `evaluate`. The parameters or averages with its best value are kept,
+        a copy of them, and are part of every checkpoint.
       best_mode: "max" if a larger value is better, "min" if a smaller one is.
       stop_signals: Signals that end the loop after the current step, for instance also
         `signal.SIGUSR1`. After the first, all have their usual effect again.
@@ -129,6 +136,7 @@ def fit(
       TypeError: If `stop` is not a stop rule.
       ValueError: If a count is not an integer of at least 1; if the stop rule or `keep_best`
         reads a metric that nothing measures; if `evaluate` returns one that the step has, too;
+        if the optimizer has two `average_weights`, or one of only some of the parameters;
         if a signal cannot be handled; or if `checkpoint_dir` has checkpoints of another
         training state, or none that can be read.
       ImportError: If there is a `checkpoint_dir` and no orbax.
@@ -149,6 +157,8 @@ def fit(
     """
     _check_arguments(stop, evaluate, evaluate_every, check_every, checkpoint_dir, checkpoint_every)
     best_rule = _checked_best_rule(keep_best, best_mode, evaluate)
+    if evaluate is not None:
+        jax.eval_shape(weights_to_ship, state.opt_state, state.params)  # before the first step
     signals = FirstSignal(check_signals("stop_signals", stop_signals))
 
     start, run = time.monotonic(), Run(state, stop.init(), 0, int(state.num_skipped))
@@ -316,7 +326,7 @@ class _Loop:
     def _evaluated(self, metrics: dict[str, float]) -> dict[str, float]:
         """Returns the metrics with those of an evaluation; keeps the parameters if best so far."""
         function, _, rule = self._evaluation
-        params = self.run.state.params
+        params = weights_to_ship(self.run.state.opt_state, self.run.state.params)
         metrics = add_metrics(metrics, function(params) if function else {})
         if rule is None:
             return metrics

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxclip
+from jaxclip.sparsity import keep_sparse
 from jaxclip.training import average_weights, averaged_weights
 
 
@@ -90,6 +91,70 @@ def test_a_train_step_with_a_box_averages_the_clipped_weights_and_skips_bad_step
     found = averaged_weights(state.opt_state, state.params)
     np.testing.assert_allclose(found, np.mean(seen, 0), rtol=1e-6)
     np.testing.assert_allclose(seen[-1], -0.5)
+
+
+def test_fit_evaluates_and_keeps_the_averages():
+    tx = optax.chain(jaxclip.sign_sgd(0.25), average_weights(1.0))
+    step = jaxclip.make_train_step(lambda w, x: jnp.sum((w - x) ** 2), tx, weight_threshold=0.5)
+    batches, seen = [jnp.asarray([x, -x]) for x in (1.0, 1.0, -1.0, 1.0, -1.0)], []
+
+    def evaluate(w):
+        seen.append(np.asarray(w))
+        return {"largest": jnp.max(jnp.abs(w))}
+
+    result = jaxclip.fit(
+        step,
+        jaxclip.TrainState.create(jnp.zeros(2), tx),
+        batches,
+        stop=jaxclip.max_steps(5),
+        evaluate=evaluate,
+        evaluate_every=1,
+        keep_best="largest",
+        progress=False,
+    )
+    state = jaxclip.TrainState.create(jnp.zeros(2), tx)
+    by_hand = []
+    for batch in batches:
+        state, _ = step(state, batch)
+        by_hand.append(averaged_weights(state.opt_state, state.params))
+    np.testing.assert_array_equal(seen, by_hand)
+    best = int(np.argmax(np.abs(by_hand).max(1)))
+    assert 0 < best < 4
+    assert result.best is not None
+    assert result.best.step == best + 1
+    np.testing.assert_array_equal(result.best.params, by_hand[best])
+    np.testing.assert_array_equal(result.params, by_hand[-1])
+    assert np.any(result.params != result.state.params)
+
+
+def test_fit_refuses_averages_of_some_of_the_parameters_before_it_trains():
+    tx = optax.partition(
+        {"a": optax.chain(optax.sgd(0.1), average_weights()), "b": optax.sgd(0.1)},
+        {"a": "a", "b": "b"},
+    )
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    state = jaxclip.TrainState.create(params, tx)
+    with pytest.raises(ValueError, match="average"):
+        jaxclip.fit(
+            lambda *_: pytest.fail("a step was taken"),
+            state,
+            [0.0],
+            stop=jaxclip.max_steps(1),
+            evaluate=lambda p: {"m": 0.0},
+            progress=False,
+        )
+
+
+def test_pruned_weights_are_zero_in_the_average():
+    tx = keep_sparse(optax.chain(optax.sgd(0.1), average_weights(1.0)), 0.5, every=3)
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((4, 4)), jnp.float32)
+    state = tx.init(w)
+    for _ in range(5):
+        updates, state = tx.update(w, state, w)
+        w = optax.apply_updates(w, updates)
+    found = averaged_weights(state, w)
+    np.testing.assert_array_equal(found == 0, w == 0)
+    assert np.sum(w == 0) == 8
 
 
 def test_entries_that_are_not_finite_do_not_count():
