@@ -15,9 +15,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # that XLA does not know ends the process, so versions that were not tried get none.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    if [int(n) for n in importlib.metadata.version("jax").split(".")[:2]] < [0, 11]
-    else "",
+    " ".join(
+        flag
+        for flag, end in [
+            ("--xla_backend_optimization_level=0", [0, 13]),
+            ("--xla_cpu_use_fusion_emitters=false", [0, 11]),
+        ]
+        if [int(n) for n in importlib.metadata.version("jax").split(".")[:2]] < end
+    ),
 )
 # The sharding tests need eight devices; one process then serves all tests.
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"

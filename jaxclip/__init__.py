@@ -47,3 +47,6 @@ else:
     def _public_names() -> list[str]:
         names = vars(_module("jaxclip._names"))
         return sorted({*_wings(), *(name for name in names if not name.startswith("_"))})
+
+
+del TYPE_CHECKING

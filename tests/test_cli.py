@@ -454,6 +454,14 @@ def test_compiled_programs_are_kept_in_the_folder_of_the_user(tmp_path, is_kept)
     words = ["compress", str(source), str(tmp_path / "small.safetensors")]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     environment |= {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "jaxclip", *words, *([] if is_kept else ["--no-cache"])]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert bool(list(cache.glob("jaxclip/*"))) == is_kept
+    # Here the command itself tells, since a program that compiles quickly is not written there.
+    words += [] if is_kept else ["--no-cache"]
+    program = (
+        "import sys, jax; from jaxclip import cli; cli.main(sys.argv[1:]);"
+        "print(jax.config.jax_compilation_cache_dir, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    wanted = str(cache / "jaxclip") if is_kept else "None"
+    assert done.stderr.splitlines()[-1] == wanted
+    assert (cache / "jaxclip").exists() == is_kept

@@ -279,6 +279,8 @@ def _check_fits(name: str, wanted: Any, found: Any) -> None:
             )
         return
     wanted = key_data(wanted) if is_random_key(wanted) else wanted
+    if not hasattr(wanted, "shape"):
+        raise ValueError(f"{name!r} is an array in the file, but like has a {type(wanted)}.")
     pairs = [("shape", tuple(wanted.shape), tuple(found.shape))]
     pairs += [("dtype", jnp.dtype(wanted.dtype), jnp.dtype(found.dtype))]
     if is_quantized(wanted):

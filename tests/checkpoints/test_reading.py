@@ -35,6 +35,7 @@ def test_like_gives_its_structure_to_flat_names(folder, tmp_path):
         ),
         (lambda t: t | {"x": np.zeros(1)}, "'x' is in like, but not in the file"),
         (lambda t: {"w": t["w"]}, "'b/0' is in the file, but not in like"),
+        (lambda t: t | {"w": object()}, "'w' is an array in the file, but like has a <class 'obj"),
     ],
 )
 def test_like_names_the_first_difference(change, message, tmp_path):
