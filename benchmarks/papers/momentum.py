@@ -6,9 +6,11 @@ First the average of random gradients alone: the fraction of entries that a step
 when it is rounded to nearest, as measured and as predicted from half a level and the spread of a
 step, the average of a gradient that is small beside its neighbours, and the noise of random
 rounding, as a fraction of the average itself.
-Then networks that are trained with each width: the difference of the test accuracy to that with
-float32 is paired by seed. The script fails if a difference is beyond three standard errors and
-half a point, or if nearest rounding does not stand still where random rounding moves.
+Then networks that are trained with each width, for images and for text: the difference of the test
+accuracy, or of the test loss of text, to that with float32 is paired by seed. A width loses if its
+difference is beyond three standard errors and half a point, or 0.02 nats. The script fails if one
+loses on images, if 8 bits lose on text, where 4 may, or if nearest rounding does not stand still
+where random rounding moves.
 """
 
 import argparse
@@ -17,11 +19,14 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import small_transformer
 from sklearn.datasets import load_digits
 
 import jaxclip
@@ -125,66 +130,109 @@ def loss_fn(params, x, y):
     return losses.mean()
 
 
-def trained(tx, sizes, data, seeds, num_steps):
-    """Test accuracy in percent of each seed, and seconds."""
+class Task(NamedTuple):
+    """A problem: `draw(key)` gives a batch to `loss(params, batch)`, `score(params)` the result."""
+
+    init: Callable[[jax.Array], Any]
+    draw: Callable[[jax.Array], Any]
+    loss: Callable[[Any, Any], jax.Array]
+    score: Callable[[Any], jax.Array]
+
+
+def image_task(data, sizes):
     (x, y), (test_x, test_y) = jax.tree.map(jnp.asarray, data)
 
+    def draw(key):
+        rows = jax.random.randint(key, (64,), 0, len(x))
+        return x[rows], y[rows]
+
+    def accuracy(params):
+        return 100 * jnp.mean(logits_of(params, test_x).argmax(-1) == test_y)
+
+    return Task(lambda key: init(key, sizes), draw, lambda p, batch: loss_fn(p, *batch), accuracy)
+
+
+def text_task():
+    return Task(
+        small_transformer.init_params,
+        small_transformer.draw_batch,
+        lambda params, batch: small_transformer.loss_of(params, batch)[0],
+        small_transformer.test_loss,
+    )
+
+
+def trained(tx, task, seeds, num_steps):
+    """The score of each seed, and seconds."""
+
     def run(key):
-        params = init(key, sizes)
+        params = task.init(key)
 
         def step(carry, key):
             params, state = carry
-            rows = jax.random.randint(key, (64,), 0, len(x))
-            grads = jax.grad(loss_fn)(params, x[rows], y[rows])
+            grads = jax.grad(task.loss)(params, task.draw(key))
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
         keys = jax.random.split(jax.random.fold_in(key, 1), num_steps)
         (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
-        return 100 * jnp.mean(logits_of(params, test_x).argmax(-1) == test_y)
+        return task.score(params)
 
     begun = time.perf_counter()
-    accuracy = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), seeds))
-    return np.asarray(accuracy), time.perf_counter() - begun
+    scores = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), seeds))
+    return np.asarray(scores), time.perf_counter() - begun
+
+
+def print_rows(name, task, seeds, num_steps, digits, tolerance):
+    """Trains with each width; returns the optimizers and widths that lose against float32.
+
+    A tolerance below 0 is that of a score that is better if it is lower.
+    """
+    rate = optax.cosine_decay_schedule(1e-3, num_steps)
+    losers = []
+    for optimizer in (jaxclip.lion, jaxclip.signum):
+        reference = None
+        for bits in (32, *WIDTHS):
+            inner = optimizer(rate)
+            tx = inner if bits == 32 else low_bit_momentum(inner, bits, min_size=1024)
+            shapes = jax.eval_shape(task.init, jax.random.key(0))
+            num_weights = sum(x.size for x in jax.tree.leaves(shapes))
+            num_bytes = sum(x.nbytes for x in jax.tree.leaves(tx.init(shapes)))
+            scores, seconds = trained(tx, task, seeds, num_steps)
+            reference = scores if reference is None else reference
+            gap = scores - reference
+            spread, error = (x.std(ddof=1) / math.sqrt(len(gap)) for x in (scores, gap))
+            print(
+                f"{name:14}{optimizer.__name__:10}{bits:>4} bits{num_bytes / num_weights:>16.2f}"
+                f"{scores.mean():>9.{digits}f} +- {spread:.{digits}f}"
+                f"{gap.mean():>+9.{digits}f} +- {error:.{digits}f}{seconds:>9.0f}",
+                flush=True,
+            )
+            if gap.mean() * -np.sign(tolerance) > max(3 * error, abs(tolerance)):
+                losers.append((optimizer.__name__, bits))
+    return losers
 
 
 def print_networks(args):
-    tasks = {"digits": (digits(), (64, 128, 128, 10))}
+    def print_head(score, unit, num_steps):
+        print(
+            f"\ntest {score} in {unit}, {args.seeds} seeds, {num_steps} steps; "
+            "difference to float32 by pairs"
+        )
+        print(
+            f"{'task':14}{'optimizer':10}{'momentum':>9}{'bytes a weight':>16}{score:>17}"
+            f"{'difference':>17}{'seconds':>9}"
+        )
+
+    tasks = {"digits": image_task(digits(), (64, 128, 128, 10))}
     if (data := fashion_mnist(args.data)) is not None:
-        tasks["Fashion-MNIST"] = (data, (784, 256, 10))
-    rate = optax.cosine_decay_schedule(1e-3, args.steps)
-    optimizers = {"lion": jaxclip.lion(rate), "signum": jaxclip.signum(rate)}
-    print(
-        f"\ntest accuracy in %, {args.seeds} seeds, {args.steps} steps; difference to float32 by "
-        "pairs"
-    )
-    print(
-        f"{'task':14}{'optimizer':10}{'momentum':>9}{'bytes a weight':>16}{'accuracy':>17}"
-        f"{'difference':>17}{'seconds':>9}"
-    )
-    holds = True
-    for (task, (data, sizes)), (name, inner) in itertools.product(
-        tasks.items(), optimizers.items()
-    ):
-        reference = None
-        for bits in (32, *WIDTHS):
-            tx = inner if bits == 32 else low_bit_momentum(inner, bits, min_size=1024)
-            shapes = jax.eval_shape(lambda sizes=sizes: init(jax.random.key(0), sizes))
-            num_weights = sum(x.size for x in jax.tree.leaves(shapes))
-            num_bytes = sum(x.nbytes for x in jax.tree.leaves(tx.init(shapes)))
-            accuracy, seconds = trained(tx, sizes, data, args.seeds, args.steps)
-            reference = accuracy if reference is None else reference
-            gap = accuracy - reference
-            error = gap.std(ddof=1) / math.sqrt(len(gap))
-            spread = accuracy.std(ddof=1) / math.sqrt(len(gap))
-            print(
-                f"{task:14}{name:10}{bits:>4} bits{num_bytes / num_weights:>16.2f}"
-                f"{accuracy.mean():>9.2f} +- {spread:.2f}{gap.mean():>+9.2f} +- {error:.2f}"
-                f"{seconds:>9.0f}",
-                flush=True,
-            )
-            holds &= bool(gap.mean() > -max(3 * error, 0.5))
-    return holds
+        tasks["Fashion-MNIST"] = image_task(data, (784, 256, 10))
+    print_head("accuracy", "%", args.steps)
+    on_images = []
+    for name, task in tasks.items():
+        on_images += print_rows(name, task, args.seeds, args.steps, 2, 0.5)
+    num_steps = args.steps // 2
+    print_head("loss", "nats a character", num_steps)
+    return on_images, print_rows("text", text_task(), args.seeds, num_steps, 3, -0.02)
 
 
 def main():
@@ -195,13 +243,18 @@ def main():
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.default_backend()}")
     stands_still = print_averages()
-    is_close = print_networks(args)
-    print(
-        f"\n{'holds' if stands_still else 'FAILS'}: nearest rounding stands still at 4 bits, "
-        "random rounding does not"
-    )
-    print(f"{'holds' if is_close else 'FAILS'}: accuracy within noise of float32 momentum")
-    sys.exit(not (stands_still and is_close))
+    on_images, on_text = print_networks(args)
+    claims = {
+        "nearest rounding stands still at 4 bits, random rounding does not": stands_still,
+        "accuracy within noise of float32 momentum": not on_images,
+        "on text, too, with 8 bits": all(bits != 8 for _, bits in on_text),
+    }
+    print()
+    for claim, holds in claims.items():
+        print(f"{'holds' if holds else 'FAILS'}: {claim}")
+    for name, bits in on_text:
+        print(f"loses: {name} with {bits} bits on text")
+    sys.exit(not all(claims.values()))
 
 
 if __name__ == "__main__":

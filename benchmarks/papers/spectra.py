@@ -7,7 +7,7 @@ step size, lowers the validation loss of language models, and leaves smaller wei
 
 Here: a character model of two layers, by Adam and by Signum, each with several step sizes. The
 best step size is that of the lowest mean test loss; differences are paired by seed. The script
-fails if a claim at its end does not hold. Five minutes on 2 idle cores.
+fails if a claim at its end does not hold. Ten CPU minutes.
 """
 
 import argparse
