@@ -104,14 +104,14 @@ def _relative_errors(
 ) -> np.ndarray:
     """Returns the outputs' relative squared error with one leaf changed at a time, for each."""
     leaves, structure = jax.tree.flatten(params)
-    apply, compare = jax.jit(apply_fn), jax.jit(_comparison(apply_fn))
+    apply = jax.jit(apply_fn)
     errors, energy = np.zeros(len(changed)), 0.0
     for number, batch in batches:
         reference = apply(params, batch)
         found = []
         for place, leaf in changed:
             others = structure.unflatten([*leaves[:place], leaf, *leaves[place + 1 :]])
-            found.append(compare(others, batch, reference))
+            found.append(_squared_distance(apply(others, batch), reference))
         squares = float(_energy(reference))
         if not math.isfinite(squares):
             raise ValueError(f"the outputs of apply_fn must be finite; batch {number} has others.")
@@ -142,15 +142,11 @@ def _rounded(leaf: Any, path: str, round_leaf: Callable) -> jax.Array:
     return rounded.astype(leaf.dtype)
 
 
-def _comparison(apply_fn: Callable) -> Callable[..., jax.Array]:
-    """Returns a function that gives the squared distance of outputs from given ones."""
-
-    def compare(params: optax.Params, batch: PyTree, reference: PyTree) -> jax.Array:
-        outputs = floating_leaves(apply_fn(params, batch))
-        pairs = zip(outputs, floating_leaves(reference), strict=True)
-        return _energy([_wide(x) - _wide(y) for x, y in pairs])
-
-    return compare
+@jax.jit
+def _squared_distance(outputs: PyTree, reference: PyTree) -> jax.Array:
+    """Returns the sum of squares of the differences of all floating leaves."""
+    pairs = zip(floating_leaves(outputs), floating_leaves(reference), strict=True)
+    return _energy([_wide(x) - _wide(y) for x, y in pairs])
 
 
 @jax.jit

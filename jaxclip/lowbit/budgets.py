@@ -5,6 +5,7 @@ width; only these numbers are needed here, so the leaves may stay on disk.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -70,7 +71,8 @@ def check_budget(
         return Budget(bits_per_weight=float(bits_per_weight))
     if num_bytes is not None:
         checks.check_count("target_bytes", num_bytes)
-        return Budget(num_bytes=int(num_bytes))
+        # No file has more, and no float holds 10**400.
+        return Budget(num_bytes=min(int(num_bytes), sys.maxsize))
     return None
 
 

@@ -15,6 +15,7 @@ highest bit and k in the other seven: a range of 60,000 to 1 in steps of 9 %. In
 are float32 and have exactly the values of the bytes.
 """
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,8 @@ def dtype_in_memory(scale_dtype: str) -> str:
     return "float32" if scale_dtype == "log8" else scale_dtype
 
 
+# Compiled, because single operations take longer to compile, one after the other.
+@functools.partial(jax.jit, static_argnames="scale_dtype", inline=True)
 def round_scale(scale: ArrayLike, scale_dtype: str, largest: ArrayLike | None = None) -> jax.Array:
     """Returns float32 scales rounded to a format; signs are kept."""
     # log8 needs the largest magnitude of an array's scales: of all these if it is not given.

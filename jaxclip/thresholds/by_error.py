@@ -4,6 +4,7 @@ min over s of sum (w - s * clip(round(w / s), low, high))**2,        t = s * hig
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import ClassVar
@@ -49,9 +50,7 @@ class _MseOptimal(ThresholdRule):
         levels = self._level_range()
         v = importance
         if v is not None:
-            largest = jnp.max(v, axis=axes, keepdims=True, initial=0)
-            # If all weights have importance 0, they count alike.
-            v = jnp.where(largest > 0, v / jnp.where(largest > 0, largest, 1), 1)
+            v = _relative_importance(v, axes)
         if self.grid.bits == 1:
             size = magnitude(blocks)
             if v is None:
@@ -73,6 +72,14 @@ class _MseOptimal(ThresholdRule):
         return self.grid.level_range
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _relative_importance(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns importances relative to the largest of a block; all 1 if that is 0."""
+    largest = jnp.max(v, axis=axes, keepdims=True, initial=0)
+    return jnp.where(largest > 0, v / jnp.where(largest > 0, largest, 1), 1)
+
+
+@functools.partial(jax.jit, inline=True)
 def _as_threshold(scale: jax.Array, high: ArrayLike) -> jax.Array:
     """Returns the threshold of a scale, at most the largest float32."""
     return jnp.minimum(jnp.abs(scale) * high, FLOAT32_MAX)
@@ -82,8 +89,7 @@ def importance_for(
     importance: ArrayLike, shape: tuple[int, ...], name: str = "the array"
 ) -> jax.Array:
     """Returns an importance for every entry of an array, in float32, with a maximum near 1."""
-    given = jnp.asarray(importance, jnp.float32)
-    given = given * inverse_size(jnp.max(given, initial=0))
+    given = _with_maximum_near_1(jnp.asarray(importance, jnp.float32))
     padded = given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
     try:
         return jnp.broadcast_to(padded, shape)
@@ -91,6 +97,12 @@ def importance_for(
         raise ValueError(
             f"importance must broadcast to {name}, {shape}, got shape {given.shape}."
         ) from error
+
+
+@functools.partial(jax.jit, inline=True)
+def _with_maximum_near_1(x: jax.Array) -> jax.Array:
+    """Returns numbers times a power of two."""
+    return x * inverse_size(jnp.max(x, initial=0))
 
 
 def _check_importance(importance: ArrayLike | None) -> None:

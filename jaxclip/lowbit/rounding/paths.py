@@ -130,6 +130,8 @@ def _candidates(
     return jnp.stack(costs), jnp.stack(codes)
 
 
+# Compiled, because single operations take longer to compile, one after the other.
+@functools.partial(jax.jit, static_argnames=("num_codes", "shape", "has_odd_zero"))
 def model_lengths(
     deviation: ArrayLike, num_codes: int, *, shape: float = 2.0, has_odd_zero: bool = False
 ) -> jax.Array:
