@@ -93,7 +93,7 @@ def test_the_page_has_the_tables_of_the_rows(parts, rows):
     assert not missing
 
 
-@pytest.mark.thorough
+@pytest.mark.weekly
 def test_a_row_comes_out_of_the_committed_code(parts, rows):
     row = next(r for r in rows["digits"] if r["recipe"] == "AdamW")
     task = parts["tasks"].digits()
@@ -134,7 +134,7 @@ def test_means_of_other_seeds_are_apart_by_welchs_interval(parts):
     assert found == pytest.approx((0, 3.22 * (5 / 3) ** 0.5), abs=0.01)
 
 
-@pytest.mark.thorough
+@pytest.mark.weekly
 def test_the_search_of_files_reports_what_it_recommends(parts, monkeypatch, capsys, tmp_path):
     front, short = parts["front"], parts["tasks"].digits()._replace(num_steps=60, budgets=(5200,))
     monkeypatch.setitem(front.TASKS, "digits", lambda: short)

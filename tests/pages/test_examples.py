@@ -30,6 +30,8 @@ FOLDER = pathlib.Path(__file__).parents[2] / "examples"
 WITHOUT_CLAIMS = ("digits", "fashion", "minilm", "read_low_bit_file", "quickstart")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"MPLBACKEND": "agg"}
 EXAMPLES = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in WITHOUT_CLAIMS]
+# Of which tests here and of two processes run the parts with less data.
+LONG = ("nnx_fashion", "linen_fashion", "optuna_search", "two_hosts")
 
 
 def run(example: pathlib.Path, *arguments: object, cwd: pathlib.Path, path: str = "") -> str:
@@ -48,8 +50,14 @@ def run(example: pathlib.Path, *arguments: object, cwd: pathlib.Path, path: str 
     return result.stdout
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(p, marks=pytest.mark.weekly if p.stem in LONG else pytest.mark.thorough)
+        for p in EXAMPLES
+    ],
+    ids=lambda p: p.stem,
+)
 def test_an_example_runs_and_its_claims_hold(example: pathlib.Path, tmp_path: pathlib.Path):
     assert "FAILS" not in run(example, cwd=tmp_path)
 
