@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 
 import jaxclip
-from jaxclip import Grid, sparsity
+from jaxclip import Grid, sparsity, training
 
 DECAYS = (0.01, 0.1, 0.5)
+AVERAGES = (0.99, 0.999, 0.9)  # decay rates of averages of the weights
 BOXES = (1.0, 0.5, 2.0)
 GRIDS = (Grid("ternary"), Grid(2, levels="balanced"), Grid(3))
 SIGN_STEP = 0.2  # of Adam's step size, where the search begins
@@ -33,6 +34,7 @@ class Recipe(NamedTuple):
       width: Width of the network, if it is not adapted.
       step: The first step size to try, as a multiple of the task's.
       penalty: Of parameters and the knob, added to the loss.
+      kept: Of the optimizer's state and the last parameters, the parameters to keep.
     """
 
     optimizer: Callable[..., optax.GradientTransformation]
@@ -42,6 +44,7 @@ class Recipe(NamedTuple):
     width: float = 1.0
     step: float = 1.0
     penalty: Callable[[Any, Any], jax.Array] = lambda params, knob: jnp.zeros(())
+    kept: Callable[[Any, Any], Any] = lambda state, params: params
 
 
 def falling(step_size, num_steps):
@@ -94,6 +97,15 @@ def lion_in_a_soft_box(step_size, kappa, num_steps, _=None):
         optax.stateless(decay),
         optax.scale_by_learning_rate(falling(step_size, num_steps)),
     )
+
+
+def averaged_adamw(step_size, rate, num_steps, decay):
+    return optax.chain(adamw(step_size, decay, num_steps), training.average_weights(rate))
+
+
+def averaged_lion(step_size, rate, num_steps, _=None):
+    """Without weight decay, as Lion in a box."""
+    return optax.chain(lion(step_size, 0.0, num_steps), training.average_weights(rate))
 
 
 def on_the_grid(inner):
@@ -163,4 +175,8 @@ RECIPES = {
     "AdamW, pruned, 4 bits": Recipe(pruned, (1 / 8,), file="rounded", adapts="density"),
     "AdamW, kurtosis": Recipe(adamw_of_the_chosen_decay, (1.0, 0.1, 0.01), penalty=kurtosis),
     "AdamW, ranges": Recipe(adamw_of_the_chosen_decay, (0.01, 0.001, 0.1), penalty=ranges),
+    "AdamW, averaged": Recipe(averaged_adamw, AVERAGES, kept=training.averaged_weights),
+    "Lion, averaged": Recipe(
+        averaged_lion, AVERAGES, step=SIGN_STEP, kept=training.averaged_weights
+    ),
 }

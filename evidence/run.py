@@ -61,7 +61,8 @@ class Bench:
                 updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
                 return optax.apply_updates(params, updates), state
 
-            return jax.lax.fori_loop(0, task.num_steps, step, (params, tx.init(params)))
+            params, state = jax.lax.fori_loop(0, task.num_steps, step, (params, tx.init(params)))
+            return recipe.kept(state, params), state
 
         return jax.jit(train, static_argnums=5)
 

@@ -178,7 +178,7 @@ def fashion_mnist():
 
 def convolutions_init(key, width=1.0):
     keys = jax.random.split(key, 4)
-    a, b, c = (round(width * n) for n in (16, 32, 128))
+    a, b, c = (max(round(width * n), 1) for n in (16, 32, 128))
     shapes = [(3, 3, 1, a), (3, 3, a, b), (7 * 7 * b, c), (c, 10)]
     layers = {}
     for i, shape in enumerate(shapes):

@@ -60,7 +60,7 @@ def test_every_row_has_every_seed_and_its_file_is_within_the_budget(rows):
         assert len(num_seeds) <= 1
         for row in task_rows:
             # Grids' files are fitted with one seed, and may be a little larger with another.
-            assert np.mean(row["bytes"]) <= 1.03 * row["budget"]
+            assert np.mean(row["bytes"]) <= 1.04 * row["budget"]
 
 
 def test_no_two_recipes_have_the_same_scores(rows):
