@@ -1,13 +1,16 @@
-"""Programs that are compiled with options for XLA, where the backend and its version know them."""
+"""Faster programs, and programs that compile faster: options for XLA, and leaves in groups."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import numpy as np
 from jax import lax
+
+_MOST_IN_GROUP = 8  # with 16, XLA on CPU splits the kernel and writes a part of it to memory
+_MOST_ENTRIES = 2**20  # larger leaves are reduced side by side, each by a core of its own
 
 # Registers of 512 bits where the processor has them; XLA prefers 256, and elsewhere it still does.
 WIDE_VECTORS = ("xla_cpu_prefer_vector_width", 512)
@@ -41,3 +44,23 @@ class WideJit:
     def __call__(self, *args: Any) -> Any:
         is_traced = any(isinstance(x, jax.core.Tracer) for x in (*args, lax.neg(np.int32(0))))
         return self._inner(*args) if is_traced else self._outer(*args)
+
+
+def groups_alike(
+    leaves: Sequence[jax.Array], keys: Sequence[Hashable] | None = None
+) -> list[list[int]]:
+    """Returns the positions of leaves in groups that one kernel can reduce: that compiles faster.
+
+    Leaves of a group have one shape and dtype, and one key.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for i, x in enumerate(leaves):
+        # Not on a mesh, where leaves of one shape may be split in different ways.
+        is_alone = x.size > _MOST_ENTRIES or not jax.typeof(x).sharding.mesh.empty
+        key = x.shape, x.dtype, keys and keys[i], i if is_alone else None
+        alike.setdefault(key, []).append(i)
+    return [
+        group[start : start + _MOST_IN_GROUP]
+        for group in alike.values()
+        for start in range(0, len(group), _MOST_IN_GROUP)
+    ]

@@ -5,6 +5,7 @@ gives the documented number in spite of that.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxclip._core.compiling import groups_alike
 from jaxclip._core.trees import PyTree, floating_leaves, is_clippable
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -123,11 +125,9 @@ def in_whole_bytes(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float8_e4m3fn) if jnp.finfo(x.dtype).bits < 8 else x
 
 
-def exceeds(x: jax.Array, bound: ArrayLike, is_normal: bool = False) -> jax.Array:
+def exceeds(x: jax.Array, bound: ArrayLike) -> jax.Array:
     """Returns True where `|x| > bound` or the bound is 0, for real `x`; False for NaN."""
     bound = jnp.asarray(bound)
-    if is_normal:
-        return jnp.abs(x) > bound
     # Compares bits, which order like magnitudes, because XLA on CPU treats subnormals as zero.
     # A bound of 0 needs its own case: XLA turns a comparison of bits with 0 into one of numbers.
     x, bound = in_whole_bytes(x), in_whole_bytes(bound)
@@ -153,18 +153,27 @@ def first_true(conditions: jax.Array) -> jax.Array:
 
 def has_nonfinite(tree: PyTree) -> jax.Array:
     """Returns True if a floating entry is not finite."""
+    leaves = [jnp.asarray(x) for x in floating_leaves(tree)]
+    if not leaves:
+        return jnp.zeros((), bool)
     # Stacked, because a chain of 1,000 conditions is slow to compile.
-    leaves = [zero_or_nan(jnp.asarray(x)) for x in floating_leaves(tree)]
-    return jnp.any(jnp.isnan(jnp.stack(leaves))) if leaves else jnp.zeros((), bool)
+    groups = [_zero_or_nan([leaves[i] for i in group]) for group in groups_alike(leaves)]
+    return jnp.any(jnp.isnan(jnp.stack(groups)))
+
+
+def zero_or_nan(x: jax.Array) -> jax.Array:
+    """Returns 0 in float32, or NaN if an entry is not finite."""
+    return _zero_or_nan([x])
 
 
 @jax.jit  # leaves of one shape share one trace
-def zero_or_nan(x: jax.Array) -> jax.Array:
-    """Returns 0 in float32, or NaN if an entry is not finite."""
+def _zero_or_nan(leaves: list[jax.Array]) -> jax.Array:
+    """Returns 0 in float32, or NaN if an entry of leaves of one shape is not finite."""
     # A sum, because XLA on CPU writes a conjunction's conditions to memory.
-    if jnp.iscomplexobj(x):
-        return zero_or_nan(jnp.real(x)) + zero_or_nan(jnp.imag(x))
-    return jnp.sum((x - x).astype(jnp.float32))
+    if jnp.iscomplexobj(leaves[0]):
+        leaves = [part for x in leaves for part in (jnp.real(x), jnp.imag(x))]
+    zeros = functools.reduce(operator.add, (x - x for x in leaves))
+    return jnp.sum(zeros.astype(jnp.float32))
 
 
 def is_bad_step(updates: optax.Updates, bounds: PyTree) -> jax.Array:

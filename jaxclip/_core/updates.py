@@ -5,7 +5,6 @@ rounded, and so is its sum with `w`: some weights that should end on a bound end
 The functions here compute the sum as it will be rounded, and correct the update by an ulp.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -53,17 +52,7 @@ def clip_modulus(w: jax.Array, bound: ArrayLike) -> jax.Array:
     return _clip_leaf(w, bound, is_normal(bound))
 
 
-def clip_sum(w: jax.Array, bound: ArrayLike) -> jax.Array:
-    """Returns `clip_modulus` of a sum, in which a backend that flushes subnormals left none."""
-    limit = None if is_unbounded(bound) else bound_in(bound, w)
-    is_plain = jnp.issubdtype(w.dtype, jnp.floating) and jnp.finfo(w.dtype).bits >= 16
-    if limit is None or limit.ndim or not (is_plain and is_normal(limit)):
-        return clip_modulus(w, bound)
-    return keep_weak_type(lax.clamp(-limit, w, limit), w)
-
-
-@functools.partial(jax.jit, static_argnums=2)  # leaves of one shape share one trace
-def _clip_leaf(w: jax.Array, bound: jax.Array, is_normal: bool) -> jax.Array:
+def clip_leaf(w: jax.Array, bound: jax.Array, is_normal: bool) -> jax.Array:
     """Returns the weights with modulus at most a bound in their real dtype."""
     if jnp.iscomplexobj(w):
         phase, modulus = phase_and_modulus(w)
@@ -71,10 +60,23 @@ def _clip_leaf(w: jax.Array, bound: jax.Array, is_normal: bool) -> jax.Array:
         inside = (bound * (1 - 4 * eps)).astype(w.dtype)
         is_outside = (modulus >= bound * (1 - 2 * eps)) & jnp.isfinite(bound)
         return keep_weak_type(jnp.where(is_outside, phase * inside, w), w)
-    # Not as a minimum and a maximum: those flush subnormals inside the box to zero.
+    # Not as a minimum and a maximum, nor by comparing with both bounds, of which LLVM makes the
+    # same: those flush subnormals inside the box to zero.
     limit = bound if bound.ndim else jnp.full_like(w, bound)
-    clipped = select(w < 0, -limit, limit)
-    return keep_weak_type(select(exceeds(w, bound, is_normal), clipped, w), w)
+    is_outside = jnp.abs(w) > limit if is_normal else exceeds(w, bound)
+    return keep_weak_type(select(is_outside, select(w < 0, -limit, limit), w), w)
+
+
+_clip_leaf = jax.jit(clip_leaf, static_argnums=2)  # leaves of one shape share one trace
+
+
+def clip_sum(w: jax.Array, bound: ArrayLike) -> jax.Array:
+    """Returns `clip_modulus` of a sum, in which a backend that flushes subnormals left none."""
+    limit = None if is_unbounded(bound) else bound_in(bound, w)
+    is_plain = jnp.issubdtype(w.dtype, jnp.floating) and jnp.finfo(w.dtype).bits >= 16
+    if limit is None or limit.ndim or not (is_plain and is_normal(limit)):
+        return clip_modulus(w, bound)
+    return keep_weak_type(lax.clamp(-limit, w, limit), w)
 
 
 def update_within(u: jax.Array, w: ArrayLike, bound: ArrayLike) -> jax.Array:

@@ -4,6 +4,8 @@ An infinity becomes the bound with its sign and a NaN becomes 0; both make a bad
 `num_nonfinite`. The other entries do not depend on these, and are clipped as in any step.
 """
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,17 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxclip._core import floats
+from jaxclip._core.compiling import groups_alike
 from jaxclip._core.floats import (
     compute_dtype,
+    has_nan,
     increment,
+    is_normal,
     keep_weak_type,
     not_folded,
     round_toward_zero,
     select,
+    zero_or_nan,
 )
 from jaxclip._core.trees import PyTree, floating_leaves, is_clippable, replace_floating
-from jaxclip._core.updates import clip_modulus
+from jaxclip._core.updates import clip_leaf
 from jaxclip.gradients.state import ClipStats
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
@@ -88,12 +93,17 @@ def clip_by_value(max_abs: PyTree) -> optax.GradientTransformationExtraArgs:
 def clip_entries(tree: optax.Updates, bounds: PyTree) -> tuple[optax.Updates, jax.Array, jax.Array]:
     """Clips entries to their leaf's bound; also returns how many, and True for a bad step."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(bounds), strict=True)
-    leaves = [(jnp.asarray(g), bound) for g, bound in pairs if is_clippable(g)]
-    clipped = [_clip_leaf(g, _bound_in_dtype(g, bound)) for g, bound in leaves]
-    counts = jnp.stack([jnp.zeros((), jnp.float32), *(count for _, count in clipped)])
-    num_clipped = jnp.sum(counts)
-    is_bad = jnp.isnan(num_clipped) | floats.has_nan([bound for _, bound in leaves])
-    return replace_floating(tree, [g for g, _ in clipped]), num_clipped, is_bad
+    given = [(jnp.asarray(g), bound) for g, bound in pairs if is_clippable(g)]
+    leaves, clipped, counts = [g for g, _ in given], {}, [jnp.zeros((), jnp.float32)]
+    keys = [bound if isinstance(bound, float) else id(bound) for _, bound in given]
+    for group in groups_alike(leaves, keys):
+        bound = _bound_in_dtype(*given[group[0]])
+        clipped |= {i: _clip_leaf(leaves[i], bound, is_normal(bound)) for i in group}
+        counts.append(_num_clipped([leaves[i] for i in group], bound))
+    num_clipped = jnp.sum(jnp.stack(counts))
+    is_bad = jnp.isnan(num_clipped) | has_nan([bound for _, bound in given])
+    clipped = [clipped[i] for i in range(len(leaves))]
+    return replace_floating(tree, clipped), num_clipped, is_bad
 
 
 def _bound_in_dtype(g: jax.Array, bound: Any) -> Any:
@@ -102,21 +112,29 @@ def _bound_in_dtype(g: jax.Array, bound: Any) -> Any:
     return jnp.where(jnp.isnan(bound), 0, bound) if isinstance(bound, jax.Array) else bound
 
 
-# Jitted, so that leaves of one shape share one trace.
-@jax.jit
-def _clip_leaf(g: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the leaf with its entries clipped, and how many were; NaN if one is not finite."""
-    if jnp.iscomplexobj(g):
-        num_clipped = jnp.sum(jnp.abs(g) > bound, dtype=jnp.float32) + floats.zero_or_nan(g)
-        has_sign = jnp.isfinite(g)
-    else:
-        # In arithmetic, because XLA on CPU writes the conditions that it counts to memory.
-        wide = compute_dtype(g.dtype)
-        largest = jnp.asarray(jnp.finfo(wide).max, wide)
-        x, limit = not_folded((g.astype(wide), jnp.minimum(bound.astype(wide), largest)))
+@functools.partial(jax.jit, static_argnums=2)  # leaves of one shape share one trace
+def _clip_leaf(g: jax.Array, bound: jax.Array, is_normal: bool) -> jax.Array:
+    """Returns the leaf with its entries clipped, and 0 for NaN."""
+    has_sign = jnp.isfinite(g) if jnp.iscomplexobj(g) else g == g
+    clipped = select(has_sign, clip_leaf(g, bound, is_normal), jnp.zeros_like(g))
+    return keep_weak_type(clipped, g)
+
+
+@jax.jit  # leaves of one shape share one trace
+def _num_clipped(leaves: list[jax.Array], bound: jax.Array) -> jax.Array:
+    """Returns how many entries of leaves of one shape are clipped; NaN if one is not finite."""
+    if jnp.iscomplexobj(leaves[0]):
+        counts = [jnp.sum(jnp.abs(g) > bound, dtype=jnp.float32) + zero_or_nan(g) for g in leaves]
+        return functools.reduce(operator.add, counts)
+    # In arithmetic, because XLA on CPU writes the conditions that it counts to memory.
+    wide = compute_dtype(leaves[0].dtype)
+    largest = jnp.asarray(jnp.finfo(wide).max, wide)
+    xs, limit = not_folded(
+        ([g.astype(wide) for g in leaves], jnp.minimum(bound.astype(wide), largest))
+    )
+
+    def is_clipped(x: jax.Array) -> jax.Array:
         excess = jnp.abs(x) - limit
-        is_clipped = jnp.sign(excess + jnp.abs(excess)) + (x - x)  # 0 or 1; NaN if not finite
-        num_clipped = jnp.sum(is_clipped).astype(jnp.float32)
-        has_sign = ~jnp.isnan(g)
-    clipped = select(has_sign, clip_modulus(g, bound), jnp.zeros_like(g))
-    return keep_weak_type(clipped, g), num_clipped
+        return jnp.sign(excess + jnp.abs(excess)) + (x - x)  # 0 or 1; NaN if not finite
+
+    return jnp.sum(functools.reduce(operator.add, map(is_clipped, xs))).astype(jnp.float32)

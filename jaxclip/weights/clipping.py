@@ -6,7 +6,6 @@ leaves biases and norm scales free. `mask` excludes further leaves.
 
 import functools
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxclip._core import checks, trees
+from jaxclip._core.compiling import groups_alike
 from jaxclip._core.floats import compute_dtype, inverse_size, not_folded
 from jaxclip._core.trees import Mask, PyTree, map_clippable
 from jaxclip._core.updates import bound_in, bounds_nothing, clip_modulus, clip_sum, is_unbounded
@@ -126,36 +126,25 @@ def clip_to_bounds(params: optax.Params, bounds: PyTree, *, are_sums: bool = Fal
 
 def rate_on_bounds(params: optax.Params, bounds: PyTree) -> jax.Array:
     """Returns `weight_clip_rate` for the result of `resolve_bounds`."""
-    groups, num_boxed = {}, 0
-    for w, bound in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
-        if not trees.is_clippable(w) or is_unbounded(bound):
+    boxed, num_boxed = [], 0
+    for w, given in zip(jax.tree.leaves(params), jax.tree.leaves(bounds), strict=True):
+        if not trees.is_clippable(w) or is_unbounded(given):
             continue
-        w, given = jnp.asarray(w), bound
-        bound = bound_in(bound, w)
-        groups.setdefault(_group_of(w, given), (bound, []))[1].append(w)
+        w = jnp.asarray(w)
+        bound = bound_in(given, w)
+        boxed.append((w, bound, given if isinstance(given, float) else id(given)))
         if isinstance(bound, np.ndarray):
             num_boxed += 0 if bounds_nothing(bound) else w.size
         else:
             num_bounds = jnp.sum(~bounds_nothing(bound), dtype=jnp.float32)
             num_boxed += num_bounds * (w.size / max(bound.size, 1))
+    leaves, keys = [w for w, _, _ in boxed], [key for _, _, key in boxed]
     counts = [
-        _num_on_bound(leaves[i : i + _MOST_IN_GROUP], *_number_below(bound))
-        for bound, leaves in groups.values()
-        for i in range(0, len(leaves), _MOST_IN_GROUP)
+        _num_on_bound([leaves[i] for i in group], *_number_below(boxed[group[0]][1]))
+        for group in groups_alike(leaves, keys)
     ]
     num_on_bound = jnp.sum(jnp.stack(counts)) if counts else jnp.zeros((), jnp.float32)
     return num_on_bound / jnp.maximum(jnp.asarray(num_boxed, jnp.float32), 1)
-
-
-_MOST_IN_GROUP = 8  # with 16, XLA on CPU splits the kernel and writes a part of it to memory
-
-
-def _group_of(w: jax.Array, bound: Any) -> tuple:
-    """Returns a key that leaves share if one kernel can count them: that compiles faster."""
-    # Not on a mesh, where leaves of one shape may be split in different ways.
-    is_alone = not jax.typeof(w).sharding.mesh.empty
-    key = bound if isinstance(bound, float) else id(bound)
-    return w.shape, w.dtype, key, id(w) if is_alone else None
 
 
 def _number_below(bound: jax.Array | np.ndarray) -> tuple:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxclip
+from jaxclip._core.floats import has_nonfinite
 from jaxclip.gradients.by_value import clip_by_value
 from oracles.exact_clips import (
     BF16,
@@ -142,6 +143,25 @@ def test_ordinary_gradients_are_clipped_as_by_optax_clip():
     g = jax.random.normal(jax.random.key(0), (5, 7))
     expected = optax.clip(0.5).update(g, optax.EmptyState())[0]
     assert np.array_equal(clip_once(clip_by_value(0.5), g)[0], expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_many_leaves_alike_and_not_are_counted_as_one_by_one(wrap):
+    rng = np.random.default_rng(0)
+    shapes = [(3, 5)] * 19 + [(5, 3)] * 8 + [(2,)]
+    grads = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    bounds = [0.5 if i % 3 else 1.5 for i in range(len(shapes))]
+    tx = clip_by_value(bounds)
+    clipped, state = wrap(tx.update)(list(map(jnp.asarray, grads)), tx.init(grads))
+    expected = [np.clip(g, -bound, bound) for g, bound in zip(grads, bounds, strict=True)]
+    assert_bit_identical(clipped, expected)
+    num_clipped = sum(np.sum(g != e) for g, e in zip(grads, expected, strict=True))
+    rate = num_clipped / sum(g.size for g in grads)
+    np.testing.assert_allclose(state.stats.clip_rate, rate, rtol=1e-6)
+    assert not has_nonfinite(clipped)
+    for i in range(len(grads)):
+        hit = [g.at[(0,) * g.ndim].set(jnp.nan) if i == j else g for j, g in enumerate(clipped)]
+        assert has_nonfinite(hit)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
