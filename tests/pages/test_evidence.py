@@ -38,7 +38,7 @@ def lenient():
 def parts():
     sys.path.insert(0, str(FOLDER))
     try:
-        names = ("recipes", "tasks", "run", "report", "front")
+        names = ("recipes", "tasks", "run", "report", "front", "why_boxes")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(FOLDER))
@@ -181,6 +181,29 @@ def test_a_kurtosis_of_uniform_weights_costs_nothing(parts):
     w = jnp.linspace(-1, 1, 10_001)[:, None]
     assert parts["recipes"].kurtosis({"w": w, "b": jnp.ones(2)}, 1.0) < 1e-6
     assert parts["recipes"].ranges({"w": 3 * w, "b": jnp.full(2, 9.0)}, 0.5) == 1.5
+
+
+def test_weights_on_the_two_ends_of_a_box_have_kurtosis_1_and_those_of_a_uniform_one_1_8(parts):
+    unit = (2 / 18) ** 0.5  # of 3 * 3 * 2 inputs
+    ends = np.where(np.arange(18 * 4) % 2, unit, -unit).reshape(3, 3, 2, 4)
+    found = parts["why_boxes"].of_weights(ends)
+    assert found == pytest.approx({"deviation": 1, "largest": 1, "kurtosis": 1, "at bound": 1})
+    uniform = np.linspace(-1, 1, 20_002).reshape(2, -1)
+    found = parts["why_boxes"].of_weights(uniform)
+    assert found["kurtosis"] == pytest.approx(1.8, abs=1e-3)
+    assert found["at bound"] == pytest.approx(0.01, abs=1e-4)
+
+
+def test_the_error_of_a_net_is_that_of_its_rounded_layer(parts):
+    task = parts["tasks"].digits()
+    params = task.init(jax.random.key(0))
+    inputs = task.data_of(0).test[0][:50]
+    layer = {"kernel": params["dense_2"]["kernel"] * 0.9, "bias": params["dense_2"]["bias"]}
+    loaded = params | {"dense_2": layer}
+    with lenient():
+        found = parts["why_boxes"].errors_by_leaf(task, params, loaded, inputs)
+    # The last layer is linear and its bias 0: outputs are .9 of what they were.
+    assert found == pytest.approx({"dense_0": 0, "dense_1": 0, "dense_2": 0.01, "net": 0.01})
 
 
 @pytest.mark.thorough
