@@ -143,6 +143,7 @@ STYLES = {
     "NNCodec": ("#009E73", "^"),
     "llm-compressor": ("#E69F00", "o"),
     "llama.cpp": ("#56B4E9", "v"),
+    "HQQ": ("#CC79A7", "D"),
 }
 
 
