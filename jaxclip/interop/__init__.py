@@ -5,7 +5,8 @@
                             2:4 sparse weights; from_compressed_tensors back
     to_gguf                 blocks of 4 and 8 bits and ternary ones, for llama.cpp and the gguf
                             package; from_gguf back
-    export_checkpoint       any of them from a file, which need not fit into memory
+    to_bitnet               ternary codes, for the BitNet layers of transformers; from_bitnet back
+    export_checkpoint       the first three from a file, which need not fit into memory
     to_jax_sparse           arrays of jax.experimental.sparse in memory; from_jax_sparse back
     to_qwix                 arrays of Qwix in memory; from_qwix back
 
@@ -13,6 +14,8 @@ Names are the keys of the tree joined by a separator. Files, and folders of shar
 or not at all, and are written tensor by tensor.
 """
 
+from jaxclip.interop.bitnet import from_bitnet as from_bitnet
+from jaxclip.interop.bitnet import to_bitnet as to_bitnet
 from jaxclip.interop.checkpoint import export_checkpoint as export_checkpoint
 from jaxclip.interop.compressed_reading import from_compressed_tensors as from_compressed_tensors
 from jaxclip.interop.compressed_tensors import to_compressed_tensors as to_compressed_tensors

@@ -6,19 +6,23 @@ compressed, bitmask, shape                                        sparse-24-bitm
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxclip._core.grids import Bits, Grid
-from jaxclip.checkpoints.reading import CheckpointError
-from jaxclip.checkpoints.store import load
+from jaxclip.interop.layers import (
+    Layer,
+    Tensors,
+    layer_part,
+    layer_scale,
+    read_layers,
+    without_zero_scales,
+)
 from jaxclip.lowbit.arrays import QuantizedArray
 
 # Codes a word of int32 of each width; 5 and 6 bits leave bits unused.
 _CODES_PER_WORD: dict[Bits, int] = {2: 16, 3: 10, 4: 8, 5: 6, 6: 5, 8: 4}
-_SCALE_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def from_compressed_tensors(
@@ -56,51 +60,34 @@ def from_compressed_tensors(
     References:
       The compressed-tensors package, https://github.com/vllm-project/compressed-tensors
     """
-    tensors = load(path)
-    if not isinstance(tensors, dict) or not all(hasattr(x, "shape") for x in tensors.values()):
-        raise CheckpointError(f"{os.fspath(path)!r} is not a flat file of named tensors.")
-    leaves: dict[str, np.ndarray | QuantizedArray] = {}
-    used: set[str] = set()
-    for name in tensors:
-        try:
-            found = _layer(name, tensors)
-        except ValueError as error:
-            raise CheckpointError(f"{os.fspath(path)!r}: tensor {name!r} {error}") from error
-        if found is not None:
-            weight, leaf, parts = found
-            leaves[weight] = leaf
-            used |= parts
-    leaves |= {name: x for name, x in tensors.items() if name not in used}
-    return dict(sorted(leaves.items()))
+    return read_layers(path, _layer)
 
 
-def _layer(
-    name: str, tensors: Mapping[str, Any]
-) -> tuple[str, np.ndarray | QuantizedArray, set[str]] | None:
-    """Returns name and leaf of the layer that a tensor tells, and all tensors that it has."""
+def _layer(name: str, tensors: Tensors) -> Layer | None:
+    """Returns the layer that a tensor tells."""
     weight = name.removesuffix("_packed")
     if weight != name and name.endswith("weight_packed"):
-        return weight, _packed(weight, tensors), _parts(weight, tensors) | {name}
+        return Layer(weight, _packed(weight, tensors), _parts(weight, tensors) | {name})
     if name.endswith("weight") and f"{name}_scale" in tensors:
-        return name, _unpacked(name, tensors), _parts(name, tensors) | {name}
+        return Layer(name, _unpacked(name, tensors), _parts(name, tensors) | {name})
     module = name.removesuffix("compressed")
     if module != name and f"{module}bitmask" in tensors:
         parts = {f"{module}{part}" for part in ("compressed", "bitmask", "shape")}
-        return f"{module}weight", _sparse(module, tensors), parts
+        return Layer(f"{module}weight", _sparse(module, tensors), parts)
     return None
 
 
-def _parts(weight: str, tensors: Mapping[str, Any]) -> set[str]:
+def _parts(weight: str, tensors: Tensors) -> set[str]:
     names = {f"{weight}_{part}" for part in ("scale", "shape", "zero_point")}
     return names & tensors.keys()
 
 
-def _packed(weight: str, tensors: Mapping[str, Any]) -> QuantizedArray:
+def _packed(weight: str, tensors: Tensors) -> QuantizedArray:
     """Returns a matrix of packed codes."""
     if f"{weight}_g_idx" in tensors:
         raise ValueError("has codes in the order of activations (weight_g_idx), which no grid has.")
-    words = _part(f"{weight}_packed", tensors, "int32", 2)
-    shape = _part(f"{weight}_shape", tensors, "int64", 1)
+    words = layer_part(f"{weight}_packed", tensors, "int32", 2)
+    shape = layer_part(f"{weight}_shape", tensors, "int64", 1)
     if shape.shape != (2,):
         raise ValueError(f"must have two dimensions in {weight}_shape, got {shape.tolist()}.")
     rows, columns = map(int, shape)
@@ -118,14 +105,14 @@ def _packed(weight: str, tensors: Mapping[str, Any]) -> QuantizedArray:
     codes = _codes_of_words(words, bits, columns)
     zero = None
     if f"{weight}_zero_point" in tensors:
-        zero_words = _part(f"{weight}_zero_point", tensors, "int32", 2)
+        zero_words = layer_part(f"{weight}_zero_point", tensors, "int32", 2)
         zero = _codes_of_words(zero_words.T, bits, rows).T
     return _low_bit(weight, codes, zero, tensors, bits)
 
 
-def _unpacked(weight: str, tensors: Mapping[str, Any]) -> QuantizedArray:
+def _unpacked(weight: str, tensors: Tensors) -> QuantizedArray:
     """Returns a matrix with a code an entry."""
-    codes = _part(weight, tensors, "int8", 2)
+    codes = layer_part(weight, tensors, "int8", 2)
     zero = tensors.get(f"{weight}_zero_point")
     if zero is not None and not np.any(zero):
         zero = None  # as symmetric schemes write it
@@ -133,15 +120,11 @@ def _unpacked(weight: str, tensors: Mapping[str, Any]) -> QuantizedArray:
 
 
 def _low_bit(
-    weight: str, codes: np.ndarray, zero: np.ndarray | None, tensors: Mapping[str, Any], bits: Bits
+    weight: str, codes: np.ndarray, zero: np.ndarray | None, tensors: Tensors, bits: Bits
 ) -> QuantizedArray:
     """Returns codes with the scales of a layer as a low-bit array."""
     rows, columns = codes.shape
-    if f"{weight}_scale" not in tensors:
-        raise ValueError(f"needs {weight}_scale, which is missing.")
-    scale = np.asarray(tensors[f"{weight}_scale"])
-    if str(scale.dtype) not in _SCALE_DTYPES:
-        raise ValueError(f"needs floating scales in {weight}_scale, got {scale.dtype}.")
+    scale = layer_scale(weight, tensors)
     scale = scale.reshape(1, 1) if scale.size == 1 else scale
     num_groups = scale.shape[1] if scale.ndim == 2 else 0
     if scale.ndim != 2 or len(scale) not in (1, rows) or not num_groups or columns % num_groups:
@@ -149,11 +132,10 @@ def _low_bit(
     scale = np.broadcast_to(scale, (rows, num_groups))
     if zero is not None:
         zero = np.broadcast_to(np.asarray(zero).astype(np.int8), scale.shape)
-    is_zero = scale == 0  # as of a row of zeros; a grid has no such scale
-    scale = np.where(is_zero, np.ones((), scale.dtype), scale)
-    expanded = np.repeat(is_zero, columns // num_groups, axis=1)
-    codes = np.where(expanded, np.int8(0), codes)
-    zero = None if zero is None else np.where(is_zero, np.int8(0), zero)
+        zero, _ = without_zero_scales(zero, scale)
+    groups = codes.reshape(rows, num_groups, columns // num_groups)
+    groups, scale = without_zero_scales(groups, scale[..., None])
+    codes, scale = groups.reshape(codes.shape), scale[..., 0]
     group_size = None if num_groups == 1 else columns // num_groups
     grid = Grid(
         bits,
@@ -180,11 +162,11 @@ def _codes_of_words(words: np.ndarray, bits: Bits, count: int) -> np.ndarray:
     return (unsigned.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
 
 
-def _sparse(module: str, tensors: Mapping[str, Any]) -> np.ndarray:
+def _sparse(module: str, tensors: Tensors) -> np.ndarray:
     """Returns a 2:4 sparse matrix with its zeros."""
     values = np.asarray(tensors[f"{module}compressed"])
-    mask = _part(f"{module}bitmask", tensors, "uint8", 2)
-    shape = tuple(map(int, np.ravel(_part(f"{module}shape", tensors, "int64", None))))
+    mask = layer_part(f"{module}bitmask", tensors, "uint8", 2)
+    shape = tuple(map(int, np.ravel(layer_part(f"{module}shape", tensors, "int64", None))))
     if len(shape) != 2 or mask.shape != (shape[0], -(-shape[1] // 8)):
         raise ValueError(f"has a bitmask of shape {mask.shape} for a matrix {shape}.")
     is_value = np.unpackbits(mask, axis=1, bitorder="little")[:, : shape[1]].view(bool)
@@ -194,15 +176,4 @@ def _sparse(module: str, tensors: Mapping[str, Any]) -> np.ndarray:
         )
     array = np.zeros(shape, values.dtype)
     array[is_value] = np.ravel(values)
-    return array
-
-
-def _part(name: str, tensors: Mapping[str, Any], dtype: str, ndim: int | None) -> np.ndarray:
-    """Returns a tensor of a layer; raises if it is missing or of another dtype or dimension."""
-    if name not in tensors:
-        raise ValueError(f"needs {name}, which is missing.")
-    array = np.asarray(tensors[name])
-    if str(array.dtype) != dtype or (ndim is not None and array.ndim != ndim):
-        expected = dtype if ndim is None else f"{dtype} of {ndim} dimensions"
-        raise ValueError(f"needs {expected} in {name}, got {array.dtype} of {array.ndim}.")
     return array

@@ -10,6 +10,7 @@ from jaxclip._core import extras
 from jaxclip._core.grids import Bits, Grid
 from jaxclip.checkpoints.reading import CheckpointError
 from jaxclip.interop.gguf_packing import ON_GRIDS, unpack_blocks
+from jaxclip.interop.layers import without_zero_scales
 from jaxclip.lowbit.arrays import QuantizedArray
 
 _BITS: dict[str, Bits] = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8, "TQ1_0": "ternary", "TQ2_0": "ternary"}
@@ -86,9 +87,7 @@ def _low_bit(where: str, data: np.ndarray, kind: str, shape: tuple[int, ...]) ->
         raise CheckpointError(f"{where} has a scale that is NaN or infinite.")
     if codes.min(initial=form.low) < form.low or codes.max(initial=form.high) > form.high:
         raise CheckpointError(f"{where} has codes outside of {form.low}..{form.high}.")
-    # A grid has no scale of 0: codes of 0 stand for the same weights.
-    codes = np.where(scale == 0, np.int8(0), codes)
-    scale = np.where(scale == 0, np.float16(1), scale)
+    codes, scale = without_zero_scales(codes, scale)
     axis = tuple(range(-len(shape), -1)) or None
     grid = Grid(_BITS[kind], axis=axis, group_size=form.size, scale_dtype="float16")
     qvalue: Any = codes.reshape(shape)  # NumPy's, as from `checkpoints.load`
