@@ -17,9 +17,9 @@ import functools
 import io
 import json
 import pathlib
-import pydoc_data.topics
 import re
 import tempfile
+from pydoc_data.topics import topics as TOPICS
 
 import jax
 import jax.numpy as jnp
@@ -84,11 +84,38 @@ def embed(p, tokens, mask, num_layers, num_heads):
 # --- Texts ------------------------------------------------------------------------------------
 
 
-def sentences(count):
-    """Sentences of Python's manual, which comes with Python."""
-    text = " ".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
-    found = re.findall(r"[A-Z][a-z][^.*\"`|=_]{40,200}\.", re.sub(r"\s+", " ", text))
-    return sorted(set(found))[:: max(len(set(found)) // count, 1)][:count]
+def sentences(count, held_out=()):
+    """Returns sentences of Python's manual, which comes with Python, without those held out."""
+    found = _sentences_in(" ".join(topic for _, topic in sorted(TOPICS.items())))
+    found = sorted(found - set(held_out))
+    return found[:: max(len(found) // count, 1)][:count]
+
+
+def library_sentences(held_out):
+    """Returns sentences in the sources of Python's library, without those held out."""
+    folder, found = pathlib.Path(json.__file__).parents[1], set()
+    for path in [*folder.glob("*.py"), *folder.glob("*/*.py")]:
+        # The manual is in pydoc_data.
+        if not {"site-packages", "test", "pydoc_data"} & set(path.parts):
+            found |= _sentences_in(path.read_text(errors="ignore").replace("#", " "))
+    return sorted(found - set(held_out))
+
+
+def _sentences_in(text):
+    return set(re.findall(r"[A-Z][a-z][^.*\"`|=_]{40,200}\.", re.sub(r"\s+", " ", text)))
+
+
+def token_batches(encoder, texts):
+    """Yields batches of token sequences of one length each, cut to a multiple of 4: no padding."""
+    by_length = {}
+    for coded in encoder.tokenizer.encode_batch(texts):
+        tokens = np.array(coded.ids, np.int32)[np.array(coded.attention_mask) > 0]
+        length = min(len(tokens), 48) // 4 * 4
+        if length >= 12:
+            by_length.setdefault(length, []).append(tokens[:length])
+    for _, rows in sorted(by_length.items()):
+        for i in range(0, len(rows), BATCH):
+            yield np.stack(rows[i : i + BATCH])
 
 
 class Encoder:

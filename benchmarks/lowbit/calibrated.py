@@ -17,8 +17,6 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-import pydoc_data.topics
-import re
 import sys
 import tempfile
 import time
@@ -38,28 +36,7 @@ NUM_SENTENCES = 512
 WHOLE_BYTES = 6_500_000
 
 
-# --- Data ------------------------------------------------------------------------------
-
-
-def other_sentences(held_out):
-    """Sentences of the manual that are not held out; the pattern is that of `minilm.sentences`."""
-    text = " ".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
-    found = re.findall(r"[A-Z][a-z][^.*\"`|=_]{40,200}\.", re.sub(r"\s+", " ", text))
-    rest = sorted(set(found) - set(held_out))
-    return rest[:: max(len(rest) // NUM_SENTENCES, 1)][:NUM_SENTENCES]
-
-
-def token_batches(encoder, texts):
-    """Batches of token sequences of one length each, cut to a multiple of 4: no padding."""
-    by_length = {}
-    for coded in encoder.tokenizer.encode_batch(texts):
-        tokens = np.array(coded.ids, np.int32)[np.array(coded.attention_mask) > 0]
-        length = min(len(tokens), 48) // 4 * 4
-        if length >= 12:
-            by_length.setdefault(length, []).append(tokens[:length])
-    for _, rows in sorted(by_length.items()):
-        for i in range(0, len(rows), 64):
-            yield np.stack(rows[i : i + 64])
+# --- The model and its data --------------------------------------------------
 
 
 class Model:
@@ -78,7 +55,8 @@ class Model:
 
     def measure(self):
         """Returns the calibration; prints CPU seconds."""
-        batches = list(token_batches(self.encoder, other_sentences(self.texts)))
+        texts = minilm.sentences(NUM_SENTENCES, self.texts)
+        batches = list(minilm.token_batches(self.encoder, texts))
         print(f"{sum(b.size for b in batches):,} tokens in {len(batches)} batches")
         times = [time.process_time()]
         found = calibration.measure(self.apply, self.params, batches, progress=False)

@@ -27,7 +27,9 @@ from jaxclip.lowbit.trees import decompress
 from oracles import recorded_trees
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples"
-WITHOUT_CLAIMS = ("digits", "fashion", "minilm", "read_low_bit_file", "quickstart")
+WITHOUT_CLAIMS = (
+    "digits", "distil_minilm", "fashion", "minilm", "read_low_bit_file", "quickstart",
+)  # fmt: skip
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"MPLBACKEND": "agg"}
 EXAMPLES = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in WITHOUT_CLAIMS]
 # Of which tests here and of two processes run the parts with less data.
@@ -168,20 +170,26 @@ def bert_weights(hidden: int = 16) -> dict[str, np.ndarray]:
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
-@pytest.mark.thorough
-def test_embeddings_of_an_encoder_are_compared_with_those_of_its_low_bit_files(
-    tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def encoder_folder(tmp_path, monkeypatch):
+    """The files of a drawn encoder, and words with scores; the examples can be imported."""
     monkeypatch.setitem(sys.modules, "tokenizers", types.SimpleNamespace(Tokenizer=WordsAsTokens))
     monkeypatch.syspath_prepend(FOLDER)
-    import minilm
-
     checkpoints.save(tmp_path / "model.safetensors", bert_weights())
     config = {"num_hidden_layers": 1, "num_attention_heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "words.tsv").write_text("# words\nlove\tsex\t6.77\ntiger\tcat\t7.3\nX\ta\t1\n")
+    return tmp_path
+
+
+@pytest.mark.thorough
+def test_embeddings_of_an_encoder_are_compared_with_those_of_its_low_bit_files(
+    encoder_folder, monkeypatch, capsys
+):
+    import minilm
+
     monkeypatch.setattr(minilm, "SETTINGS", {"8 bits": "--bits 8", "2 bits": "--bits 2"})
-    words = ["minilm.py", str(tmp_path), "--words", str(tmp_path / "words.tsv")]
+    words = ["minilm.py", str(encoder_folder), "--words", str(encoder_folder / "words.tsv")]
     monkeypatch.setattr(sys, "argv", words)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         minilm.main()
@@ -190,6 +198,59 @@ def test_embeddings_of_an_encoder_are_compared_with_those_of_its_low_bit_files(
     assert 0.999 < float(rows["8 bits"][3]) <= 1.0
     assert float(rows["2 bits"][3]) < float(rows["8 bits"][3])
     assert 0 < float(rows["8 bits"][2]) < 1e-3 < float(rows["2 bits"][2])
+
+
+@pytest.mark.thorough
+def test_tuning_brings_embeddings_nearer_and_keeps_codes_and_bytes(
+    encoder_folder, monkeypatch, capsys
+):
+    import distil_minilm
+
+    before, after = {}, {}
+
+    def tuned(*arguments, tune=distil_minilm.tuned):
+        before.update(arguments[2])
+        after.update(tune(*arguments))
+        return after
+
+    monkeypatch.setattr(distil_minilm, "tuned", tuned)
+    monkeypatch.setattr(distil_minilm, "NUM_SENTENCES", 64)
+    files = {"words": "words.tsv", "calibration": "moments.safetensors", "save": "out.safetensors"}
+    options = [f"--{name}={encoder_folder / file}" for name, file in files.items()]
+    options += ["--bytes=12000", "--steps=40", "--step-size=1e-2"]
+    monkeypatch.setattr(sys, "argv", ["distil_minilm.py", str(encoder_folder), *options])
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        distil_minilm.main()
+    rows = {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()}
+    assert float(rows["and tuned"][1]) < 0.8 * float(rows["rounded by its inputs"][1])
+    for row in ("and tuned", "rounded by its inputs"):
+        assert int(rows[row][0].replace(",", "")) <= 12_000
+    low_bit = [name for name, leaf in before.items() if isinstance(leaf, QuantizedArray)]
+    assert len(low_bit) == 9
+    for name in low_bit:
+        np.testing.assert_array_equal(after[name].qvalue, before[name].qvalue)
+
+
+def test_texts_to_train_on_are_not_those_held_out(encoder_folder):
+    import minilm
+
+    held_out = minilm.sentences(300)
+    manual = minilm.sentences(50, held_out)
+    library = minilm.library_sentences([*held_out, *manual])
+    assert len(set(held_out)) == 300
+    assert len(set(manual)) == 50
+    assert len(library) > 1000
+    assert not set(held_out) & set(manual)
+    assert not {*held_out, *manual} & set(library)
+
+
+def test_batches_of_tokens_have_no_padding(encoder_folder):
+    import minilm
+
+    texts = [" ".join(["word"] * n) for n in (10, 11, 13, 13, 20, 90)]  # and a token before
+    batches = list(minilm.token_batches(minilm.Encoder(encoder_folder), texts))
+    assert [batch.shape for batch in batches] == [(3, 12), (1, 20), (1, 48)]
+    assert all((batch > 0).all() for batch in batches)
 
 
 def test_ranks_of_ties_are_shared(monkeypatch):
