@@ -122,9 +122,10 @@ def load(
         `model.safetensors.index.json` and its shards, or with `model.safetensors`.
       like: Tree of arrays or `jax.ShapeDtypeStruct` that the file must match; None for any. The
         result has its structure, types and static parts. Flat names are matched with keys joined
-        by "/" or ".". An array in it also matches a low-bit leaf of its shape and dtype. A Python
-        number in it is read as one, and like a function or text it may be missing from the file.
-        Random keys in it are made from their data, and are jax arrays.
+        by "/" or ".", also those that `safetensors.torch.save_model` left out because torch shared
+        them with others. An array in it also matches a low-bit leaf of its shape and dtype. A
+        Python number in it is read as one, and like a function or text it may be missing from the
+        file. Random keys in it are made from their data, and are jax arrays.
       device: Device or sharding on which each leaf is put as soon as it is read; None returns
         NumPy arrays. A `NamedSharding` must divide every leaf's shape. It splits the codes of a
         low-bit leaf. Scales and zeros are split along the axes that it divides, and replicated
@@ -243,7 +244,9 @@ def _spellings(keys: tuple[str | int, ...], source: Source) -> list[str]:
     if source.structure is not None:
         return [leaf_name(keys)]
     texts = [str(key) for key in keys]
-    return ["/".join(texts), ".".join(texts)]
+    names = ["/".join(texts), ".".join(texts)]
+    # torch stores shared tensors once, and their other names in the metadata.
+    return names + [source.metadata[n] for n in names if n in source.metadata]
 
 
 def _as_in(template: Any, leaf: Leaf) -> Any:

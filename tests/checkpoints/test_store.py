@@ -245,6 +245,42 @@ def test_files_of_the_safetensors_library_load_flat(path):
     assert_same(checkpoints.load(path), tensors)
 
 
+def test_an_array_that_is_two_leaves_is_stored_twice_and_loaded_as_two(path):
+    w = random_weights(40, 30)
+    checkpoints.save(path, {"embed": w, "head": w})
+    assert path.stat().st_size > 2 * w.nbytes
+    loaded = checkpoints.load(path)
+    assert_same(loaded, {"embed": w, "head": w})
+    loaded["head"][0] = 0
+    np.testing.assert_array_equal(loaded["embed"], w)
+
+
+def test_tensors_that_torch_shared_are_found_by_the_names_in_the_metadata(path):
+    w, other = np.asarray(random_weights(6, 4)), np.asarray(random_weights(3, 4))
+    # As `safetensors.torch.save_model` writes them: the name that is gone, and the one kept.
+    shared = {"format": "pt", "lm_head.weight": "embed.weight"}
+    safetensors.numpy.save_file({"embed.weight": w, "up.weight": other}, path, metadata=shared)
+    assert checkpoints.load(path).keys() == {"embed.weight", "up.weight"}
+    like = {name: {"weight": w} for name in ("embed", "lm_head")} | {"up": {"weight": other}}
+    assert_same(checkpoints.load(path, like=like), like)
+    with pytest.raises(CheckpointError, match=r"'embed.weight'.*\(6, 4\)"):
+        checkpoints.load(path, like=like | {"lm_head": {"weight": other}})
+    safetensors.numpy.save_file({"embed.weight": w}, path, metadata={"lm_head.weight": "gone"})
+    with pytest.raises(CheckpointError, match="'lm_head/weight' is in like, but not in the file"):
+        checkpoints.load(path, like={"embed": {"weight": w}, "lm_head": {"weight": w}})
+
+
+def test_tensors_that_overlap_in_a_file_are_refused(path):
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    header = json.dumps({"embed": entry, "lm_head": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(
+        CheckpointError, match="tensor 'lm_head': the data has a hole or an overlap"
+    ):
+        checkpoints.load(path)
+
+
 # --- Damage -----------------------------------------------------------------------------------
 
 
