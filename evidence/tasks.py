@@ -345,18 +345,11 @@ def transformer(params, tokens):
     return norm(x, params["norm"]) @ params["out"]["kernel"]
 
 
-def king_james(file=None):
-    """The text, as the Debian package `bible-kjv` prints it, or from a file."""
-    if file is not None:
-        return pathlib.Path(file).read_bytes()
-    command = ["bible", "-f", "Gen1:1-Rev22:21"]
-    return subprocess.run(command, capture_output=True, check=True).stdout
-
-
 @functools.cache
 def text_data():
-    """Windows of the text: blocks of 4,096 bytes, a tenth of them held out and tested on."""
-    text = np.frombuffer(king_james(), np.uint8)
+    """Windows of what Debian's `bible-kjv` prints: of 20 blocks one is held out, one tested on."""
+    command = ["bible", "-f", "Gen1:1-Rev22:21"]
+    text = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, np.uint8)
     blocks = text[: len(text) // 4096 * 4096].reshape(-1, 4096)
     place = np.arange(len(blocks)) % 20
 
