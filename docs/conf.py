@@ -4,11 +4,14 @@
 
 The docstrings are Markdown with sections of Google's style. Sphinx reads reStructuredText, so
 code spans get two backticks, formulas become literal blocks, and other marks are escaped.
+Notebooks are pages with the outputs that they were saved with; their tests run them.
 """
 
 import functools
 import itertools
+import pathlib
 import re
+import shutil
 
 import jaxclip
 
@@ -17,9 +20,17 @@ author = "the authors of jaxclip"
 version = release = jaxclip.__version__
 html_title = "jaxclip"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 root_doc = "index"
+nb_execution_mode = "off"
+
+# Sphinx reads what is in this folder, so that the notebooks are copied to it.
+_NOTEBOOKS = pathlib.Path(__file__).parent / "notebooks"
+shutil.rmtree(_NOTEBOOKS, ignore_errors=True)
+_NOTEBOOKS.mkdir()
+for _notebook in (_NOTEBOOKS.parents[1] / "examples" / "notebooks").glob("*.ipynb"):
+    shutil.copy2(_notebook, _NOTEBOOKS)
 
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
@@ -111,7 +122,10 @@ def shorten_types(app, what, name, obj, options, signature, result):
 
 
 # Pages beside the folder docs, and where the site has them.
-_MOVED = {"../benchmarks/README.md": "project/benchmarks.md"}
+_MOVED = {
+    "../benchmarks/README.md": "project/benchmarks.md",
+    "../examples/notebooks/": "notebooks/",
+}
 
 
 def move_links(app, docname, source):
