@@ -5,7 +5,8 @@ anywhere gives zeros for all leaves and is counted in `num_nonfinite`, as in `cl
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -20,6 +21,7 @@ from jaxclip._core.floats import (
     FLOAT32_MAX,
     compute_dtype,
     increment,
+    not_folded,
     quotient,
     round_toward_zero,
 )
@@ -31,9 +33,9 @@ from jaxclip._core.trees import (
     replace_floating,
 )
 from jaxclip.gradients.state import ClipStats, LeafReport
-from jaxclip.norms.magnitudes import RescaledNorm
+from jaxclip.norms.magnitudes import RescaledNorm, accumulator
 from jaxclip.norms.of_units import MeasuredUnits, join_units, measure_units
-from jaxclip.norms.scaling import NormClip, norm_of_norms, scale_leaf, scaling_to
+from jaxclip.norms.scaling import NormClip, Scaling, norm_of_norms, scale_leaf, scaling_to
 from jaxclip.thresholds.values import check_threshold_tree, resolve_threshold
 
 # Inputs of a bound other than the norm: for each leaf a scalar or `MeasuredUnits`.
@@ -178,8 +180,8 @@ def _bound_as_given(norm: RescaledNorm, limit: jax.Array) -> jax.Array:
 
 
 def _bound_times_root(norm: RescaledNorm, limit: jax.Array, root: jax.Array) -> jax.Array:
-    # By jax, because NumPy warns of a product beyond the range, which bounds nothing.
-    return jnp.multiply(limit.astype(norm.norm.dtype), root.astype(norm.norm.dtype))
+    with np.errstate(over="ignore"):  # a product beyond the range bounds nothing
+        return limit.astype(norm.norm.dtype) * root.astype(norm.norm.dtype)
 
 
 def _scalar_bounds(name: str, threshold: PyTree, updates: optax.Updates, step: jax.Array) -> Terms:
@@ -225,17 +227,17 @@ def clip_units(
         del extra_args
         leaves = [jnp.asarray(g) for g in floating_leaves(updates)]
         terms = terms_of(updates, params, state.step)
-        units = [measure_units(g, axes_of(g.shape), axis_name=axis_name) for g in leaves]
+        units = [measure_units(g, axes_of(g.shape), axis_name=axis_name) for g in _alike(leaves)]
         counts = np.array([u.total.size for u in units], int)
-        # The report is computed from all units at once; a leaf is scaled by its own units alone.
         norm = join_units(units)
         joined = [_join_terms(term, counts) for term in terms] if leaves else []
         bounds = bound_of(norm, *joined) if leaves else norm.norm
-        clip = scaling_to(norm, bounds)[1]
+        scaling, clip = scaling_to(norm, bounds)
         is_bad = jnp.any(clip.is_bad)
+        scaling = scaling.divided()._replace(is_bad=is_bad)
         clipped = [
-            _clip_leaf(bound_of, g, u.norm, is_bad, *map(_norm_or_scalar, leaf_terms))
-            for g, u, *leaf_terms in zip(leaves, units, *terms, strict=True)
+            _clip_leaf(g, scaling, start, u.norm.norm.shape)
+            for g, u, start in zip(leaves, units, _starts(counts), strict=True)
         ]
         leaf_norms = _leaf_norms(norm, clip.pre_norm, counts)
         return replace_floating(updates, clipped), state_type(
@@ -252,21 +254,37 @@ def all_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(range(len(shape)))
 
 
+def _alike(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Returns the leaves, all in float64 if one is."""
+    if accumulator(leaves) == jnp.float32:
+        return leaves
+    return [g.astype(compute_dtype(g.dtype, jnp.float64)) for g in leaves]
+
+
+def _starts(counts: np.ndarray) -> Iterator[jax.Array]:
+    """Yields the place of each leaf's first unit among all units, unknown to XLA."""
+    # Known places would be a kernel for each leaf. Divided, because XLA copies cheaper operations
+    # into the kernels that use them.
+    one = not_folded(jnp.ones((), jnp.uint32))
+    start = jnp.zeros((), jnp.uint32)
+    for count in counts:
+        yield start
+        start = lax.div(start + np.uint32(count), one)
+
+
 # Jitted, so that leaves of one shape share one trace.
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=3)
 def _clip_leaf(
-    bound_of: Callable[..., jax.Array],
-    g: jax.Array,
-    norm: RescaledNorm,
-    is_bad: jax.Array,
-    *terms: ArrayLike | RescaledNorm,
+    g: jax.Array, scaling: Scaling, start: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
-    scaling, _ = scaling_to(norm, bound_of(norm, *terms))
-    return scale_leaf(g, scaling._replace(is_bad=is_bad))
+    """Scales a leaf by the part of all units' scaling that is in its place."""
 
+    def part(x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice(x, (start,), (math.prod(shape),)).reshape(shape)
 
-def _norm_or_scalar(term: ArrayLike | MeasuredUnits) -> ArrayLike | RescaledNorm:
-    return term.norm if isinstance(term, MeasuredUnits) else term
+    rest = None if scaling.rest is None else part(scaling.rest)
+    own = Scaling.create(part(scaling.coef), rest, part(scaling.rescale))
+    return scale_leaf(g, own._replace(is_bad=scaling.is_bad))
 
 
 def _join_terms(terms: Terms, counts: np.ndarray) -> ArrayLike | RescaledNorm:

@@ -136,11 +136,16 @@ def measure_units(
 
 
 def join_units(parts: Sequence[MeasuredUnits]) -> RescaledNorm:
-    """Returns the norms of all units of some arrays as one vector, without derivatives."""
+    """Returns the norms of all units of some arrays as one vector."""
     if len({p.norm.norm.dtype for p in parts}) > 1:  # the rescale depends on the dtype
         norms = [_as_vector(p.norm.norm.astype(jnp.float64)) for p in parts]
         rescales = [_as_vector(p.norm.rescale.astype(jnp.float64)) for p in parts]
         return RescaledNorm(_concatenate(norms), _concatenate(rescales))
+    return _joined(list(parts))
+
+
+@jax.custom_jvp
+def _joined(parts: list[MeasuredUnits]) -> RescaledNorm:
     # Recompute from the joined sums: XLA would otherwise push each part's arithmetic into the
     # concatenation, and compile times explode with many leaves.
     with with_float64():
@@ -151,8 +156,15 @@ def join_units(parts: Sequence[MeasuredUnits]) -> RescaledNorm:
     return RescaledNorm(jnp.sqrt(total), rescale_for(_concatenate(largest)))
 
 
+@_joined.defjvp
+def _joined_jvp(primals: tuple, tangents: tuple) -> tuple[RescaledNorm, RescaledNorm]:
+    norm = _joined(*primals)
+    change = _concatenate([_as_vector(part.norm.norm) for part in tangents[0]])
+    return norm, RescaledNorm(change, jnp.zeros_like(norm.rescale))
+
+
 def _concatenate(parts: list[jax.Array]) -> jax.Array:
-    return lax.stop_gradient(jnp.concatenate(parts)) if parts else jnp.zeros((0,), jnp.float32)
+    return jnp.concatenate(parts) if parts else jnp.zeros((0,), jnp.float32)
 
 
 def _as_vector(x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
@@ -74,6 +75,13 @@ class Scaling(NamedTuple):
         # Each condition is one comparison, because XLA repeats it in the kernel of every leaf.
         return cls(coef, rest, rescale, rescale == 0, jnp.isnan(coef))
 
+    def divided(self) -> "Scaling":
+        """Returns this scaling, divided by a 1 that XLA does not know."""
+        # It copies cheaper operations into the kernel of every leaf.
+        one = not_folded(jnp.ones_like(self.coef))
+        rest = None if self.rest is None else self.rest / one
+        return Scaling.create(self.coef, rest, self.rescale / one)
+
 
 def as_bound(value: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """Returns a bound rounded towards zero in a real dtype; below 0 counts as 0."""
@@ -100,7 +108,8 @@ def scaling_to(
     # This norm decides and divides; telemetry reports `size` itself.
     padded = size + jnp.asarray(eps).astype(size.dtype) * rescale if has_eps else size
     # A rescaled norm is far below the largest number, so this quotient is in the normal range.
-    is_large = not has_eps and isinstance(bound, (int, float)) and bound >= 2.0**-20
+    is_known = isinstance(bound, (int, float, np.ndarray, np.generic))
+    is_large = not has_eps and is_known and bool(np.all(bound >= 2.0**-20))
     bound, ones = as_bound(bound, size.dtype), jnp.ones_like(size)
     # Compared without dividing by `rescale`, so that neither side overflows.
     is_above = padded > bound * rescale
@@ -159,11 +168,7 @@ def clip_to_norm(
 ) -> tuple[PyTree, NormClip]:
     """Scales a tree with a known norm down to a bound; zeros if the step is bad."""
     scaling, clip = scaling_to(norm, bound, eps)
-    # Divided by an unknown 1: XLA copies cheaper operations into the kernel of every leaf.
-    one = not_folded(jnp.ones_like(scaling.coef))
-    rest = None if scaling.rest is None else scaling.rest / one
-    scaling = Scaling.create(scaling.coef, rest, scaling.rescale / one)
-    factors = jax.tree.map(Spread, scaling)
+    factors = jax.tree.map(Spread, scaling.divided())
 
     def scale(g: jax.Array) -> jax.Array:
         return scale_leaf(g, jax.tree.map(lambda factor: factor.like(g), factors))

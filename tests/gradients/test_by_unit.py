@@ -141,3 +141,31 @@ def test_a_threshold_with_an_entry_for_each_weight_is_refused_by_path():
     grads = {"a": jnp.ones((2,)), "b": jnp.ones((3,))}
     with pytest.raises(ValueError, match="'a'"):
         tx.update(grads, tx.init(grads))
+
+
+@pytest.mark.parametrize("wrt", [0, 1])
+def test_the_derivative_of_a_clip_by_units_is_that_of_its_formula(wrt):
+    rng = np.random.default_rng(0)
+    grads, weights = ({"w": rng.normal(size=(3, 2)), "b": rng.normal(size=4)} for _ in range(2))
+    grads["w"][:, 1] *= 1e-3  # a unit within its bound
+    tx = jaxclip.adaptive_grad_clip(0.1)
+
+    def unit_norms(x):
+        return jnp.sqrt(jnp.sum(x**2, axis=0, keepdims=True))
+
+    def formula(g, w):
+        return g * jnp.minimum(1, 0.1 * unit_norms(w) / unit_norms(g))
+
+    def clipped(grads, weights):
+        return tx.update(grads, tx.init(weights), weights)[0]
+
+    def slope(clip):
+        def weighted_sum(*trees):
+            return sum(jnp.sum(jnp.cos(3.0 * u)) for u in jax.tree.leaves(clip(*trees)))
+
+        trees = jax.tree.map(jnp.float32, (grads, weights))
+        return jax.jit(jax.grad(weighted_sum, wrt))(*trees)
+
+    expected = slope(lambda g, w: jax.tree.map(formula, g, w))
+    for name in grads:
+        np.testing.assert_allclose(slope(clipped)[name], expected[name], rtol=2e-5, atol=1e-6)
