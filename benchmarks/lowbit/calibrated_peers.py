@@ -144,6 +144,7 @@ STYLES = {
     "llm-compressor": ("#E69F00", "o"),
     "llama.cpp": ("#56B4E9", "v"),
     "HQQ": ("#CC79A7", "D"),
+    "Qwix": ("#0072B2", "P"),
 }
 
 

@@ -49,8 +49,16 @@ def batches_that_hang_until_a_second_interrupt():
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def interruptible():
+    """Python's handler of SIGINT, which shells ignore for what they start in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("place", ["on_log", "evaluate", "data", "exit", "interrupts"])
-def test_an_error_outside_of_the_step_leaves_a_checkpoint(place, tmp_path):
+def test_an_error_outside_of_the_step_leaves_a_checkpoint(place, tmp_path, interruptible):
     pytest.importorskip("orbax.checkpoint")
     arguments = {
         "on_log": {"on_log": failing(3)},
